@@ -1,0 +1,140 @@
+"""Argument checks: the one place that words "must be ..., got ..."."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Collection, Iterable
+from numbers import Integral, Real
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+_Value = TypeVar("_Value")
+_MAX_NAMED = 20
+
+
+def must_be(name: str, requirement: str, value: object, way_out: str = "") -> str:
+    """Word the error of a bad argument: ``'`beta` must be in [0, 1), got 1.0'``.
+
+    ``way_out`` is a full sentence that tells the user what to write instead.
+    """
+    message = f"`{name}` must be {requirement}, got {value!r}"
+    return f"{message}. {way_out}" if way_out else message
+
+
+def check_real(
+    name: str,
+    value: float,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    low_open: bool = False,
+    high_open: bool = False,
+) -> float:
+    """Return ``value`` as a finite float inside the interval, else raise.
+
+    Raises:
+        TypeError: ``value`` is not a real number (a bool is not one).
+        ValueError: ``value`` is not finite or lies outside the interval.
+    """
+    interval = _worded_interval(low, high, low_open, high_open)
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(must_be(name, interval, value))
+    number = float(value)
+    above = number > low if low_open else number >= low
+    below = number < high if high_open else number <= high
+    if not (math.isfinite(number) and above and below):
+        raise ValueError(must_be(name, interval, value))
+    return number
+
+
+def _worded_interval(low: float, high: float, low_open: bool, high_open: bool) -> str:
+    if math.isfinite(low) and math.isfinite(high):
+        return f"in {'(' if low_open else '['}{low:g}, {high:g}{')' if high_open else ']'}"
+    if math.isfinite(low):
+        return f"a finite number {'>' if low_open else '>='} {low:g}"
+    if math.isfinite(high):
+        return f"a finite number {'<' if high_open else '<='} {high:g}"
+    return "a finite number"
+
+
+def check_int(name: str, value: int, *, low: int | None = None, high: int | None = None) -> int:
+    """Return ``value`` as an int inside ``[low, high]``, else raise.
+
+    Raises:
+        TypeError: ``value`` is not an integer (a bool is not one).
+        ValueError: ``value`` lies outside the interval.
+    """
+    wanted = "an integer"
+    if low is not None:
+        wanted += f" >= {low}"
+    if high is not None:
+        wanted += f" {'and ' if low is not None else ''}<= {high}"
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(must_be(name, wanted, value))
+    number = int(value)
+    if (low is not None and number < low) or (high is not None and number > high):
+        raise ValueError(must_be(name, wanted, value))
+    return number
+
+
+def check_choice(name: str, value: _Value, choices: Collection[_Value]) -> _Value:
+    """Return ``value`` if it is one of ``choices``, else raise and name the nearest ones.
+
+    Raises:
+        ValueError: ``value`` is not among ``choices``.
+    """
+    if value in choices:
+        return value
+    listed = quoted(choices)
+    near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], cutoff=0.5)
+    way_out = f"Did you mean {quoted(near)}?" if near else ""
+    raise ValueError(must_be(name, f"one of {listed}", value, way_out))
+
+
+def quoted(values: Iterable[object]) -> str:
+    """List ``values`` for a message, shortened after the first twenty."""
+    shown = [repr(value) for value in values]
+    if len(shown) > _MAX_NAMED:
+        shown = [*shown[:_MAX_NAMED], f"... ({len(shown) - _MAX_NAMED} more)"]
+    return ", ".join(shown)
+
+
+def check_logits(logits: Tensor) -> None:
+    """Check that ``logits`` is a floating tensor of shape (N, C).
+
+    Raises:
+        TypeError: not a floating-point tensor.
+        ValueError: another number of dimensions, or no column.
+    """
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        shown = getattr(logits, "dtype", type(logits).__name__)
+        raise TypeError(must_be("logits", "a floating-point tensor", shown))
+    if logits.ndim != 2 or logits.shape[1] == 0:
+        raise ValueError(must_be("logits", "of shape (N, C)", tuple(logits.shape)))
+
+
+def check_target(target: Tensor, logits: Tensor) -> None:
+    """Check that ``target`` holds class indices (N,) or class masses (N, C) for ``logits``.
+
+    Out-of-range indices are left to the kernels, which check them where that needs no
+    synchronisation with the device.
+
+    Raises:
+        TypeError: dtype is neither int64 (indices) nor floating (masses).
+        ValueError: the shape fits neither form.
+    """
+    rows, classes = logits.shape
+    if tuple(target.shape) == (rows,):
+        if target.dtype != torch.int64:
+            way_out = "Class indices are int64: use `target.long()`."
+            raise TypeError(must_be("target", "an int64 tensor of indices", target.dtype, way_out))
+    elif tuple(target.shape) == (rows, classes):
+        if not target.is_floating_point():
+            way_out = "Class masses are floats (mixup, label smoothing): use `target.float()`."
+            raise TypeError(must_be("target", "floating-point", target.dtype, way_out))
+    else:
+        wanted = f"of shape ({rows},) or ({rows}, {classes})"
+        raise ValueError(must_be("target", wanted, tuple(target.shape)))

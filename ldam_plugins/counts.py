@@ -1,0 +1,222 @@
+"""Training samples per class, and everything that follows from them alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldam_plugins._checks import check_int, check_real, must_be, quoted
+
+MANY_ABOVE = 100
+"""Classes with more training samples belong to the *many* group (Liu et al., CVPR 2019)."""
+FEW_BELOW = 20
+"""Classes with fewer training samples belong to the *few* group (Liu et al., CVPR 2019)."""
+
+
+class ClassCounts:
+    """Number of training samples of each class, n_c.
+
+    Args:
+        counts: One positive integer a class, in class order: sequence, array or tensor.
+        class_names: Optional name of each class, used in messages and tables.
+
+    Raises:
+        TypeError: ``counts`` are not integers.
+        ValueError: fewer than one class, a negative count, a class without a sample, or a
+            number of names that differs from the number of counts.
+
+    Example:
+        >>> counts = ClassCounts([5000, 500, 50])
+        >>> counts.imbalance_ratio
+        100.0
+        >>> counts.margins(max_margin=0.5)
+        tensor([0.1581, 0.2812, 0.5000])
+        >>> counts.groups()
+        {'many': [0, 1], 'medium': [2], 'few': []}
+    """
+
+    def __init__(
+        self,
+        counts: Sequence[int] | np.ndarray | Tensor,
+        class_names: Sequence[str] | None = None,
+    ) -> None:
+        array = _as_integers("counts", counts)
+        if len(array) == 0:
+            raise ValueError(must_be("counts", "one count per class", counts))
+        names = None if class_names is None else tuple(str(name) for name in class_names)
+        if names is not None and len(names) != len(array):
+            wanted = f"one name for each of the {len(array)} counts"
+            raise ValueError(must_be("class_names", wanted, f"{len(names)} names"))
+        _refuse_empty_classes(array, names)
+        array.flags.writeable = False
+        self.counts: np.ndarray = array
+        self.class_names: tuple[str, ...] | None = names
+
+    @classmethod
+    def from_labels(
+        cls,
+        labels: Any,
+        num_classes: int | None = None,
+        class_names: Sequence[str] | None = None,
+    ) -> ClassCounts:
+        """Count the labels of a training set.
+
+        Args:
+            labels: Class indices 0..C-1: a sequence, array, tensor, or column of a
+                ``datasets.Dataset`` (read without decoding any other column).
+            num_classes: C. Default: the number of names if given, else the largest label + 1.
+            class_names: Optional name of each class.
+
+        Raises:
+            TypeError: labels are not integers (strings, floats, rows of several labels).
+            ValueError: no labels, a label outside 0..C-1, or a class without a sample.
+
+        Example:
+            >>> ClassCounts.from_labels([0, 0, 1, 0, 2]).counts
+            array([3, 1, 1])
+        """
+        array = label_array(labels)
+        if len(array) == 0:
+            raise ValueError(must_be("labels", "at least one label", "none"))
+        if num_classes is None:
+            num_classes = int(array.max()) + 1 if class_names is None else len(class_names)
+        check_int("num_classes", num_classes, low=1)
+        check_label_range(array, num_classes)
+        return cls(np.bincount(array, minlength=num_classes), class_names)
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def __repr__(self) -> str:
+        shown = ", ".join(str(count) for count in self.counts[:10])
+        more = f", ... ({len(self)} classes)" if len(self) > 10 else ""
+        return f"ClassCounts([{shown}{more}])"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ClassCounts) and np.array_equal(self.counts, other.counts)
+
+    def __hash__(self) -> int:
+        return hash(self.counts.tobytes())
+
+    @property
+    def total(self) -> int:
+        """N, the number of training samples."""
+        return int(self.counts.sum())
+
+    @property
+    def imbalance_ratio(self) -> float:
+        """n_max / n_min, at least 1."""
+        return float(self.counts.max() / self.counts.min())
+
+    def margins(self, max_margin: float = 0.5, *, dtype: torch.dtype | None = None) -> Tensor:
+        """LDAM margins ``m_c = max_margin * (n_c / n_min) ** -1/4``, shape (C,).
+
+        The rarest class gets ``max_margin``. Unit: cosine, so before the head's scale.
+        Computed in float64 and rounded to ``dtype`` (default: torch's default dtype).
+
+        Source: Cao et al., NeurIPS 2019, arXiv 1906.07413, section 3.2.
+
+        Raises:
+            ValueError: ``max_margin`` is negative or not finite.
+        """
+        check_real("max_margin", max_margin, low=0)
+        return _tensor(max_margin * (self.counts / self.counts.min()) ** -0.25, dtype)
+
+    def weights(self, beta: float = 0.9999, *, dtype: torch.dtype | None = None) -> Tensor:
+        """Class-balanced weights ``w_c ~ (1 - beta) / (1 - beta ** n_c)``, sum C, shape (C,).
+
+        ``1 - beta ** n`` over ``1 - beta`` is the effective number of n samples. ``beta = 0``
+        gives ones, ``beta -> 1`` inverse frequency. Computed in float64 without cancellation
+        and rounded to ``dtype`` (default: torch's default dtype).
+
+        Source: Cui et al., CVPR 2019, arXiv 1901.05555.
+
+        Raises:
+            ValueError: ``beta`` is outside [0, 1).
+
+        Example:
+            >>> ClassCounts([900, 90]).weights(beta=0.999)
+            tensor([0.2533, 1.7467])
+        """
+        check_real("beta", beta, low=0, high=1, high_open=True)
+        if beta == 0:
+            return _tensor(np.ones(len(self)), dtype)
+        # 1 - beta is exact in floating point above 1/2, log(beta) near 1 is not.
+        log_beta = np.log1p(-(1.0 - beta))
+        raw = 1.0 / -np.expm1(self.counts * log_beta)
+        return _tensor(raw * (len(self) / raw.sum()), dtype)
+
+    def prior(self, *, dtype: torch.dtype | None = None) -> Tensor:
+        """Share of each class in the training set, ``n_c / N``, shape (C,), sums to 1."""
+        return _tensor(self.counts / self.total, dtype)
+
+    def groups(self) -> dict[str, list[int]]:
+        """Class indices by size: many (> 100 samples), medium (20..100) and few (< 20).
+
+        Source: Liu et al., CVPR 2019, arXiv 1904.05160.
+        """
+        many, few = self.counts > MANY_ABOVE, self.counts < FEW_BELOW
+        masks = {"many": many, "medium": ~(many | few), "few": few}
+        return {name: np.flatnonzero(mask).tolist() for name, mask in masks.items()}
+
+
+def label_array(labels: Any) -> np.ndarray:
+    """Labels as an int64 array (N,), read without decoding other columns of their dataset.
+
+    Raises:
+        TypeError: labels are not integers, or a row holds more than one.
+        ValueError: labels are not one-dimensional.
+    """
+    source, column = getattr(labels, "source", None), getattr(labels, "column_name", None)
+    if source is not None and hasattr(source, "select_columns"):
+        labels = source.select_columns([column]).with_format("numpy")[:][column]
+    return _as_integers("labels", labels)
+
+
+def check_label_range(labels: np.ndarray, num_classes: int) -> None:
+    """Check that every label lies in 0..``num_classes`` - 1.
+
+    Raises:
+        ValueError: a label does not; the message names it and its row.
+    """
+    outside = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if len(outside):
+        row = int(outside[0])
+        wanted = f"class indices in 0..{num_classes - 1}"
+        raise ValueError(must_be("labels", wanted, f"{labels[row]} in row {row}"))
+
+
+def _as_integers(name: str, values: Any) -> np.ndarray:
+    """A fresh int64 array of shape (n,)."""
+    if isinstance(values, Tensor):
+        values = values.detach().cpu().numpy()
+    array = np.asarray(values)
+    if array.size == 0 and array.ndim == 1:
+        return np.zeros(0, dtype=np.int64)
+    if not np.issubdtype(array.dtype, np.integer):
+        way_out = "Map class names or floats to class indices 0..C-1 first."
+        example = array.flat[0] if array.size else None
+        raise TypeError(must_be(name, "integers", example, way_out))
+    if array.ndim != 1:
+        raise ValueError(must_be(name, "one-dimensional", f"shape {array.shape}"))
+    return array.astype(np.int64)
+
+
+def _refuse_empty_classes(counts: np.ndarray, names: tuple[str, ...] | None) -> None:
+    negative = np.flatnonzero(counts < 0)
+    if len(negative):
+        first = int(negative[0])
+        raise ValueError(must_be("counts", ">= 1 in every class", f"{counts[first]} in {first}"))
+    empty = np.flatnonzero(counts == 0)
+    if len(empty):
+        named = quoted(int(c) if names is None else names[c] for c in empty)
+        way_out = "Every class needs a training sample: remove the class or add samples to it."
+        raise ValueError(f"no training sample in class {named}. {way_out}")
+
+
+def _tensor(values: np.ndarray, dtype: torch.dtype | None) -> Tensor:
+    return torch.as_tensor(values, dtype=dtype or torch.get_default_dtype())

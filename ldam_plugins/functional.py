@@ -1,0 +1,299 @@
+"""The losses as pure functions of tensors.
+
+Shared by all: ``logits`` (N, C) are used as the head gives them, so those of a cosine head
+already hold its scale s; ``target`` is class indices (N,) int64, or class masses (N, C) floating
+(mixup, cutmix, label smoothing). ``weight`` (C,) multiplies the terms of class c. Rows whose index
+is ``ignore_index`` count nowhere. Arithmetic is float32 for 16-bit logits, else in the logits' own
+precision. ``reduction="mean"`` is torch's: for indices ``sum(w_y l) / sum(w_y)``, for masses
+``sum(l) / N``; the mean of nothing is 0 (torch gives nan). Margins are in cosine units: they are
+multiplied by ``scale`` before they meet the logits.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ldam_plugins._checks import check_choice, check_logits, check_real, check_target, must_be
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    """Cross-entropy ``-w_y log softmax(z)_y``; for masses q ``-sum_c w_c q_c log softmax(z)_c``.
+
+    Equals ``torch.nn.functional.cross_entropy`` except that the mean of nothing is 0.
+
+    Raises:
+        TypeError: ``logits`` or ``target`` of a wrong dtype.
+        ValueError: shapes that do not fit, or an unknown reduction.
+    """
+    logits, target, weight = _prepare(logits, target, weight, reduction)
+    rows = _cross_entropy_rows(logits, target, weight, ignore_index)
+    return _reduce(rows, target, weight, ignore_index, reduction)
+
+
+def focal_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    gamma: float = 2.0,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    """Focal loss ``-w_y (1 - p_y) ** gamma log p_y`` with ``p = softmax(z)``.
+
+    For masses q: ``-sum_c w_c q_c (1 - p_c) ** gamma log p_c``. ``gamma = 0`` is cross-entropy.
+
+    Source: Lin et al., ICCV 2017, arXiv 1708.02002, in its softmax form.
+
+    Raises:
+        TypeError: ``logits`` or ``target`` of a wrong dtype.
+        ValueError: shapes that do not fit, negative ``gamma``, or an unknown reduction.
+    """
+    check_real("gamma", gamma, low=0)
+    logits, target, weight = _prepare(logits, target, weight, reduction)
+    log_p = F.log_softmax(logits, dim=1)
+    if target.ndim == 1:
+        log_p = _at_target(log_p, target, ignore_index)
+    # 1 - p without cancellation; the clamp keeps the gradient of the power finite at p = 1.
+    miss = -torch.expm1(log_p)
+    terms = -(miss.clamp_min(torch.finfo(miss.dtype).tiny) ** gamma) * log_p
+    rows = _weigh(terms, target, weight, ignore_index)
+    return _reduce(rows, target, weight, ignore_index, reduction)
+
+
+def ldam_loss(
+    logits: Tensor,
+    target: Tensor,
+    margins: Tensor,
+    *,
+    scale: float = 30.0,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    """LDAM: cross-entropy of the logits with ``scale * margins[y]`` taken off the target entry.
+
+    Equals ``F.cross_entropy(z - scale * margins * one_hot(y), y, weight)``. On logits
+    ``z = s cos(theta)`` of a cosine head with scale s it is the paper's loss. For masses q the
+    margin applies in proportion: ``z_c - scale * margins_c * q_c``.
+
+    Source: Cao et al., NeurIPS 2019, arXiv 1906.07413, equation 13.
+
+    Args:
+        logits: (N, C), ``s cos(theta)``.
+        target: (N,) int64 or (N, C) floating.
+        margins: (C,), see :meth:`ClassCounts.margins`.
+        scale: s, the scale of the head that gave the logits.
+        weight: (C,) or None.
+        ignore_index: Index of rows that count nowhere.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+
+    Raises:
+        TypeError: ``logits`` or ``target`` of a wrong dtype.
+        ValueError: shapes that do not fit, ``scale`` not positive, or an unknown reduction.
+
+    Example:
+        >>> z = torch.tensor([[30.0, 15.0]])
+        >>> ldam_loss(z, torch.tensor([0]), torch.tensor([0.5, 0.1]))
+        tensor(0.6931)
+    """
+    check_real("scale", scale, low=0, low_open=True)
+    logits, target, weight = _prepare(logits, target, weight, reduction)
+    shifted = _take_margin(logits, target, _per_class("margins", margins, logits) * scale)
+    rows = _cross_entropy_rows(shifted, target, weight, ignore_index)
+    return _reduce(rows, target, weight, ignore_index, reduction)
+
+
+def hinge_loss(
+    logits: Tensor,
+    target: Tensor,
+    margins: Tensor,
+    *,
+    scale: float = 30.0,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    """Multi-class hinge ``w_y max(0, max_{j != y} z_j - z_y + scale * margins[y])``.
+
+    With LDAM margins this is LDAM-HG, with equal ones the hinge loss of Crammer and Singer. For
+    masses q: ``sum_c w_c q_c max(0, max_{j != c} z_j - z_c + scale * margins_c)``. With a single
+    class there is no other logit and the loss is 0.
+
+    Source: Cao et al., NeurIPS 2019, arXiv 1906.07413, equation 9.
+
+    Raises:
+        TypeError: ``logits`` or ``target`` of a wrong dtype.
+        ValueError: shapes that do not fit, ``scale`` not positive, or an unknown reduction.
+    """
+    check_real("scale", scale, low=0, low_open=True)
+    logits, target, weight = _prepare(logits, target, weight, reduction)
+    shift = _per_class("margins", margins, logits) * scale
+    if logits.shape[1] == 1:
+        terms = logits * 0
+    else:
+        top = logits.topk(2, dim=1)
+        best, runner_up = top.values[:, :1], top.values[:, 1:]
+        is_best = F.one_hot(top.indices[:, 0], logits.shape[1]).bool()
+        rival = torch.where(is_best, runner_up, best)
+        terms = (rival - logits + shift).clamp_min(0)
+    if target.ndim == 1:
+        terms = _at_target(terms, target, ignore_index)
+    rows = _weigh(terms, target, weight, ignore_index)
+    return _reduce(rows, target, weight, ignore_index, reduction)
+
+
+def logit_adjusted_loss(
+    logits: Tensor,
+    target: Tensor,
+    prior: Tensor,
+    *,
+    tau: float = 1.0,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    """Cross-entropy of ``z_c + tau log prior_c``; ``tau = 1`` is the balanced softmax.
+
+    Source: Menon et al., ICLR 2021, arXiv 2007.07314; Ren et al., NeurIPS 2020, arXiv 2007.10740.
+
+    Args:
+        logits: (N, C).
+        target: (N,) int64 or (N, C) floating.
+        prior: (C,) share of each class in the training set, see :meth:`ClassCounts.prior`.
+        tau: Strength of the adjustment, at least 0.
+        weight: (C,) or None.
+        ignore_index: Index of rows that count nowhere.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+
+    Raises:
+        TypeError: ``logits`` or ``target`` of a wrong dtype.
+        ValueError: shapes that do not fit, negative ``tau``, or an unknown reduction.
+    """
+    check_real("tau", tau, low=0)
+    logits, target, weight = _prepare(logits, target, weight, reduction)
+    adjusted = logits + tau * _per_class("prior", prior, logits).log()
+    rows = _cross_entropy_rows(adjusted, target, weight, ignore_index)
+    return _reduce(rows, target, weight, ignore_index, reduction)
+
+
+def vector_scaling_loss(
+    logits: Tensor,
+    target: Tensor,
+    multiplicative: Tensor,
+    additive: Tensor,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    """Cross-entropy of ``multiplicative_c z_c + additive_c``.
+
+    Kini et al. take ``multiplicative_c = (n_c / n_max) ** gamma`` and
+    ``additive_c = tau log(n_c / N)``.
+
+    Source: Kini et al., NeurIPS 2021, arXiv 2103.01550.
+
+    Raises:
+        TypeError: ``logits`` or ``target`` of a wrong dtype.
+        ValueError: shapes that do not fit, or an unknown reduction.
+    """
+    logits, target, weight = _prepare(logits, target, weight, reduction)
+    scaled = logits * _per_class("multiplicative", multiplicative, logits)
+    adjusted = scaled + _per_class("additive", additive, logits)
+    rows = _cross_entropy_rows(adjusted, target, weight, ignore_index)
+    return _reduce(rows, target, weight, ignore_index, reduction)
+
+
+def mean_denominator(target: Tensor, weight: Tensor | None, ignore_index: int = -100) -> Tensor:
+    """What ``reduction="mean"`` divides by: ``sum(w_y)`` for indices, N for masses (0-d).
+
+    Sums over the parts of a batch to the denominator of the whole, so dividing the parts'
+    ``reduction="sum"`` losses by it gives one update however the batch is cut.
+    """
+    if target.ndim == 2:
+        return torch.full((), float(target.shape[0]), device=target.device)
+    keep = target != ignore_index
+    if weight is None:
+        return keep.sum().to(torch.get_default_dtype())
+    return torch.where(keep, weight[torch.where(keep, target, 0)], 0).sum()
+
+
+def _prepare(
+    logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Checked arguments in the precision the loss is computed in."""
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_logits(logits)
+    check_target(target, logits)
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    if target.ndim == 2:
+        target = target.to(logits.dtype)
+    return logits, target, None if weight is None else _per_class("weight", weight, logits)
+
+
+def _per_class(name: str, values: Tensor, logits: Tensor) -> Tensor:
+    if values.shape != logits.shape[1:]:
+        wanted = f"of shape ({logits.shape[1]},), one value per logit"
+        raise ValueError(must_be(name, wanted, tuple(values.shape)))
+    return values.to(device=logits.device, dtype=logits.dtype)
+
+
+def _take_margin(logits: Tensor, target: Tensor, margins: Tensor) -> Tensor:
+    """A copy of the logits with the margin off the target's entries and nothing else touched."""
+    if target.ndim == 2:
+        return logits - margins * target
+    index = _safe_index(target, logits.shape[1]).unsqueeze(1)
+    return logits.scatter_add(1, index, -margins[index])
+
+
+def _safe_index(target: Tensor, classes: int) -> Tensor:
+    """Indices fit for gathering; those of ignored rows are 0, whatever ``ignore_index`` is."""
+    return torch.where((target >= 0) & (target < classes), target, 0)
+
+
+def _at_target(values: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    index = torch.where(target == ignore_index, 0, target)
+    return values.gather(1, index.unsqueeze(1)).squeeze(1)
+
+
+def _weigh(terms: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
+    """Loss of each row (N,) from its terms: (N,) at the target, or (N, C) for masses."""
+    if target.ndim == 2:
+        return (terms * target * (1 if weight is None else weight)).sum(dim=1)
+    keep = target != ignore_index
+    if weight is not None:
+        terms = terms * weight[torch.where(keep, target, 0)]
+    return torch.where(keep, terms, 0)
+
+
+def _cross_entropy_rows(
+    logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int
+) -> Tensor:
+    if target.ndim == 2:
+        return F.cross_entropy(logits, target, weight, reduction="none")
+    return F.cross_entropy(logits, target, weight, ignore_index=ignore_index, reduction="none")
+
+
+def _reduce(
+    rows: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str
+) -> Tensor:
+    if reduction == "none":
+        return rows
+    total = rows.sum()
+    if reduction == "sum":
+        return total
+    divisor = mean_denominator(target, weight, ignore_index)
+    return total / torch.where(divisor > 0, divisor, 1)

@@ -1,0 +1,276 @@
+"""The cosine head: put onto any timm, transformers or plain classifier, and folded back.
+
+LDAM's margins are distances between normalised features and normalised class weights, so the
+classifier must give ``s * cos(angle)``. Folding turns a trained cosine head into the ordinary
+layer that was there before, which the host's own loader reads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ldam_plugins._checks import check_choice, check_real, must_be
+from ldam_plugins.head_layers import (
+    Cosine,
+    CosineConv2d,
+    CosineLinear,
+    cosine_layer,
+    folded_weight,
+    plain_layer,
+)
+from ldam_plugins.head_names import find_head, refuse_adapted
+
+__all__ = [
+    "CosineConv2d",
+    "CosineLinear",
+    "cosine_heads",
+    "find_head",
+    "fold_cosine_head",
+    "folded_state_dict",
+    "use_cosine_head",
+]
+
+_WIDEST_FACTOR = 2.0**20
+
+
+def use_cosine_head(
+    model: nn.Module,
+    scale: float = 30.0,
+    *,
+    head: str | Sequence[str] | None = None,
+    init: Literal["random", "keep"] = "random",
+) -> nn.Module:
+    """Replace the classifier of ``model`` by a cosine head, ``z = scale * cos(angle)``.
+
+    The layer, or all layers of a model with several heads, is replaced in place under its own
+    name, on its device, in its dtype, mode and ``requires_grad``. Call it after the pretrained
+    weights are loaded and before the optimizer is made, which must know the new parameter.
+    A model that has the head already, with the same scale, is returned as it is.
+
+    Args:
+        model: A timm or transformers classifier, or any module whose last layer is linear.
+        scale: s, the length of the logits; the margin loss must be told the same scale.
+        head: Dotted names of the layers, where `find_head` does not find the right ones.
+        init: ``"random"`` directions, or ``"keep"`` the weight rows of the old head (not its
+            bias), where that was trained for the same classes.
+
+    Returns:
+        ``model``; if ``model`` itself is the layer, the new layer.
+
+    Raises:
+        TypeError: an argument of the wrong type, or a head without floating-point weights.
+        ValueError: the head is not found or not settled (see `find_head`), a cosine head of
+            another scale is there, or ``scale`` is not a finite number above 0.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 3))
+        >>> use_cosine_head(model)[2]
+        CosineLinear(in_features=4, out_features=3, bias=False, scale=30)
+    """
+    scale = check_real("scale", scale, low=0.0, low_open=True)
+    check_choice("init", init, ("random", "keep"))
+    found = tuple(cosine_heads(model)) if isinstance(model, nn.Module) and head is None else ()
+    names = found or find_head(model, head)
+    refuse_adapted(names)
+    new: dict[nn.Module, nn.Module] = {}
+    for name in names:
+        layer: Any = model.get_submodule(name)
+        if isinstance(layer, Cosine):
+            _check_same_scale(name, layer, scale)
+        else:
+            _check_plain(name, layer)
+            new[layer] = cosine_layer(layer, scale, keep=init == "keep")
+    return _replaced(model, new)
+
+
+def fold_cosine_head(
+    model: nn.Module, *, inputs: Iterable[Tensor | Sequence[Any] | Mapping[str, Any]] | None = None
+) -> nn.Module:
+    """Turn every cosine head of ``model`` into an ordinary layer again, in place.
+
+    The new weight is ``k * w[c] / |w[c]|``; the bias, if the replaced layer had one, is zero. For
+    features x the cosine head gives ``s * w.x / (|w| |x|)``, the folded one ``k * w.x / |w|``:
+    one positive factor per example apart, so the largest logit is the same on every input (up
+    to the rounding of the model's dtype), whatever k is. It scales the probabilities:
+
+    * from training: ``k = s * E|x| / E|x|^2``, which minimises ``E (k|x| - s)^2``, with the norms
+      met in the last 100 or so training batches, dropout included;
+    * from ``inputs``: the factor on top of that with the least mean Kullback-Leibler divergence
+      of the folded model's probabilities from the cosine model's on these inputs, both in
+      evaluation mode. Use this where dropout acts on the features, or nothing was trained;
+    * with neither: ``k = s / sqrt(H)``, right for features of unit mean square.
+
+    Models that combine several heads: where the heads read the same features (EfficientFormer,
+    SwiftFormer) they have the same k and their mean is the same up to one factor too. Where they
+    read different ones (DeiT's two tokens, CrossViT's two branches, VOLO's auxiliary head), no
+    linear layers can weigh them as the cosines do: each head keeps its own largest logit,
+    but the combination may differ where the heads disagree and the norms vary. The same holds
+    for logits that are averaged over places after the head.
+
+    Args:
+        model: A model on which `use_cosine_head` was called.
+        inputs: Some batches as the model takes them, on its device: a tensor, a mapping of keyword
+            arguments, or a sequence whose first entry is the tensor, as loaders give. A few
+            hundred examples are enough; their logits are kept in memory.
+
+    Returns:
+        ``model``; if ``model`` itself is the head, the new layer.
+
+    Raises:
+        TypeError: the model's output on ``inputs`` is neither a tensor nor holds ``logits``.
+        ValueError: no cosine head is there, an adapter sits on it, or ``inputs`` is empty.
+
+    Example:
+        >>> model = use_cosine_head(nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 3)))
+        >>> fold_cosine_head(model)[2]
+        Linear(in_features=4, out_features=3, bias=True)
+    """
+    heads = _required_heads(model)
+    layers = {head: plain_layer(head) for head in heads.values()}
+    if inputs is not None:
+        factor = _closest_factor(*_logits_of_both(model, layers, inputs))
+        for layer in layers.values():
+            layer.weight.data.mul_(factor)
+    return _replaced(model, layers)
+
+
+def folded_state_dict(
+    model: nn.Module, state_dict: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Return a state dict that both the stock architecture and ``model`` can load.
+
+    Each head's ``weight`` is the folded one, ``bias`` is zero where the stock layer has one, and
+    the exact weight is added as ``cosine_weight``; all else is untouched. A host that ignores
+    keys it does not know, as ``from_pretrained`` does, gets the folded model; a model with cosine
+    heads takes back the exact tensors, bit for bit.
+
+    Args:
+        model: A model with cosine heads.
+        state_dict: Its tensors, where they were gathered elsewhere; ``model.state_dict()`` if not.
+
+    Raises:
+        ValueError: no cosine head is there, or an adapter sits on it.
+    """
+    state = dict(model.state_dict() if state_dict is None else state_dict)
+    for name, head in _required_heads(model).items():
+        prefix = f"{name}." if name else ""
+        exact = state[f"{prefix}weight"]
+        state[f"{prefix}cosine_weight"] = exact
+        state[f"{prefix}weight"] = folded_weight(head, exact, state[f"{prefix}cosine_moments"])
+        if head.folded_bias:
+            state[f"{prefix}bias"] = exact.new_zeros(len(exact))
+    return state
+
+
+def cosine_heads(model: nn.Module) -> dict[str, Cosine]:
+    """Return the cosine heads of ``model`` by dotted name; empty if there are none."""
+    modules = model.named_modules()
+    return {name: part for name, part in modules if isinstance(part, (CosineLinear, CosineConv2d))}
+
+
+def _check_same_scale(name: str, layer: Cosine, scale: float) -> None:
+    if layer.scale != scale:
+        way_out = f"The head {name!r} is there with that scale: ask for the same, or call"
+        way_out += " fold_cosine_head(model) first and then put on a new one."
+        raise ValueError(must_be("scale", f"{layer.scale:g}", scale, way_out))
+
+
+def _check_plain(name: str, layer: nn.Linear | nn.Conv2d) -> None:
+    weight = dict(layer.named_parameters(recurse=False)).get("weight")
+    if weight is None or torch.nn.parameter.is_lazy(weight) or not weight.is_floating_point():
+        wanted = f"a model whose head {name!r} holds its weights as floats"
+        way_out = "Load a quantised head in full, run a batch through a lazy one, or remove the"
+        way_out += " parametrization (weight norm, pruning) first."
+        raise TypeError(must_be("model", wanted, type(layer).__name__, way_out))
+
+
+def _replaced(model: nn.Module, layers: Mapping[Any, nn.Module]) -> nn.Module:
+    """Put the new modules wherever the old ones are registered; return what is then the model."""
+    if model in layers:
+        return layers[model]
+    places = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if m in layers]
+    for name, old in places:
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, layers[old])
+    return model
+
+
+def _required_heads(model: nn.Module) -> dict[str, Cosine]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(must_be("model", "a torch.nn.Module", type(model).__name__))
+    heads = cosine_heads(model)
+    if not heads:
+        way_out = "Call use_cosine_head(model) before training."
+        raise ValueError(must_be("model", "one with a cosine head", type(model).__name__, way_out))
+    refuse_adapted(heads)
+    return heads
+
+
+def _logits_of_both(
+    model: nn.Module, layers: Mapping[Any, nn.Module], inputs: Iterable[Any]
+) -> tuple[Tensor, Tensor]:
+    """Run ``inputs`` through the cosine and the folded model; return both (N, C) logits."""
+    pairs = []
+    with _evaluating(model):
+        for batch in inputs:
+            cosine = _logits(model, batch)
+            hooks = [old.register_forward_hook(_answer_of(new)) for old, new in layers.items()]
+            try:
+                pairs.append((cosine, _logits(model, batch)))
+            finally:
+                for hook in hooks:
+                    hook.remove()
+    if not pairs:
+        raise ValueError(must_be("inputs", "at least one batch", inputs))
+    cosine, linear = (torch.cat(part).flatten(0, -2) for part in zip(*pairs, strict=True))
+    return cosine, linear
+
+
+def _answer_of(layer: nn.Module) -> Any:
+    return lambda module, args, output: layer(*args)
+
+
+def _logits(model: nn.Module, batch: Any) -> Tensor:
+    if isinstance(batch, Mapping):
+        output = model(**batch)
+    else:
+        output = model(batch if isinstance(batch, Tensor) else batch[0])
+    logits = output.get("logits") if isinstance(output, Mapping) else output
+    if not isinstance(logits, Tensor):
+        wanted = "batches on which the model gives a tensor or an output with `logits`"
+        raise TypeError(must_be("inputs", wanted, type(output).__name__))
+    return logits
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _closest_factor(cosine: Tensor, linear: Tensor) -> float:
+    """Return the f with the least mean KL(softmax(cosine) || softmax(f * linear)).
+
+    The divergence is convex in f; its slope is the difference of the mean logit under the two
+    distributions, whose zero is bracketed on a logarithmic scale.
+    """
+    linear = linear.float()
+    wanted = (cosine.float().softmax(-1) * linear).sum(-1)
+    low, high = 1 / _WIDEST_FACTOR, _WIDEST_FACTOR
+    while high / low > 1 + 1e-6:
+        middle = math.sqrt(low * high)
+        slope = ((middle * linear).softmax(-1) * linear).sum(-1) - wanted
+        low, high = (low, middle) if slope.mean() > 0 else (middle, high)
+    return math.sqrt(low * high)

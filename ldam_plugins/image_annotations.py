@@ -1,0 +1,135 @@
+"""Labels of image files as COCO-style JSON gives them, the form iNaturalist is published in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ldam_plugins._checks import quoted
+from ldam_plugins.image_files import check_files, read_text
+from ldam_plugins.image_sources import FileSource, ImageRows
+
+_KINDS: dict[str, tuple[type[Any], ...]] = {
+    "id": (int, str),
+    "image_id": (int, str),
+    "category_id": (int,),
+    "file_name": (str,),
+}
+
+
+def read_annotations(root: Path, train_json: Path, test_json: Path) -> tuple[ImageRows, ImageRows]:
+    """Read two files of ``images``, ``annotations`` (one an image) and optional ``categories``.
+
+    Classes are the ids of ``categories`` in ascending order; where the training file has no
+    such list, the ids it uses. Rows are in the order of ``images``.
+
+    Raises:
+        ValueError: not such a file; an id that is repeated, unknown or has no annotation; an
+            image that is missing or leaves ``root``. The message names file and entry.
+    """
+    train, test = _Annotations.load(train_json), _Annotations.load(test_json)
+    classes = train.categories()
+    if classes is None:
+        classes = {identity: str(identity) for identity in train.used_categories()}
+    other = test.categories()
+    if other is not None and other != classes:
+        odd = quoted(sorted(set(other) ^ set(classes))) or "the names differ"
+        raise ValueError(f"`categories` of {train_json} and {test_json} must be equal: {odd}")
+    return train.rows(root, classes), test.rows(root, classes)
+
+
+@dataclass(frozen=True)
+class _Annotations:
+    file: Path
+    content: dict[str, Any]
+
+    @classmethod
+    def load(cls, file: Path) -> _Annotations:
+        text = read_text(file)
+        try:
+            content = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}, line {error.lineno}: not JSON ({error.msg})") from error
+        except (ValueError, RecursionError) as error:  # endless digits, endless brackets
+            raise ValueError(f"{file}: not annotations ({error})") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{file}: must be a JSON object, got {type(content).__name__}")
+        return cls(file, content)
+
+    def categories(self) -> dict[int, str] | None:
+        """Give name by id, ids ascending; None where the file has no such list."""
+        if "categories" not in self.content:
+            return None
+        found: dict[int, str] = {}
+        for place, entry in self._entries("categories"):
+            identity = self._field(entry, "id", place, (int,))
+            if identity in found:
+                raise ValueError(f"{place}: id {identity} is repeated")
+            found[identity] = str(entry.get("name", identity))
+        return dict(sorted(found.items()))
+
+    def used_categories(self) -> list[int]:
+        """Give the category ids of the annotations in ascending order."""
+        entries = self._entries("annotations")
+        return sorted({self._field(entry, "category_id", place) for place, entry in entries})
+
+    def rows(self, root: Path, classes: dict[int, str]) -> ImageRows:
+        """Join images and annotations."""
+        names: list[str] = []
+        row_of: dict[int | str, int] = {}
+        for place, entry in self._entries("images"):
+            identity = self._field(entry, "id", place)
+            if row_of.setdefault(identity, len(names)) != len(names):
+                raise ValueError(f"{place}: id {identity!r} is repeated")
+            names.append(self._field(entry, "file_name", place))
+        labels = self._labels(row_of, classes)
+        check_files(root, names, lambda row: f"{self.file}, images[{row}]")
+        return ImageRows(FileSource(root, names), labels, tuple(classes.values()))
+
+    def _labels(self, row_of: dict[int | str, int], classes: dict[int, str]) -> np.ndarray:
+        label_of = {identity: label for label, identity in enumerate(classes)}
+        labels = np.full(len(row_of), -1, dtype=np.int64)
+        for place, entry in self._entries("annotations"):
+            image, category = (
+                self._field(entry, key, place) for key in ("image_id", "category_id")
+            )
+            if image not in row_of:
+                raise ValueError(f"{place}: no image has the id {image!r}")
+            if category not in label_of:
+                raise ValueError(f"{place}: there is no category {category}")
+            if labels[row_of[image]] >= 0:
+                raise ValueError(f"{place}: image {image!r} has an annotation already")
+            labels[row_of[image]] = label_of[category]
+        if (labels < 0).any():
+            row = int(np.flatnonzero(labels < 0)[0])
+            raise ValueError(f"{self.file}, images[{row}]: there is no annotation for it")
+        return labels
+
+    def _entries(self, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        entries = self.content.get(key)
+        if not isinstance(entries, list) or not entries:
+            found = quoted(self.content)
+            raise ValueError(f"{self.file}: must hold a list `{key}` with entries; it has {found}")
+        for row, entry in enumerate(entries):
+            place = f"{self.file}, {key}[{row}]"
+            if not isinstance(entry, dict):
+                raise ValueError(f"{place}: must be an object, got {entry!r:.200}")
+            yield place, entry
+
+    @staticmethod
+    def _field(
+        entry: dict[str, Any], key: str, place: str, kinds: tuple[type[Any], ...] | None = None
+    ) -> Any:
+        value = entry.get(key)
+        kinds = kinds or _KINDS[key]
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            wanted = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"{place}: `{key}` must be {wanted}, got {value!r:.200}")
+        if key == "category_id" and value < 0:
+            raise ValueError(f"{place}: `{key}` must be >= 0, got {value}")
+        return value

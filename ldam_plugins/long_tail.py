@@ -1,0 +1,103 @@
+"""Long-tail profiles, and which samples of a balanced set are kept under one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ldam_plugins._checks import check_choice, check_int, check_real, must_be
+from ldam_plugins.counts import check_label_range, label_array
+
+PROFILES = ("exp", "step", "none")
+
+
+def long_tail_counts(
+    n_max: int, num_classes: int, ratio: float = 100.0, profile: str = "exp"
+) -> np.ndarray:
+    """Samples to keep of each class, from head to tail, shape (C,) int64.
+
+    ``exp``: ``int(n_max * ratio ** -(c / (C - 1)))``. ``step``: the first ``C // 2`` classes
+    keep ``n_max``, the others ``int(n_max / ratio)``. ``none``: all keep ``n_max``.
+
+    Source: Cao et al., NeurIPS 2019, arXiv 1906.07413, section 4, and Cui et al., CVPR 2019.
+
+    Args:
+        n_max: Samples of the largest class.
+        num_classes: C.
+        ratio: Imbalance ratio n_max / n_min, at least 1.
+        profile: ``"exp"``, ``"step"`` or ``"none"``.
+
+    Raises:
+        ValueError: unknown profile, ``ratio`` below 1, or so large that a class keeps nothing.
+
+    Example:
+        >>> long_tail_counts(5000, 10, ratio=100)
+        array([5000, 2997, 1796, 1077,  645,  387,  232,  139,   83,   50])
+    """
+    check_int("n_max", n_max, low=1)
+    check_int("num_classes", num_classes, low=1)
+    check_choice("profile", profile, PROFILES)
+    ratio = check_real("ratio", ratio, low=1)
+    shares = [1.0] * num_classes
+    if profile == "exp" and num_classes > 1:
+        shares = [ratio ** -(c / (num_classes - 1)) for c in range(num_classes)]
+    elif profile == "step":
+        tail = num_classes - num_classes // 2
+        shares = [1.0] * (num_classes // 2) + [1 / ratio] * tail
+    kept = np.array([int(n_max * share) for share in shares], dtype=np.int64)
+    if kept.min() == 0:
+        way_out = f"Use a ratio of at most {n_max}."
+        wanted = f"small enough that every class keeps a sample of {n_max}"
+        raise ValueError(must_be("ratio", wanted, ratio, way_out))
+    return kept
+
+
+def long_tail_indices(
+    labels: Any,
+    ratio: float = 100.0,
+    profile: str = "exp",
+    seed: int = 0,
+    num_classes: int | None = None,
+) -> np.ndarray:
+    """Indices of the samples a long-tailed version of a set keeps, in class order.
+
+    Class c keeps ``long_tail_counts(n_max, C, ratio, profile)[c]`` samples with
+    ``n_max = N // C``: one shuffle a class, in class order, of that class's indices by NumPy's
+    legacy generator seeded with ``seed``, of which the first are kept. This is the choice the
+    paper's authors make, index for index. A set that was not balanced to begin with keeps what
+    its class has where that is less than the profile asks for.
+
+    Args:
+        labels: Class indices (N,) of the balanced set; see :meth:`ClassCounts.from_labels`.
+        ratio: Imbalance ratio, at least 1.
+        profile: ``"exp"``, ``"step"`` or ``"none"`` (keeps everything, in its own order).
+        seed: Seed of the generator, in 0..2**32 - 1.
+        num_classes: C. Default: the largest label + 1.
+
+    Raises:
+        ValueError: bad ratio, profile or label, or a class that would keep nothing.
+    """
+    array = label_array(labels)
+    check_choice("profile", profile, PROFILES)
+    check_int("seed", seed, low=0, high=2**32 - 1)
+    if len(array) == 0:
+        raise ValueError(must_be("labels", "at least one label", "none"))
+    classes = num_classes if num_classes is not None else int(array.max()) + 1
+    check_label_range(array, check_int("num_classes", classes, low=1))
+    if profile == "none":
+        check_real("ratio", ratio, low=1)
+        return np.arange(len(array))
+    available = np.bincount(array, minlength=classes)
+    wanted = long_tail_counts(max(len(array) // classes, 1), classes, ratio, profile)
+    kept = np.minimum(wanted, available)
+    if kept.min() == 0:
+        empty = int(np.argmin(available))
+        raise ValueError(f"no training sample in class {empty}: nothing of it can be kept")
+    generator = np.random.RandomState(seed)
+    chosen = []
+    for label, count in enumerate(kept):
+        members = np.flatnonzero(array == label)
+        generator.shuffle(members)
+        chosen.append(members[:count])
+    return np.concatenate(chosen)

@@ -1,0 +1,176 @@
+"""Plots of a run as PNG, drawn on their own figures: no pyplot, no settings left changed."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import matplotlib.style
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+from ldam_plugins.tables import GROUP_NAMES, ClassRow, printable
+
+NAMED_CLASSES = 100
+"""Up to so many classes each gets a bar and its name, beyond that a place on the axis."""
+
+_FONT = "DejaVu Sans"
+_WIDTH = 8.0
+_MEANS = 40
+_MARKED_EPOCHS = 40
+# Okabe and Ito's palette, which the colour-blind can tell apart; lighter on a dark page.
+_COLORS = {
+    False: {"many": "#0072b2", "medium": "#e69f00", "few": "#cc4e00", "line": "#0072b2"},
+    True: {"many": "#56b4e9", "medium": "#f0b93a", "few": "#ff8c4a", "line": "#56b4e9"},
+}
+_INK = {False: ("#ffffff", "#1f2328", "#d0d7de"), True: ("#161b22", "#e6edf3", "#3d444d")}
+
+
+def training_curve(history: Sequence[Mapping[str, Any]], *, dark: bool = False) -> bytes:
+    """Training loss and test error over the epochs, with the switches of the stage marked.
+
+    Args:
+        history: Rows as of :func:`~ldam_plugins.run_files.read_history`, at least one.
+        dark: For a dark page.
+
+    Returns:
+        PNG.
+    """
+    return _png(lambda: _draw_training(history, dark), dark)
+
+
+def class_profile(rows: Sequence[ClassRow], *, dark: bool = False) -> bytes:
+    """Accuracy and training samples (log axis) of each class, from head to tail.
+
+    Args:
+        rows: As of :func:`~ldam_plugins.tables.class_rows`.
+        dark: For a dark page.
+
+    Returns:
+        PNG.
+    """
+    draw = _draw_named if len(rows) <= NAMED_CLASSES else _draw_ranked
+    return _png(lambda: draw(rows, dark), dark)
+
+
+def _png(draw: Callable[[], Figure], dark: bool) -> bytes:
+    page, ink, faint = _INK[dark]
+    inked = ("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor")
+    outlined = ("axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
+    style = {
+        **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), page),
+        **dict.fromkeys(inked, ink),
+        **dict.fromkeys(outlined, faint),
+        **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
+        **{"font.family": _FONT, "font.size": 10.0, "axes.titlesize": 10.0},
+        **{"figure.constrained_layout.use": True, "axes.titlelocation": "left"},
+        **{"savefig.dpi": 150.0, "axes.axisbelow": True, "legend.frameon": False},
+    }
+    content = io.BytesIO()
+    with matplotlib.style.context(style, after_reset=True):
+        draw().savefig(content, format="png")
+    return content.getvalue()
+
+
+def _draw_training(history: Sequence[Mapping[str, Any]], dark: bool) -> Figure:
+    panels = {"train_loss": "Training loss", "test_error": "Test error, %"}
+    figure = Figure(figsize=(_WIDTH, 4.6))
+    axes = figure.subplots(len(panels), sharex=True)
+    line = {"markersize": 3.5, "color": _COLORS[dark]["line"]}
+    switches = [row for before, row in pairwise(history) if row["stage"] != before["stage"]]
+    for axis, (column, title) in zip(axes, panels.items(), strict=True):
+        measured = [row for row in history if row[column] is not None]
+        values = [row[column] for row in measured]
+        marker = "o" if len(values) <= _MARKED_EPOCHS else ""
+        axis.plot([row["epoch"] for row in measured], values, marker=marker, **line)
+        last = f"{values[-1]:.4g}" if values else "none"
+        axis.set_title(f"{title} (last value: {last})")
+        axis.grid(axis="y", linewidth=0.6)
+        for row in switches:
+            axis.axvline(row["epoch"] - 0.5, linestyle="--", linewidth=1, color=_INK[dark][1])
+    stages = ", ".join(f"{row['stage']} from epoch {row['epoch']}" for row in switches)
+    note = f"dashed: {stages}" if switches else f"all epochs: {history[0]['stage']}"
+    axes[0].set_title(note, loc="right", fontsize=9, parse_math=False)
+    axes[-1].set_xlabel("epoch, counted from 0")
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    return figure
+
+
+def _draw_named(rows: Sequence[ClassRow], dark: bool) -> Figure:
+    figure = Figure(figsize=(_WIDTH, 1.3 + 0.21 * len(rows)))
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    places = range(len(rows))
+    colors = [_COLORS[dark][row.group] for row in rows]
+    shares = [_percent_or_nan(row) for row in rows]
+    texts = ["no test sample" if np.isnan(share) else f"{share:.0f}" for share in shares]
+    bars = left.barh(places, np.nan_to_num(shares), color=colors)
+    left.bar_label(bars, texts, padding=3, fontsize=8)
+    left.set(xlim=(0, 112), xticks=range(0, 101, 25), title="Accuracy, %")
+    samples = [row.samples for row in rows]
+    bars = right.barh(places, samples, color=colors, log=True)
+    right.bar_label(bars, padding=3, fontsize=8)
+    right.set(xlim=(0.8, 4 * max(samples)), title="Training samples (log)")
+    left.set_yticks(places, [_label(row) for row in rows], parse_math=False, fontsize=8.5)
+    left.set_ylim(len(rows) - 0.4, -0.6)
+    for axis in (left, right):
+        axis.grid(axis="x", linewidth=0.6)
+        axis.tick_params(axis="y", length=0)
+    _legend(figure, rows, dark)
+    return figure
+
+
+def _draw_ranked(rows: Sequence[ClassRow], dark: bool) -> Figure:
+    figure = Figure(figsize=(_WIDTH, 5.4))
+    top, bottom = figure.subplots(2, sharex=True, height_ratios=(3, 2))
+    for group in GROUP_NAMES:
+        places = [place for place, row in enumerate(rows) if row.group == group]
+        if not places:
+            continue
+        color = _COLORS[dark][group]
+        accuracy = [_percent_or_nan(rows[place]) for place in places]
+        top.plot(places, accuracy, ".", color=color, markersize=3, alpha=0.35)
+        samples = [rows[place].samples for place in places]
+        bottom.fill_between(places, samples, 0.8, color=color, step="mid", linewidth=0.8)
+    top.plot(*_local_means(rows), color=_INK[dark][1], linewidth=1.6)
+    top.set(ylim=(-4, 104), title="Accuracy, %: each class (dots) and their local mean (line)")
+    bottom.set(yscale="log", title="Training samples (log)", xlim=(-0.5, len(rows) - 0.5))
+    bottom.set(xlabel=f"{len(rows)} classes, from the most to the fewest training samples")
+    for axis in (top, bottom):
+        axis.grid(axis="y", linewidth=0.6)
+    _legend(figure, rows, dark)
+    return figure
+
+
+def _percent_or_nan(row: ClassRow) -> float:
+    return np.nan if row.accuracy is None else 100 * row.accuracy
+
+
+def _local_means(rows: Sequence[ClassRow]) -> tuple[list[float], list[float]]:
+    """Centre and mean accuracy of stretches of neighbouring classes that have test samples."""
+    values = np.array([_percent_or_nan(row) for row in rows])
+    seen = np.flatnonzero(~np.isnan(values))
+    parts = [part for part in np.array_split(seen, _MEANS) if len(part)]
+    return [float(part.mean()) for part in parts], [float(values[part].mean()) for part in parts]
+
+
+def _legend(figure: Figure, rows: Sequence[ClassRow], dark: bool) -> None:
+    present = [group for group in GROUP_NAMES if any(row.group == group for row in rows)]
+    handles = [Patch(color=_COLORS[dark][group], label=GROUP_NAMES[group]) for group in present]
+    figure.legend(handles=handles, loc="outside upper right", ncols=len(handles), fontsize=9)
+
+
+def _label(row: ClassRow) -> str:
+    """The class name, or its index where the plot's font lacks a sign of it."""
+    name = printable(row.name, width=32)
+    return name if all(ord(sign) in _font_signs() for sign in name) else f"class {row.class_id}"
+
+
+@cache
+def _font_signs() -> frozenset[int]:
+    return frozenset(get_font(findfont(_FONT)).get_charmap())

@@ -1,0 +1,144 @@
+"""What a run leaves behind for people: ``report.html`` and its plots, from the run's own files."""
+
+from __future__ import annotations
+
+import base64
+import os
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+
+from ldam_plugins.counts import ClassCounts
+from ldam_plugins.run_files import (
+    HistoryWriter,
+    claim_output_dir,
+    device_name,
+    read_history,
+    read_metrics,
+    run_versions,
+    write_atomic,
+    write_metrics,
+)
+from ldam_plugins.tables import ClassRow, class_rows, per_class_table, percent, summary
+
+__all__ = [
+    "HistoryWriter",
+    "claim_output_dir",
+    "device_name",
+    "per_class_table",
+    "read_history",
+    "read_metrics",
+    "run_versions",
+    "write_metrics",
+    "write_report",
+]
+
+REPORT_FILE, CURVE_FILE, PROFILE_FILE = "report.html", "training_curve.png", "class_profile.png"
+_MAX_TABLE_ROWS = 1000
+
+
+class _Plot(NamedTuple):
+    """A plot as PNG, for light and for dark pages."""
+
+    file: str
+    title: str
+    light: bytes
+    dark: bytes
+
+
+def write_report(output_dir: str | os.PathLike[str]) -> Path:
+    """Write ``report.html`` with its plots inside, and the same plots as PNG.
+
+    A pure function of ``metrics.json`` and ``history.csv`` in ``output_dir``, so it can be run
+    again at any time. The page needs no network and no script, and follows the reader's light or
+    dark setting. Without an epoch in the history there is no training curve.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        FileNotFoundError: one of the two files is missing.
+        ValueError: a file does not hold what a run writes.
+    """
+    folder = Path(output_dir)
+    metrics, history = read_metrics(folder), read_history(folder)
+    counts = ClassCounts(metrics["class_counts"], metrics.get("class_names"))
+    rows = class_rows(metrics["test"], counts)
+    plots = _draw(history, rows)
+    for plot in plots:
+        write_atomic(folder / plot.file, plot.light)
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
+        files("ldam_plugins").joinpath("report.html.jinja").read_text(encoding="utf-8")
+    )
+    page = template.render(
+        title=_title(metrics["options"]),
+        subtitle=_subtitle(metrics["options"], counts),
+        summary=summary(metrics["test"], counts),
+        plots=plots,
+        rows=_shortened(rows),
+        left_out=len(rows) - _MAX_TABLE_ROWS,
+        percent=percent,
+        data_uri=_data_uri,
+        options=metrics["options"],
+        machine=_machine(metrics),
+    )
+    write_atomic(folder / REPORT_FILE, page.encode())
+    return folder / REPORT_FILE
+
+
+def _draw(history: Sequence[Mapping[str, Any]], rows: Sequence[ClassRow]) -> list[_Plot]:
+    from ldam_plugins import plots
+
+    drawn = []
+    if history:
+        curves = [plots.training_curve(history, dark=dark) for dark in (False, True)]
+        drawn.append(_Plot(CURVE_FILE, "Training curve", *curves))
+    profiles = [plots.class_profile(rows, dark=dark) for dark in (False, True)]
+    drawn.append(_Plot(PROFILE_FILE, "Accuracy and training samples per class", *profiles))
+    return drawn
+
+
+def _data_uri(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
+
+
+def _title(options: Mapping[str, Any]) -> str:
+    return f"{options.get('model', 'model')} on {options.get('dataset', 'data')}"
+
+
+def _subtitle(options: Mapping[str, Any], counts: ClassCounts) -> str:
+    """Loss, schedule, long tail and length of a run; an option that is not there is left out."""
+    given = {name: value for name, value in options.items() if value is not None}
+    start = f" from {given['start']}" if given.get("schedule") in ("drw", "drs") else ""
+    wordings = {
+        "loss": "loss {loss}",
+        "schedule": "schedule {schedule}" + start,
+        "epochs": "{epochs} epochs",
+        "seed": "seed {seed}",
+    }
+    parts = [text.format(**given) for name, text in wordings.items() if name in given]
+    tail = f"{counts.total} training samples in {len(counts)} classes"
+    return ", ".join([*parts, f"{tail}, imbalance {counts.imbalance_ratio:.4g}"])
+
+
+def _shortened(rows: list[ClassRow]) -> list[ClassRow | None]:
+    """The rows of the page's table, None standing for those left out."""
+    if len(rows) <= _MAX_TABLE_ROWS:
+        return [*rows]
+    half = _MAX_TABLE_ROWS // 2
+    return [*rows[:half], None, *rows[-half:]]
+
+
+def _machine(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """Device, speed and versions of a run."""
+    minutes, seconds = divmod(round(metrics["train_seconds"]), 60)
+    versions = {name: version or "not installed" for name, version in metrics["versions"].items()}
+    return {
+        "device": metrics["device"],
+        "training time": f"{minutes} min {seconds} s",
+        "training speed": f"{metrics['examples_per_second']:.4g} examples/s",
+        **versions,
+    }

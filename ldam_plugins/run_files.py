@@ -1,0 +1,297 @@
+"""The files of a run: its folder, options, history and metrics, written so that none is torn."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import platform
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldam_plugins._checks import check_int, must_be, quoted
+
+OPTIONS_FILE, HISTORY_FILE, METRICS_FILE = "options.json", "history.csv", "metrics.json"
+RUN_ENTRIES = (OPTIONS_FILE, HISTORY_FILE, METRICS_FILE, "checkpoints", "model", "report.html")
+"""What makes a folder one that holds a run."""
+
+HISTORY_COLUMNS = ("epoch", "lr", "stage", "train_loss", "test_error", "seconds")
+_MEASURED = ("device", "train_seconds", "examples_per_second", "test")
+METRICS_KEYS = ("options", "versions", "class_counts", *_MEASURED)
+MAY_CHANGE = ("output_dir", "resume", "report_to", "keep_checkpoints")
+"""Options that a resumed run may have otherwise than the run it goes on with."""
+
+_PACKAGES = ("ldam_plugins", "torch", "timm", "transformers", "accelerate", "datasets", "numpy")
+
+
+def claim_output_dir(
+    path: str | os.PathLike[str],
+    options: Mapping[str, Any],
+    *,
+    resume: bool,
+    may_change: Collection[str] = MAY_CHANGE,
+) -> Path:
+    """Make the folder of a run and write ``options.json`` into it, or find the run to resume.
+
+    Call it last before training, on one process: a folder is claimed once, and two runs that
+    start together cannot both have it.
+
+    Args:
+        path: The folder, ``--output_dir``. Files in it that are no run's are left alone.
+        options: Everything that makes the run, ready for JSON.
+        resume: Go on with the run in the folder instead of starting one.
+        may_change: Names of options that a resumed run may have otherwise.
+
+    Returns:
+        The folder. It stays the recipe's matter which checkpoint is loaded, if there is one.
+
+    Raises:
+        ValueError: the folder cannot be written; it holds a run and ``resume`` is False; it
+            holds none and ``resume`` is True; or the options of the two runs differ.
+    """
+    folder = Path(path)
+    text = to_json(dict(options), name="options")
+    if resume:
+        _check_same_options(folder, json.loads(text), may_change)
+        _check_writable(folder)
+        return folder
+    _check_writable(folder)
+    _check_no_run(folder)
+    try:
+        with (folder / OPTIONS_FILE).open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        _check_no_run(folder)
+    return folder
+
+
+def _check_no_run(folder: Path) -> None:
+    held = [name for name in RUN_ENTRIES if (folder / name).exists()]
+    if held:
+        way_out = f"It has {quoted(held)}: choose another --output_dir, or add --resume to go on."
+        raise ValueError(must_be("output_dir", "a folder that holds no run", str(folder), way_out))
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        way_out = f"Choose another --output_dir ({error.strerror})."
+        wanted = "a folder that can be written"
+        raise ValueError(must_be("output_dir", wanted, str(folder), way_out)) from error
+
+
+def _check_same_options(folder: Path, options: dict[str, Any], may_change: Collection[str]) -> None:
+    stored = _stored_options(folder)
+    names = [name for name in {**stored, **options} if name not in may_change]
+    absent = "(absent)"
+    differing = [
+        f"{name}: {stored.get(name, absent)!r} there, {options.get(name, absent)!r} now"
+        for name in names
+        if stored.get(name, absent) != options.get(name, absent)
+    ]
+    if differing:
+        way_out = "Give the same options, or choose another --output_dir without --resume."
+        wanted = f"those of the run in {str(folder)!r}"
+        raise ValueError(f"`options` must be {wanted}; {'; '.join(differing)}. {way_out}")
+
+
+def _stored_options(folder: Path) -> dict[str, Any]:
+    wanted = "a folder that holds a run to resume"
+    try:
+        return dict(json.loads((folder / OPTIONS_FILE).read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        way_out = f"It has no {OPTIONS_FILE}: leave out --resume to start a run there."
+        raise ValueError(must_be("output_dir", wanted, str(folder), way_out)) from error
+    except (OSError, ValueError, TypeError) as error:
+        way_out = f"Its {OPTIONS_FILE} cannot be read ({error}): choose another --output_dir."
+        raise ValueError(must_be("output_dir", wanted, str(folder), way_out)) from error
+
+
+class HistoryWriter:
+    """``history.csv``: one row an epoch, on disk as soon as it is appended.
+
+    Columns: ``epoch`` (0-based), ``lr``, ``stage``, ``train_loss``, ``test_error`` (%),
+    ``seconds``; an empty field where something was not measured. Append the row before the
+    checkpoint of that epoch is written, so that a resumed run finds every row it needs.
+
+    Args:
+        output_dir: Folder of the run.
+        start_epoch: First epoch still to be trained. Rows from there on, left by a run that
+            was stopped after its last checkpoint, are dropped.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> history = HistoryWriter(folder)
+        >>> history.append(
+        ...     epoch=0, lr=0.1, stage="uniform", train_loss=2.5, test_error=80.0, seconds=3.0
+        ... )
+        >>> read_history(folder)[0]["train_loss"]
+        2.5
+    """
+
+    def __init__(self, output_dir: str | os.PathLike[str], start_epoch: int = 0) -> None:
+        check_int("start_epoch", start_epoch, low=0)
+        self.path = Path(output_dir) / HISTORY_FILE
+        rows = read_history(output_dir) if start_epoch and self.path.exists() else []
+        kept = [row for row in rows if row["epoch"] < start_epoch]
+        self._last_epoch = kept[-1]["epoch"] if kept else -1
+        lines = [_csv_line(HISTORY_COLUMNS), *(_csv_line(row.values()) for row in kept)]
+        write_atomic(self.path, "".join(lines).encode())
+
+    def append(
+        self,
+        *,
+        epoch: int,
+        lr: float,
+        stage: str,
+        train_loss: float | None,
+        test_error: float | None,
+        seconds: float,
+    ) -> None:
+        """Add the row of an epoch.
+
+        Raises:
+            ValueError: ``epoch`` is not after the last one.
+        """
+        check_int("epoch", epoch, low=self._last_epoch + 1)
+        line = _csv_line((epoch, lr, stage, train_loss, test_error, seconds))
+        with self.path.open("a", encoding="utf-8", newline="") as file:
+            file.write(line)
+        self._last_epoch = epoch
+
+
+def read_history(output_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Rows of ``history.csv`` in order: ``epoch`` int, ``stage`` str, the rest float or None.
+
+    A last line without its end, of a run that was killed while writing it, is left out.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the columns are not those of a run.
+    """
+    path = Path(output_dir) / HISTORY_FILE
+    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+    reader = csv.DictReader(io.StringIO(whole))
+    if tuple(reader.fieldnames or ()) != HISTORY_COLUMNS:
+        wanted = f"the columns of a run ({', '.join(HISTORY_COLUMNS)})"
+        raise ValueError(must_be(str(path), wanted, reader.fieldnames))
+    return [{name: _parsed(name, value) for name, value in row.items()} for row in reader]
+
+
+def _parsed(column: str, value: str) -> Any:
+    if column == "stage":
+        return value
+    if column == "epoch":
+        return int(value)
+    return float(value) if value else None
+
+
+def _csv_line(values: Collection[Any]) -> str:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\n").writerow(values)
+    return line.getvalue()
+
+
+def write_metrics(output_dir: str | os.PathLike[str], metrics: Mapping[str, Any]) -> Path:
+    """Write ``metrics.json``, strict JSON, whole or not at all.
+
+    Args:
+        output_dir: Folder of the run.
+        metrics: ``options``, ``versions``, ``class_counts``, ``device``, ``train_seconds``,
+            ``examples_per_second``, ``test``, and any more (``class_names``, say).
+
+    Raises:
+        TypeError: a value that JSON cannot hold.
+        ValueError: a missing key, or a NaN or infinite number (named).
+    """
+    missing = [key for key in METRICS_KEYS if key not in metrics]
+    if missing:
+        raise ValueError(must_be("metrics", f"complete, with {quoted(missing)}", list(metrics)))
+    path = Path(output_dir) / METRICS_FILE
+    write_atomic(path, to_json(dict(metrics), name="metrics").encode())
+    return path
+
+
+def read_metrics(output_dir: str | os.PathLike[str]) -> dict[str, Any]:
+    """``metrics.json`` of a run.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    text = (Path(output_dir) / METRICS_FILE).read_text(encoding="utf-8")
+    return dict(json.loads(text))
+
+
+def to_json(value: Any, *, name: str) -> str:
+    """Strict, indented JSON of ``value``; paths as text, arrays and tensors as lists.
+
+    Raises:
+        TypeError: a value that JSON cannot hold.
+        ValueError: a NaN or infinite number; the message says under which key.
+    """
+    plain = json.loads(json.dumps(value, default=_plain))
+    for key, number in _numbers(plain, name):
+        if not math.isfinite(number):
+            raise ValueError(must_be(key, "a finite number, which JSON can hold", number))
+    return json.dumps(plain, indent=2, ensure_ascii=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(must_be("value", "a number, text, list or mapping", value))
+
+
+def _numbers(value: Any, key: str) -> Iterator[tuple[str, float]]:
+    if isinstance(value, float):
+        yield key, value
+    elif isinstance(value, (dict, list)):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for name, item in items:
+            yield from _numbers(item, f"{key}[{name!r}]")
+
+
+def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file beside and rename it, so that readers find the old one or the whole new one."""
+    target = Path(path)
+    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        beside.write_bytes(content)
+        os.replace(beside, target)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def run_versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages behind a run; None for one that is not installed."""
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def device_name(device: torch.device | str) -> str:
+    """What a run was trained on, for people: the GPU's name, or the kind of CPU and threads."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    kind = torch.backends.cpu.get_cpu_capability()
+    return f"cpu ({platform.machine()}, {kind}, {torch.get_num_threads()} threads)"

@@ -1,0 +1,107 @@
+"""Options that both recipes share, and how a command line or a preset becomes them."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from transformers import HfArgumentParser
+
+from ldam_plugins import ClassCounts, DeferredSchedule, create_loss, list_losses
+from ldam_plugins._checks import check_choice, must_be
+from ldam_plugins.long_tail import PROFILES
+from ldam_plugins.losses import ClassificationLoss
+from ldam_plugins.schedules import KINDS, UNITS
+
+PRESETS = Path(__file__).parent / "presets"
+LOSS_OPTIONS = ("max_margin", "scale", "gamma", "tau")
+
+Options = TypeVar("Options", bound="CoreOptions")
+
+
+def option(default: Any, description: str, **argparse: Any) -> Any:
+    """A field of an options dataclass with its help text."""
+    return field(default=default, metadata={"help": description, **argparse})
+
+
+@dataclass
+class CoreOptions:
+    """What is trained on which long tail with which loss and schedule."""
+
+    dataset: str = option("", "hub id, local folder, or embedded set")
+    model: str = option("", "name of the model")
+    profile: str = option("exp", "long-tail profile", choices=PROFILES)
+    ratio: float = option(100.0, "imbalance ratio n_max / n_min of the kept training samples")
+    subset_seed: int = option(0, "seed of the choice of the kept training samples")
+    loss: str = option("ldam", f"one of {', '.join(list_losses())}")
+    max_margin: float | None = option(None, "margin of the rarest class, in cosines [0.5]")
+    scale: float | None = option(None, "scale of the cosine head and the margin [30]")
+    gamma: float | None = option(None, "exponent of focal [2] and vector_scaling [0.15]")
+    tau: float | None = option(None, "strength of logit_adjusted and vector_scaling [1]")
+    schedule: str = option("drw", "what is re-weighted or re-sampled when", choices=KINDS)
+    start: str = option("0.8", "start of drw/drs: 0.8 is a share of training, 160 an epoch")
+    start_unit: str = option("auto", "unit of --start", choices=UNITS)
+    beta: float = option(0.9999, "of the class-balanced weights; towards 1: inverse frequency")
+    epochs: int = option(0, "epochs of training")
+    batch_size: int = option(0, "samples a process and micro-batch")
+    accumulation: int = option(1, "micro-batches an update")
+    lr: float = option(0.0, "learning rate")
+    seed: int = option(0, "seed of the training")
+    mixed_precision: str = option(
+        "auto", "auto: bf16 where the hardware has it", choices=("auto", "no", "bf16", "fp16")
+    )
+    output_dir: str = option("", "folder of the run")
+    resume: bool = option(False, "go on with the run in --output_dir")
+    report_to: str = option(
+        "none", "experiment tracker", choices=("none", "tensorboard", "wandb", "trackio")
+    )
+    num_processes: int | None = option(None, "stop unless this many processes run")
+
+    def make_schedule(self) -> DeferredSchedule:
+        """The schedule the options describe."""
+        start = int(self.start) if str(self.start).isdigit() else float(self.start)
+        return DeferredSchedule(self.schedule, start=start, unit=self.start_unit, beta=self.beta)
+
+    def make_loss(self, class_counts: ClassCounts) -> ClassificationLoss:
+        """The loss the options describe; an option it does not have is an error."""
+        given = {name: getattr(self, name) for name in LOSS_OPTIONS}
+        return create_loss(
+            self.loss, class_counts, **{k: v for k, v in given.items() if v is not None}
+        )
+
+
+def parse_options(kind: type[Options], arguments: list[str] | None = None) -> Options:
+    """Options from flags, or from one preset followed by flags that override it.
+
+    The preset is the name of a file in ``recipes/presets`` or the path of a YAML or JSON file. Its
+    entries go the way of the flags, so they meet the same checks.
+
+    Raises:
+        ValueError: unknown preset, unknown option in it, or unknown flag.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments and not arguments[0].startswith("-"):
+        arguments = [*_preset_arguments(kind, arguments[0]), *arguments[1:]]
+    (options,) = HfArgumentParser(kind, allow_abbrev=False).parse_args_into_dataclasses(arguments)
+    return options
+
+
+def _preset_arguments(kind: type[CoreOptions], name: str) -> list[str]:
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml", ".json"):
+        known = sorted(file.stem for file in PRESETS.glob("*.yaml"))
+        path = PRESETS / f"{check_choice('preset', name, known)}.yaml"
+    if not path.is_file():
+        raise ValueError(must_be("preset", "a file that exists", name))
+    entries = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+    if not isinstance(entries, dict):
+        raise ValueError(must_be("preset", "a file of `option: value` lines", name))
+    arguments = []
+    for key, value in entries.items():
+        check_choice(f"option in {path.name}", key, list(kind.__dataclass_fields__))
+        values = value if isinstance(value, list) else [value]
+        arguments += [f"--{key}", *map(str, values)]
+    return arguments

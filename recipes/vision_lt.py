@@ -1,0 +1,415 @@
+"""Train a timm model on long-tailed images with LDAM-DRW, or any loss and schedule beside it.
+
+    accelerate launch recipes/vision_lt.py                         # digits, under two minutes
+    accelerate launch recipes/vision_lt.py cifar10_lt              # the paper's run
+    accelerate launch recipes/vision_lt.py cifar10_lt --loss ce --schedule none
+
+The defaults train a CIFAR ResNet-20 on a long tail of scikit-learn's digits. A preset of
+``recipes/presets`` (or a YAML or JSON file) may come first, flags after it override it; presets
+hold the paper's settings and say where they come from. Everything a run leaves is in
+``--output_dir``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from options import CoreOptions, option, parse_options
+from timm.data import Mixup, create_transform, resolve_data_config
+from timm.data.mixup import mixup_target
+from timm.models import save_for_hf
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import trange
+
+from ldam_plugins import ClassCounts, fold_cosine_head, register, use_cosine_head
+from ldam_plugins._checks import check_choice
+from ldam_plugins.batches import InMemoryImages, RandomCropFlip, normalize
+from ldam_plugins.data import LabelledImages, load_images
+from ldam_plugins.heads import cosine_heads
+from ldam_plugins.long_tail import long_tail_indices
+from ldam_plugins.losses import ClassificationLoss
+from ldam_plugins.metrics import MetricAccumulator
+from ldam_plugins.reports import per_class_table, write_report
+from ldam_plugins.run_files import (
+    HistoryWriter,
+    claim_output_dir,
+    device_name,
+    read_history,
+    run_versions,
+    write_metrics,
+)
+from ldam_plugins.runtime import (
+    check_processes,
+    choose_precision,
+    newest_checkpoint,
+    write_checkpoint,
+)
+from ldam_plugins.samplers import DeferredSampler
+from ldam_plugins.schedules import Progress
+
+
+@dataclass
+class VisionOptions(CoreOptions):
+    """Options of the recipe; the defaults are the experiment on digits."""
+
+    dataset: str = option("digits", "hub id, local folder, or `digits`")
+    model: str = option("cifar_resnet20", "name of a timm model")
+    epochs: int = option(30, "epochs of training")
+    batch_size: int = option(64, "images a process and micro-batch")
+    lr: float = option(0.1, "learning rate")
+    output_dir: str = option("runs/vision_lt", "folder of the run")
+    image_column: str | None = option(None, "image column of a hub dataset [by its type]")
+    label_column: str | None = option(None, "label column of a hub dataset [by its type]")
+    test_split: str | None = option(None, "split or folder to test on [test, else validation]")
+    train_list: str | None = option(None, "list or JSON file of the training images")
+    test_list: str | None = option(None, "list or JSON file of the test images")
+    skip_corrupt: bool = option(False, "leave out images that cannot be decoded, and count them")
+    image_size: int | None = option(None, "side of the images the model gets [the model's own]")
+    in_memory: int = option(64, "largest side of images that are held in memory decoded")
+    padding: int = option(4, "border of the random crop of images held in memory")
+    hflip: float = option(0.5, "probability of a horizontal flip")
+    workers: int = option(4, "loader processes for images not held in memory")
+    pretrained: bool = option(False, "begin from timm's pretrained weights")
+    head: str = option("auto", "cosine, or auto: where the loss needs it")
+    opt: str = option("sgd", "optimizer of timm")
+    momentum: float = option(0.9, "momentum of the optimizer")
+    weight_decay: float = option(2e-4, "weight decay of all parameters")
+    sched: str = option("multistep", "learning rate scheduler of timm")
+    warmup_epochs: int = option(0, "epochs of linear warm-up")
+    warmup_lr: float = option(1e-5, "learning rate the warm-up begins with")
+    decay_milestones: list[int] = field(default_factory=lambda: [24, 27])
+    decay_rate: float = option(0.01, "factor of each decay")
+    min_lr: float = option(0.0, "least learning rate of the cosine scheduler")
+    mixup: float = option(0.0, "alpha of Mixup")
+    cutmix: float = option(0.0, "alpha of CutMix")
+    smoothing: float = option(0.0, "label smoothing")
+    ema_decay: float = option(0.0, "decay of the weight average that is evaluated; 0: none")
+    clip_grad: float | None = option(None, "largest gradient norm")
+    compile: bool = option(False, "compile the model")
+    eval_every: int = option(1, "epochs between evaluations; the last is always evaluated")
+    keep_checkpoints: int = option(1, "newest checkpoints that are kept")
+
+
+def main(options: VisionOptions) -> dict[str, Any]:
+    """Train and evaluate once; returns what ``metrics.json`` holds."""
+    register()
+    accelerator = make_accelerator(options)
+    set_seed(options.seed)
+    train, test, counts = load_data(options, show=accelerator.is_main_process)
+    criterion = options.make_loss(counts).to(accelerator.device)
+    model = make_model(options, criterion)
+    to_input = make_input(options, model)
+    train_set, test_set = make_datasets(options, model, train, test)
+    if accelerator.is_main_process:
+        claim_output_dir(options.output_dir, asdict(options), resume=options.resume)
+    accelerator.wait_for_everyone()
+    accelerator.init_trackers("vision_lt", config=asdict(options))
+    model, result = fit(accelerator, options, model, criterion, to_input, train_set, test_set)
+    metrics = {
+        "options": asdict(options),
+        "versions": run_versions(),
+        "class_counts": counts.counts,
+        "class_names": counts.class_names,
+        "device": device_name(accelerator.device),
+        "processes": accelerator.num_processes,
+        "test": result,
+    }
+    if accelerator.is_main_process:
+        leave(options, model, metrics)
+        print(per_class_table(result, counts))
+    accelerator.end_training()
+    return metrics
+
+
+def leave(options: VisionOptions, model: nn.Module, metrics: dict[str, Any]) -> None:
+    """Write the metrics, the report and the model that timm loads without this package's head."""
+    seconds = sum(row["seconds"] for row in read_history(options.output_dir))
+    metrics["train_seconds"] = seconds
+    metrics["examples_per_second"] = sum(metrics["class_counts"]) * options.epochs / seconds
+    write_metrics(options.output_dir, metrics)
+    write_report(options.output_dir)
+    if cosine_heads(model):
+        fold_cosine_head(model)
+    model.to(memory_format=torch.contiguous_format)
+    save_for_hf(model, str(Path(options.output_dir, "model")), safe_serialization=True)
+
+
+def make_accelerator(options: VisionOptions) -> Accelerator:
+    """Accelerate on whatever was launched, after a check that it is what was asked for."""
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=choose_precision(options.mixed_precision),
+        log_with=None if options.report_to == "none" else options.report_to,
+        project_dir=options.output_dir,
+    )
+    check_processes(accelerator.num_processes, options.num_processes)
+    return accelerator
+
+
+def load_data(
+    options: VisionOptions, show: bool
+) -> tuple[LabelledImages, LabelledImages, ClassCounts]:
+    """The long-tailed training images, the test images, and the training images per class."""
+    train, test = load_images(
+        options.dataset,
+        image_column=options.image_column,
+        label_column=options.label_column,
+        test_split=options.test_split,
+        train_list=options.train_list,
+        test_list=options.test_list,
+    )
+    if options.skip_corrupt:
+        train, test = (part.without(part.find_corrupt(progress=show)) for part in (train, test))
+    classes = len(train.class_names)
+    keep = long_tail_indices(
+        train.labels, options.ratio, options.profile, options.subset_seed, classes
+    )
+    train = train.subset(keep)
+    return train, test, ClassCounts.from_labels(train.labels, class_names=train.class_names)
+
+
+def make_model(options: VisionOptions, criterion: ClassificationLoss) -> nn.Module:
+    """The timm model with a head for the classes, a cosine one where the loss needs it."""
+    check_choice("model", options.model, timm.list_models())
+    classes = len(criterion.class_counts)
+    model = timm.create_model(options.model, pretrained=options.pretrained, num_classes=classes)
+    if criterion.needs_cosine_head or options.head == "cosine":
+        use_cosine_head(model, options.scale or 30.0)
+    return model.to(memory_format=torch.channels_last)
+
+
+def image_config(options: VisionOptions, model: nn.Module) -> dict[str, Any]:
+    """Size, mean, std and interpolation of the model's images, as timm resolves them."""
+    given = {} if options.image_size is None else {"img_size": options.image_size}
+    config = resolve_data_config(given, model=model)
+    return {key: config[key] for key in ("input_size", "mean", "std", "interpolation")}
+
+
+def make_datasets(
+    options: VisionOptions, model: nn.Module, train: LabelledImages, test: LabelledImages
+) -> tuple[Dataset, Dataset]:
+    """Small images decoded in memory, larger ones behind timm's transforms."""
+    config = image_config(options, model)
+    size = config["input_size"][-1]
+    if size <= options.in_memory:
+        return InMemoryImages.from_images(train, size), InMemoryImages.from_images(test, size)
+    train.transform = create_transform(is_training=True, hflip=options.hflip, **config)
+    test.transform = create_transform(**config)
+    return train, test
+
+
+def make_input(options: VisionOptions, model: nn.Module) -> Callable[..., Tensor]:
+    """What turns a batch of a loader into the model's input, augmented if given a generator."""
+    config = image_config(options, model)
+    augment = RandomCropFlip(options.padding, options.hflip)
+
+    def to_input(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        if images.dtype == torch.uint8:  # from memory; else timm's transforms did it all
+            images = images if generator is None else augment(images, generator)
+            images = normalize(images, config["mean"], config["std"])
+        return images.contiguous(memory_format=torch.channels_last)
+
+    return to_input
+
+
+def make_loader(options: VisionOptions, images: Dataset, **order: Any) -> DataLoader:
+    """A loader of whole batches from memory, or of single images by workers."""
+    if isinstance(images, InMemoryImages):
+        return DataLoader(images, collate_fn=InMemoryImages.collate, **order)
+    return DataLoader(images, num_workers=options.workers, pin_memory=True, **order)
+
+
+def make_optimizer(options: VisionOptions, model: nn.Module) -> tuple[Any, Any]:
+    """Timm's optimizer and its learning rate scheduler."""
+    optimizer = create_optimizer_v2(
+        model,
+        opt=options.opt,
+        lr=options.lr,
+        weight_decay=options.weight_decay,
+        momentum=options.momentum,
+        filter_bias_and_bn=False,
+    )
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        options.sched,
+        num_epochs=options.epochs,
+        # timm's multistep decays one epoch before the milestone it is given.
+        decay_milestones=[epoch + 1 for epoch in options.decay_milestones],
+        decay_rate=options.decay_rate,
+        warmup_epochs=options.warmup_epochs,
+        warmup_lr=options.warmup_lr,
+        min_lr=options.min_lr,
+    )
+    return optimizer, scheduler
+
+
+def make_target(options: VisionOptions, classes: int) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Mixup, CutMix and label smoothing by timm: (images, labels) -> (images, targets)."""
+    if options.mixup or options.cutmix:
+        return Mixup(
+            options.mixup, options.cutmix, label_smoothing=options.smoothing, num_classes=classes
+        )
+    if options.smoothing:
+        return lambda x, y: (x, mixup_target(y, classes, smoothing=options.smoothing))
+    return lambda x, y: (x, y)
+
+
+def fit(
+    accelerator: Accelerator,
+    options: VisionOptions,
+    model: nn.Module,
+    criterion: ClassificationLoss,
+    to_input: Callable[..., Tensor],
+    train_set: Any,
+    test_set: Any,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Train to the last epoch, from the newest checkpoint if there is one.
+
+    Returns:
+        The model of the last epoch (its moving average if there is one) and its test metrics.
+    """
+    schedule, classes = options.make_schedule(), len(criterion.class_counts)
+    sampler = DeferredSampler(
+        train_set.labels, schedule, epochs=options.epochs, num_classes=classes, seed=options.seed
+    )
+    loader = make_loader(
+        options,
+        train_set,
+        sampler=sampler,
+        batch_size=options.batch_size,
+        drop_last=bool(options.mixup or options.cutmix),  # timm mixes even batches only
+    )
+    test_loader = make_loader(options, test_set, batch_size=4 * options.batch_size)
+    optimizer, lr_scheduler = make_optimizer(options, model)
+    ema = (
+        ModelEmaV3(model.to(accelerator.device), decay=options.ema_decay)
+        if options.ema_decay
+        else None
+    )
+    if ema is not None:
+        accelerator.register_for_checkpointing(ema)
+    net = torch.compile(model, dynamic=False) if options.compile else model
+    net, optimizer, loader, test_loader = accelerator.prepare(net, optimizer, loader, test_loader)
+    checkpoint, first_epoch = newest_checkpoint(options.output_dir)
+    if checkpoint is not None:
+        accelerator.load_state(str(checkpoint))
+    if accelerator.is_main_process:
+        history = HistoryWriter(options.output_dir, start_epoch=first_epoch)
+    steps = math.ceil(len(loader) / options.accumulation)
+    mix = make_target(options, classes)
+    epochs = trange(
+        first_epoch, options.epochs, unit="epoch", disable=not accelerator.is_main_process
+    )
+    for epoch in epochs:
+        began = time.perf_counter()
+        # All that is random in an epoch follows from this, so a resumed run repeats it.
+        set_seed(options.seed * 10_007 + epoch, device_specific=True)
+        generator = torch.Generator().manual_seed(torch.initial_seed())
+        lr_scheduler.step(epoch)
+        loader.set_epoch(epoch)
+        sampler.set_epoch(epoch)
+        net.train()
+        total = torch.zeros((), device=accelerator.device)
+        for step, batches in enumerate(grouped(loader, options.accumulation), epoch * steps):
+            progress = Progress(step, options.epochs * steps, steps)
+            criterion.weight.copy_(schedule.class_weights(criterion.class_counts, progress))
+            batches = [mix(to_input(images, generator), labels) for images, labels in batches]
+            total += update(accelerator, net, criterion, optimizer, batches, options.clip_grad)
+            if ema is not None:
+                ema.update(model)
+        row = {
+            "epoch": epoch,
+            "lr": optimizer.param_groups[0]["lr"],
+            "stage": schedule.stage(progress),
+            "train_loss": total.item() / steps,
+            "test_error": None,
+            "seconds": time.perf_counter() - began,
+        }
+        last = epoch + 1 == options.epochs
+        if last or (epoch + 1) % options.eval_every == 0:
+            evaluated = net if ema is None else ema.module
+            result = evaluate(accelerator, evaluated, criterion, to_input, test_loader)
+            row["test_error"] = result["top1_error"]
+        epochs.set_postfix(
+            {k: v for k, v in row.items() if k in ("stage", "train_loss", "test_error")}
+        )
+        accelerator.log({k: v for k, v in row.items() if isinstance(v, float)}, step=epoch)
+        if accelerator.is_main_process:
+            history.append(**row)
+        write_checkpoint(
+            options.output_dir, epoch + 1, accelerator.save_state, options.keep_checkpoints
+        )
+    return (model if ema is None else ema.module), result
+
+
+def grouped(loader: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """The micro-batches of one update after another."""
+    batches = iter(loader)
+    while group := list(islice(batches, size)):
+        yield group
+
+
+def update(
+    accelerator: Accelerator,
+    net: nn.Module,
+    criterion: ClassificationLoss,
+    optimizer: torch.optim.Optimizer,
+    batches: list[tuple[Tensor, Tensor]],
+    clip_grad: float | None,
+) -> Tensor:
+    """One update from micro-batches of all processes; returns its loss.
+
+    Every part is divided by the denominator of the whole, so the update does not depend on how
+    the batch was cut: it is the mean over the whole batch that one process would compute.
+    """
+    whole = accelerator.reduce(sum(criterion.denominator(y) for _, y in batches), "sum")
+    loss = torch.zeros((), device=accelerator.device)
+    for index, (images, target) in enumerate(batches):
+        last = index + 1 == len(batches)
+        with contextlib.nullcontext() if last else accelerator.no_sync(net):
+            # DDP averages the gradients over the processes; they are to be summed.
+            part = criterion(net(images), target, whole / accelerator.num_processes)
+            accelerator.backward(part)
+        loss += part.detach()
+    if clip_grad is not None:
+        accelerator.clip_grad_norm_(net.parameters(), clip_grad)
+    optimizer.step()
+    optimizer.zero_grad()
+    return accelerator.reduce(loss, "mean")
+
+
+@torch.inference_mode()
+def evaluate(
+    accelerator: Accelerator,
+    net: nn.Module,
+    criterion: ClassificationLoss,
+    to_input: Callable[..., Tensor],
+    loader: Iterable[tuple[Tensor, Tensor]],
+) -> dict[str, Any]:
+    """Metrics of the whole test set, by plain cross-entropy and accuracy."""
+    net.eval()
+    metrics = MetricAccumulator(criterion.class_counts)
+    for images, labels in loader:
+        with accelerator.autocast():
+            logits = net(to_input(images))
+        metrics.update(*accelerator.gather_for_metrics((logits.float(), labels)))
+    return metrics.compute()
+
+
+if __name__ == "__main__":
+    main(parse_options(VisionOptions))
