@@ -88,7 +88,7 @@ def check_choice(name: str, value: _Value, choices: Collection[_Value]) -> _Valu
     """
     if value in choices:
         return value
-    listed = quoted(choices)
+    listed = quoted(choices) if len(choices) <= _MAX_NAMED else f"{len(choices)} known names"
     near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], cutoff=0.5)
     way_out = f"Did you mean {quoted(near)}?" if near else ""
     raise ValueError(must_be(name, f"one of {listed}", value, way_out))

@@ -38,6 +38,7 @@ class ClassificationLoss(nn.Module):
     weight: Tensor
     needs_cosine_head = False
     """Whether the loss is meant for logits ``scale * cos(theta)``: its margins are in cosines."""
+    scale: float
 
     def __init__(
         self,

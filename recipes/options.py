@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,7 +14,8 @@ from transformers import HfArgumentParser
 from ldam_plugins import ClassCounts, DeferredSchedule, create_loss, list_losses
 from ldam_plugins._checks import check_choice, must_be
 from ldam_plugins.long_tail import PROFILES
-from ldam_plugins.losses import ClassificationLoss
+from ldam_plugins.losses import ClassificationLoss, loss_options
+from ldam_plugins.runtime import PRECISIONS
 from ldam_plugins.schedules import KINDS, UNITS
 
 PRESETS = Path(__file__).parent / "presets"
@@ -24,7 +26,10 @@ Options = TypeVar("Options", bound="CoreOptions")
 
 def option(default: Any, description: str, **argparse: Any) -> Any:
     """A field of an options dataclass with its help text."""
-    return field(default=default, metadata={"help": description, **argparse})
+    metadata = {"help": description, **argparse}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -51,7 +56,7 @@ class CoreOptions:
     lr: float = option(0.0, "learning rate")
     seed: int = option(0, "seed of the training")
     mixed_precision: str = option(
-        "auto", "auto: bf16 where the hardware has it", choices=("auto", "no", "bf16", "fp16")
+        "auto", "auto: bf16 where the hardware has it", choices=PRECISIONS
     )
     output_dir: str = option("", "folder of the run")
     resume: bool = option(False, "go on with the run in --output_dir")
@@ -62,7 +67,10 @@ class CoreOptions:
 
     def make_schedule(self) -> DeferredSchedule:
         """The schedule the options describe."""
-        start = int(self.start) if str(self.start).isdigit() else float(self.start)
+        if not re.fullmatch(r"\d+|\d*\.\d+|\d+\.\d*", self.start):
+            wanted = "a share such as 0.8 or an epoch such as 160"
+            raise ValueError(must_be("start", wanted, self.start))
+        start = int(self.start) if self.start.isdigit() else float(self.start)
         return DeferredSchedule(self.schedule, start=start, unit=self.start_unit, beta=self.beta)
 
     def make_loss(self, class_counts: ClassCounts) -> ClassificationLoss:
@@ -73,23 +81,34 @@ class CoreOptions:
         )
 
 
-def parse_options(kind: type[Options], arguments: list[str] | None = None) -> Options:
+def parse_options(
+    kind: type[Options], arguments: list[str] | None = None, *, default: str
+) -> Options:
     """Options from flags, or from one preset followed by flags that override it.
 
     The preset is the name of a file in ``recipes/presets`` or the path of a YAML or JSON file. Its
-    entries go the way of the flags, so they meet the same checks.
+    entries go the way of the flags, so they meet the same checks. ``default`` is the preset where
+    neither a preset nor ``--dataset`` is given.
 
     Raises:
         ValueError: unknown preset, unknown option in it, or unknown flag.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    preset: dict[str, Any] = {}
     if arguments and not arguments[0].startswith("-"):
-        arguments = [*_preset_arguments(kind, arguments[0]), *arguments[1:]]
+        preset = _read_preset(kind, arguments.pop(0))
+    elif not any(argument.split("=")[0] == "--dataset" for argument in arguments):
+        preset = _read_preset(kind, default)
+    arguments = [*_as_flags(preset), *arguments]
     (options,) = HfArgumentParser(kind, allow_abbrev=False).parse_args_into_dataclasses(arguments)
+    for name in set(LOSS_OPTIONS) & set(preset) - set(loss_options(options.loss)):
+        # A preset's setting of its own loss says nothing to another loss chosen over it.
+        if getattr(options, name) == preset[name]:
+            setattr(options, name, None)
     return options
 
 
-def _preset_arguments(kind: type[CoreOptions], name: str) -> list[str]:
+def _read_preset(kind: type[CoreOptions], name: str) -> dict[str, Any]:
     path = Path(name)
     if path.suffix not in (".yaml", ".yml", ".json"):
         known = sorted(file.stem for file in PRESETS.glob("*.yaml"))
@@ -99,9 +118,14 @@ def _preset_arguments(kind: type[CoreOptions], name: str) -> list[str]:
     entries = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
     if not isinstance(entries, dict):
         raise ValueError(must_be("preset", "a file of `option: value` lines", name))
-    arguments = []
+    for key in entries:
+        check_choice(f"option in {path.name}", key, [field.name for field in fields(kind)])
+    return entries
+
+
+def _as_flags(entries: dict[str, Any]) -> list[str]:
+    flags = []
     for key, value in entries.items():
-        check_choice(f"option in {path.name}", key, list(kind.__dataclass_fields__))
-        values = value if isinstance(value, list) else [value]
-        arguments += [f"--{key}", *map(str, values)]
-    return arguments
+        if value is not None:
+            flags += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
+    return flags

@@ -4,10 +4,10 @@
     accelerate launch recipes/vision_lt.py cifar10_lt              # the paper's run
     accelerate launch recipes/vision_lt.py cifar10_lt --loss ce --schedule none
 
-The defaults train a CIFAR ResNet-20 on a long tail of scikit-learn's digits. A preset of
-``recipes/presets`` (or a YAML or JSON file) may come first, flags after it override it; presets
-hold the paper's settings and say where they come from. Everything a run leaves is in
-``--output_dir``.
+A preset of ``recipes/presets`` (or a YAML or JSON file) may come first, flags after it override it.
+Presets hold the paper's settings and say where they come from. Without one the preset is
+``digits_lt``, a CIFAR ResNet-20 on a long tail of scikit-learn's digits, unless ``--dataset`` says
+otherwise. Everything a run leaves is in ``--output_dir``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -60,17 +60,17 @@ from ldam_plugins.runtime import (
     write_checkpoint,
 )
 from ldam_plugins.samplers import DeferredSampler
-from ldam_plugins.schedules import Progress
+from ldam_plugins.schedules import DeferredSchedule, Progress
 
 
 @dataclass
 class VisionOptions(CoreOptions):
-    """Options of the recipe; the defaults are the experiment on digits."""
+    """Options of the recipe; presets set those that make an experiment."""
 
-    dataset: str = option("digits", "hub id, local folder, or `digits`")
-    model: str = option("cifar_resnet20", "name of a timm model")
-    epochs: int = option(30, "epochs of training")
-    batch_size: int = option(64, "images a process and micro-batch")
+    dataset: str = option("digits", "hub id, local folder, or digits")
+    model: str = option("cifar_resnet32", "name of a timm model")
+    epochs: int = option(200, "epochs of training")
+    batch_size: int = option(128, "images a process and micro-batch")
     lr: float = option(0.1, "learning rate")
     output_dir: str = option("runs/vision_lt", "folder of the run")
     image_column: str | None = option(None, "image column of a hub dataset [by its type]")
@@ -89,10 +89,10 @@ class VisionOptions(CoreOptions):
     opt: str = option("sgd", "optimizer of timm")
     momentum: float = option(0.9, "momentum of the optimizer")
     weight_decay: float = option(2e-4, "weight decay of all parameters")
-    sched: str = option("multistep", "learning rate scheduler of timm")
+    sched: str = option("cosine", "learning rate scheduler of timm")
     warmup_epochs: int = option(0, "epochs of linear warm-up")
     warmup_lr: float = option(1e-5, "learning rate the warm-up begins with")
-    decay_milestones: list[int] = field(default_factory=lambda: [24, 27])
+    decay_milestones: list[int] = option([], "epochs (0-based) at which multistep decays")
     decay_rate: float = option(0.01, "factor of each decay")
     min_lr: float = option(0.0, "least learning rate of the cosine scheduler")
     mixup: float = option(0.0, "alpha of Mixup")
@@ -115,10 +115,6 @@ def main(options: VisionOptions) -> dict[str, Any]:
     model = make_model(options, criterion)
     to_input = make_input(options, model)
     train_set, test_set = make_datasets(options, model, train, test)
-    if accelerator.is_main_process:
-        claim_output_dir(options.output_dir, asdict(options), resume=options.resume)
-    accelerator.wait_for_everyone()
-    accelerator.init_trackers("vision_lt", config=asdict(options))
     model, result = fit(accelerator, options, model, criterion, to_input, train_set, test_set)
     metrics = {
         "options": asdict(options),
@@ -231,7 +227,27 @@ def make_loader(options: VisionOptions, images: Dataset, **order: Any) -> DataLo
     """A loader of whole batches from memory, or of single images by workers."""
     if isinstance(images, InMemoryImages):
         return DataLoader(images, collate_fn=InMemoryImages.collate, **order)
-    return DataLoader(images, num_workers=options.workers, pin_memory=True, **order)
+    gpu = torch.accelerator.is_available()
+    return DataLoader(images, num_workers=options.workers, pin_memory=gpu, **order)
+
+
+def make_sampler(
+    accelerator: Accelerator,
+    options: VisionOptions,
+    schedule: DeferredSchedule,
+    images: Any,
+    classes: int,
+) -> DeferredSampler:
+    """The order of the training images under the schedule."""
+    update_size = options.batch_size * accelerator.num_processes * options.accumulation
+    return DeferredSampler(
+        images.labels,
+        schedule,
+        epochs=options.epochs,
+        steps_per_epoch=math.ceil(len(images) / update_size),
+        num_classes=classes,
+        seed=options.seed,
+    )
 
 
 def make_optimizer(options: VisionOptions, model: nn.Module) -> tuple[Any, Any]:
@@ -284,34 +300,20 @@ def fit(
         The model of the last epoch (its moving average if there is one) and its test metrics.
     """
     schedule, classes = options.make_schedule(), len(criterion.class_counts)
-    sampler = DeferredSampler(
-        train_set.labels, schedule, epochs=options.epochs, num_classes=classes, seed=options.seed
-    )
+    sampler = make_sampler(accelerator, options, schedule, train_set, classes)
+    mixing = bool(options.mixup or options.cutmix)  # timm mixes even batches only
     loader = make_loader(
-        options,
-        train_set,
-        sampler=sampler,
-        batch_size=options.batch_size,
-        drop_last=bool(options.mixup or options.cutmix),  # timm mixes even batches only
+        options, train_set, sampler=sampler, batch_size=options.batch_size, drop_last=mixing
     )
     test_loader = make_loader(options, test_set, batch_size=4 * options.batch_size)
     optimizer, lr_scheduler = make_optimizer(options, model)
-    ema = (
-        ModelEmaV3(model.to(accelerator.device), decay=options.ema_decay)
-        if options.ema_decay
-        else None
-    )
-    if ema is not None:
-        accelerator.register_for_checkpointing(ema)
+    ema = make_average(accelerator, options, model)
     net = torch.compile(model, dynamic=False) if options.compile else model
     net, optimizer, loader, test_loader = accelerator.prepare(net, optimizer, loader, test_loader)
-    checkpoint, first_epoch = newest_checkpoint(options.output_dir)
-    if checkpoint is not None:
-        accelerator.load_state(str(checkpoint))
-    if accelerator.is_main_process:
-        history = HistoryWriter(options.output_dir, start_epoch=first_epoch)
+    first_epoch, history = begin(accelerator, options)
     steps = math.ceil(len(loader) / options.accumulation)
     mix = make_target(options, classes)
+    result = None
     epochs = trange(
         first_epoch, options.epochs, unit="epoch", disable=not accelerator.is_main_process
     )
@@ -340,21 +342,52 @@ def fit(
             "test_error": None,
             "seconds": time.perf_counter() - began,
         }
-        last = epoch + 1 == options.epochs
-        if last or (epoch + 1) % options.eval_every == 0:
-            evaluated = net if ema is None else ema.module
-            result = evaluate(accelerator, evaluated, criterion, to_input, test_loader)
+        if (epoch + 1) % options.eval_every == 0 or epoch + 1 == options.epochs:
+            result = evaluate(accelerator, ema or net, criterion, to_input, test_loader)
             row["test_error"] = result["top1_error"]
-        epochs.set_postfix(
-            {k: v for k, v in row.items() if k in ("stage", "train_loss", "test_error")}
-        )
+        epochs.set_postfix(loss=row["train_loss"], error=row["test_error"], stage=row["stage"])
         accelerator.log({k: v for k, v in row.items() if isinstance(v, float)}, step=epoch)
-        if accelerator.is_main_process:
+        if history is not None:
             history.append(**row)
-        write_checkpoint(
-            options.output_dir, epoch + 1, accelerator.save_state, options.keep_checkpoints
-        )
+        save_epoch(accelerator, options, epoch + 1)
+    if result is None:  # nothing was left to train
+        result = evaluate(accelerator, ema or net, criterion, to_input, test_loader)
     return (model if ema is None else ema.module), result
+
+
+def make_average(
+    accelerator: Accelerator, options: VisionOptions, model: nn.Module
+) -> ModelEmaV3 | None:
+    """Moving average of the weights by timm, if one is asked for."""
+    if not options.ema_decay:
+        return None
+    ema = ModelEmaV3(model.to(accelerator.device), decay=options.ema_decay)
+    accelerator.register_for_checkpointing(ema)
+    return ema
+
+
+def begin(accelerator: Accelerator, options: VisionOptions) -> tuple[int, HistoryWriter | None]:
+    """Claim the folder or load its newest checkpoint: first epoch to train, and the history."""
+    if accelerator.is_main_process:
+        claim_output_dir(options.output_dir, asdict(options), resume=options.resume)
+    accelerator.wait_for_everyone()
+    config = {name: str(value) for name, value in asdict(options).items()}
+    accelerator.init_trackers("vision_lt", config=config)
+    checkpoint, epochs = newest_checkpoint(options.output_dir)
+    if checkpoint is not None:
+        accelerator.load_state(str(checkpoint))
+    main = accelerator.is_main_process
+    return epochs, HistoryWriter(options.output_dir, start_epoch=epochs) if main else None
+
+
+def save_epoch(accelerator: Accelerator, options: VisionOptions, epochs: int) -> None:
+    """Write the checkpoint of an epoch, whole or not at all."""
+
+    def save(folder: str) -> None:
+        accelerator.save_state(folder)
+        accelerator.wait_for_everyone()
+
+    write_checkpoint(options.output_dir, epochs, save, options.keep_checkpoints)
 
 
 def grouped(loader: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -412,4 +445,4 @@ def evaluate(
 
 
 if __name__ == "__main__":
-    main(parse_options(VisionOptions))
+    main(parse_options(VisionOptions, default="digits_lt"))

@@ -1,0 +1,85 @@
+"""Updates of the vision recipe on a batch cut over processes and micro-batches; run by torchrun."""
+
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+
+import vision_lt
+
+from ldam_plugins import ClassCounts, create_loss, list_losses
+
+COUNTS = ClassCounts([400, 60, 9, 2])
+BATCHES = 3
+
+
+def data(soft, rows=64):
+    """Batches whose classes are sorted, so that every part holds another mix of them."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(BATCHES, rows, 6, generator=generator, dtype=torch.float64)
+    target = torch.multinomial(
+        torch.tensor([0.5, 0.3, 0.15, 0.05]), BATCHES * rows, True, generator=generator
+    )
+    target = target.view(BATCHES, rows).sort(dim=1).values
+    return images, nn.functional.one_hot(target, 4).double() * 0.9 + 0.025 if soft else target
+
+
+def train(accelerator, name, weighted, soft, micro, dtype):
+    """Parameters after three updates of SGD."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).to(dtype)
+    criterion = create_loss(name, COUNTS).to(dtype)
+    if weighted:
+        criterion.weight.copy_(COUNTS.weights(0.99, dtype=torch.float64))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    net, optimizer = accelerator.prepare(model, optimizer)
+    images, target = data(soft)
+    target = target.to(dtype) if soft else target
+    for batch, aims in zip(images.to(dtype), target, strict=True):
+        parts = zip(
+            batch.chunk(accelerator.num_processes * micro),
+            aims.chunk(accelerator.num_processes * micro),
+            strict=True,
+        )
+        mine = list(parts)[accelerator.process_index :: accelerator.num_processes]
+        vision_lt.update(accelerator, net, criterion, optimizer, mine, None)
+    accelerator.free_memory()
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def cases():
+    for name in list_losses():
+        for weighted in (False, True):
+            for soft in (False, True):
+                yield name, weighted, soft
+
+
+def precisions(case):
+    """The arithmetic is the same in both, so float32 is tried on two losses only."""
+    return (torch.float64, torch.float32) if case[0] in ("ce", "ldam") else (torch.float64,)
+
+
+def everything(micros):
+    accelerator = Accelerator(cpu=True)
+    results = {"processes": accelerator.num_processes}
+    for micro in micros:
+        for case in cases():
+            for dtype in precisions(case):
+                results[(*case, micro, dtype)] = train(accelerator, *case, micro, dtype)
+    logits = 3 * torch.randn(37, 4, generator=torch.Generator().manual_seed(2))
+    images = torch.utils.data.TensorDataset(logits, torch.arange(37) % 4)
+    loader = accelerator.prepare(torch.utils.data.DataLoader(images, batch_size=5))
+    results["test"] = vision_lt.evaluate(
+        accelerator, nn.Identity(), create_loss("ce", COUNTS), lambda x: x, loader
+    )
+    return results
+
+
+if __name__ == "__main__":
+    found = everything([1, 4])
+    if int(torch.distributed.get_rank()) == 0:
+        torch.save(found, sys.argv[1])

@@ -1,0 +1,133 @@
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Image
+
+from ldam_plugins import ClassCounts
+
+CIFAR_LT = [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
+
+
+def exact_weights(counts, one_minus_beta):
+    """Effective-number weights in exact rational arithmetic."""
+    beta = 1 - one_minus_beta
+    raw = [one_minus_beta / (1 - beta**n) for n in counts]
+    return [float(len(counts) * w / sum(raw)) for w in raw]
+
+
+def test_margins_follow_the_fourth_root():
+    margins = ClassCounts([1600, 81, 1]).margins(0.5, dtype=torch.float64)
+    assert margins.tolist() == pytest.approx([0.5 / 1600**0.25, 0.5 / 3, 0.5], rel=1e-15)
+    assert ClassCounts([1600, 81, 1]).margins().dtype == torch.float32
+
+
+def test_weights_equal_exact_arithmetic():
+    weights = ClassCounts(CIFAR_LT).weights(0.9999, dtype=torch.float64)
+    # 0.9999 as the float it is, not as the decimal.
+    expected = exact_weights(CIFAR_LT, 1 - Fraction(0.9999))
+    assert weights.tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_weights_of_the_authors_on_cifar10_lt():
+    weights = ClassCounts(CIFAR_LT).weights(0.9999)
+    beta, counts = 0.9999, np.array(CIFAR_LT)
+    raw = (1 - beta) / (1 - np.power(beta, counts))
+    assert weights.tolist() == pytest.approx((raw / raw.sum() * 10).tolist(), rel=1e-6)
+
+
+@pytest.mark.parametrize("gap", [1e-12, 1e-9, 1e-4])
+def test_weights_keep_their_digits_near_one(gap):
+    beta, counts = 1 - gap, [10**9, 10**6, 1000, 2, 1]
+    weights = ClassCounts(counts).weights(beta, dtype=torch.float64)
+    from mpmath import mp, mpf
+
+    with mp.workdps(60):
+        raw = [(1 - mpf(beta)) / (1 - mpf(beta) ** n) for n in counts]
+        expected = [float(len(counts) * w / sum(raw)) for w in raw]
+    assert weights.tolist() == pytest.approx(expected, rel=1e-11)
+
+
+def test_weights_at_the_ends_of_beta():
+    counts = ClassCounts([1000, 10])
+    assert counts.weights(0.0).tolist() == [1.0, 1.0]
+    nearly_inverse = counts.weights(1 - 1e-12, dtype=torch.float64)
+    assert (nearly_inverse[1] / nearly_inverse[0]).item() == pytest.approx(100, rel=1e-8)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 0.9999, 1 - 1e-12])
+def test_weights_sum_to_the_number_of_classes(beta):
+    assert ClassCounts(CIFAR_LT).weights(beta).sum().item() == pytest.approx(10, rel=1e-6)
+
+
+def test_groups_at_their_borders():
+    groups = ClassCounts([101, 100, 20, 19]).groups()
+    assert groups == {"many": [0], "medium": [1, 2], "few": [3]}
+
+
+def test_prior_and_totals():
+    counts = ClassCounts([6, 3, 1], class_names=["a", "b", "c"])
+    assert counts.prior(dtype=torch.float64).tolist() == pytest.approx([0.6, 0.3, 0.1])
+    assert (counts.total, counts.imbalance_ratio, len(counts)) == (10, 6.0, 3)
+    assert counts.class_names == ("a", "b", "c")
+
+
+def test_counts_cannot_be_changed_from_outside():
+    source = np.array([3, 2])
+    counts = ClassCounts(source)
+    source[0] = 99
+    assert counts.counts.tolist() == [3, 2]
+    with pytest.raises(ValueError, match="read-only"):
+        counts.counts[0] = 1
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        [0, 1, 1, 2],
+        (0, 1, 1, 2),
+        np.array([0, 1, 1, 2], dtype=np.uint8),
+        torch.tensor([0, 1, 1, 2]),
+        Dataset.from_dict({"label": [0, 1, 1, 2]})["label"],
+    ],
+    ids=["list", "tuple", "array", "tensor", "column"],
+)
+def test_from_labels_of_every_kind(labels):
+    assert ClassCounts.from_labels(labels).counts.tolist() == [1, 2, 1]
+
+
+def test_from_labels_reads_no_image():
+    features = Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
+    rows = {"image": [{"bytes": b"no image", "path": None}] * 3, "label": [0, 1, 1]}
+    column = Dataset.from_dict(rows, features=features)["label"]
+    assert ClassCounts.from_labels(column).counts.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: ClassCounts([]), ValueError, r"`counts` must be one count per class"),
+        (lambda: ClassCounts([3, 0, 2, 0]), ValueError, r"class 1, 3\. .*remove the class"),
+        (lambda: ClassCounts([3, 0], ["cat", "dog"]), ValueError, r"class 'dog'"),
+        (lambda: ClassCounts([3, -1]), ValueError, r">= 1 in every class, got '-1 in 1'"),
+        (lambda: ClassCounts([3.0, 1.5]), TypeError, r"`counts` must be integers, got .*3\.0"),
+        (lambda: ClassCounts([[1, 2]]), ValueError, r"one-dimensional"),
+        (lambda: ClassCounts([1, 2], ["a"]), ValueError, r"one name for each of the 2 counts"),
+        (lambda: ClassCounts([1]).weights(1.0), ValueError, r"`beta` must be in \[0, 1\), got 1"),
+        (lambda: ClassCounts([1]).weights(-0.1), ValueError, r"got -0\.1"),
+        (lambda: ClassCounts([1]).margins(-1), ValueError, r"`max_margin` must be .*>= 0"),
+        (lambda: ClassCounts([1]).margins("big"), TypeError, r"`max_margin`.*'big'"),
+        (lambda: ClassCounts([1]).margins(float("nan")), ValueError, r"finite"),
+        (lambda: ClassCounts.from_labels([]), ValueError, r"at least one label"),
+        (lambda: ClassCounts.from_labels(["a"]), TypeError, r"Map class names"),
+        (lambda: ClassCounts.from_labels([0.0]), TypeError, r"`labels` must be integers"),
+        (lambda: ClassCounts.from_labels([0, 3], 3), ValueError, r"in 0\.\.2, got '3 in row 1'"),
+        (lambda: ClassCounts.from_labels([0, -1]), ValueError, r"'-1 in row 1'"),
+        (lambda: ClassCounts.from_labels([0, 2]), ValueError, r"no training sample in class 1"),
+        (lambda: ClassCounts.from_labels([0], 0), ValueError, r"`num_classes`"),
+    ],
+)
+def test_bad_counts_are_refused(make, error, message):
+    with pytest.raises(error, match=message):
+        make()

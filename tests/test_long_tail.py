@@ -1,0 +1,89 @@
+import numpy as np
+import pytest
+
+from ldam_plugins import long_tail_counts, long_tail_indices
+
+
+def authors_choice(targets, ratio, kind, seed):
+    """The rule of the paper's data set class, written out."""
+    classes = np.unique(targets)
+    largest = len(targets) / len(classes)
+    sizes = []
+    for c in range(len(classes)):
+        if kind == "exp":
+            sizes.append(int(largest * (1 / ratio) ** (c / (len(classes) - 1.0))))
+        else:
+            sizes.append(int(largest if c < len(classes) // 2 else largest / ratio))
+    np.random.seed(seed)
+    kept = []
+    for c, size in zip(classes, sizes, strict=True):
+        of_class = np.where(targets == c)[0]
+        np.random.shuffle(of_class)
+        kept.extend(of_class[:size].tolist())
+    return kept
+
+
+@pytest.mark.parametrize(
+    ("ratio", "expected"),
+    [
+        (100, [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]),
+        (10, [5000, 3871, 2997, 2320, 1796, 1391, 1077, 834, 645, 500]),
+    ],
+)
+def test_counts_of_cifar10_lt(ratio, expected):
+    assert long_tail_counts(5000, 10, ratio).tolist() == expected
+
+
+def test_step_profile_is_half_and_half():
+    assert long_tail_counts(5000, 10, 100, "step").tolist() == [5000] * 5 + [50] * 5
+    assert long_tail_counts(30, 3, 10, "step").tolist() == [30, 3, 3]
+
+
+def test_none_profile_and_ratio_one_keep_all():
+    assert long_tail_counts(7, 3, 100, "none").tolist() == [7, 7, 7]
+    assert long_tail_counts(7, 3, 1).tolist() == [7, 7, 7]
+
+
+@pytest.mark.parametrize("profile", ["exp", "step"])
+@pytest.mark.parametrize(("classes", "ratio", "seed"), [(10, 100, 0), (10, 10, 3), (100, 50, 7)])
+def test_indices_are_the_authors(profile, classes, ratio, seed):
+    targets = np.random.default_rng(5).permutation(np.repeat(np.arange(classes), 200))
+    ours = long_tail_indices(targets, ratio, profile, seed)
+    assert ours.tolist() == authors_choice(targets, ratio, profile, seed)
+
+
+def test_indices_leave_the_global_generator_alone():
+    np.random.seed(1)
+    expected = np.random.random()
+    np.random.seed(1)
+    long_tail_indices([0, 1] * 50, 5)
+    assert np.random.random() == expected
+
+
+def test_none_keeps_every_index_in_order():
+    assert long_tail_indices([1, 0, 1, 0], profile="none").tolist() == [0, 1, 2, 3]
+
+
+def test_imbalanced_source_keeps_what_its_classes_have():
+    labels = [0] * 10 + [1] * 2 + [2] * 6
+    kept = long_tail_indices(labels, 2, "exp")
+    assert np.bincount(np.array(labels)[kept]).tolist() == [6, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: long_tail_counts(50, 10, 51), r"`ratio` must be small enough.*at most 50"),
+        (lambda: long_tail_counts(50, 10, 0.5), r"`ratio` must be .*>= 1, got 0\.5"),
+        (lambda: long_tail_counts(50, 10, 10, "expo"), r"'expo'\. Did you mean 'exp'"),
+        (lambda: long_tail_counts(0, 10, 10), r"`n_max`"),
+        (lambda: long_tail_indices([], 10), r"at least one label"),
+        (lambda: long_tail_indices([0, 1], 0), r"`ratio`"),
+        (lambda: long_tail_indices([0, 2], 1), r"no training sample in class 1"),
+        (lambda: long_tail_indices([0, 1], 1, seed=-1), r"`seed`"),
+        (lambda: long_tail_indices([0, 5], 1, num_classes=2), r"5 in row 1"),
+    ],
+)
+def test_bad_profiles_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

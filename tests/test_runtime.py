@@ -1,0 +1,80 @@
+import pytest
+import torch
+
+from ldam_plugins.runtime import (
+    check_processes,
+    choose_precision,
+    newest_checkpoint,
+    write_checkpoint,
+)
+
+
+@pytest.mark.parametrize(
+    ("units", "expected"),
+    [
+        ({"amx_bf16": True, "avx512_bf16": False}, "bf16"),
+        ({"amx_bf16": False, "avx512_bf16": True}, "bf16"),
+        ({"amx_bf16": False, "avx512_bf16": False}, "no"),
+        ({}, "no"),
+    ],
+)
+def test_auto_precision_follows_the_cpu(monkeypatch, units, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units, raising=False)
+    assert choose_precision() == expected
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((8, 0), "bf16"), ((7, 5), "no")])
+def test_auto_precision_follows_the_gpu(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert choose_precision() == expected
+
+
+def test_requested_precision_is_taken():
+    assert [choose_precision(p) for p in ("no", "bf16", "fp16")] == ["no", "bf16", "fp16"]
+    with pytest.raises(ValueError, match="`mixed_precision`.*Did you mean 'bf16'"):
+        choose_precision("bf-16")
+
+
+def test_processes_must_be_as_many_as_asked_for(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    check_processes(1)
+    check_processes(2, 2)
+    with pytest.raises(RuntimeError, match=r"must be 2, as asked for, got 1\. .*torchrun"):
+        check_processes(1, 2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_processes(2)
+    with pytest.raises(RuntimeError, match="must be 2"):
+        check_processes(1)
+
+
+def write(folder, text):
+    from pathlib import Path
+
+    Path(folder).mkdir(parents=True)
+    (Path(folder) / "state").write_text(text)
+
+
+def test_checkpoints_are_found_and_pruned(tmp_path):
+    assert newest_checkpoint(tmp_path) == (None, 0)
+    for epochs in (1, 2, 10):
+        write_checkpoint(tmp_path, epochs, lambda f, e=epochs: write(f, str(e)), keep=2)
+    path, epochs = newest_checkpoint(tmp_path)
+    assert (epochs, (path / "state").read_text()) == (10, "10")
+    kept = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["epoch_00002", "epoch_00010"]
+
+
+def test_half_written_checkpoint_is_never_picked_up(tmp_path):
+    write_checkpoint(tmp_path, 1, lambda f: write(f, "whole"))
+
+    def fail(folder):
+        write(folder, "half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_checkpoint(tmp_path, 2, fail)
+    path, epochs = newest_checkpoint(tmp_path)
+    assert (epochs, (path / "state").read_text()) == (1, "whole")
