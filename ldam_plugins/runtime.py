@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
 import torch
 
 from ldam_plugins._checks import check_choice, must_be
@@ -43,18 +46,43 @@ def check_processes(running: int, wanted: int | None = None) -> None:
 
     Args:
         running: Processes that train together (``accelerator.num_processes``).
-        wanted: How many the user asked for; None: what the launcher says it started.
+        wanted: How many the user asked for; None: what the launcher started or was told to.
 
     Raises:
         RuntimeError: the two differ.
     """
-    asked = int(os.environ.get("WORLD_SIZE", running)) if wanted is None else wanted
+    asked = wanted or int(os.environ.get("WORLD_SIZE", 0)) or _asked_of_launcher() or running
     if asked != running:
         way_out = (
             "Start several processes with `accelerate launch --multi_gpu --num_processes N "
             "--main_process_port 0` (on a CPU with ACCELERATE_USE_CPU=true before it) or torchrun."
         )
         raise RuntimeError(must_be("num_processes", f"{asked}, as asked for", running, way_out))
+
+
+def _asked_of_launcher() -> int | None:
+    """``--num_processes`` of the ``accelerate launch`` that started this process.
+
+    Without GPUs it starts one process whatever the number, and passes the number on to nobody.
+    """
+    parent = psutil.Process().parent()
+    line = parent.cmdline() if parent is not None else []
+    launchers = ("accelerate", "accelerate-launch", "accelerate.commands.launch", "launch.py")
+    if not any(Path(word).name in launchers for word in line[:3]):
+        return None
+    found = re.search(r"--num[_-]processes[= ](\d+)", " ".join(line))
+    return int(found[1]) if found else None
+
+
+def check_tracker(name: str) -> None:
+    """Check that the experiment tracker ``name`` is installed; ``"none"`` always is.
+
+    Raises:
+        ModuleNotFoundError: it is not (Accelerate would go on without it).
+    """
+    if name != "none" and find_spec(name) is None:
+        wanted = "an installed tracker or 'none'"
+        raise ModuleNotFoundError(must_be("report_to", wanted, name, f"Run `pip install {name}`."))
 
 
 def newest_checkpoint(output_dir: str | os.PathLike[str]) -> tuple[Path | None, int]:

@@ -44,7 +44,6 @@ def table(experiment: str) -> str:
         row = {"loss": loss, "schedule": schedule, "seeds": len(runs)}
         for title, (key, factor) in COLUMNS.items():
             row[title] = spread([factor * run["test"][key] for run in runs])
-        row["seconds"] = f"{np.mean([run['train_seconds'] for run in runs]):.0f}"
         rows.append(row)
     return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
 

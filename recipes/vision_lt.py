@@ -55,6 +55,7 @@ from ldam_plugins.run_files import (
 )
 from ldam_plugins.runtime import (
     check_processes,
+    check_tracker,
     choose_precision,
     newest_checkpoint,
     write_checkpoint,
@@ -147,6 +148,7 @@ def leave(options: VisionOptions, model: nn.Module, metrics: dict[str, Any]) -> 
 
 def make_accelerator(options: VisionOptions) -> Accelerator:
     """Accelerate on whatever was launched, after a check that it is what was asked for."""
+    check_tracker(options.report_to)
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),
         mixed_precision=choose_precision(options.mixed_precision),
@@ -193,7 +195,8 @@ def image_config(options: VisionOptions, model: nn.Module) -> dict[str, Any]:
     """Size, mean, std and interpolation of the model's images, as timm resolves them."""
     given = {} if options.image_size is None else {"img_size": options.image_size}
     config = resolve_data_config(given, model=model)
-    return {key: config[key] for key in ("input_size", "mean", "std", "interpolation")}
+    keys = ("input_size", "mean", "std", "interpolation", "crop_pct")
+    return {key: config[key] for key in keys}
 
 
 def make_datasets(

@@ -1,8 +1,13 @@
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from ldam_plugins.runtime import (
     check_processes,
+    check_tracker,
     choose_precision,
     newest_checkpoint,
     write_checkpoint,
@@ -34,7 +39,7 @@ def test_auto_precision_follows_the_gpu(monkeypatch, capability, expected):
 
 def test_requested_precision_is_taken():
     assert [choose_precision(p) for p in ("no", "bf16", "fp16")] == ["no", "bf16", "fp16"]
-    with pytest.raises(ValueError, match="`mixed_precision`.*Did you mean 'bf16'"):
+    with pytest.raises(ValueError, match=r"`mixed_precision`.*Did you mean 'bf16'"):
         choose_precision("bf-16")
 
 
@@ -78,3 +83,19 @@ def test_half_written_checkpoint_is_never_picked_up(tmp_path):
         write_checkpoint(tmp_path, 2, fail)
     path, epochs = newest_checkpoint(tmp_path)
     assert (epochs, (path / "state").read_text()) == (1, "whole")
+
+
+@pytest.mark.parametrize("spelled", ["--num_processes 2", "--num-processes=2"])
+def test_launcher_that_started_one_of_two_is_noticed(tmp_path, spelled):
+    script = tmp_path / "script.py"
+    script.write_text("from ldam_plugins.runtime import check_processes; check_processes(1)")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", *spelled.split()]
+    environment = {key: value for key, value in os.environ.items() if key != "WORLD_SIZE"}
+    done = subprocess.run([*command, str(script)], env=environment, capture_output=True, text=True)
+    assert "`num_processes` must be 2, as asked for, got 1" in done.stderr
+
+
+def test_missing_tracker_is_refused():
+    check_tracker("none")
+    with pytest.raises(ModuleNotFoundError, match="pip install no_such_tracker"):
+        check_tracker("no_such_tracker")
