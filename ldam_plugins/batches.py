@@ -77,8 +77,13 @@ class InMemoryImages(Dataset[tuple[Tensor, Any]]):
             for index in indices:
                 pixels[index] = _decode(images, index, (width, height), resize=size is not None)
 
-        for _ in map_in_threads(len(images), decode, progress=progress):
-            pass
+        try:
+            for _ in map_in_threads(len(images), decode, progress=progress):
+                pass
+        except BaseException:
+            if path is not None:
+                os.unlink(path)
+            raise
         labels = torch.from_numpy(images.labels.copy())
         return cls(torch.from_numpy(pixels), labels, images.class_names)
 

@@ -39,6 +39,7 @@ class LabelledImages(Dataset[tuple[Any, int]]):
         transform: as given.
 
     Raises:
+        TypeError: ``labels`` are not integers.
         ValueError: there are no examples, lengths differ, or a label is not a class.
     """
 
@@ -53,7 +54,7 @@ class LabelledImages(Dataset[tuple[Any, int]]):
     ) -> None:
         self.source = source
         self.rows = np.arange(len(source), dtype=np.int64) if rows is None else rows
-        self.labels = np.array(labels, dtype=np.int64)
+        self.labels = _integers("labels", labels)
         self.class_names = tuple(class_names)
         self.transform = transform
         if len(self.labels) != len(self.rows):
@@ -61,8 +62,8 @@ class LabelledImages(Dataset[tuple[Any, int]]):
             raise ValueError(must_be("labels", wanted, f"{len(self.labels)} labels"))
         if len(self.labels) == 0:
             raise ValueError(must_be("labels", "those of at least one image", "none"))
-        check_int("labels.min()", self.labels.min(), low=0)
-        check_int("labels.max()", self.labels.max(), high=len(self.class_names) - 1)
+        check_int("labels.min()", int(self.labels.min()), low=0)
+        check_int("labels.max()", int(self.labels.max()), high=len(self.class_names) - 1)
         self.labels.flags.writeable = False
 
     def __len__(self) -> int:
@@ -129,14 +130,11 @@ class LabelledImages(Dataset[tuple[Any, int]]):
         return corrupt
 
     def _indices(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        array = np.asarray(indices)
-        if array.size == 0:
-            return np.empty(0, dtype=np.int64)
-        if array.dtype.kind not in "iu" or array.ndim != 1:
-            raise TypeError(must_be("indices", "a sequence of integers", array.dtype.name))
-        check_int("indices.min()", array.min(), low=0)
-        check_int("indices.max()", array.max(), high=len(self) - 1)
-        return array.astype(np.int64)
+        array = _integers("indices", indices)
+        if len(array):
+            check_int("indices.min()", int(array.min()), low=0)
+            check_int("indices.max()", int(array.max()), high=len(self) - 1)
+        return array
 
 
 def map_in_threads(
@@ -216,6 +214,13 @@ def load_images(
         odd = quoted(sorted(set(train.class_names) ^ set(test.class_names))) or "their order"
         raise ValueError(f"the classes to train on and to test on must be equal, not so: {odd}")
     return LabelledImages(*train), LabelledImages(*test)
+
+
+def _integers(name: str, values: Sequence[int] | np.ndarray) -> np.ndarray:
+    array = np.asarray(values)
+    if array.size and (array.dtype.kind not in "iu" or array.ndim != 1):
+        raise TypeError(must_be(name, "a sequence of integers", array.dtype.name))
+    return np.array(array, dtype=np.int64)
 
 
 def _as_text(name: str, value: str | os.PathLike[str]) -> str:

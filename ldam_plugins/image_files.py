@@ -98,9 +98,10 @@ def check_files(root: Path, names: Sequence[str], where: Callable[[int], str]) -
 def _entries(root: Path, folder: str) -> list[os.DirEntry[str]]:
     with os.scandir(root / folder) as scanned:
         entries = [entry for entry in scanned if not entry.name.startswith(".")]
-    for entry in entries:
-        if entry.is_symlink() and not is_inside(os.path.realpath(entry.path), root.resolve()):
-            raise ValueError(f"link {entry.path} {_leaves(root)}")
+    links = [entry.path for entry in entries if entry.is_symlink()]
+    for path in (str(root / folder), *links):
+        if not is_inside(os.path.realpath(path), os.path.realpath(root)):
+            raise ValueError(f"link {path} {_leaves(root)}")
     return sorted(entries, key=lambda entry: entry.name)
 
 

@@ -74,18 +74,16 @@ def read_lists(root: Path, train_list: Path, test_list: Path) -> tuple[ImageRows
         ValueError: a line of another form, a label out of range, a path that is repeated, is
             missing or leaves ``root``; the message names file and line.
     """
-    names, labels = _read_list(train_list, None)
+    names, labels = _read_list(root, train_list, None)
     class_names = tuple(str(label) for label in range(int(labels.max()) + 1))
-    test_names, test_labels = _read_list(test_list, len(class_names))
-    check_files(root, names, lambda row: at_line(train_list, row))
-    check_files(root, test_names, lambda row: at_line(test_list, row))
+    test_names, test_labels = _read_list(root, test_list, len(class_names))
     return (
         ImageRows(FileSource(root, names), labels, class_names),
         ImageRows(FileSource(root, test_names), test_labels, class_names),
     )
 
 
-def _read_list(file: Path, classes: int | None) -> tuple[list[str], np.ndarray]:
+def _read_list(root: Path, file: Path, classes: int | None) -> tuple[list[str], np.ndarray]:
     lines = read_lines(file)
     limit = len(lines) if classes is None else classes
     reason = (
@@ -102,6 +100,7 @@ def _read_list(file: Path, classes: int | None) -> tuple[list[str], np.ndarray]:
             raise ValueError(f"{at_line(file, row)}: label {digits[:40]} is too large for {reason}")
         names.append(name.rstrip())
         labels[row] = int(digits)
+    check_files(root, names, lambda row: at_line(file, row))
     return names, labels
 
 

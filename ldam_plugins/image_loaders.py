@@ -11,7 +11,7 @@ import numpy as np
 
 from ldam_plugins._checks import must_be, quoted
 from ldam_plugins.image_annotations import read_annotations
-from ldam_plugins.image_files import class_folders, listing
+from ldam_plugins.image_files import listing
 from ldam_plugins.image_layouts import (
     TINY_IMAGENET_FILES,
     read_class_folders,
@@ -71,7 +71,7 @@ def _kind(request: ImageRequest) -> str:
         return "list files"
     if request.dataset == "digits":
         return "embedded digits"
-    if request.root.is_dir():
+    if request.dataset and request.root.is_dir():
         return _folder_kind(request.root, request.train_split)
     if _HUB_ID.fullmatch(request.dataset):
         return "tables"
@@ -156,7 +156,8 @@ def _load_tiny_imagenet(request: ImageRequest) -> _Pair:
 
 
 def _load_class_folders(request: ImageRequest) -> _Pair:
-    train, test = _pick_splits(request, class_folders(request.root, "."))
+    folders = sorted(path.name for path in request.root.iterdir() if path.is_dir())
+    train, test = _pick_splits(request, folders)
     return read_class_folders(request.root, train), read_class_folders(request.root, test)
 
 

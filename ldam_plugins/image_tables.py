@@ -49,9 +49,10 @@ def table_source(
     A row that holds a path instead of bytes may lead into the dataset's folder and the hub's
     caches only.
     """
-    from datasets import config
+    from datasets.config import HF_DATASETS_CACHE
+    from huggingface_hub.constants import HF_HUB_CACHE
 
-    caches = [str(config.HF_DATASETS_CACHE), str(config.HF_CACHE_HOME)]
+    caches = [str(HF_DATASETS_CACHE), str(HF_HUB_CACHE)]
     roots = [path for path in (dataset, cache_dir, *caches) if path and Path(path).is_dir()]
     return TableSource(table, column, split, roots)
 
