@@ -75,8 +75,7 @@ def use_cosine_head(
     """
     scale = check_real("scale", scale, low=0.0, low_open=True)
     check_choice("init", init, ("random", "keep"))
-    found = tuple(cosine_heads(model)) if isinstance(model, nn.Module) and head is None else ()
-    names = found or find_head(model, head)
+    names = (tuple(cosine_heads(model)) if head is None else ()) or find_head(model, head)
     refuse_adapted(names)
     new: dict[nn.Module, nn.Module] = {}
     for name in names:
@@ -157,8 +156,9 @@ def folded_state_dict(
     Raises:
         ValueError: no cosine head is there, or an adapter sits on it.
     """
+    heads = _required_heads(model)
     state = dict(model.state_dict() if state_dict is None else state_dict)
-    for name, head in _required_heads(model).items():
+    for name, head in heads.items():
         prefix = f"{name}." if name else ""
         exact = state[f"{prefix}weight"]
         state[f"{prefix}cosine_weight"] = exact
@@ -169,7 +169,13 @@ def folded_state_dict(
 
 
 def cosine_heads(model: nn.Module) -> dict[str, Cosine]:
-    """Return the cosine heads of ``model`` by dotted name; empty if there are none."""
+    """Return the cosine heads of ``model`` by dotted name; empty if there are none.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(must_be("model", "a torch.nn.Module", type(model).__name__))
     modules = model.named_modules()
     return {name: part for name, part in modules if isinstance(part, (CosineLinear, CosineConv2d))}
 
@@ -202,8 +208,6 @@ def _replaced(model: nn.Module, layers: Mapping[Any, nn.Module]) -> nn.Module:
 
 
 def _required_heads(model: nn.Module) -> dict[str, Cosine]:
-    if not isinstance(model, nn.Module):
-        raise TypeError(must_be("model", "a torch.nn.Module", type(model).__name__))
     heads = cosine_heads(model)
     if not heads:
         way_out = "Call use_cosine_head(model) before training."
@@ -228,7 +232,9 @@ def _logits_of_both(
                     hook.remove()
     if not pairs:
         raise ValueError(must_be("inputs", "at least one batch", inputs))
-    cosine, linear = (torch.cat(part).flatten(0, -2) for part in zip(*pairs, strict=True))
+    cosine, linear = (torch.cat(part).float() for part in zip(*pairs, strict=True))
+    if not (linear.isfinite().all() and cosine.isfinite().all() and linear.any()):
+        raise ValueError(must_be("inputs", "examples with finite logits, not all zero", inputs))
     return cosine, linear
 
 
@@ -245,7 +251,7 @@ def _logits(model: nn.Module, batch: Any) -> Tensor:
     if not isinstance(logits, Tensor):
         wanted = "batches on which the model gives a tensor or an output with `logits`"
         raise TypeError(must_be("inputs", wanted, type(output).__name__))
-    return logits
+    return logits.flatten(0, -2)
 
 
 @contextmanager
@@ -266,11 +272,10 @@ def _closest_factor(cosine: Tensor, linear: Tensor) -> float:
     The divergence is convex in f; its slope is the difference of the mean logit under the two
     distributions, whose zero is bracketed on a logarithmic scale.
     """
-    linear = linear.float()
-    wanted = (cosine.float().softmax(-1) * linear).sum(-1)
+    wanted = (cosine.softmax(-1) * linear).sum(-1)
     low, high = 1 / _WIDEST_FACTOR, _WIDEST_FACTOR
     while high / low > 1 + 1e-6:
         middle = math.sqrt(low * high)
         slope = ((middle * linear).softmax(-1) * linear).sum(-1) - wanted
-        low, high = (low, middle) if slope.mean() > 0 else (middle, high)
+        low, high = (low, middle) if slope.mean() >= 0 else (middle, high)
     return math.sqrt(low * high)

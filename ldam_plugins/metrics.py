@@ -207,7 +207,7 @@ def _exact_parts(parts: list[float], values: Iterable[float]) -> list[float]:
 
 
 def _check_scores(logits: Any, num_classes: int) -> Tensor:
-    """Logits as a floating tensor (N, C) without gradient, on their device."""
+    """Logits as a floating tensor (N, C), on their device."""
     scores = _as_tensor(logits)
     check_logits(scores)
     if scores.shape[1] != num_classes:
@@ -218,7 +218,7 @@ def _check_scores(logits: Any, num_classes: int) -> Tensor:
 
 def _as_tensor(logits: Any) -> Tensor:
     if isinstance(logits, Tensor):
-        return logits.detach()
+        return logits
     try:
         array = np.asarray(logits)
     except ValueError as error:
@@ -231,7 +231,7 @@ def _as_tensor(logits: Any) -> Tensor:
 
 def _check_labels(labels: Any, logits: Tensor, ignore_index: int) -> np.ndarray:
     """Labels as an int64 array (N,) on the CPU, each 0..C-1 or ``ignore_index``."""
-    shape = np.shape(labels)
+    shape = tuple(np.shape(labels))
     if len(shape) == 2:
         way_out = "One-hot or soft labels have no class index: give `labels.argmax(-1)`."
         raise ValueError(must_be("labels", "class indices of shape (N,)", shape, way_out))

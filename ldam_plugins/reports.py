@@ -121,7 +121,7 @@ def _subtitle(options: Mapping[str, Any], counts: ClassCounts) -> str:
     }
     parts = [text.format(**given) for name, text in wordings.items() if name in given]
     tail = f"{counts.total} training samples in {len(counts)} classes"
-    return ", ".join([*parts, f"{tail}, imbalance {counts.imbalance_ratio:.4g}"])
+    return ", ".join([*parts, f"{tail}, imbalance ratio {counts.imbalance_ratio:.4g}"])
 
 
 def _shortened(rows: list[ClassRow]) -> list[ClassRow | None]:

@@ -294,4 +294,4 @@ def device_name(device: torch.device | str) -> str:
     if device.type != "cpu":
         return device.type
     kind = torch.backends.cpu.get_cpu_capability()
-    return f"cpu ({platform.machine()}, {kind}, {torch.get_num_threads()} threads)"
+    return f"cpu ({platform.machine()}, {kind}, threads: {torch.get_num_threads()})"

@@ -50,7 +50,7 @@ def class_rows(test: Mapping[str, Any], class_counts: ClassCounts) -> list[Class
         ClassRow(index, name, samples, group_of[index], accuracy)
         for index, (name, samples, accuracy) in enumerate(columns)
     ]
-    return sorted(rows, key=lambda row: (-row.samples, row.class_id))
+    return sorted(rows, key=lambda row: -row.samples)
 
 
 def summary(test: Mapping[str, Any], class_counts: ClassCounts) -> list[tuple[str, str]]:
@@ -98,14 +98,14 @@ def per_class_table(
         cat                     500  many       100.00 %
         lynx                      5  few         50.00 %
         <BLANKLINE>
-        top-1 error               25.00 %
-        balanced accuracy         75.00 %
-        worst class accuracy      50.00 %
-        many (> 100), 1 class    100.00 %
-        medium (20..100), 0 classes     -
-        few (< 20), 1 class       50.00 %
-        cross-entropy (nll)        0.6269
-        calibration error (ece)    0.1308
+        top-1 error                   25.00 %
+        balanced accuracy             75.00 %
+        worst class accuracy          50.00 %
+        many (> 100), 1 class        100.00 %
+        medium (20..100), 0 classes         -
+        few (< 20), 1 class           50.00 %
+        cross-entropy (nll)            0.6269
+        calibration error (ece)        0.1308
     """
     check_int("max_rows", max_rows, low=2)
     rows = class_rows(test, class_counts)

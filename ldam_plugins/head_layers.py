@@ -1,0 +1,231 @@
+"""The cosine layers, linear and 1x1 convolution, and the ordinary layers they fold into."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldam_plugins._checks import check_real
+
+_SMALLEST_LENGTH = 1e-12
+_MOMENT_RATE = 0.01
+_ROUNDING = 1.001
+
+
+class CosineHead(nn.Module):
+    """What both cosine layers share; each also is the torch layer that it replaces."""
+
+    weight: Tensor
+    cosine_moments: Tensor
+    scale: float
+    folded_bias: bool
+
+    def reset_parameters(self) -> None:
+        """Draw class directions as the paper does: uniform in a cube, then of unit length."""
+        weight = self.weight
+        with torch.no_grad():
+            rows = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+            weight.copy_(F.normalize(rows.uniform_(-1, 1).flatten(1)).view_as(weight))
+        moments = torch.zeros(2, dtype=torch.float32, device=weight.device)
+        self.register_buffer("cosine_moments", moments)
+
+    def extra_repr(self) -> str:
+        """Show the scale after what the replaced layer shows."""
+        return f"{super().extra_repr()}, scale={self.scale:g}"
+
+    def _cosines(self, features: Tensor) -> Tensor:
+        """Return ``scale`` times the cosines, (..., C), of features (..., H) to the weight rows."""
+        device = features.device.type
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        wide = torch.promote_types(wide, features.dtype)
+        narrow = wide if _autocasts(device) else features.dtype
+        with torch.autocast(device, enabled=False) if _autocasts(device) else nullcontext():
+            vectors, rows = features.to(wide), self.weight.flatten(1).to(wide)
+            lengths, row_lengths = _lengths(vectors), _lengths(rows)
+            rates = self.scale / lengths.clamp_min(_SMALLEST_LENGTH).unsqueeze(-1)
+            logits = F.linear(vectors, rows) * rates / row_lengths.clamp_min(_SMALLEST_LENGTH)
+            # A zero vector has no direction to learn; its gradient would be of size 1 / norm.
+            directed = (lengths > _SMALLEST_LENGTH).unsqueeze(-1) & (row_lengths > _SMALLEST_LENGTH)
+            logits = torch.where(directed, logits, logits.detach())
+        if self.training and lengths.numel():
+            self._observe(lengths)
+        return logits.to(narrow)
+
+    @torch.no_grad()
+    def _observe(self, lengths: Tensor) -> None:
+        """Follow the mean length and the mean squared length of the features."""
+        moments = self.cosine_moments
+        # transformers leaves a buffer unset if its checkpoint lacks it: such moments start anew.
+        kept = torch.where(_plausible(moments), moments, 0.0)
+        seen = torch.stack((lengths.mean(), lengths.square().mean())).to(kept.dtype)
+        seen = torch.where(seen.isfinite().all(), seen, kept)
+        moments.copy_(kept.lerp(seen, _MOMENT_RATE))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move and cast as torch does, but keep the moments in float32: a slow mean needs it."""
+        moments = self.cosine_moments
+        super()._apply(fn, recurse)
+        if self.cosine_moments.dtype != torch.float32:
+            self.cosine_moments = moments.to(self.cosine_moments.device)
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Read its own form and that of `folded_state_dict`; moments may be missing (unknown)."""
+        entries = dict(state_dict)
+        weight, moments = f"{prefix}weight", f"{prefix}cosine_moments"
+        exact = entries.pop(f"{prefix}cosine_weight", entries.get(weight))
+        if exact is not None:
+            entries[weight] = exact
+            entries.setdefault(moments, torch.zeros(2, device=exact.device))
+        bias = entries.pop(f"{prefix}bias", None)
+        if bias is not None and bool(bias.any()):
+            error_msgs.append(
+                f"`{prefix}bias` must be zero for a cosine head, which has no bias: the checkpoint"
+                f" holds an ordinary layer. Load it first, then call use_cosine_head(model,"
+                f" init='keep') to start from its class directions."
+            )
+        entries.setdefault(moments, self.cosine_moments)
+        super()._load_from_state_dict(
+            entries, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+class CosineLinear(CosineHead, nn.Linear):
+    """``z[c] = scale * cos(angle(x, w[c]))``: a linear layer on unit vectors, without bias.
+
+    Norms and products are taken in float32 at least, under autocast too; the logits come in
+    float32 under autocast and otherwise in the dtype of the features. A zero feature vector or
+    a zero weight row gives logits of 0 and no gradient.
+
+    In training it follows the mean norm and the mean squared norm of the features over about
+    the last 100 batches, in the buffer ``cosine_moments``: they set the scale of the folded
+    layer. Both start at 0 and only their ratio is used, so the first batch already counts fully.
+
+    Args:
+        in_features: H, size of the last dimension of the input (..., H).
+        out_features: C, size of the last dimension of the output (..., C).
+        scale: s, the length of the logits; they lie in [-s, s].
+        folded_bias: Whether the ordinary layer it folds into has a (zero) bias.
+        device: As in ``nn.Linear``.
+        dtype: As in ``nn.Linear``.
+
+    The class directions start uniform in a cube and of unit length. Source: Cao et al., 2019,
+    arXiv 1906.07413, section 3.2.
+
+    Example:
+        >>> head = CosineLinear(8, 3, scale=30.0)
+        >>> bool(head(torch.randn(5, 8)).abs().max() <= 30.001)
+        True
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        scale: float = 30.0,
+        *,
+        folded_bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias=False, device=device, dtype=dtype)
+        self.scale = check_real("scale", scale, low=0.0, low_open=True)
+        self.folded_bias = folded_bias
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the logits (..., C) of the features ``input`` (..., H)."""
+        return self._cosines(input)
+
+
+class CosineConv2d(CosineHead, nn.Conv2d):
+    """`CosineLinear` at every place of a map: (N, H, h, w) features give (N, C, h, w) logits."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        scale: float = 30.0,
+        *,
+        folded_bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_channels, out_channels, 1, bias=False, device=device, dtype=dtype)
+        self.scale = check_real("scale", scale, low=0.0, low_open=True)
+        self.folded_bias = folded_bias
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the logits (..., C, h, w) of the features ``input`` (..., H, h, w)."""
+        return self._cosines(input.movedim(-3, -1)).movedim(-1, -3)
+
+
+Cosine = CosineLinear | CosineConv2d
+
+
+def cosine_layer(layer: nn.Linear | nn.Conv2d, scale: float, *, keep: bool) -> Cosine:
+    """Build the cosine layer that takes the place of ``layer``, with its rows if ``keep``."""
+    weight = layer.weight
+    kind = CosineConv2d if isinstance(layer, nn.Conv2d) else CosineLinear
+    outputs, inputs = weight.shape[:2]
+    bias = layer.bias is not None
+    new = kind(inputs, outputs, scale, folded_bias=bias, device=weight.device, dtype=weight.dtype)
+    if keep:
+        new.weight.data.copy_(weight.data)
+    new.weight.requires_grad_(weight.requires_grad)
+    return new.train(layer.training)
+
+
+def plain_layer(head: Cosine) -> nn.Linear | nn.Conv2d:
+    """Build the folded layer, without drawing the random numbers of an initialisation."""
+    exact = head.weight
+    outputs, inputs = exact.shape[:2]
+    layer: nn.Linear | nn.Conv2d
+    if isinstance(head, CosineConv2d):
+        layer = nn.Conv2d(inputs, outputs, 1, bias=head.folded_bias, device="meta")
+    else:
+        layer = nn.Linear(inputs, outputs, bias=head.folded_bias, device="meta")
+    trains = exact.requires_grad
+    layer.weight = nn.Parameter(folded_weight(head, exact.detach(), head.cosine_moments), trains)
+    if head.folded_bias:
+        layer.bias = nn.Parameter(exact.detach().new_zeros(outputs), trains)
+    return layer.train(head.training)
+
+
+def folded_weight(head: Cosine, weight: Tensor, moments: Tensor) -> Tensor:
+    """Return ``k * w[c] / |w[c]|``, k from the moments or ``s / sqrt(H)`` where there are none."""
+    rows = weight.flatten(1).to(torch.promote_types(weight.dtype, torch.float32))
+    first, second = moments.to(rows).unbind()
+    unit = torch.full_like(first, head.scale / math.sqrt(rows.shape[1]))
+    known = _plausible(moments) & (second > 0)
+    factor = torch.where(known.to(first.device), head.scale * first / second, unit)
+    unit_rows = rows / _lengths(rows).clamp_min(_SMALLEST_LENGTH).unsqueeze(-1)
+    return (factor * unit_rows).to(weight.dtype).view_as(weight)
+
+
+def _autocasts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _lengths(vectors: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(vectors, dim=-1)
+
+
+def _plausible(moments: Tensor) -> Tensor:
+    """Whether the two can be means of lengths and of their squares, the latter being larger."""
+    first, second = moments.unbind()
+    return second.isfinite() & (first.square() <= second * _ROUNDING)

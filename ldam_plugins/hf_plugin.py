@@ -1,0 +1,278 @@
+"""LDAM-DRW for transformers.Trainer: one callback, and a registered loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
+
+from ldam_plugins._checks import check_int, check_real, must_be
+from ldam_plugins.counts import ClassCounts
+from ldam_plugins.hf_labels import count_labels
+from ldam_plugins.hf_loss_mapping import register
+from ldam_plugins.hf_run import RESAMPLING, TrainingRun
+from ldam_plugins.hf_setup import (
+    calling_trainer,
+    check_head,
+    check_setup,
+    class_count,
+    fold_when_saved,
+    put_head,
+)
+from ldam_plugins.losses import ClassificationLoss, create_loss, loss_options
+from ldam_plugins.schedules import DeferredSchedule
+
+__all__ = ["DRWCallback", "register"]
+
+logger = logging.get_logger(__name__)
+_SCALE = 30.0  # the paper's
+
+register()
+
+
+class DRWCallback(TrainerCallback):
+    """Train with LDAM and deferred re-weighting, or another loss and schedule of the package.
+
+    ``Trainer(model=..., args=..., train_dataset=..., callbacks=[DRWCallback()])`` counts the
+    training labels, puts a cosine head on the model, sets the Trainer's loss and re-weights the
+    classes for the last fifth of the updates. ``Trainer(..., compute_loss_func=
+    criterion.compute_loss_func, callbacks=[DRWCallback(criterion)])`` does the same in sight.
+
+    * The loss of an update is ``sum_i w_i l_i / (items * mean weight of a training sample)`` over
+      all micro-batches and processes, so the update does not depend on how the batch was cut,
+      and its size does not jump when re-weighting begins.
+    * Evaluation is plain cross-entropy, during the training and after it: the loss stays with the
+      Trainer (``trainer.compute_loss_func``). On the model there is nothing but the cosine head.
+    * The head is saved as a plain layer with the same predictions, by checkpoints,
+      ``trainer.save_model()`` and ``model.save_pretrained()``, next to its exact weights, from
+      which a run resumes to the bit. :func:`~ldam_plugins.fold_cosine_head` makes the model in
+      memory plain as well.
+    * There is no state: the stage follows from ``state.global_step``, also in a run that resumes
+      a checkpoint written without the callback. Its name is logged as ``drw_stage`` at every
+      change.
+
+    Args:
+        criterion: The loss to use. Default: ``loss`` made for the training labels.
+        loss: One of :func:`~ldam_plugins.list_losses`. Default: ``"ldam"``.
+        class_counts: Training samples of each class. Default: the labels of ``train_dataset``.
+            Must be given where those cannot be read, as from an iterable dataset.
+        schedule: Kind of :class:`~ldam_plugins.DeferredSchedule`, or one made already (with
+            ``unit="step"``, say).
+        start: When the second stage begins: a float is a share of the training (default 0.8), an
+            int a 0-based epoch.
+        beta: Of the class weights and sampling probabilities. Default: 0.9999.
+        scale: Scale s of the cosine head. Default: the criterion's, else 30.
+        cosine_head: Whether to put one on the model. Default: for losses with a margin. It keeps
+            the directions of the head it replaces. One that
+            :func:`~ldam_plugins.use_cosine_head` put on before stays.
+        seed: Of re-sampling. Default: the Trainer's ``data_seed``, else its ``seed``.
+        **options: Options of the loss, such as ``max_margin`` (LDAM) or ``gamma`` (focal).
+
+    Raises:
+        TypeError: ``criterion`` is no loss of this package, or an option the loss does not have.
+        ValueError: a bad value, or two arguments that say the same thing; from the Trainer's
+            constructor or ``train()``: any set-up in which something else would be trained.
+    """
+
+    def __init__(
+        self,
+        criterion: ClassificationLoss | None = None,
+        *,
+        loss: str | None = None,
+        class_counts: ClassCounts | Sequence[int] | np.ndarray | Tensor | None = None,
+        schedule: str | DeferredSchedule = "drw",
+        start: float | int | None = None,
+        beta: float | None = None,
+        scale: float | None = None,
+        cosine_head: bool | None = None,
+        seed: int | None = None,
+        **options: Any,
+    ) -> None:
+        if class_counts is not None and not isinstance(class_counts, ClassCounts):
+            class_counts = ClassCounts(class_counts)
+        self.schedule = _schedule(schedule, start, beta)
+        self.seed = None if seed is None else check_int("seed", seed, low=0)
+        self.class_counts = class_counts
+        self.criterion = criterion
+        self._given = criterion
+        self._loss, self._options = loss or "ldam", options
+        if criterion is not None:
+            _check_criterion(criterion, class_counts, {"loss": loss, **options})
+        else:
+            if "scale" in loss_options(self._loss):
+                self._options = {"scale": _SCALE if scale is None else scale, **options}
+            criterion = create_loss(self._loss, [1, 1], **self._options)  # refuses bad options now
+        self._cosine_head = criterion.needs_cosine_head if cosine_head is None else cosine_head
+        self._scale = _head_scale(scale, criterion, self._cosine_head)
+        self._run: TrainingRun | None = None
+        self._untrained = False
+
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Check the set-up and put on the cosine head, before there is an optimizer."""
+        trainer = calling_trainer()
+        self._check(trainer)
+        if self._cosine_head:
+            self._untrained = put_head(trainer, self._scale)
+        fold_when_saved(trainer.model)
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        optimizer: Any = None,
+        train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Make the loss, give it to the Trainer and work out the schedule."""
+        trainer = calling_trainer()
+        self._check(trainer)
+        if self._cosine_head:
+            check_head(trainer.model, optimizer, self._scale)
+        fold_when_saved(trainer.model)
+        self.criterion = self._criterion_for(trainer, train_dataloader)
+        data_seed = args.seed if args.data_seed is None else args.data_seed
+        self._run = TrainingRun(
+            trainer,
+            self,
+            self.criterion.to(args.device),
+            self.schedule,
+            total_steps=state.max_steps,
+            train_dataloader=train_dataloader,
+            seed=data_seed if self.seed is None else self.seed,
+        )
+        trainer.compute_loss_func = self._run.compute_loss
+        self._untrained = False
+
+    def on_epoch_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Give a re-sampled epoch its order."""
+        self._running().begin_epoch(state, train_dataloader)
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Fill in the class weights where a stage begins."""
+        self._running().begin_step(state)
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Stop before an update whose gradients are not the criterion's."""
+        self._running().check_update()
+
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Say so when a head is evaluated that was put on and never trained."""
+        if self._untrained:
+            logger.warning(
+                "DRWCallback put a cosine head on the model, with the old head's directions and "
+                "without its bias, and it was not trained since. To evaluate a model as it was "
+                "saved, leave the callback out."
+            )
+            self._untrained = False
+
+    def _check(self, trainer: Trainer) -> None:
+        check_setup(trainer, DRWCallback, resampling=self.schedule.kind in RESAMPLING)
+        loss = trainer.compute_loss_func
+        ours = isinstance(getattr(loss, "__self__", None), TrainingRun)
+        explicit = self._given is not None and loss == self._given.compute_loss_func
+        if not (loss is None or ours or explicit):
+            way_out = "Write `compute_loss_func=criterion.compute_loss_func, "
+            way_out += "callbacks=[DRWCallback(criterion)]`, or leave the function out."
+            wanted = "that of the callback's criterion, or None"
+            raise ValueError(must_be("compute_loss_func", wanted, loss, way_out))
+
+    def _criterion_for(self, trainer: Trainer, train_dataloader: Any) -> ClassificationLoss:
+        """The loss given, or one made for the counts given, or for the training labels."""
+        classes = class_count(trainer.model)
+        counts = self.class_counts if self._given is None else self._given.class_counts
+        if counts is None:
+            collate = train_dataloader.collate_fn
+            counts = count_labels(train_dataloader.dataset, classes, collate)
+        if classes is not None and len(counts) != classes:
+            way_out = f"Create the model with num_labels={len(counts)}, or give its counts."
+            raise ValueError(must_be("class_counts", f"{classes} counts", len(counts), way_out))
+        if self._given is not None:
+            return self._given
+        return create_loss(self._loss, counts, **self._options)
+
+    def _running(self) -> TrainingRun:
+        if self._run is None:
+            raise RuntimeError("DRWCallback was added to a training that runs: add it before.")
+        return self._run
+
+
+def _schedule(
+    schedule: str | DeferredSchedule, start: float | int | None, beta: float | None
+) -> DeferredSchedule:
+    given: dict[str, Any] = {
+        name: v for name, v in (("start", start), ("beta", beta)) if v is not None
+    }
+    if not isinstance(schedule, DeferredSchedule):
+        return DeferredSchedule(schedule, **given)
+    if given:
+        way_out = "The DeferredSchedule has its own."
+        raise ValueError(must_be(", ".join(given), "left out", list(given.values()), way_out))
+    return schedule
+
+
+def _check_criterion(
+    criterion: ClassificationLoss, class_counts: ClassCounts | None, given: dict[str, Any]
+) -> None:
+    if not isinstance(criterion, ClassificationLoss):
+        way_out = "Make one with create_loss(name, class_counts), or name it: loss='ldam'."
+        raise TypeError(must_be("criterion", "a loss of ldam_plugins", criterion, way_out))
+    if criterion.reduction != "mean":
+        raise ValueError(must_be("criterion.reduction", "'mean'", criterion.reduction))
+    if class_counts is not None and class_counts != criterion.class_counts:
+        wanted = f"those of the criterion, {criterion.class_counts}"
+        raise ValueError(must_be("class_counts", wanted, class_counts))
+    again = {name: value for name, value in given.items() if value is not None}
+    if again:
+        way_out = "The criterion has its own."
+        raise ValueError(must_be(", ".join(again), "left out", list(again.values()), way_out))
+
+
+def _head_scale(scale: float | None, criterion: ClassificationLoss, wanted: bool) -> float:
+    """Scale of the cosine head: the loss's own, the one given, or the paper's."""
+    own = getattr(criterion, "scale", None)
+    if scale is None:
+        return _SCALE if own is None else own
+    if own not in (None, scale):
+        raise ValueError(must_be("scale", f"{own:g} or left out, as the criterion's", scale))
+    if own is None and not wanted:
+        way_out = "This loss has no margin: cosine_head=True puts a cosine head on all the same."
+        raise ValueError(must_be("scale", "left out", scale, way_out))
+    return check_real("scale", scale, low=0, low_open=True)

@@ -1,0 +1,191 @@
+"""One ``Trainer.train()`` under a loss and a schedule of this package."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, Sampler
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.utils import logging
+
+from ldam_plugins._checks import must_be
+from ldam_plugins.hf_labels import IGNORED, read_labels
+from ldam_plugins.losses import ClassificationLoss
+from ldam_plugins.samplers import DeferredSampler
+from ldam_plugins.schedules import DeferredSchedule, Progress
+
+RESAMPLING = ("rs", "drs", "progressive")
+"""Kinds of schedule that change the sampler."""
+
+logger = logging.get_logger(__name__)
+
+
+class TrainingRun:
+    """Loss, class weights and sampling of one training.
+
+    Args:
+        trainer: Its Trainer; only a weak reference is kept.
+        callback: The callback that must stay with the Trainer for the loss to be used.
+        criterion: The loss, on the device of the training.
+        schedule: What to re-weight or re-sample when.
+        total_steps: Optimizer updates of the whole training.
+        train_dataloader: As the Trainer has prepared it.
+        seed: Of re-sampling.
+
+    Raises:
+        ValueError: ``start`` past the end or in epochs nobody knows the length of, or examples
+            that cannot be re-sampled.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        callback: TrainerCallback,
+        criterion: ClassificationLoss,
+        schedule: DeferredSchedule,
+        *,
+        total_steps: int,
+        train_dataloader: Any,
+        seed: int,
+    ) -> None:
+        self.criterion = criterion
+        self.schedule = schedule
+        self.stage: str | None = None
+        self._trainer = weakref.ref(trainer)
+        self._callback = callback
+        self._in_backward = False
+        self._steps_per_epoch = _steps_per_epoch(trainer, train_dataloader, total_steps)
+        self._check_start(total_steps, train_dataloader)
+        self._sampler: DeferredSampler | None = None
+        if schedule.kind in RESAMPLING:
+            self._sampler = self._make_sampler(train_dataloader, total_steps, seed)
+
+    def compute_loss(
+        self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Loss for ``Trainer.compute_loss_func``, watched on its way into the gradients."""
+        if torch.is_grad_enabled() and not self._is_wanted():
+            raise RuntimeError(
+                "the DRWCallback whose loss this Trainer uses was removed from its callbacks. "
+                "Add one, or write `trainer.compute_loss_func = None`."
+            )
+        loss = self.criterion.compute_loss_func(outputs, labels, num_items_in_batch)
+        if loss.requires_grad:
+            loss.register_hook(self._seen_in_backward)
+        return loss
+
+    def begin_epoch(self, state: TrainerState, train_dataloader: Any) -> None:
+        """Give the data loader the order of a re-sampled epoch, before it is iterated."""
+        if self._sampler is None:
+            return
+        self._sampler.set_epoch(state.global_step // self._steps_per_epoch)
+        if self.schedule.resamples(self._sampler.progress):
+            train_dataloader.set_sampler(_FixedOrder(self._sampler.order()))
+
+    def begin_step(self, state: TrainerState) -> None:
+        """Fill in the class weights of the coming update; log the stage when it changes."""
+        progress = Progress(state.global_step, state.max_steps, self._steps_per_epoch)
+        if self._sampler is not None:
+            progress = self._sampler.progress  # sampling changes between epochs only
+        stage = self.schedule.stage(progress)
+        if stage == self.stage:
+            return
+        self.stage = stage
+        weights = self.schedule.class_weights(self.criterion.class_counts, progress)
+        self.criterion.weight.copy_(weights)
+        self._running_trainer().log({"drw_stage": stage})
+
+    def check_update(self) -> None:
+        """Stop before the first update that gradients of another loss would make.
+
+        Raises:
+            RuntimeError: the loss took no part in the gradients since the last update.
+        """
+        if not self._in_backward:
+            raise RuntimeError(
+                f"the gradients are not those of {type(self.criterion).__name__}: "
+                f"{type(self._running_trainer()).__name__} computes a loss of its own. Let its "
+                "compute_loss() return what super().compute_loss(...) returns, or remove it."
+            )
+        self._in_backward = False
+
+    def _seen_in_backward(self, gradient: Tensor) -> None:
+        self._in_backward = True
+
+    def _running_trainer(self) -> Trainer:
+        trainer = self._trainer()
+        if trainer is None:
+            raise RuntimeError("the Trainer of this DRWCallback does not exist any more")
+        return trainer
+
+    def _is_wanted(self) -> bool:
+        return self._callback in self._running_trainer().callback_handler.callbacks
+
+    def _check_start(self, total_steps: int, train_dataloader: Any) -> None:
+        schedule = self.schedule
+        in_epochs = schedule.unit == "epoch" or (
+            schedule.unit == "auto" and not isinstance(schedule.start, float)
+        )
+        deferred = schedule.kind in ("drw", "drs") and schedule.start != 0
+        if deferred and in_epochs and not _has_length(train_dataloader):
+            way_out = (
+                "An epoch of a dataset without length has no known end: use a share of the "
+                'training (start=0.8) or DeferredSchedule("drw", start=1000, unit="step").'
+            )
+            raise ValueError(must_be("start", "a float", schedule.start, way_out))
+        if schedule.start_step(total_steps, self._steps_per_epoch) >= total_steps:
+            logger.warning(
+                f"start={schedule.start} of {total_steps} updates: the second stage never begins."
+            )
+
+    def _make_sampler(self, loader: Any, total_steps: int, seed: int) -> DeferredSampler:
+        dataset = loader.dataset
+        if isinstance(dataset, IterableDataset) or not hasattr(loader, "set_sampler"):
+            way_out = "Use schedule='drw', which needs no sampler."
+            wanted = "map-style, in the Trainer's own data loader, for re-sampling"
+            raise ValueError(must_be("train_dataset", wanted, type(dataset).__name__, way_out))
+        labels = read_labels(dataset, loader.collate_fn)
+        if (labels == IGNORED).any():
+            way_out = "Leave them out: `train_dataset.filter(...)`."
+            wanted = "given for every example where examples are re-sampled"
+            raise ValueError(must_be("labels", wanted, IGNORED, way_out))
+        return DeferredSampler(
+            labels,
+            self.schedule,
+            epochs=total_steps / self._steps_per_epoch,
+            steps_per_epoch=self._steps_per_epoch,
+            num_classes=len(self.criterion.class_counts),
+            seed=seed,
+        )
+
+
+class _FixedOrder(Sampler[int]):
+    """The order of one epoch. Without ``set_epoch``: hosts would call it with other epochs."""
+
+    def __init__(self, order: np.ndarray) -> None:
+        self.order = order
+
+    def __iter__(self) -> Iterator[int]:
+        return map(int, self.order)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+
+def _has_length(loader: Any) -> bool:
+    try:
+        return len(loader) > 0
+    except TypeError:
+        return False
+
+
+def _steps_per_epoch(trainer: Trainer, loader: Any, total_steps: int) -> int:
+    """Optimizer updates of one epoch as the Trainer counts them; all where there is no length."""
+    if not _has_length(loader):
+        return total_steps
+    return -(-len(loader) // trainer.args.gradient_accumulation_steps)

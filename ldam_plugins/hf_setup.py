@@ -1,0 +1,175 @@
+"""What a DRWCallback needs of Trainer and model, and the set-ups it refuses."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+
+from ldam_plugins._checks import must_be
+from ldam_plugins.heads import cosine_heads, folded_state_dict, use_cosine_head
+
+
+def calling_trainer() -> Trainer:
+    """The Trainer that fires an event: the nearest one on the stack of calls.
+
+    Events hand over model, optimizer and data loader but not the Trainer (transformers 5.23),
+    and only its ``compute_loss_func`` sees labels and item count for every model and every cut of
+    the batch.
+
+    Raises:
+        RuntimeError: no Trainer is running.
+    """
+    frame = inspect.currentframe()
+    try:
+        while frame is not None:
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, Trainer):
+                return owner
+            frame = frame.f_back
+    finally:
+        del frame  # a frame that refers to itself would keep its locals alive
+    raise RuntimeError(
+        "DRWCallback works inside transformers.Trainer: "
+        "write Trainer(..., callbacks=[DRWCallback()])."
+    )
+
+
+def check_setup(trainer: Trainer, kind: type[TrainerCallback], *, resampling: bool) -> None:
+    """Refuse the set-ups in which something else than asked for would be trained.
+
+    Raises:
+        ValueError: the message says which argument to change, and to what.
+    """
+    _check_arguments(trainer, resampling)
+    _check_config(getattr(trainer.model, "config", None))
+    if getattr(trainer, "loss_is_scaled_for_ga", None) is False:
+        way_out = "The loss is divided by the items of the whole batch already; remove the line."
+        raise ValueError(must_be("loss_is_scaled_for_ga", "None or True", False, way_out))
+    same = [cb for cb in trainer.callback_handler.callbacks if isinstance(cb, kind)]
+    if len(same) > 1:
+        way_out = "Each would set the loss and its weights: remove the others."
+        raise ValueError(must_be("callbacks", f"given one {kind.__name__}", len(same), way_out))
+
+
+def put_head(trainer: Trainer, scale: float) -> bool:
+    """Put a cosine head on the Trainer's model unless one is there, before it has an optimizer.
+
+    The rows of the old head stay as directions of length 1, so that a model saved earlier still
+    predicts what it did; a new head's rows are as random as any.
+
+    Returns:
+        Whether the head was put on now.
+
+    Raises:
+        ValueError: the head is not found, has another scale, or would be lost (``model_init``).
+    """
+    new = not cosine_heads(trainer.model)
+    if trainer.model_init is not None and new:
+        way_out = f"Let it return `use_cosine_head(model, scale={scale:g})`."
+        wanted = "a function that puts the cosine head on, for it builds the model anew"
+        raise ValueError(must_be("model_init", wanted, trainer.model_init, way_out))
+    try:
+        use_cosine_head(trainer.model, scale, init="keep")
+    except ValueError as error:
+        way_out = f"Call use_cosine_head(model, scale={scale:g}, head=...) before Trainer(...)."
+        raise ValueError(f"{error} {way_out}") from error
+    if new:
+        for head in cosine_heads(trainer.model).values():
+            _take_unit_length(head)
+    return new
+
+
+@torch.no_grad()
+def _take_unit_length(head: Any) -> None:
+    """Scale the rows to length 1; draw all anew where one is zero and so has no direction."""
+    rows = head.weight.flatten(1).float()
+    lengths = rows.norm(dim=1, keepdim=True)
+    if bool((lengths > 0).all()):
+        head.weight.copy_((rows / lengths).view_as(head.weight))
+    else:
+        head.reset_parameters()
+
+
+def check_head(model: nn.Module, optimizer: Any, scale: float) -> None:
+    """Check that the cosine head is there, has the loss's scale and will be trained.
+
+    Raises:
+        ValueError: it does not; the message says what to write.
+    """
+    heads = cosine_heads(model)
+    before = f"Call use_cosine_head(model, scale={scale:g}) before the optimizer is made."
+    if not heads:
+        way_out = f"Give the callback to Trainer(callbacks=[...]). Or: {before}"
+        raise ValueError(must_be("model", "one with a cosine head", type(model).__name__, way_out))
+    for name, head in heads.items():
+        if head.scale != scale:
+            wanted = f"{head.scale:g}, that of head {name!r}, for the loss as well"
+            raise ValueError(must_be("scale", wanted, scale))
+    trained = [head.weight for head in heads.values() if head.weight.requires_grad]
+    if not trained:
+        way_out = "Write `head.requires_grad_(True)`; with PEFT name it in `modules_to_save`."
+        raise ValueError(must_be("model", "one whose head trains", list(heads), way_out))
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    known = any(id(parameter) in held for parameter in model.parameters())  # not if sharded
+    if known and not all(id(weight) in held for weight in trained):
+        raise ValueError(must_be("optimizer", "one that holds the head", list(heads), before))
+
+
+def class_count(model: nn.Module) -> int | None:
+    """Classes the model tells apart, by its cosine head or its config; None if neither says."""
+    sizes = [len(head.weight) for head in cosine_heads(model).values()]
+    return sizes[0] if sizes else getattr(getattr(model, "config", None), "num_labels", None)
+
+
+def fold_when_saved(model: nn.Module) -> None:
+    """Let ``model.state_dict()`` give cosine heads in the form both hosts and this package load.
+
+    So every way of saving writes a model that stock ``from_pretrained`` reads with the same
+    predictions, and from which a cosine head takes back its exact tensors. See
+    :func:`ldam_plugins.heads.folded_state_dict`. Calling it twice changes nothing.
+    """
+    for head in cosine_heads(model).values():
+        if not getattr(head, "folds_when_saved", False):
+            head.register_state_dict_post_hook(_fold_entries)
+            head.folds_when_saved = True  # type: ignore[assignment]  # copied along with the hook
+
+
+def _fold_entries(
+    head: nn.Module, state_dict: dict[str, Tensor], prefix: str, metadata: dict[str, Any]
+) -> None:
+    own = {name: state_dict[prefix + name] for name in ("weight", "cosine_moments")}
+    state_dict.update({prefix + k: v for k, v in folded_state_dict(head, own).items()})
+
+
+def _check_arguments(trainer: Trainer, resampling: bool) -> None:
+    args = trainer.args
+    if args.label_smoothing_factor != 0:
+        way_out = "The Trainer ignores it where the loss is given: remove label_smoothing_factor."
+        value = args.label_smoothing_factor
+        raise ValueError(must_be("label_smoothing_factor", "0 with DRWCallback", value, way_out))
+    if args.label_names is not None and "labels" not in args.label_names:
+        way_out = 'Name the column so: `train_dataset.rename_column("...", "labels")`.'
+        raise ValueError(must_be("label_names", "['labels'] or None", args.label_names, way_out))
+    strategy = getattr(args, "train_sampling_strategy", "random")
+    if resampling and strategy != "random":
+        way_out = "The schedule re-samples the examples itself."
+        raise ValueError(must_be("train_sampling_strategy", "'random'", strategy, way_out))
+
+
+def _check_config(config: Any) -> None:
+    """Refuse models whose task is not one class of several, or that answer with tuples."""
+    problem = getattr(config, "problem_type", None)
+    if problem not in (None, "single_label_classification"):
+        way_out = "A margin per class needs one class an example; other tasks have no LDAM."
+        wanted = "None or 'single_label_classification'"
+        raise ValueError(must_be("config.problem_type", wanted, problem, way_out))
+    if getattr(config, "num_labels", 2) < 2:
+        way_out = "Create the model with num_labels=2 for two classes."
+        raise ValueError(must_be("config.num_labels", ">= 2", config.num_labels, way_out))
+    if getattr(config, "return_dict", True) is False:
+        way_out = "The Trainer drops the logits of tuple outputs where the loss is given."
+        raise ValueError(must_be("config.return_dict", "True", False, way_out))

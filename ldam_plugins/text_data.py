@@ -1,0 +1,228 @@
+"""Where labelled texts come from: the hub, a folder laid out like one, or embedded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ldam_plugins._checks import check_choice, check_int, check_real, must_be, quoted
+from ldam_plugins.counts import check_label_range, label_array
+from ldam_plugins.docstrings import read_docstrings
+from ldam_plugins.image_loaders import TEST_SPLITS
+from ldam_plugins.image_tables import open_tables, read_labels
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+EMBEDDED = "stdlib_docstrings"
+TEXT, LABEL = "text", "label"
+_LABEL_NAMES = (LABEL, "labels")
+_STRINGS = ("string", "large_string")
+
+
+def load_texts(
+    dataset: str | os.PathLike[str],
+    *,
+    text_column: str | None = None,
+    label_column: str | None = None,
+    train_split: str = "train",
+    test_split: str | None = None,
+    skip_empty: bool = False,
+) -> tuple[Dataset, Dataset]:
+    """Load the texts to train on and those to test on, in the same order on every machine.
+
+    What ``dataset`` may be: a hub id; a local folder of files as the hub serves them, or one that
+    ``save_to_disk`` wrote; or ``"stdlib_docstrings"``, docstrings of Python's own standard library
+    labelled by module (see :func:`~ldam_plugins.docstrings.read_docstrings`).
+
+    Args:
+        dataset: One of the above.
+        text_column: Column of the texts. Default: ``text``, else the only one of strings.
+        label_column: Column of the labels: class labels, integers or strings, which become
+            classes in sorted order. Default: the only one of class labels, else ``label`` or
+            ``labels``.
+        train_split: The split to train on.
+        test_split: The one to test on. Default: the first there is of test, validation, valid
+            and val.
+        skip_empty: Leave out rows without a text instead of stopping.
+
+    Returns:
+        Training and test set with the columns ``text`` (str) and ``label`` (a ``ClassLabel``
+        with the names of the classes), and no others.
+
+    Raises:
+        ConnectionError: the hub cannot be reached.
+        ValueError: no such dataset, split or column, with what there is; labels that are not one
+            class a text; rows without text or label; an option that means nothing here.
+
+    Example:
+        >>> train, test = load_texts("stdlib_docstrings")
+        >>> train.column_names, train.features["label"].names[:2]
+        (['text', 'label'], ['_collections_abc', '_pydecimal'])
+    """
+    name = os.fspath(dataset)
+    if name == EMBEDDED:
+        given = {"text_column": text_column, "label_column": label_column, "test_split": test_split}
+        _refuse_columns({**given, "train_split": None if train_split == "train" else train_split})
+        train, test, class_names = read_docstrings()
+        return _dataset(*train, class_names), _dataset(*test, class_names)
+    tables = open_tables(str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name)
+    splits = _pick_splits(tables, train_split, test_split)
+    label = _pick_label(tables[splits[0]].features, label_column)
+    text = _pick_text(tables[splits[0]].features, text_column, label)
+    names: tuple[str, ...] | None = None
+    parts = []
+    for split in splits:
+        table = tables[split]
+        _check_columns(table.features, split, text, label)
+        table = _with_texts(table, text, split, skip_empty)
+        labels, names = read_labels(table, label, split, names)
+        parts.append(_dataset(table[text][:], labels, names))
+    return parts[0], parts[1]
+
+
+def thin_classes(
+    labels: Any,
+    class_names: Sequence[str],
+    rare_classes: Sequence[str],
+    rare_fraction: float,
+    seed: int = 0,
+) -> np.ndarray:
+    """Indices that are left if ``rare_classes`` keep ``rare_fraction`` of their samples, in order.
+
+    The way the paper makes IMDB imbalanced: 90 % of the negative reviews are removed (Cao et al.,
+    NeurIPS 2019, arXiv 1906.07413). Class c keeps ``int(rare_fraction * n_c)`` samples, the
+    first of one shuffle a class in class order by NumPy's legacy generator, as in
+    :func:`~ldam_plugins.long_tail_indices`.
+
+    Args:
+        labels: Class indices (N,).
+        class_names: Name of each class.
+        rare_classes: Names of the classes that lose samples.
+        rare_fraction: Share that they keep, in (0, 1].
+        seed: Seed of the choice, in 0..2**32 - 1.
+
+    Raises:
+        ValueError: an unknown class, a fraction out of range, or a class that would keep nothing.
+
+    Example:
+        >>> thin_classes([0, 0, 0, 0, 1, 1], ["neg", "pos"], ["neg"], 0.5)
+        array([2, 3, 4, 5])
+    """
+    array = label_array(labels)
+    check_label_range(array, len(class_names))
+    check_real("rare_fraction", rare_fraction, low=0, high=1, low_open=True)
+    random = np.random.RandomState(check_int("seed", seed, low=0, high=2**32 - 1))
+    rare = sorted(
+        {class_names.index(check_choice("rare_classes", n, class_names)) for n in rare_classes}
+    )
+    removed = np.zeros(len(array), dtype=bool)
+    for label in rare:
+        members = np.flatnonzero(array == label)
+        kept = int(rare_fraction * len(members))
+        if kept == 0:
+            wanted = f"large enough that {class_names[label]!r} keeps one of {len(members)} samples"
+            raise ValueError(must_be("rare_fraction", wanted, rare_fraction))
+        random.shuffle(members)
+        removed[members[kept:]] = True
+    return np.flatnonzero(~removed)
+
+
+def _dataset(texts: Sequence[str], labels: np.ndarray, class_names: Sequence[str]) -> Dataset:
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    features = Features({TEXT: Value("string"), LABEL: ClassLabel(names=list(class_names))})
+    return Dataset.from_dict({TEXT: list(texts), LABEL: labels}, features=features)
+
+
+def _refuse_columns(given: Mapping[str, object]) -> None:
+    for name, value in given.items():
+        if value is not None:
+            way_out = f"It means nothing for {EMBEDDED!r}."
+            raise ValueError(must_be(name, "left out", value, way_out))
+
+
+def _pick_splits(
+    tables: Mapping[str, Any], train_split: str, test_split: str | None
+) -> tuple[str, str]:
+    test = test_split or next((name for name in TEST_SPLITS if name in tables), None)
+    if test is None:
+        wanted = f"given, for none of {quoted(tables)} is named {', '.join(TEST_SPLITS)}"
+        raise ValueError(must_be("test_split", wanted, None))
+    check_choice("train_split", train_split, list(tables))
+    return train_split, check_choice("test_split", test, list(tables))
+
+
+def _pick_label(features: Mapping[str, Any], asked: str | None) -> str:
+    from datasets import ClassLabel
+
+    if asked is not None:
+        return check_choice("label_column", asked, list(features))
+    classes = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
+    if len(classes) == 1:
+        return classes[0]
+    named = [name for name in _LABEL_NAMES if name in features]
+    return _only("label_column", named, features)
+
+
+def _pick_text(features: Mapping[str, Any], asked: str | None, label: str) -> str:
+    if asked is not None:
+        return check_choice("text_column", asked, list(features))
+    strings = [n for n, feature in features.items() if n != label and _is_string(feature)]
+    return _only("text_column", [TEXT] if TEXT in strings else strings, features)
+
+
+def _only(argument: str, found: list[str], features: Mapping[str, Any]) -> str:
+    if len(found) != 1:
+        kind = f"each of {quoted(found)}" if found else "no column"
+        columns = ", ".join(f"{name} ({_kind(feature)})" for name, feature in features.items())
+        raise ValueError(f"{kind} could be the `{argument}`; give it. The columns are {columns}.")
+    return found[0]
+
+
+def _check_columns(features: Mapping[str, Any], split: str, text: str, label: str) -> None:
+    """Refuse texts that are no strings, and labels that are not one class a text."""
+    for argument, column in (("text_column", text), ("label_column", label)):
+        if column not in features:
+            wanted = f"a column of split {split}, one of {quoted(features)}"
+            raise ValueError(must_be(argument, wanted, column))
+    if not _is_string(features[text]):
+        wanted = "a column of strings"
+        raise ValueError(must_be("text_column", wanted, f"{text} ({_kind(features[text])})"))
+    kind = _kind(features[label])
+    way_out = ""
+    if "float" in kind:
+        way_out = f'Cast it: `dataset.cast_column("{label}", Value("int64"))`, if it holds classes.'
+    elif "list" in kind.lower():
+        way_out = "Several labels a text have no long tail of classes: choose one of them."
+    if way_out:
+        wanted = "a column of one class a text (class labels, integers or strings)"
+        raise ValueError(must_be("label_column", wanted, f"{label} ({kind})", way_out))
+
+
+def _with_texts(table: Any, column: str, split: str, skip_empty: bool) -> Any:
+    """The rows that have a text."""
+    empty = [row for row, text in enumerate(table[column][:]) if not (text and text.strip())]
+    if not empty:
+        return table
+    if not skip_empty:
+        wanted = f"a text in every row of split {split}"
+        way_out = "Leave such rows out with --skip_empty (skip_empty=True)."
+        found = f"none in {len(empty)} rows, the first is row {empty[0]}"
+        raise ValueError(f"`{column}` must be {wanted}, got {found}. {way_out}")
+    return table.select(np.setdiff1d(np.arange(len(table)), empty))
+
+
+def _is_string(feature: Any) -> bool:
+    return getattr(feature, "dtype", None) in _STRINGS
+
+
+def _kind(feature: Any) -> str:
+    """Type of a column for a message: ``string``, ``float32``, ``ClassLabel``, ``List``."""
+    if type(feature).__name__ == "Value":
+        return str(feature.dtype)
+    return type(feature).__name__ if not isinstance(feature, list) else "List"

@@ -1,0 +1,161 @@
+import pickle
+import socket
+
+import evaluate
+import numpy as np
+import pytest
+import torch
+from transformers import EvalPrediction, Trainer, TrainingArguments
+
+import ldam_plugins
+from ldam_plugins import ClassCounts, LongTailMetrics
+from ldam_plugins.metrics import long_tail_metrics
+
+COUNTS = ClassCounts([500, 50, 5], class_names=["dog", "cat", "lynx"])
+FLAT = ["top1_error", "balanced_accuracy", "worst_class_accuracy", "many", "medium", "few"]
+FLAT += ["nll", "ece"]
+
+
+@pytest.fixture(autouse=True)
+def _offline_and_without_locks(monkeypatch):
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("network or lock used")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr("evaluate.module.FileLock", refuse)
+
+
+@pytest.fixture
+def rows():
+    labels = torch.arange(31) % 3
+    logits = torch.randn(31, 3)
+    logits[torch.arange(31), labels] += 1
+    return logits, labels
+
+
+def expected(rows):
+    return long_tail_metrics(*rows, COUNTS)
+
+
+def test_package_gives_the_class():
+    assert ldam_plugins.LongTailMetrics is LongTailMetrics
+    assert issubclass(LongTailMetrics, evaluate.Metric)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_compute(rows, dtype):
+    logits, labels = rows[0].to(dtype), rows[1]
+    metric = LongTailMetrics(COUNTS)
+    assert metric.name == "long_tail_metrics"
+    result = metric.compute(predictions=logits, references=labels)
+    assert result == long_tail_metrics(logits, labels, COUNTS)
+
+
+def test_add_and_add_batch_then_compute_and_again(rows):
+    logits, labels = rows
+    metric = LongTailMetrics(COUNTS)
+    for _ in range(2):
+        metric.add(prediction=logits[0].tolist(), reference=0)
+        metric.add_batch(predictions=logits[1:20].numpy(), references=labels[1:20].numpy())
+        metric.add_batch(predictions=logits[20:], references=labels[20:])
+        assert metric.compute() == expected(rows)
+
+
+def test_ignored_references(rows):
+    logits, labels = rows
+    kept = long_tail_metrics(logits[1:], labels[1:], COUNTS)
+    labels[0] = -100
+    assert LongTailMetrics(COUNTS).compute(predictions=logits, references=labels) == kept
+
+
+def test_two_at_once_and_combined_wait_for_no_lock(rows):
+    logits, labels = rows
+    first, second = LongTailMetrics(COUNTS), LongTailMetrics([5, 50, 500])
+    first.add_batch(predictions=logits, references=labels)
+    second.add_batch(predictions=logits, references=labels)
+    assert first.compute() == expected(rows)
+    assert second.compute()["few"] == expected(rows)["many"]
+    both = evaluate.combine({"a": first, "b": second})
+    result = both.compute(predictions=logits, references=labels)
+    assert (result["a_many"], result["b_few"]) == (expected(rows)["many"],) * 2
+
+
+def test_pickle(rows):
+    metric = pickle.loads(pickle.dumps(LongTailMetrics(COUNTS, per_class=True)))
+    assert metric.compute(predictions=rows[0], references=rows[1]) == expected(rows)
+    assert metric((rows[0], rows[1]))["accuracy_lynx"] == expected(rows)["per_class_accuracy"][2]
+
+
+def test_call_gives_floats_only(rows):
+    prediction = EvalPrediction(rows[0].numpy(), rows[1].numpy())
+    result = LongTailMetrics(COUNTS)(prediction)
+    assert list(result) == FLAT
+    assert all(type(value) is float for value in result.values())
+    assert result.items() <= expected(rows).items()
+
+
+def test_call_leaves_out_groups_and_classes_without_sample():
+    logits, labels = np.eye(3, dtype=np.float32)[:2], np.arange(2)
+    result = LongTailMetrics(COUNTS, per_class=True)((logits, labels))
+    names = [name for name in FLAT if name != "few"]
+    assert list(result) == [*names, "accuracy_dog", "accuracy_cat"]
+    unnamed = LongTailMetrics(COUNTS.counts, per_class=True)((logits, labels))
+    assert list(unnamed)[-2:] == ["accuracy_0", "accuracy_1"]
+
+
+def test_call_takes_the_first_of_several_outputs_and_lists_of_batches(rows):
+    logits, labels = (part.numpy() for part in rows)
+    metric = LongTailMetrics(COUNTS)
+    whole = metric((logits, labels))
+    assert metric(EvalPrediction((logits, np.zeros((31, 7))), labels)) == whole
+    batches = EvalPrediction([logits[:20], logits[20:]], [labels[:20], labels[20:]])
+    assert metric(batches) == whole
+
+
+def test_call_after_an_error_starts_anew(rows):
+    metric = LongTailMetrics(COUNTS)
+    metric((rows[0], rows[1]), compute_result=False)
+    with pytest.raises(ValueError, match="NaN in row 0"):
+        metric((rows[0] * float("nan"), rows[1]), compute_result=False)
+    assert metric((rows[0], rows[1])).items() <= expected(rows).items()
+
+
+@pytest.mark.parametrize("compute_result", [True, False])
+def test_two_label_arrays_are_refused(rows, compute_result):
+    with pytest.raises(ValueError, match=r"`labels` must be one array.*label_names"):
+        LongTailMetrics(COUNTS)((rows[0], (rows[1], rows[1])), compute_result)
+
+
+def test_soft_labels_are_refused(rows):
+    soft = torch.eye(3)[rows[1]].numpy()
+    with pytest.raises(ValueError, match=r"`labels`.*labels\.argmax"):
+        LongTailMetrics(COUNTS)(EvalPrediction(rows[0].numpy(), soft))
+
+
+def test_classes_of_one_name_have_no_keys_of_their_own():
+    with pytest.raises(ValueError, match=r"`per_class`.*'accuracy_cat'"):
+        LongTailMetrics(ClassCounts([5, 5], class_names=["cat", "cat"]), per_class=True)
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, rows, labels):
+        logits = rows * self.scale
+        return {"loss": logits.sum(), "logits": logits, "features": rows[:, :2]}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"batch_eval_metrics": True}, {"eval_do_concat_batches": False}]
+)
+def test_trainer(rows, tmp_path, options):
+    dataset = [{"rows": row, "labels": int(label)} for row, label in zip(*rows, strict=True)]
+    arguments = TrainingArguments(
+        output_dir=tmp_path, per_device_eval_batch_size=4, report_to="none", use_cpu=True, **options
+    )
+    trainer = Trainer(Model(), arguments, compute_metrics=LongTailMetrics(COUNTS))
+    for _ in range(2):
+        result = trainer.evaluate(dataset)
+        assert {key: result[f"eval_{key}"] for key in FLAT}.items() <= expected(rows).items()

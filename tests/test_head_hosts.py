@@ -1,0 +1,304 @@
+"""The cosine head on real timm and transformers architectures, and back into their loaders."""
+
+import copy
+
+import pytest
+import timm
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.utils._pytree import tree_map_only
+from transformers import AutoConfig, AutoModelForImageClassification
+from transformers import AutoModelForSequenceClassification as AutoText
+
+from ldam_plugins.heads import (
+    CosineLinear,
+    cosine_heads,
+    find_head,
+    fold_cosine_head,
+    folded_state_dict,
+    use_cosine_head,
+)
+
+# One architecture or two of each timm module, with every way timm names a classifier.
+LISTED = """
+    test_vit test_byobnet test_coatnet test_convnext test_nfnet test_resnet test_efficientnet
+    test_mambaout test_vit_relpos halonet26t caformer_s18 coat_lite_tiny convit_tiny
+    convmixer_768_32 cpubone_b0_bfrobust crossvit_9_240 darknet17 cspresnet50 davit_tiny
+    deit_tiny_patch16_224 deit_tiny_distilled_patch16_224 densenet121 dla34 ese_vovnet19b_slim
+    edgenext_xx_small efficientformer_l1 efficientformerv2_s0 efficientvim_m1 efficientvim_m1_dist
+    efficientvit_b0 efficientvit_m0 fasternet_t0 fastvit_t8 mobilenetv3_small_050 ghostnet_050
+    gmlp_s16_224 hardcorenas_a hgnetv2_b0 hiera_tiny_224 repvit_m1 iformer_t inception_next_atto
+    inception_resnet_v2 inception_v3 legacy_seresnet18 legacy_xception levit_128s levit_512
+    mobilevit_xxs mvitv2_tiny nest_tiny pit_ti_distilled_224 poolformer_s12 pvt_v2_b0 regnety_002
+    repghostnet_050 res2net50d resnest14d resnet50_clip resnetv2_18 rexnet_100
+    samvit_base_patch16 selecsls42 shvit_s1 skresnet18 starnet_s1 swiftformer_xs
+    swin_tiny_patch4_window7_224 tiny_vit_5m_224 twins_svt_small visformer_tiny volo_d1_224
+    xception41 xcit_nano_12_p8_224 dpn48b tresnet_m
+"""
+ARCHITECTURES = LISTED.split()
+
+# Models that average heads which read different features (see `fold_cosine_head`).
+SEPARATE = ("crossvit", "deit_tiny_dist", "efficientvim", "levit_128", "pit_", "repvit", "volo")
+
+
+def classifier_path(arch):
+    path = timm.get_pretrained_cfg(arch).classifier
+    return (path,) if isinstance(path, str) else tuple(path)
+
+
+def shapes(model):
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+
+def make_real(module):
+    """Give the own tensors of a module on the meta device random values."""
+    for name, old in list(module._parameters.items()):
+        if old is not None:
+            around = float(old.ndim == 1 and name == "weight")
+            module._parameters[name] = nn.Parameter(torch.randn(old.shape) * 0.1 + around)
+    for name, old in list(module._buffers.items()):
+        if old is not None:
+            module._buffers[name] = torch.full(old.shape, float("var" in name), dtype=old.dtype)
+
+
+def used_by_head(model, features):
+    """List the modules that turn the features into logits."""
+    used = [model]
+    hooks = [m.register_forward_pre_hook(lambda m, _: used.append(m)) for m in model.modules()]
+    model.forward_head(features)
+    for hook in hooks:
+        hook.remove()
+    return used
+
+
+def random_features(like):
+    return torch.randn(like.shape) * torch.randn(4, *[1] * (like.ndim - 1)).exp()
+
+
+def head_outputs(model, names, features):
+    """Return what each head gave, and last what the model made of it."""
+    outputs = []
+    layers = [model.get_submodule(name) for name in names]
+    hooks = [m.register_forward_hook(lambda m, x, y: outputs.append(y)) for m in layers]
+    outputs.append(model.forward_head(features))
+    for hook in hooks:
+        hook.remove()
+    return outputs
+
+
+def test_the_architectures_cover_timm():
+    modules = {timm.models._registry._model_to_module[arch] for arch in ARCHITECTURES}
+    assert len(set(ARCHITECTURES)) >= 60
+    assert len(modules) >= 40
+    assert len({classifier_path(arch) for arch in ARCHITECTURES}) >= 21
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_timm_heads_fold_back_to_the_same_class(arch):
+    """Body on the meta device, for its shapes; the head in full, on features of any length."""
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = timm.create_model(arch, num_classes=7).eval()
+        stock = shapes(model)
+        empty = model.forward_features(torch.empty(4, *model.pretrained_cfg["input_size"]))
+    names = find_head(model)
+    assert names == classifier_path(arch)
+    use_cosine_head(model)
+    assert set(cosine_heads(model)) == set(names)
+    for module in used_by_head(model, empty):
+        make_real(module)
+    features = tree_map_only(torch.Tensor, random_features, empty)
+    cosine = head_outputs(model, names, features)
+    fold_cosine_head(model)
+    linear = head_outputs(model, names, features)
+    assert shapes(model) == stock
+    assert cosine[-1].shape == (4, 7)
+    checked = len(names) if arch.startswith(SEPARATE) else len(names) + 1
+    for before, after in list(zip(cosine, linear, strict=True))[:checked]:
+        assert before.abs().max() <= 30.001
+        assert not torch.allclose(before, after)
+        dim = 1 if before.ndim == 4 else -1
+        assert after.argmax(dim).equal(before.argmax(dim))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "arch", ["test_vit", "test_resnet", "test_efficientnet", "dla46_c", "efficientformerv2_s0"]
+)
+def test_timm_loads_the_folded_model_itself(arch, tmp_path):
+    torch.manual_seed(0)
+    size = {"img_size": 64} if arch in ("test_vit", "efficientformerv2_s0") else {}
+    model = use_cosine_head(timm.create_model(arch, num_classes=7, **size))
+    images = torch.randn(8, 3, 64, 64)
+    model.train()(images)
+    cosine = model.eval()(images)
+    linear = fold_cosine_head(model)(images)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    path = str(tmp_path / "model.safetensors")
+    stock = timm.create_model(arch, num_classes=7, checkpoint_path=path, **size).eval()
+    assert stock(images).equal(linear)
+    assert linear.argmax(1).equal(cosine.argmax(1))
+
+
+def test_timm_averages_of_the_model_fold_like_the_model():
+    model = use_cosine_head(timm.create_model("test_resnet", num_classes=7))
+    average = ModelEmaV3(model, decay=0.5)
+    for _ in range(4):
+        model(torch.randn(4, 3, 32, 32))
+        average.update(model)
+    unknown = 30 / model.fc.in_features**0.5
+    layers = [fold_cosine_head(part).get_classifier() for part in (model, average.module)]
+    scale, other = (layer.weight.norm(dim=1)[0].item() for layer in layers)
+    assert scale == pytest.approx(other, rel=0.1)
+    assert scale != pytest.approx(unknown, rel=0.1)
+
+
+def test_timm_models_without_a_classifier_say_so():
+    with torch.device("meta"):
+        model = timm.create_model("test_resnet", num_classes=0)
+        with pytest.raises(ValueError, match=r"num_classes=0"):
+            use_cosine_head(model)
+        swapped = use_cosine_head(timm.create_model("test_vit", num_classes=5))
+    swapped.reset_classifier(3)
+    assert use_cosine_head(swapped).head.out_features == 3
+
+
+COMMON = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+TEXT = {
+    "bert": COMMON,
+    "distilbert": {"dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 40},
+    "roberta": COMMON,
+    "electra": COMMON | {"embedding_size": 16},
+    "deberta-v2": COMMON | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
+    "xlnet": {"d_model": 32, "n_layer": 1, "n_head": 2, "d_inner": 40},
+    "modernbert": COMMON | {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2},
+    "gpt2": {"n_embd": 32, "n_layer": 1, "n_head": 2},
+    "llama": COMMON | {"num_key_value_heads": 2},
+    "t5": {
+        "d_model": 32,
+        "d_kv": 8,
+        "num_layers": 1,
+        "num_heads": 2,
+        "d_ff": 40,
+        "decoder_start_token_id": 0,
+    },
+    "xlm": {"emb_dim": 32, "n_layers": 1, "n_heads": 2},
+    "funnel": {"d_model": 32, "n_head": 2, "d_head": 8, "d_inner": 40, "block_sizes": [1, 1]},
+}
+IMAGE = {
+    "vit": COMMON | {"image_size": 32, "patch_size": 16},
+    "convnext": {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]},
+    "swin": {"image_size": 32, "patch_size": 2, "embed_dim": 8, "depths": [1], "num_heads": [2]},
+    "resnet": {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]},
+    "timm_wrapper": {"architecture": "test_resnet"},
+}
+HEADS = {
+    "roberta": "classifier.out_proj",
+    "xlnet": "logits_proj",
+    "electra": "classifier.out_proj",
+    "gpt2": "score",
+    "llama": "score",
+    "t5": "classification_head.out_proj",
+    "xlm": "sequence_summary.summary",
+    "funnel": "classifier.linear_out",
+    "resnet": "classifier.1",
+    "timm_wrapper": "timm_model.fc",
+}
+
+
+def hugging_face(kind):
+    torch.manual_seed(0)
+    if kind in IMAGE:
+        config = AutoConfig.for_model(kind, num_labels=5, **IMAGE[kind])
+        batch = {"pixel_values": torch.randn(8, 3, 32, 32)}
+        return AutoModelForImageClassification.from_config(config), batch
+    options = {"vocab_size": 64, "num_labels": 5, "pad_token_id": 0} | TEXT[kind]
+    config = AutoConfig.for_model(kind, **options)
+    ids = torch.randint(3, 60, (8, 12))
+    ids[:, -1] = 1
+    return AutoText.from_config(config), {"input_ids": ids}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [*TEXT, *IMAGE])
+def test_transformers_load_the_folded_model_themselves(kind, tmp_path):
+    model, batch = hugging_face(kind)
+    again = use_cosine_head(copy.deepcopy(model))
+    name = HEADS.get(kind, "classifier")
+    assert find_head(model) == (name,)
+    use_cosine_head(model).train()(**batch)
+    cosine = model.eval()(**batch).logits
+    state = folded_state_dict(model)
+    model.save_pretrained(tmp_path / "checkpoint", state_dict=dict(state))
+    linear = fold_cosine_head(model)(**batch).logits
+    model.save_pretrained(tmp_path / "model")
+    assert cosine.shape == (8, 5)
+    assert linear.argmax(1).equal(cosine.argmax(1))
+    stock, report = type(model).from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not any(report.values()), report
+    torch.testing.assert_close(stock.eval()(**batch).logits, linear)
+    stock = type(model).from_pretrained(tmp_path / "checkpoint").eval()
+    torch.testing.assert_close(stock(**batch).logits, linear)
+    again.load_state_dict(state)
+    assert again.eval()(**batch).logits.equal(cosine)
+
+
+@torch.no_grad()
+def test_a_checkpoint_file_gives_the_exact_head_back(tmp_path):
+    model, batch = hugging_face("bert")
+    again = use_cosine_head(copy.deepcopy(model))
+    use_cosine_head(model).train()(**batch)
+    model.save_pretrained(tmp_path, state_dict=folded_state_dict(model))
+    again.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    assert all(again.state_dict()[key].equal(value) for key, value in model.state_dict().items())
+
+
+def test_transformers_with_two_heads_are_found():
+    with torch.device("meta"):
+        config = AutoConfig.for_model("deit", num_labels=5, **IMAGE["vit"])
+        model = transformers.DeiTForImageClassificationWithTeacher(config)
+        assert find_head(model) == ("cls_classifier", "distillation_classifier")
+        with pytest.raises(ValueError, match=r"pooler.*`head=`|`head=`.*pooler"):
+            use_cosine_head(transformers.BertModel(AutoConfig.for_model("bert", **COMMON)))
+
+
+def test_a_cosine_layer_inside_a_transformers_class_gets_its_initial_weights(tmp_path):
+    class Classifier(transformers.BertPreTrainedModel):
+        def __init__(self, config):
+            super().__init__(config)
+            self.bert = transformers.BertModel(config)
+            self.classifier = CosineLinear(config.hidden_size, config.num_labels)
+            self.post_init()
+
+    config = AutoConfig.for_model("bert", vocab_size=64, num_labels=5, **COMMON)
+    transformers.BertModel(config).save_pretrained(tmp_path)
+    weight = Classifier.from_pretrained(tmp_path).classifier.weight
+    assert 0.01 < weight.std() < 0.04
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_peft_trains_the_head_in_full_and_folds_after_merging():
+    peft = pytest.importorskip("peft")
+    model, batch = hugging_face("bert")
+    options = {"target_modules": ["query"], "r": 2}
+    config = peft.LoraConfig(task_type="SEQ_CLS", modules_to_save=["classifier"], **options)
+    model = peft.get_peft_model(use_cosine_head(model), config)
+    assert use_cosine_head(model) is model
+    (name,) = find_head(model)
+    assert model.get_submodule(name).weight.requires_grad
+    model.train()(**batch)
+    cosine = model.eval()(**batch).logits
+    linear = fold_cosine_head(model.merge_and_unload())(**batch).logits
+    assert linear.argmax(1).equal(cosine.argmax(1))
+    lora = peft.get_peft_model(
+        use_cosine_head(hugging_face("bert")[0]),
+        peft.LoraConfig(target_modules=["query", "classifier"], r=2),
+    )
+    for function in (use_cosine_head, fold_cosine_head):
+        with pytest.raises(ValueError, match=r"without an adapter on its head"):
+            function(lora)

@@ -1,0 +1,210 @@
+"""Every set-up in which something else than asked for would be trained stops with a way out."""
+
+import pytest
+import torch
+from hf_samples import COUNTS, make_data, make_model, make_trainer
+from transformers import Trainer
+
+from ldam_plugins import DeferredSchedule, LDAMLoss, create_loss, use_cosine_head
+from ldam_plugins.heads import cosine_heads
+from ldam_plugins.hf_plugin import DRWCallback
+from ldam_plugins.hf_setup import calling_trainer
+
+
+def _relabel(data, labels, name="label"):
+    return data.remove_columns("label").add_column(name, labels)
+
+
+class TestArguments:
+    @pytest.mark.parametrize(
+        ("options", "error", "message"),
+        [
+            ({"loss": "ldma"}, ValueError, "'ldam'"),
+            ({"schedule": "dwr"}, ValueError, "'drw'"),
+            ({"start": 1.5}, ValueError, "start"),
+            ({"start": -1}, ValueError, "start"),
+            ({"beta": 1.0}, ValueError, "beta"),
+            ({"seed": -1}, ValueError, "seed"),
+            ({"scale": 0.0}, ValueError, "scale"),
+            ({"loss": "ce", "scale": 30.0}, ValueError, "cosine_head=True"),
+            ({"gamma": 1.0}, TypeError, "gamma"),
+            ({"max_margin": -1.0}, ValueError, "max_margin"),
+            ({"class_counts": [3, 0]}, ValueError, "no training sample"),
+            ({"schedule": DeferredSchedule(), "start": 0.5}, ValueError, "start"),
+            ({"criterion": torch.nn.CrossEntropyLoss()}, TypeError, "create_loss"),
+            ({"criterion": LDAMLoss(COUNTS, reduction="sum")}, ValueError, "reduction"),
+            ({"criterion": LDAMLoss(COUNTS), "loss": "ce"}, ValueError, "loss"),
+            ({"criterion": LDAMLoss(COUNTS), "max_margin": 0.3}, ValueError, "max_margin"),
+            ({"criterion": LDAMLoss(COUNTS), "scale": 20.0}, ValueError, "scale"),
+            ({"criterion": LDAMLoss(COUNTS), "class_counts": [1, 1, 1]}, ValueError, "counts"),
+        ],
+    )
+    def test_refused_at_once(self, options, error, message):
+        with pytest.raises(error, match=message):
+            DRWCallback(**options)
+
+    def test_scale_reaches_head_and_loss(self, tmp_path):
+        callback = DRWCallback(scale=12.0)
+        trainer = make_trainer(tmp_path, callbacks=[callback], max_steps=1)
+        trainer.train()
+        assert cosine_heads(trainer.model)["classifier"].scale == callback.criterion.scale == 12
+
+    def test_other_losses_can_have_the_head(self, tmp_path):
+        callback = DRWCallback(loss="ce", cosine_head=True, scale=16.0)
+        trainer = make_trainer(tmp_path, callbacks=[callback])
+        assert cosine_heads(trainer.model)["classifier"].scale == 16
+
+
+class TestRefusedByTheConstructor:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"label_smoothing_factor": 0.1}, "remove label_smoothing_factor"),
+            ({"label_names": ["target"]}, "rename_column"),
+            ({"compute_loss_func": lambda *a, **k: None}, "criterion.compute_loss_func"),
+            ({"compute_loss_func": LDAMLoss(COUNTS).compute_loss_func}, r"DRWCallback\(criterion"),
+            ({"model": make_model(problem_type="regression")}, "problem_type"),
+            ({"model": make_model(problem_type="multi_label_classification")}, "problem_type"),
+            ({"model": make_model(num_labels=1)}, "num_labels=2"),
+            ({"model": make_model(return_dict=False)}, "return_dict"),
+            ({"model_init": lambda: make_model()}, r"use_cosine_head\(model, scale=30\)"),
+            ({"model": use_cosine_head(make_model(), 20.0)}, "scale"),
+            ({"model": torch.nn.Sequential(torch.nn.LSTM(4, 3))}, r"head=\.\.\."),
+        ],
+    )
+    def test_with_a_way_out(self, options, message, tmp_path):
+        with pytest.raises(ValueError, match=message):
+            make_trainer(tmp_path, callbacks=[DRWCallback()], **options)
+
+    def test_a_second_callback(self, tmp_path):
+        with pytest.raises(ValueError, match="remove the others"):
+            make_trainer(tmp_path, callbacks=[DRWCallback(), DRWCallback()])
+
+    def test_sampling_by_length_and_by_class(self, tmp_path):
+        with pytest.raises(ValueError, match="train_sampling_strategy"):
+            make_trainer(
+                tmp_path,
+                callbacks=[DRWCallback(schedule="rs")],
+                train_sampling_strategy="group_by_length",
+            )
+
+    def test_losses_scaled_twice(self, tmp_path):
+        class Scaled(Trainer):
+            loss_is_scaled_for_ga = False
+
+        with pytest.raises(ValueError, match="loss_is_scaled_for_ga"):
+            make_trainer(tmp_path, callbacks=[DRWCallback()], kind=Scaled)
+
+    def test_outside_a_trainer(self):
+        with pytest.raises(RuntimeError, match="Trainer"):
+            calling_trainer()
+
+
+class TestRefusedByTrain:
+    def test_a_head_that_the_optimizer_does_not_hold(self, tmp_path):
+        model = make_model()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        trainer = make_trainer(
+            tmp_path, model, callbacks=[DRWCallback()], optimizers=(optimizer, None)
+        )
+        with pytest.raises(ValueError, match="before the optimizer is made"):
+            trainer.train()
+
+    def test_a_callback_added_too_late_for_the_head(self, tmp_path):
+        trainer = make_trainer(tmp_path)
+        trainer.add_callback(DRWCallback())
+        with pytest.raises(ValueError, match=r"Trainer\(callbacks="):
+            trainer.train()
+
+    def test_a_callback_added_late_to_a_model_with_the_head_works(self, tmp_path):
+        trainer = make_trainer(tmp_path, use_cosine_head(make_model()))
+        trainer.add_callback(DRWCallback())
+        trainer.train()
+        assert "classifier.cosine_weight" in trainer.model.state_dict()
+
+    def test_a_frozen_head(self, tmp_path):
+        model = use_cosine_head(make_model())
+        model.classifier.requires_grad_(False)
+        trainer = make_trainer(tmp_path, model, callbacks=[DRWCallback()])
+        with pytest.raises(ValueError, match="requires_grad_"):
+            trainer.train()
+
+    @pytest.mark.parametrize("uses_labels", [True, False])
+    def test_a_trainer_with_a_loss_of_its_own(self, uses_labels, tmp_path):
+        class Own(Trainer):
+            def compute_loss(self, model, inputs, return_outputs=False, **options):
+                labels = inputs["labels"] if uses_labels else inputs.pop("labels")
+                outputs = model(**inputs)
+                loss = torch.nn.functional.cross_entropy(outputs["logits"], labels)
+                return (loss, outputs) if return_outputs else loss
+
+        trainer = make_trainer(tmp_path, callbacks=[DRWCallback()], kind=Own)
+        before = [p.clone() for p in trainer.model.parameters()]
+        with pytest.raises(RuntimeError, match=r"super\(\).compute_loss"):
+            trainer.train()
+        assert all(map(torch.equal, before, trainer.model.parameters()))  # not one update
+
+    @pytest.mark.parametrize(
+        ("labels", "error", "message"),
+        [
+            (["cat"] * 24, TypeError, "class_encode_column"),
+            ([0.5] * 24, TypeError, "cast_column"),
+            ([[1, 0, 1]] * 24, TypeError, "multi-hot"),
+            ([0] * 12 + [1] * 12, ValueError, "no training sample in class 2"),
+            ([0, 1, 2, 3] * 6, ValueError, "num_labels=4"),
+            ([0, 1, 2, -1] * 6, ValueError, "-1"),
+        ],
+    )
+    def test_labels_that_are_not_classes(self, labels, error, message, tmp_path):
+        trainer = make_trainer(
+            tmp_path, data=_relabel(make_data(), labels), callbacks=[DRWCallback()]
+        )
+        with pytest.raises(error, match=message):
+            trainer.train()
+
+    def test_labels_under_another_name(self, tmp_path):
+        data = make_data().rename_column("label", "intent")
+        trainer = make_trainer(tmp_path, data=data, callbacks=[DRWCallback()])
+        with pytest.raises(ValueError, match="rename_column"):
+            trainer.train()
+        trainer = make_trainer(tmp_path, data=data, callbacks=[DRWCallback(class_counts=COUNTS)])
+        with pytest.raises(ValueError, match="labels"):
+            trainer.train()
+
+    @pytest.mark.parametrize(
+        "callback",
+        [lambda: DRWCallback(class_counts=[5, 5]), lambda: DRWCallback(create_loss("ce", [5, 5]))],
+    )
+    def test_counts_of_other_classes(self, callback, tmp_path):
+        trainer = make_trainer(tmp_path, callbacks=[callback()])
+        with pytest.raises(ValueError, match="num_labels=2"):
+            trainer.train()
+
+    def test_a_start_past_the_end(self, tmp_path):
+        trainer = make_trainer(tmp_path, callbacks=[DRWCallback(start=7)])
+        with pytest.raises(ValueError, match="start"):
+            trainer.train()
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({}, "class_counts="),
+            ({"class_counts": COUNTS, "start": 1}, 'unit="step"'),
+            ({"class_counts": COUNTS, "schedule": "drs", "start": 0.5}, "schedule='drw'"),
+        ],
+    )
+    def test_iterable_data_without_length(self, options, message, tmp_path):
+        data = make_data().to_iterable_dataset()
+        trainer = make_trainer(tmp_path, data=data, callbacks=[DRWCallback(**options)])
+        with pytest.raises(ValueError, match=message):
+            trainer.train()
+
+    def test_ignored_rows_cannot_be_resampled(self, tmp_path):
+        data = _relabel(make_data(), [0, 1, 2, -100] * 6)
+        trainer = make_trainer(tmp_path, data=data, callbacks=[DRWCallback(schedule="rs")])
+        with pytest.raises(ValueError, match="filter"):
+            trainer.train()
+
+    def test_a_callback_added_while_training(self):
+        with pytest.raises(RuntimeError, match="before"):
+            DRWCallback().on_step_begin(None, None, None)

@@ -1,0 +1,267 @@
+import base64
+import csv
+import html
+import io
+import re
+from html.parser import HTMLParser
+
+import matplotlib as mpl
+import matplotlib.image
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from ldam_plugins import ClassCounts, plots, reports
+from ldam_plugins.metrics import long_tail_metrics
+from ldam_plugins.reports import write_report
+from ldam_plugins.run_files import HistoryWriter, read_metrics, write_metrics
+from ldam_plugins.tables import ClassRow, class_rows
+
+NASTY = ["<script>alert(1)</script>", "$x_{$ \\frac", "猫", '"><img src=x onerror=y>', "a\nb & c"]
+
+
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.sources, self.words = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.sources += [value for name, value in attrs if name in ("src", "srcset", "href")]
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def history(epochs=4, switch=3, **changed):
+    for epoch in range(epochs):
+        stage = "uniform" if epoch < switch else "reweighted"
+        row = {"epoch": epoch, "lr": 0.1, "stage": stage, "train_loss": 2.0 - epoch / 10}
+        yield {**row, "test_error": 50.0 - epoch, "seconds": 1.0, **changed}
+
+
+def make_run(folder, counts, rows=(), missing=(), **options):
+    labels = np.setdiff1d(np.arange(len(counts)), missing)
+    test = long_tail_metrics(np.eye(len(counts), dtype=np.float32)[labels], labels, counts)
+    writer = HistoryWriter(folder)
+    for row in rows:
+        writer.append(**row)
+    metrics = {
+        "options": {"model": "resnet", "dataset": "digits", "loss": "ldam", **options},
+        "versions": {"torch": "2.0", "timm": None},
+        "class_counts": counts.counts,
+        "class_names": counts.class_names,
+        "device": "cpu",
+        "train_seconds": 125.4,
+        "examples_per_second": 1234.5,
+        "test": test,
+    }
+    write_metrics(folder, metrics)
+    return folder
+
+
+def read_page(folder):
+    return Page((folder / "report.html").read_text(encoding="utf-8"))
+
+
+def pixels(png):
+    return mpl.image.imread(io.BytesIO(png), format="png")
+
+
+@pytest.fixture
+def _no_drawing(monkeypatch):
+    monkeypatch.setattr(plots, "training_curve", lambda _history, dark: b"curve")
+    monkeypatch.setattr(plots, "class_profile", lambda _rows, dark: b"profile")
+
+
+def test_report_and_plots_of_a_run(tmp_path):
+    counts = ClassCounts([500, 50, 5], class_names=["cat", "fox", "lynx"])
+    options = {"schedule": "drw", "start": "0.8", "epochs": 4, "seed": 7, "train_list": None}
+    make_run(tmp_path, counts, history(), **options)
+    assert write_report(tmp_path) == tmp_path / "report.html"
+    files = {"report.html", "training_curve.png", "class_profile.png"}
+    assert {path.name for path in tmp_path.iterdir()} == files | {"history.csv", "metrics.json"}
+    page = read_page(tmp_path)
+    text = " ".join(page.words)
+    assert "resnet on digits" in text
+    assert "loss ldam, schedule drw from 0.8, 4 epochs, seed 7, 555 training samples in 3" in text
+    assert all(word in page.words for word in ("cat", "fox", "lynx", "100.00 %", "2 min 5 s"))
+    assert page.words[page.words.index("timm") + 1] == "not installed"
+    assert page.words[page.words.index("train_list") + 1] == "-"
+
+
+def test_page_needs_nothing_from_outside(tmp_path):
+    make_run(tmp_path, ClassCounts([500, 5]), history())
+    write_report(tmp_path)
+    page = read_page(tmp_path)
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert len(page.sources) == 4
+    for source, file in zip(page.sources[1::2], ("training_curve", "class_profile"), strict=True):
+        kind, content = source.split(",")
+        assert kind == "data:image/png;base64"
+        assert base64.b64decode(content) == (tmp_path / f"{file}.png").read_bytes()
+    assert not re.search(r"https?:|url\(|@import", (tmp_path / "report.html").read_text())
+
+
+def test_class_names_and_options_are_escaped(tmp_path):
+    counts = ClassCounts([500, 400, 30, 20, 5], class_names=NASTY)
+    make_run(tmp_path, counts, history(), model="<b>m</b>", note="</td><script>")
+    write_report(tmp_path)
+    page = read_page(tmp_path)
+    assert "script" not in page.tags
+    assert "b" not in page.tags
+    assert page.tags.count("img") == 2
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert all(name in html.unescape(text) for name in NASTY)
+    assert "<title>&lt;b&gt;m&lt;/b&gt; on digits</title>" in text
+
+
+def test_report_is_a_pure_function_of_the_two_files(tmp_path):
+    make_run(tmp_path, ClassCounts([500, 5]), history())
+    write_report(tmp_path)
+    first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    (tmp_path / "report.html").unlink()
+    write_report(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == first
+
+
+@pytest.mark.usefixtures("_no_drawing")
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_short_runs(tmp_path, epochs):
+    make_run(tmp_path, ClassCounts([500, 5]), history(epochs))
+    write_report(tmp_path)
+    assert (tmp_path / "training_curve.png").exists() == bool(epochs)
+    assert read_page(tmp_path).tags.count("img") == 1 + epochs
+
+
+@pytest.mark.usefixtures("_no_drawing")
+def test_class_without_test_sample(tmp_path):
+    make_run(tmp_path, ClassCounts([500, 50, 5]), history(), missing=[2])
+    write_report(tmp_path)
+    words = [word for word in read_page(tmp_path).words if word.strip()]
+    start = words.index("5")
+    assert words[start : start + 3] == ["5", "few", "-"]
+
+
+@pytest.mark.usefixtures("_no_drawing")
+def test_page_of_very_many_classes_shows_both_ends(tmp_path):
+    classes = 8142
+    counts = ClassCounts(np.linspace(1000, 2, classes).astype(int))
+    make_run(tmp_path, ClassCounts([500, 5]), history())
+    metrics = read_metrics(tmp_path)
+    metrics["class_counts"], metrics["class_names"] = counts.counts, None
+    metrics["test"]["per_class_accuracy"] = [0.5, None, 1.0] * (classes // 3)
+    write_metrics(tmp_path, metrics)
+    write_report(tmp_path)
+    text = (tmp_path / "report.html").read_text()
+    shown = re.findall(r'<td class="name">(\d+)</td>', text)
+    assert shown == [str(row) for row in (*range(500), *range(classes - 500, classes))]
+    assert "7142 more classes" in text
+    assert len(text) < 2_000_000
+
+
+def test_table_at_the_limit_is_whole():
+    rows = [ClassRow(row, "c", 5, "few", 0.5) for row in range(1001)]
+    assert reports._shortened(rows[:1000]) == rows[:1000]
+    assert reports._shortened(rows) == [*rows[:500], None, *rows[501:]]
+
+
+@pytest.mark.usefixtures("_no_drawing")
+@pytest.mark.parametrize("missing", ["metrics.json", "history.csv"])
+def test_missing_file_is_named(tmp_path, missing):
+    make_run(tmp_path, ClassCounts([500, 5]), history())
+    (tmp_path / missing).unlink()
+    with pytest.raises(FileNotFoundError, match=missing):
+        write_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_plots_leave_settings_alone_and_heed_none():
+    before = mpl.rcParams.copy()
+    rows = class_rows({"per_class_accuracy": [1.0, 0.5]}, ClassCounts([5, 3]))
+    with mpl.rc_context({"text.usetex": True, "font.size": 40}):
+        changed = plots.class_profile(rows)
+    # Reading "backend" would choose one.
+    assert [key for key in before if key != "backend" and mpl.rcParams[key] != before[key]] == []
+    assert changed == plots.class_profile(rows)
+
+
+def drawn(monkeypatch, draw):
+    figures = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda figure, *_args, **_options: figures.append(figure))
+        draw()
+    return figures[0]
+
+
+def test_training_curve_shows_values_and_marks_the_switch(monkeypatch):
+    rows = list(history(10, 8))
+    rows[3]["test_error"] = None
+    figure = drawn(monkeypatch, lambda: plots.training_curve(rows))
+    loss, error = figure.axes
+    assert loss.lines[0].get_xydata().tolist() == [[e, 2.0 - e / 10] for e in range(10)]
+    assert error.lines[0].get_xydata().tolist() == [[e, 50.0 - e] for e in range(10) if e != 3]
+    assert loss.lines[1].get_xdata() == error.lines[1].get_xdata() == [7.5, 7.5]
+    assert loss.get_title("right") == "dashed: reweighted from epoch 8"
+    assert error.get_title("left") == "Test error, % (last value: 41)"
+
+
+def test_training_curve_of_one_epoch(monkeypatch):
+    loss, error = drawn(monkeypatch, lambda: plots.training_curve(list(history(1)))).axes
+    assert (loss.lines[0].get_marker(), error.lines[0].get_marker()) == ("o", "o")
+    assert error.get_xlabel() == "epoch, counted from 0"
+
+
+def test_training_curve_without_a_switch_or_a_value(monkeypatch):
+    rows = list(history(3, 9, test_error=None))
+    loss, error = drawn(monkeypatch, lambda: plots.training_curve(rows)).axes
+    assert (len(loss.lines), len(error.lines)) == (1, 1)
+    assert loss.get_title("right") == "all epochs: uniform"
+    assert error.get_title("left") == "Test error, % (last value: none)"
+
+
+def test_profile_names_up_to_a_hundred_classes(monkeypatch):
+    counts = ClassCounts([5, 400, 60], class_names=["猫", "$a_{$", "y" * 50])
+    rows = class_rows({"per_class_accuracy": [None, 0.5, 0.123]}, counts)
+    left, right = drawn(monkeypatch, lambda: plots.class_profile(rows)).axes
+    names = [label.get_text() for label in left.get_yticklabels()]
+    assert names == ["$a_{$", "y" * 29 + "...", "class 0"]
+    assert [bar.get_width() for bar in left.patches] == [50.0, pytest.approx(12.3), 0.0]
+    assert [text.get_text() for text in left.texts] == ["50", "12", "no test sample"]
+    assert [bar.get_width() for bar in right.patches] == [400, 60, 5]
+    assert right.get_xscale() == "log"
+    assert left.yaxis_inverted()
+
+
+def test_profile_of_more_classes_is_by_rank_with_local_means(monkeypatch):
+    counts = ClassCounts(range(201, 0, -1))
+    accuracy = np.linspace(1, 0, 201).tolist()
+    accuracy[100] = None
+    rows = class_rows({"per_class_accuracy": accuracy}, counts)
+    top, bottom = drawn(monkeypatch, lambda: plots.class_profile(rows)).axes
+    assert [len(line.get_xdata()) for line in top.lines] == [101, 81, 19, 40]
+    ranks, means = top.lines[-1].get_data()
+    assert np.allclose(means, 100 - np.asarray(ranks) / 2)
+    assert bottom.get_yscale() == "log"
+
+
+@pytest.mark.parametrize("classes", [100, 101])
+def test_profile_at_the_limit_of_names(monkeypatch, classes):
+    rows = class_rows({"per_class_accuracy": [0.5] * classes}, ClassCounts([9] * classes))
+    figure = drawn(monkeypatch, lambda: plots.class_profile(rows))
+    assert len(figure.axes[0].patches) == (classes if classes == 100 else 0)
+
+
+def test_dark_plots_are_dark():
+    for dark, low, high in ((False, 0.99, 1.01), (True, 0.0, 0.2)):
+        corner = pixels(plots.training_curve(list(history()), dark=dark))[0, 0, :3]
+        assert low < corner.max() < high
+
+
+def test_history_file_is_the_documented_table(tmp_path):
+    make_run(tmp_path, ClassCounts([500, 5]), history(2))
+    with (tmp_path / "history.csv").open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["epoch", "lr", "stage", "train_loss", "test_error", "seconds"]
+    assert rows[1] == ["0", "0.1", "uniform", "2.0", "50.0", "1.0"]

@@ -1,0 +1,238 @@
+import json
+import os
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from ldam_plugins import run_files
+from ldam_plugins.run_files import (
+    RUN_ENTRIES,
+    HistoryWriter,
+    claim_output_dir,
+    device_name,
+    read_history,
+    read_metrics,
+    run_versions,
+    write_atomic,
+    write_metrics,
+)
+
+OPTIONS = {"model": "resnet", "lr": 0.1, "seed": 0, "milestones": [1, 2], "list": None}
+METRICS = {
+    "options": OPTIONS,
+    "versions": {},
+    "class_counts": [5, 3],
+    "device": "cpu",
+    "train_seconds": 1.5,
+    "examples_per_second": 2.0,
+    "test": {"few": None, "per_class_accuracy": [1.0, None]},
+}
+
+
+def row(epoch, **changed):
+    return {
+        "epoch": epoch,
+        "lr": 0.1,
+        "stage": "uniform",
+        "train_loss": 1 / 3,
+        "test_error": 50.0,
+        "seconds": 2.0,
+        **changed,
+    }
+
+
+def names(folder):
+    return sorted(os.listdir(folder))
+
+
+def test_claim_makes_the_folder_and_keeps_the_options(tmp_path):
+    folder = claim_output_dir(tmp_path / "a" / "b", OPTIONS, resume=False)
+    assert folder == tmp_path / "a" / "b"
+    assert names(folder) == ["options.json"]
+    assert json.loads((folder / "options.json").read_text()) == OPTIONS
+
+
+def test_claim_leaves_files_alone_that_are_no_run(tmp_path):
+    (tmp_path / "slurm.log").write_text("x")
+    claim_output_dir(tmp_path, OPTIONS, resume=False)
+    assert names(tmp_path) == ["options.json", "slurm.log"]
+
+
+@pytest.mark.parametrize("entry", RUN_ENTRIES)
+def test_claim_refuses_a_folder_that_holds_a_run(tmp_path, entry):
+    (tmp_path / entry).mkdir()
+    with pytest.raises(ValueError, match=f"`output_dir` must be.*{entry}.*--output_dir.*--resume"):
+        claim_output_dir(tmp_path, OPTIONS, resume=False)
+    assert names(tmp_path) == [entry]
+
+
+def test_of_two_claims_at_the_same_moment_one_is_refused(tmp_path, monkeypatch):
+    claim_output_dir(tmp_path, OPTIONS, resume=False)
+    late, seen, check = {**OPTIONS, "seed": 1}, [], run_files._check_no_run
+    monkeypatch.setattr(
+        run_files, "_check_no_run", lambda folder: check(folder) if seen else seen.append(folder)
+    )
+    with pytest.raises(ValueError, match="holds no run"):
+        claim_output_dir(tmp_path, late, resume=False)
+    assert json.loads((tmp_path / "options.json").read_text()) == OPTIONS
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_claim_refuses_what_cannot_be_a_folder(tmp_path, resume):
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "file", tmp_path / "file" / "inside"):
+        with pytest.raises(ValueError, match=r"`output_dir` must be.*file"):
+            claim_output_dir(path, OPTIONS, resume=resume)
+    assert names(tmp_path) == ["file"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_claim_refuses_an_unwritable_folder():
+    with pytest.raises(ValueError, match=r"can be written, got '/proc/self'.*--output_dir"):
+        claim_output_dir("/proc/self", OPTIONS, resume=False)
+
+
+def test_resume_goes_on_with_the_same_options(tmp_path):
+    claim_output_dir(tmp_path, OPTIONS, resume=False)
+    (tmp_path / "checkpoints").mkdir()
+    now = {**OPTIONS, "milestones": (1, 2), "output_dir": "elsewhere", "resume": True}
+    assert claim_output_dir(tmp_path, now, resume=True) == tmp_path
+    assert json.loads((tmp_path / "options.json").read_text()) == OPTIONS
+
+
+def test_resume_names_the_options_that_differ(tmp_path):
+    claim_output_dir(tmp_path, {**OPTIONS, "old": 1}, resume=False)
+    with pytest.raises(ValueError, match="`options`") as error:
+        claim_output_dir(tmp_path, {**OPTIONS, "lr": 0.2, "new": 3}, resume=True)
+    message = str(error.value)
+    assert "lr: 0.1 there, 0.2 now" in message
+    assert "old: 1 there, '(absent)' now" in message
+    assert "new: '(absent)' there, 3 now" in message
+    assert "seed" not in message
+    free = ("lr", "old", "new")
+    claim_output_dir(tmp_path, {**OPTIONS, "lr": 0.2}, resume=True, may_change=free)
+
+
+def test_resume_of_no_run_names_the_folder_and_makes_none(tmp_path):
+    with pytest.raises(ValueError, match=r"run to resume, got '.*nowhere'.*leave out --resume"):
+        claim_output_dir(tmp_path / "nowhere", OPTIONS, resume=True)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "3"])
+def test_resume_with_torn_options(tmp_path, content):
+    (tmp_path / "options.json").write_text(content)
+    with pytest.raises(ValueError, match=r"cannot be read.*--output_dir"):
+        claim_output_dir(tmp_path, OPTIONS, resume=True)
+
+
+def test_options_that_json_cannot_hold_leave_nothing_behind(tmp_path):
+    with pytest.raises(ValueError, match=r"`options\['lr'\]` must be a finite number"):
+        claim_output_dir(tmp_path / "new", {"lr": float("nan")}, resume=False)
+    with pytest.raises(TypeError, match="must be a number, text, list or mapping"):
+        claim_output_dir(tmp_path / "new", {"model": object()}, resume=False)
+    assert names(tmp_path) == []
+
+
+def test_history_is_on_disk_after_each_row_and_reads_back(tmp_path):
+    history = HistoryWriter(tmp_path)
+    rows = [row(0), row(1, stage="a, b", test_error=None), row(2, train_loss=float("inf"))]
+    for count, values in enumerate(rows):
+        history.append(**values)
+        assert read_history(tmp_path) == rows[: count + 1]
+    first = (tmp_path / "history.csv").read_text().splitlines()[0]
+    assert first == "epoch,lr,stage,train_loss,test_error,seconds"
+
+
+@pytest.mark.parametrize(("start_epoch", "kept"), [(0, 0), (1, 1), (2, 2), (3, 3), (9, 3)])
+def test_resumed_history_drops_the_epochs_to_come(tmp_path, start_epoch, kept):
+    history = HistoryWriter(tmp_path)
+    for epoch in range(3):
+        history.append(**row(epoch))
+    resumed = HistoryWriter(tmp_path, start_epoch)
+    assert read_history(tmp_path) == [row(epoch) for epoch in range(kept)]
+    resumed.append(**row(max(start_epoch, kept), seconds=9.0))
+    assert read_history(tmp_path)[-1]["seconds"] == 9.0
+
+
+def test_resume_without_a_history_begins_one(tmp_path):
+    HistoryWriter(tmp_path, 4).append(**row(4))
+    assert [values["epoch"] for values in read_history(tmp_path)] == [4]
+
+
+def test_history_survives_a_torn_last_line(tmp_path):
+    history = HistoryWriter(tmp_path)
+    history.append(**row(0))
+    history.append(**row(1))
+    path = tmp_path / "history.csv"
+    path.write_bytes(path.read_bytes()[:-3])
+    assert read_history(tmp_path) == [row(0)]
+    HistoryWriter(tmp_path, 1).append(**row(1))
+    assert read_history(tmp_path) == [row(0), row(1)]
+
+
+def test_history_refuses_an_epoch_twice(tmp_path):
+    history = HistoryWriter(tmp_path)
+    history.append(**row(1))
+    with pytest.raises(ValueError, match="`epoch` must be an integer >= 2, got 1"):
+        history.append(**row(1))
+    assert len(read_history(tmp_path)) == 1
+
+
+def test_history_of_another_program_is_refused(tmp_path):
+    (tmp_path / "history.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match=r"history.csv` must be the columns of a run"):
+        read_history(tmp_path)
+
+
+def test_metrics_read_back_and_hold_arrays_and_tensors_as_lists(tmp_path):
+    counts = {"class_counts": np.array([5, 3]), "class_names": ("ä", "<b>")}
+    path = write_metrics(tmp_path, {**METRICS, **counts, "extra": torch.tensor([1.5])})
+    assert path == tmp_path / "metrics.json"
+    assert read_metrics(tmp_path) == {**METRICS, "class_names": ["ä", "<b>"], "extra": [1.5]}
+
+
+@pytest.mark.parametrize("missing", METRICS)
+def test_metrics_must_be_complete(tmp_path, missing):
+    partial = {key: value for key, value in METRICS.items() if key != missing}
+    with pytest.raises(ValueError, match=f"`metrics` must be complete, with '{missing}'"):
+        write_metrics(tmp_path, partial)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), np.float64("-inf")])
+def test_metrics_are_strict_json_and_a_bad_number_is_named(tmp_path, number):
+    write_metrics(tmp_path, METRICS)
+    bad = {**METRICS, "test": {"nll": [1.0, number]}}
+    with pytest.raises(ValueError, match=r"`metrics\['test'\]\['nll'\]\[1\]` must be a finite"):
+        write_metrics(tmp_path, bad)
+    assert read_metrics(tmp_path) == METRICS
+
+
+def test_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_atomic(path, b"old")
+
+    def full(*_args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ldam_plugins.run_files.os.replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomic(path, b"new")
+    assert names(tmp_path) == ["file"]
+    assert path.read_bytes() == b"old"
+
+
+def test_versions_name_what_is_installed_and_what_is_not(monkeypatch):
+    monkeypatch.setattr("ldam_plugins.run_files._PACKAGES", ("torch", "no_such_package"))
+    versions = run_versions()
+    assert versions["torch"].startswith(torch.__version__.split("+")[0])
+    assert versions["no_such_package"] is None
+    assert versions["python"] == ".".join(map(str, sys.version_info[:3]))
+
+
+def test_device_names():
+    assert device_name("cpu").startswith("cpu (")
+    assert device_name(torch.device("meta")) == "meta"
