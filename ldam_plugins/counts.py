@@ -140,7 +140,7 @@ class ClassCounts:
 
         Example:
             >>> ClassCounts([900, 90]).weights(beta=0.999)
-            tensor([0.2533, 1.7467])
+            tensor([0.2534, 1.7466])
         """
         check_real("beta", beta, low=0, high=1, high_open=True)
         if beta == 0:

@@ -248,7 +248,7 @@ class LDAMLoss(_MarginLoss):
         >>> criterion = LDAMLoss([900, 90, 9], max_margin=0.5, scale=30.0)
         >>> logits = torch.tensor([[30.0, 0.0, -3.0], [3.0, 0.0, 15.0]])
         >>> criterion(logits, torch.tensor([0, 2]))
-        tensor(1.5243)
+        tensor(1.5475)
     """
 
 
