@@ -184,8 +184,10 @@ def cosine_layer(layer: nn.Linear | nn.Conv2d, scale: float, *, keep: bool) -> C
     outputs, inputs = weight.shape[:2]
     bias = layer.bias is not None
     new = kind(inputs, outputs, scale, folded_bias=bias, device=weight.device, dtype=weight.dtype)
-    if keep:
-        new.weight.data.copy_(weight.data)
+    if keep:  # a zero row would get no gradient, so it takes a random direction
+        old, drawn = weight.data.flatten(1), new.weight.data.flatten(1)
+        rows = torch.where(old.any(dim=1, keepdim=True), old, drawn)
+        new.weight.data.copy_(rows.view_as(weight))
     new.weight.requires_grad_(weight.requires_grad)
     return new.train(layer.training)
 

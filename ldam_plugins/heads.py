@@ -58,7 +58,7 @@ def use_cosine_head(
         scale: s, the length of the logits; the margin loss must be told the same scale.
         head: Dotted names of the layers, where `find_head` does not find the right ones.
         init: ``"random"`` directions, or ``"keep"`` the weight rows of the old head (not its
-            bias), where that was trained for the same classes.
+            bias), where that was trained for the same classes; rows of zeros become random.
 
     Returns:
         ``model``; if ``model`` itself is the layer, the new layer.
@@ -123,7 +123,8 @@ def fold_cosine_head(
 
     Raises:
         TypeError: the model's output on ``inputs`` is neither a tensor nor holds ``logits``.
-        ValueError: no cosine head is there, an adapter sits on it, or ``inputs`` is empty.
+        ValueError: no cosine head is there, an adapter sits on it, or ``inputs`` holds no example
+            or none with a finite, non-zero logit.
 
     Example:
         >>> model = use_cosine_head(nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 3)))

@@ -12,29 +12,10 @@ from typing import Any, NamedTuple
 import jinja2
 
 from ldam_plugins.counts import ClassCounts
-from ldam_plugins.run_files import (
-    HistoryWriter,
-    claim_output_dir,
-    device_name,
-    read_history,
-    read_metrics,
-    run_versions,
-    write_atomic,
-    write_metrics,
-)
+from ldam_plugins.run_files import read_history, read_metrics, write_atomic
 from ldam_plugins.tables import ClassRow, class_rows, per_class_table, percent, summary
 
-__all__ = [
-    "HistoryWriter",
-    "claim_output_dir",
-    "device_name",
-    "per_class_table",
-    "read_history",
-    "read_metrics",
-    "run_versions",
-    "write_metrics",
-    "write_report",
-]
+__all__ = ["per_class_table", "write_report"]
 
 REPORT_FILE, CURVE_FILE, PROFILE_FILE = "report.html", "training_curve.png", "class_profile.png"
 _MAX_TABLE_ROWS = 1000

@@ -11,10 +11,6 @@ from ldam_plugins.hf_plugin import DRWCallback
 COUNTS = [45, 15, 4]
 
 
-class Rows(list):
-    """Labels a process met, in order."""
-
-
 def run(folder, *, loss="ldam", schedule="drw", start=1, size=64, parts=1, resume=None, **options):
     """Losses, parameters, evaluation loss and the labels met by this process."""
     defaults = {"max_steps": 2, "optim": "sgd", "max_grad_norm": 0.0}
@@ -30,7 +26,7 @@ def run(folder, *, loss="ldam", schedule="drw", start=1, size=64, parts=1, resum
         gradient_accumulation_steps=parts,
         **{**defaults, **options},
     )
-    seen, collate = Rows(), trainer.data_collator
+    seen, collate = [], trainer.data_collator
 
     def note(rows):
         seen.extend(row["label"] for row in rows)
@@ -38,7 +34,7 @@ def run(folder, *, loss="ldam", schedule="drw", start=1, size=64, parts=1, resum
 
     trainer.data_collator = note
     trainer.train(resume_from_checkpoint=resume)
-    seen = list(seen)
+    seen = list(seen)  # before the rows of the evaluation
     return {
         "losses": logged(trainer, "loss"),
         "parameters": torch.cat([p.detach().flatten() for p in trainer.model.parameters()]),

@@ -33,10 +33,10 @@ LISTED = """
     gmlp_s16_224 hardcorenas_a hgnetv2_b0 hiera_tiny_224 repvit_m1 iformer_t inception_next_atto
     inception_resnet_v2 inception_v3 legacy_seresnet18 legacy_xception levit_128s levit_512
     mobilevit_xxs mvitv2_tiny nest_tiny pit_ti_distilled_224 poolformer_s12 pvt_v2_b0 regnety_002
-    repghostnet_050 res2net50d resnest14d resnet50_clip resnetv2_18 rexnet_100
-    samvit_base_patch16 selecsls42 shvit_s1 skresnet18 starnet_s1 swiftformer_xs
-    swin_tiny_patch4_window7_224 tiny_vit_5m_224 twins_svt_small visformer_tiny volo_d1_224
-    xception41 xcit_nano_12_p8_224 dpn48b tresnet_m
+    repghostnet_050 res2net50d resnest14d resnet50_clip resnetv2_18 rexnet_100 samvit_base_patch16
+    selecsls42 shvit_s1 skresnet18 starnet_s1 swiftformer_xs swin_tiny_patch4_window7_224
+    tiny_vit_5m_224 twins_svt_small visformer_tiny volo_d1_224 xception41 xcit_nano_12_p8_224
+    dpn48b tresnet_m
 """
 ARCHITECTURES = LISTED.split()
 
@@ -120,7 +120,6 @@ def test_timm_heads_fold_back_to_the_same_class(arch):
     checked = len(names) if arch.startswith(SEPARATE) else len(names) + 1
     for before, after in list(zip(cosine, linear, strict=True))[:checked]:
         assert before.abs().max() <= 30.001
-        assert not torch.allclose(before, after)
         dim = 1 if before.ndim == 4 else -1
         assert after.argmax(dim).equal(before.argmax(dim))
 
@@ -137,8 +136,8 @@ def test_timm_loads_the_folded_model_itself(arch, tmp_path):
     model.train()(images)
     cosine = model.eval()(images)
     linear = fold_cosine_head(model)(images)
-    save_file(model.state_dict(), tmp_path / "model.safetensors")
     path = str(tmp_path / "model.safetensors")
+    save_file(model.state_dict(), path)
     stock = timm.create_model(arch, num_classes=7, checkpoint_path=path, **size).eval()
     assert stock(images).equal(linear)
     assert linear.argmax(1).equal(cosine.argmax(1))
@@ -285,8 +284,7 @@ def test_a_cosine_layer_inside_a_transformers_class_gets_its_initial_weights(tmp
 def test_peft_trains_the_head_in_full_and_folds_after_merging():
     peft = pytest.importorskip("peft")
     model, batch = hugging_face("bert")
-    options = {"target_modules": ["query"], "r": 2}
-    config = peft.LoraConfig(task_type="SEQ_CLS", modules_to_save=["classifier"], **options)
+    config = peft.LoraConfig(target_modules=["query"], modules_to_save=["classifier"], r=2)
     model = peft.get_peft_model(use_cosine_head(model), config)
     assert use_cosine_head(model) is model
     (name,) = find_head(model)
@@ -295,10 +293,8 @@ def test_peft_trains_the_head_in_full_and_folds_after_merging():
     cosine = model.eval()(**batch).logits
     linear = fold_cosine_head(model.merge_and_unload())(**batch).logits
     assert linear.argmax(1).equal(cosine.argmax(1))
-    lora = peft.get_peft_model(
-        use_cosine_head(hugging_face("bert")[0]),
-        peft.LoraConfig(target_modules=["query", "classifier"], r=2),
-    )
+    config = peft.LoraConfig(target_modules=["query", "classifier"], r=2)
+    lora = peft.get_peft_model(use_cosine_head(hugging_face("bert")[0]), config)
     for function in (use_cosine_head, fold_cosine_head):
         with pytest.raises(ValueError, match=r"without an adapter on its head"):
             function(lora)

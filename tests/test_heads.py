@@ -113,7 +113,11 @@ def test_folding_draws_no_random_numbers():
 def test_old_directions_are_kept_only_when_asked():
     model = Net()
     old = model.heads[0].weight.detach().clone()
-    assert use_cosine_head(copy.deepcopy(model), init="keep").heads[0].weight.equal(old)
+    model.heads[0].weight.data[2] = 0
+    kept = use_cosine_head(copy.deepcopy(model), init="keep").heads[0].weight
+    same = kept.eq(old).all(dim=1).tolist()
+    assert same == [True, True, False, True, True]
+    assert kept[2].norm().item() == pytest.approx(1, rel=1e-5)
     fresh = use_cosine_head(model).heads[0].weight
     assert F.cosine_similarity(fresh, old).abs().max() < 0.9
     with pytest.raises(ValueError, match="`init` must be one of 'random', 'keep'"):

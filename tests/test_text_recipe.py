@@ -268,8 +268,11 @@ def test_bad_input_leaves_nothing_behind(run, tmp_path, flags, error, message):
 
 
 def test_second_run_in_one_folder_is_refused(run):
-    run("--epochs", 1, "--start", 0)
+    first, out = run("--epochs", 1, "--start", 0)
     with pytest.raises(ValueError, match=r"--output_dir, or add --resume"):
         run("--epochs", 1, "--start", 0)
+    again, _ = run("--epochs", 1, "--start", 0, "--resume")
+    assert again["test"] == first["test"]
+    assert len(rows_of(out)) == 1
     with pytest.raises(ValueError, match=r"lr: 0.01 there, 0.02 now"):
         run("--epochs", 1, "--start", 0, "--resume", "--lr", "0.02")
