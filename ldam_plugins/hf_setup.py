@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import Trainer, TrainerCallback
 
 from ldam_plugins._checks import must_be
@@ -79,19 +79,9 @@ def put_head(trainer: Trainer, scale: float) -> bool:
         raise ValueError(f"{error} {way_out}") from error
     if new:
         for head in cosine_heads(trainer.model).values():
-            _take_unit_length(head)
+            rows = head.weight.data
+            rows.copy_(functional.normalize(rows.flatten(1).float()).view_as(rows))
     return new
-
-
-@torch.no_grad()
-def _take_unit_length(head: Any) -> None:
-    """Scale the rows to length 1; draw all anew where one is zero and so has no direction."""
-    rows = head.weight.flatten(1).float()
-    lengths = rows.norm(dim=1, keepdim=True)
-    if bool((lengths > 0).all()):
-        head.weight.copy_((rows / lengths).view_as(head.weight))
-    else:
-        head.reset_parameters()
 
 
 def check_head(model: nn.Module, optimizer: Any, scale: float) -> None:
