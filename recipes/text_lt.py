@@ -98,6 +98,7 @@ class TextOptions(CoreOptions):
     lora_alpha: int = option(16, "scale of the adapters, divided by the rank")
     weight_decay: float = option(0.0, "decoupled weight decay")
     warmup: float = option(0.0, "share of the training with a rising learning rate")
+    clip_grad: float = option(1.0, "largest gradient norm; 0: no limit")
     lr_schedule: str = option("linear", "learning rate schedule of transformers")
     compile: bool = option(False, "compile the model")
 
@@ -264,6 +265,7 @@ def make_arguments(options: TextOptions) -> TrainingArguments:
         learning_rate=options.lr,
         weight_decay=options.weight_decay,
         warmup_steps=options.warmup,
+        max_grad_norm=options.clip_grad,
         lr_scheduler_type=options.lr_schedule,
         train_sampling_strategy="random" if resampled else "group_by_length",
         logging_strategy="epoch",
