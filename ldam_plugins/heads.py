@@ -161,6 +161,8 @@ def folded_state_dict(
     state = dict(model.state_dict() if state_dict is None else state_dict)
     for name, head in heads.items():
         prefix = f"{name}." if name else ""
+        if f"{prefix}cosine_weight" in state:  # folded already, as DRWCallback has models saved
+            continue
         exact = state[f"{prefix}weight"]
         state[f"{prefix}cosine_weight"] = exact
         state[f"{prefix}weight"] = folded_weight(head, exact, state[f"{prefix}cosine_moments"])

@@ -110,7 +110,7 @@ class ClassificationLoss(nn.Module):
             ValueError: ``labels`` is None, or as for a call.
         """
         if labels is None:
-            way_out = 'Name the label column "labels", or list it in `label_names`.'
+            way_out = 'Name the label column "label" or "labels": the Trainer hands on no other.'
             raise ValueError(must_be("labels", "a tensor", None, way_out))
         logits = _logits_of(outputs)
         items, replicas = self._items(labels, num_items_in_batch)

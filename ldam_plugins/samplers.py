@@ -52,15 +52,17 @@ class DeferredSampler(Sampler[int]):
         schedule: DeferredSchedule,
         *,
         epochs: float,
-        steps_per_epoch: int = 1,
+        steps_per_epoch: int | None = None,
         num_classes: int | None = None,
         seed: int = 0,
         num_replicas: int = 1,
         rank: int = 0,
     ) -> None:
-        if schedule.unit == "step" and steps_per_epoch == 1:
-            wanted = "given where the schedule's start counts steps"
-            raise ValueError(must_be("steps_per_epoch", wanted, steps_per_epoch))
+        if steps_per_epoch is None:
+            if schedule.unit == "step":
+                wanted = "given where the schedule's start counts steps"
+                raise ValueError(must_be("steps_per_epoch", wanted, steps_per_epoch))
+            steps_per_epoch = 1
         array = label_array(labels)
         self.schedule = schedule
         self.class_counts = ClassCounts.from_labels(array, num_classes)
