@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ldam_plugins._checks import must_be
+from ldam_plugins._checks import check_int, must_be
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.run_files import HistoryWriter
 from ldam_plugins.schedules import DeferredSchedule, Progress
@@ -30,11 +30,22 @@ class HistoryCallback(TrainerCallback):
     Args:
         output_dir: Folder of the run.
         schedule: The schedule of the run; names the stage of each epoch, that of its last update.
+        eval_every: Epochs between evaluations; those in between are left out. The last epoch is
+            always evaluated.
+
+    Raises:
+        ValueError: ``eval_every`` is not at least 1.
     """
 
-    def __init__(self, output_dir: str | os.PathLike[str], schedule: DeferredSchedule) -> None:
+    def __init__(
+        self,
+        output_dir: str | os.PathLike[str],
+        schedule: DeferredSchedule,
+        eval_every: int = 1,
+    ) -> None:
         self.output_dir = output_dir
         self.schedule = schedule
+        self.eval_every = check_int("eval_every", eval_every, low=1)
         self._row: dict[str, Any] = {}
         self._began = 0.0
         self._history: HistoryWriter | None = None
@@ -56,14 +67,18 @@ class HistoryCallback(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Stop the clock, and tell the stage of the epoch."""
+        """Stop the clock, tell the stage of the epoch, and see whether it is evaluated."""
         steps = _steps_per_epoch(state)
         last = Progress(state.global_step - 1, state.max_steps, steps)
         self._row = {
             "epoch": last.step // steps,
             "stage": self.schedule.stage(last),
             "seconds": time.perf_counter() - self._began,
+            "test_error": None,
         }
+        done = self._row["epoch"] + 1
+        if done % self.eval_every and state.global_step < state.max_steps:
+            control.should_evaluate = False
 
     def on_log(
         self,
@@ -75,8 +90,10 @@ class HistoryCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Take the training loss and the learning rate of the epoch."""
-        if logs and "loss" in logs:
+        if logs and "loss" in logs and self._row:
             self._row |= {"train_loss": logs["loss"], "lr": logs["learning_rate"]}
+            if not control.should_evaluate:
+                self._write()
 
     def on_evaluate(
         self,
@@ -87,10 +104,16 @@ class HistoryCallback(TrainerCallback):
         metrics: Mapping[str, Any],
         **kwargs: Any,
     ) -> None:
+        """Take the test error of the epoch."""
+        if self._row:
+            self._row["test_error"] = metrics["eval_top1_error"]
+            self._write()
+
+    def _write(self) -> None:
         """Write the row, before the checkpoint of the epoch is written."""
-        if self._history is not None and self._row:
-            self._history.append(**self._row, test_error=metrics["eval_top1_error"])
-            self._row = {}
+        if self._history is not None:
+            self._history.append(**self._row)
+        self._row = {}
 
 
 def newest_trainer_checkpoint(folder: str | os.PathLike[str]) -> str | None:

@@ -32,6 +32,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -101,6 +102,7 @@ class TextOptions(CoreOptions):
     clip_grad: float = option(1.0, "largest gradient norm; 0: no limit")
     lr_schedule: str = option("linear", "learning rate schedule of transformers")
     compile: bool = option(False, "compile the model")
+    eval_every: int = option(1, "epochs between evaluations; the last is always evaluated")
 
 
 def main(options: TextOptions) -> dict[str, Any]:
@@ -113,9 +115,10 @@ def main(options: TextOptions) -> dict[str, Any]:
     tokenizer, model = make_model(options, train, criterion)
     train, test = (tokenize(options, tokenizer, texts) for texts in (train, test))
     check_start(options, arguments, train)
+    callbacks = make_callbacks(options, criterion)
     if arguments.process_index == 0:
         claim_output_dir(options.output_dir, asdict(options), resume=options.resume)
-    trainer = make_trainer(options, arguments, model, tokenizer, criterion, train, test)
+    trainer = make_trainer(arguments, model, tokenizer, counts, train, test, callbacks)
     trainer.train(resume_from_checkpoint=newest_trainer_checkpoint(arguments.output_dir))
     prediction = trainer.predict(test)
     result = long_tail_metrics(prediction.predictions, prediction.label_ids, counts)
@@ -289,17 +292,23 @@ def check_start(options: TextOptions, arguments: TrainingArguments, train: Datas
     options.make_schedule().start_step(options.epochs * steps, steps)
 
 
+def make_callbacks(options: TextOptions, criterion: ClassificationLoss) -> list[TrainerCallback]:
+    """The loss with its schedule, and the history of the run."""
+    schedule = options.make_schedule()
+    history = HistoryCallback(options.output_dir, schedule, options.eval_every)
+    return [DRWCallback(criterion, schedule=schedule), history]
+
+
 def make_trainer(
-    options: TextOptions,
     arguments: TrainingArguments,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    criterion: ClassificationLoss,
+    counts: ClassCounts,
     train: Dataset,
     test: Dataset,
+    callbacks: list[TrainerCallback],
 ) -> Trainer:
     """A stock Trainer; the loss, the schedule and the history are its callbacks' matter."""
-    schedule = options.make_schedule()
     return Trainer(
         model=model,
         args=arguments,
@@ -307,12 +316,9 @@ def make_trainer(
         eval_dataset=test,
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=LongTailMetrics(criterion.class_counts),
+        compute_metrics=LongTailMetrics(counts),
         preprocess_logits_for_metrics=only_logits,
-        callbacks=[
-            DRWCallback(criterion, schedule=schedule),
-            HistoryCallback(options.output_dir, schedule),
-        ],
+        callbacks=callbacks,
     )
 
 
