@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldam_plugins._checks import check_choice, check_logits, check_real, check_target, must_be
+from ldam_plugins.chunked_cosines import ChunkedCosines
 from ldam_plugins.margin_cross_entropy import FEWEST_ELEMENTS, margin_cross_entropy
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -230,6 +231,38 @@ def vector_scaling_loss(
     return _cross_entropy(adjusted, target, weight, ignore_index, reduction)
 
 
+def chunked_cross_entropy(
+    cosines: ChunkedCosines,
+    target: Tensor,
+    margins: Tensor | None = None,
+    *,
+    scale: float = 30.0,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    """:func:`ldam_loss` of the logits that ``cosines`` stands for, some classes at a time.
+
+    Without ``margins`` it is :func:`cross_entropy`. Gradients reach the features and the weight of
+    the head, not the margins; derivatives are of first order.
+
+    Raises:
+        TypeError: ``target`` of a wrong dtype.
+        ValueError: ``target`` is not (N,), shapes that do not fit, or an unknown reduction.
+        IndexError: a target out of range.
+    """
+    check_choice("reduction", reduction, REDUCTIONS)
+    if target.shape != cosines.shape[:1] or target.dtype != torch.int64:
+        wanted = f"int64 class indices of shape ({cosines.shape[0]},) for a chunked head"
+        raise ValueError(must_be("target", wanted, (target.dtype, tuple(target.shape))))
+    shift = None if margins is None else _per_class("margins", margins, cosines) * scale
+    rows = cosines.cross_entropy(target.masked_fill(target == ignore_index, 0), shift)
+    weight = None if weight is None else _per_class("weight", weight, cosines)
+    coefficient = _row_weights(target, weight, ignore_index, cosines.dtype)
+    rows = torch.where(coefficient == 0, 0, coefficient * rows)
+    return _reduce(rows, target, weight, ignore_index, reduction)
+
+
 def mean_denominator(target: Tensor, weight: Tensor | None, ignore_index: int = -100) -> Tensor:
     """What ``reduction="mean"`` divides by: ``sum(w_y)`` for indices, N for masses (0-d).
 
@@ -258,12 +291,12 @@ def _prepare(
     return logits, target, None if weight is None else _per_class("weight", weight, logits)
 
 
-def _wide(logits: Tensor) -> torch.dtype:
+def _wide(logits: Tensor | ChunkedCosines) -> torch.dtype:
     """The precision the loss is computed in."""
     return torch.float32 if logits.dtype.itemsize < 4 else logits.dtype
 
 
-def _per_class(name: str, values: Tensor, logits: Tensor) -> Tensor:
+def _per_class(name: str, values: Tensor, logits: Tensor | ChunkedCosines) -> Tensor:
     if values.shape != logits.shape[1:]:
         wanted = f"of shape ({logits.shape[1]},), one value per logit"
         raise ValueError(must_be(name, wanted, tuple(values.shape)))
