@@ -77,7 +77,10 @@ class DeferredSampler(Sampler[int]):
         self._size = len(array)
         # Indices grouped by class: members of class c are _members[_first[c] : _first[c + 1]].
         index_type = np.int32 if len(array) <= np.iinfo(np.int32).max else np.int64
-        self._members = np.argsort(array, kind="stable").astype(index_type)
+        # NumPy sorts integers of 16 bits in linear time.
+        label_type = np.uint16 if len(self.class_counts) <= 2**16 else np.int32
+        order = np.argsort(array.astype(label_type), kind="stable")
+        self._members = order.astype(index_type)
         self._first = np.concatenate([[0], np.cumsum(self.class_counts.counts)])
 
     def set_epoch(self, epoch: int) -> None:

@@ -13,7 +13,7 @@ RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 # Every module may import those before it, none after it; names of one line are peers.
 LAYERS = [
     {"_checks"},
-    {"counts"},
+    {"counts", "margin_cross_entropy", "chunked_cosines"},
     {"long_tail", "functional", "runtime", "run_files"},
     {"losses", "schedules", "metrics", "tables"},
     {"samplers", "head_layers", "head_names", "evaluate_metric", "plots"},
