@@ -21,7 +21,7 @@ NAMED_CLASSES = 100
 """Up to so many classes each gets a bar and its name, beyond that a place on the axis."""
 
 _FONT = "DejaVu Sans"
-_WIDTH = 8.0
+WIDTH = 8.0
 _MEANS = 40
 _MARKED_EPOCHS = 40
 # Okabe and Ito's palette, which the colour-blind can tell apart; lighter on a dark page.
@@ -29,7 +29,7 @@ _COLORS = {
     False: {"many": "#0072b2", "medium": "#e69f00", "few": "#cc4e00", "line": "#0072b2"},
     True: {"many": "#56b4e9", "medium": "#f0b93a", "few": "#ff8c4a", "line": "#56b4e9"},
 }
-_INK = {False: ("#ffffff", "#1f2328", "#d0d7de"), True: ("#161b22", "#e6edf3", "#3d444d")}
+INK = {False: ("#ffffff", "#1f2328", "#d0d7de"), True: ("#161b22", "#e6edf3", "#3d444d")}
 
 
 def training_curve(history: Sequence[Mapping[str, Any]], *, dark: bool = False) -> bytes:
@@ -42,7 +42,7 @@ def training_curve(history: Sequence[Mapping[str, Any]], *, dark: bool = False) 
     Returns:
         PNG.
     """
-    return _png(lambda: _draw_training(history, dark), dark)
+    return png(lambda: _draw_training(history, dark), dark)
 
 
 def class_profile(rows: Sequence[ClassRow], *, dark: bool = False) -> bytes:
@@ -56,11 +56,12 @@ def class_profile(rows: Sequence[ClassRow], *, dark: bool = False) -> bytes:
         PNG.
     """
     draw = _draw_named if len(rows) <= NAMED_CLASSES else _draw_ranked
-    return _png(lambda: draw(rows, dark), dark)
+    return png(lambda: draw(rows, dark), dark)
 
 
-def _png(draw: Callable[[], Figure], dark: bool) -> bytes:
-    page, ink, faint = _INK[dark]
+def png(draw: Callable[[], Figure], dark: bool, metadata: Mapping[str, str] | None = None) -> bytes:
+    """What ``draw`` draws, in the style of all plots; ``metadata`` goes into the file."""
+    page, ink, faint = INK[dark]
     inked = ("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor")
     outlined = ("axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
     style = {
@@ -74,13 +75,13 @@ def _png(draw: Callable[[], Figure], dark: bool) -> bytes:
     }
     content = io.BytesIO()
     with matplotlib.style.context(style, after_reset=True):
-        draw().savefig(content, format="png")
+        draw().savefig(content, format="png", metadata=metadata)
     return content.getvalue()
 
 
 def _draw_training(history: Sequence[Mapping[str, Any]], dark: bool) -> Figure:
     panels = {"train_loss": "Training loss", "test_error": "Test error, %"}
-    figure = Figure(figsize=(_WIDTH, 4.6))
+    figure = Figure(figsize=(WIDTH, 4.6))
     axes = figure.subplots(len(panels), sharex=True)
     line = {"markersize": 3.5, "color": _COLORS[dark]["line"]}
     switches = [row for before, row in pairwise(history) if row["stage"] != before["stage"]]
@@ -93,7 +94,7 @@ def _draw_training(history: Sequence[Mapping[str, Any]], dark: bool) -> Figure:
         axis.set_title(f"{title} (last value: {last})")
         axis.grid(axis="y", linewidth=0.6)
         for row in switches:
-            axis.axvline(row["epoch"] - 0.5, linestyle="--", linewidth=1, color=_INK[dark][1])
+            axis.axvline(row["epoch"] - 0.5, linestyle="--", linewidth=1, color=INK[dark][1])
     stages = ", ".join(f"{row['stage']} from epoch {row['epoch']}" for row in switches)
     note = f"dashed: {stages}" if switches else f"all epochs: {history[0]['stage']}"
     axes[0].set_title(note, loc="right", fontsize=9, parse_math=False)
@@ -103,7 +104,7 @@ def _draw_training(history: Sequence[Mapping[str, Any]], dark: bool) -> Figure:
 
 
 def _draw_named(rows: Sequence[ClassRow], dark: bool) -> Figure:
-    figure = Figure(figsize=(_WIDTH, 1.3 + 0.21 * len(rows)))
+    figure = Figure(figsize=(WIDTH, 1.3 + 0.21 * len(rows)))
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     places = range(len(rows))
     colors = [_COLORS[dark][row.group] for row in rows]
@@ -126,7 +127,7 @@ def _draw_named(rows: Sequence[ClassRow], dark: bool) -> Figure:
 
 
 def _draw_ranked(rows: Sequence[ClassRow], dark: bool) -> Figure:
-    figure = Figure(figsize=(_WIDTH, 5.4))
+    figure = Figure(figsize=(WIDTH, 5.4))
     top, bottom = figure.subplots(2, sharex=True, height_ratios=(3, 2))
     for group in GROUP_NAMES:
         places = [place for place, row in enumerate(rows) if row.group == group]
@@ -137,7 +138,7 @@ def _draw_ranked(rows: Sequence[ClassRow], dark: bool) -> Figure:
         top.plot(places, accuracy, ".", color=color, markersize=3, alpha=0.35)
         samples = [rows[place].samples for place in places]
         bottom.fill_between(places, samples, 0.8, color=color, step="mid", linewidth=0.8)
-    top.plot(*_local_means(rows), color=_INK[dark][1], linewidth=1.6)
+    top.plot(*_local_means(rows), color=INK[dark][1], linewidth=1.6)
     top.set(ylim=(-4, 104), title="Accuracy, %: each class (dots) and their local mean (line)")
     bottom.set(yscale="log", title="Training samples (log)", xlim=(-0.5, len(rows) - 0.5))
     bottom.set(xlabel=f"{len(rows)} classes, from the most to the fewest training samples")

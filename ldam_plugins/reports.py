@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 import os
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import jinja2
+from typing import Any
 
 from ldam_plugins.counts import ClassCounts
+from ldam_plugins.pages import Plot, render
 from ldam_plugins.run_files import read_history, read_metrics, write_atomic
 from ldam_plugins.tables import ClassRow, class_rows, per_class_table, percent, summary
 
@@ -19,15 +16,6 @@ __all__ = ["per_class_table", "write_report"]
 
 REPORT_FILE, CURVE_FILE, PROFILE_FILE = "report.html", "training_curve.png", "class_profile.png"
 _MAX_TABLE_ROWS = 1000
-
-
-class _Plot(NamedTuple):
-    """A plot as PNG, for light and for dark pages."""
-
-    file: str
-    title: str
-    light: bytes
-    dark: bytes
 
 
 def write_report(output_dir: str | os.PathLike[str]) -> Path:
@@ -51,10 +39,8 @@ def write_report(output_dir: str | os.PathLike[str]) -> Path:
     plots = _draw(history, rows)
     for plot in plots:
         write_atomic(folder / plot.file, plot.light)
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
-        files("ldam_plugins").joinpath("report.html.jinja").read_text(encoding="utf-8")
-    )
-    page = template.render(
+    page = render(
+        "report.html.jinja",
         title=_title(metrics["options"]),
         subtitle=_subtitle(metrics["options"], counts),
         summary=summary(metrics["test"], counts),
@@ -62,28 +48,23 @@ def write_report(output_dir: str | os.PathLike[str]) -> Path:
         rows=_shortened(rows),
         left_out=len(rows) - _MAX_TABLE_ROWS,
         percent=percent,
-        data_uri=_data_uri,
         options=metrics["options"],
         machine=_machine(metrics),
     )
-    write_atomic(folder / REPORT_FILE, page.encode())
+    write_atomic(folder / REPORT_FILE, page)
     return folder / REPORT_FILE
 
 
-def _draw(history: Sequence[Mapping[str, Any]], rows: Sequence[ClassRow]) -> list[_Plot]:
+def _draw(history: Sequence[Mapping[str, Any]], rows: Sequence[ClassRow]) -> list[Plot]:
     from ldam_plugins import plots
 
     drawn = []
     if history:
         curves = [plots.training_curve(history, dark=dark) for dark in (False, True)]
-        drawn.append(_Plot(CURVE_FILE, "Training curve", *curves))
+        drawn.append(Plot(CURVE_FILE, "Training curve", *curves))
     profiles = [plots.class_profile(rows, dark=dark) for dark in (False, True)]
-    drawn.append(_Plot(PROFILE_FILE, "Accuracy and training samples per class", *profiles))
+    drawn.append(Plot(PROFILE_FILE, "Accuracy and training samples per class", *profiles))
     return drawn
-
-
-def _data_uri(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
 
 
 def _title(options: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ import torch
 from ldam_plugins._checks import check_int, must_be, quoted
 
 OPTIONS_FILE, HISTORY_FILE, METRICS_FILE = "options.json", "history.csv", "metrics.json"
+COMMAND_FILE = "command.txt"
 RUN_ENTRIES = (OPTIONS_FILE, HISTORY_FILE, METRICS_FILE, "checkpoints", "model", "report.html")
 """What makes a folder one that holds a run."""
 
@@ -91,18 +92,23 @@ def _check_writable(folder: Path) -> None:
 
 
 def _check_same_options(folder: Path, options: dict[str, Any], may_change: Collection[str]) -> None:
-    stored = _stored_options(folder)
-    names = [name for name in {**stored, **options} if name not in may_change]
-    absent = "(absent)"
-    differing = [
-        f"{name}: {stored.get(name, absent)!r} there, {options.get(name, absent)!r} now"
-        for name in names
-        if stored.get(name, absent) != options.get(name, absent)
-    ]
+    differing = differing_options(_stored_options(folder), options, may_change)
     if differing:
         way_out = "Give the same options, or choose another --output_dir without --resume."
         wanted = f"those of the run in {str(folder)!r}"
         raise ValueError(f"`options` must be {wanted}; {'; '.join(differing)}. {way_out}")
+
+
+def differing_options(
+    stored: Mapping[str, Any], options: Mapping[str, Any], may_change: Collection[str] = MAY_CHANGE
+) -> list[str]:
+    """What two runs have otherwise, worded for a message, apart from ``may_change``."""
+    absent = "(absent)"
+    return [
+        f"{name}: {stored.get(name, absent)!r} there, {options.get(name, absent)!r} now"
+        for name in {**stored, **options}
+        if name not in may_change and stored.get(name, absent) != options.get(name, absent)
+    ]
 
 
 def _stored_options(folder: Path) -> dict[str, Any]:

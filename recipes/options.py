@@ -96,10 +96,10 @@ def parse_options(
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     preset: dict[str, Any] = {}
     if arguments and not arguments[0].startswith("-"):
-        preset = _read_preset(kind, arguments.pop(0))
+        preset = read_file(kind, arguments.pop(0))
     elif not any(argument.split("=")[0] == "--dataset" for argument in arguments):
-        preset = _read_preset(kind, default)
-    arguments = [*_as_flags(preset), *arguments]
+        preset = read_file(kind, default)
+    arguments = [*as_flags(preset), *arguments]
     (options,) = HfArgumentParser(kind, allow_abbrev=False).parse_args_into_dataclasses(arguments)
     for name in set(LOSS_OPTIONS) & set(preset) - set(loss_options(options.loss)):
         # A preset's setting of its own loss says nothing to another loss chosen over it.
@@ -108,24 +108,41 @@ def parse_options(
     return options
 
 
-def _read_preset(kind: type[CoreOptions], name: str) -> dict[str, Any]:
-    path = Path(name)
+def read_file(kind: type[Any], name: str, folder: Path = PRESETS) -> dict[str, Any]:
+    """Entries of a YAML or JSON file that each set an option of the dataclass ``kind``.
+
+    Args:
+        kind: What the entries are options of.
+        name: Path of the file, or the bare name of one in ``folder``.
+        folder: ``presets`` or ``grids``.
+
+    Raises:
+        ValueError: no such file, or one that holds something else.
+    """
+    path, what = Path(name), folder.name.removesuffix("s")
     if path.suffix not in (".yaml", ".yml", ".json"):
-        known = sorted(file.stem for file in PRESETS.glob("*.yaml"))
-        path = PRESETS / f"{check_choice('preset', name, known)}.yaml"
+        known = sorted(file.stem for file in folder.glob("*.yaml"))
+        path = folder / f"{check_choice(what, name, known)}.yaml"
     if not path.is_file():
-        raise ValueError(must_be("preset", "a file that exists", name))
+        raise ValueError(must_be(what, "a file that exists", name))
     entries = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
     if not isinstance(entries, dict):
-        raise ValueError(must_be("preset", "a file of `option: value` lines", name))
+        raise ValueError(must_be(what, "a file of `option: value` lines", name))
     for key in entries:
         check_choice(f"option in {path.name}", key, [field.name for field in fields(kind)])
     return entries
 
 
-def _as_flags(entries: dict[str, Any]) -> list[str]:
+def as_flags(entries: dict[str, Any]) -> list[str]:
+    """The command line that says the same as ``entries``; a mapping becomes ``name=a,b`` words."""
     flags = []
     for key, value in entries.items():
-        if value is not None:
+        if isinstance(value, dict):
+            flags += [f"--{key}", *(f"{name}={_comma_list(v)}" for name, v in value.items())]
+        elif value is not None:
             flags += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
     return flags
+
+
+def _comma_list(value: Any) -> str:
+    return ",".join(map(str, value if isinstance(value, list) else [value]))

@@ -1,0 +1,133 @@
+"""What an experiment leaves behind: records, one tidy CSV, tables, plots and a page."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ldam_plugins.experiment_plots import PLOTS
+from ldam_plugins.experiment_tables import (
+    Row,
+    comparison_rows,
+    interval_rows,
+    markdown,
+    matrix_rows,
+)
+from ldam_plugins.experiments import (
+    Record,
+    error_matrices,
+    shown,
+    tidy_rows,
+    to_csv,
+    varying_options,
+    write_record,
+)
+from ldam_plugins.pages import Plot, render
+from ldam_plugins.run_files import write_atomic
+
+RECORDS, CSV_FILE, TABLES_FILE, PAGE_FILE = "results", "results.csv", "results.md", "report.html"
+
+_Section = tuple[str, str, list[Row]]
+_NOTE_ON_INTERVALS = "Mean and 95 % interval (Student's t) over the seeds; one seed has none."
+_NOTE_ON_PAIRS = (
+    "Paired t-tests on the same seeds and samples; negative is less error than the baseline's. "
+    "p (Holm) is corrected for the number of rows, and at 0.05 decides what the row says. "
+    "Detectable is the difference that so few pairs would show in 80 % of such experiments: "
+    "smaller ones may be there and are not told from noise."
+)
+
+
+def write_experiment(
+    output_dir: str | os.PathLike[str],
+    records: Sequence[Record],
+    *,
+    failed: Mapping[str, str] | None = None,
+    baseline: str = "erm",
+) -> Path:
+    """Write what the records say.
+
+    ``results/`` with one small JSON a run, to be kept; ``results.csv``, one row a run;
+    ``results.md``; ``report.html`` with its plots inside, and the plots as PNG.
+
+    Args:
+        output_dir: Folder of the experiment.
+        records: At least one.
+        failed: Name and message of each run that failed; they are listed.
+        baseline: What each method is compared with, as for
+            :func:`~ldam_plugins.experiment_tables.comparisons`.
+
+    Returns:
+        The path of the page.
+    """
+    folder, failed = Path(output_dir), failed or {}
+    for record in records:
+        write_record(folder / RECORDS, record)
+    write_atomic(folder / CSV_FILE, to_csv(tidy_rows(records)).encode())
+    sections = _sections(records, baseline)
+    write_atomic(folder / TABLES_FILE, _markdown_page(sections, failed).encode())
+    plots = [
+        Plot(f"{name}.png", title, draw(records), draw(records, dark=True))
+        for name, (title, draw) in PLOTS.items()
+    ]
+    for plot in plots:
+        write_atomic(folder / plot.file, plot.light)
+    page = render(
+        "experiment.html.jinja",
+        title=f"Benchmark on {_values(records, 'dataset')}",
+        subtitle=_subtitle(records, failed),
+        plots=plots,
+        sections=sections,
+        failed=failed,
+        common=_common(records),
+        versions=_versions(records),
+    )
+    write_atomic(folder / PAGE_FILE, page)
+    return folder / PAGE_FILE
+
+
+def _sections(records: Sequence[Record], baseline: str) -> list[_Section]:
+    """Title, note and rows of each table."""
+    sections = [("Methods", _NOTE_ON_INTERVALS, interval_rows(records))]
+    for title, cells in error_matrices(records).items():
+        heading = ", ".join(filter(None, ["Top-1 error, %, by loss and schedule", title]))
+        sections.append((heading, _NOTE_ON_INTERVALS, matrix_rows(cells)))
+    pairs = comparison_rows(records, baseline)
+    if pairs:
+        sections.append((f"More than noise? Against {baseline}", _NOTE_ON_PAIRS, pairs))
+    return sections
+
+
+def _markdown_page(sections: Sequence[_Section], failed: Mapping[str, str]) -> str:
+    parts = [f"## {title}\n\n{note}\n\n{markdown(rows)}\n" for title, note, rows in sections]
+    if failed:
+        entries = (f"`{name}`:\n\n```\n{message}\n```\n" for name, message in failed.items())
+        parts.append("\n".join(["## Failed\n", *entries]))
+    return "\n".join(parts)
+
+
+def _subtitle(records: Sequence[Record], failed: Mapping[str, str]) -> str:
+    hours = sum(record["train_seconds"] for record in records) / 3600
+    parts = [f"{len(records)} runs", f"{hours:.2f} hours of training"]
+    parts += [f"{len(failed)} failed"] if failed else []
+    return ", ".join([*parts, f"model {_values(records, 'model')}"])
+
+
+def _values(records: Sequence[Record], option: str) -> str:
+    return ", ".join(dict.fromkeys(str(record["options"].get(option, "-")) for record in records))
+
+
+def _common(records: Sequence[Record]) -> dict[str, str]:
+    """Options that all runs share."""
+    varying = {*varying_options(records), "seed", "output_dir", "resume"}
+    options = records[0]["options"]
+    return {name: shown(value) for name, value in options.items() if name not in varying}
+
+
+def _versions(records: Sequence[Record]) -> dict[str, str]:
+    """Devices, and every version that was used."""
+    found: dict[str, dict[str, None]] = {}
+    for record in records:
+        for name, value in {"device": record["device"], **record["versions"]}.items():
+            found.setdefault(name, {})[value or "not installed"] = None
+    return {name: ", ".join(values) for name, values in found.items()}

@@ -1,0 +1,205 @@
+"""Tables of an experiment, and which differences between methods are more than noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from tabulate import tabulate
+
+from ldam_plugins._checks import check_choice
+from ldam_plugins.experiments import (
+    ABSENT,
+    Record,
+    Setting,
+    by_setting,
+    errors_of,
+    method_title,
+    shown,
+    varying_options,
+)
+from ldam_plugins.grid import METHODS
+from ldam_plugins.intervals import (
+    CONFIDENCE,
+    Interval,
+    PairedComparison,
+    holm,
+    mean_interval,
+    paired_comparison,
+)
+from ldam_plugins.schedules import KINDS
+
+# Name of a column: the metric, and what it is multiplied by.
+_COLUMNS = {
+    "top-1 error %": ("top1_error", 1.0),
+    "balanced accuracy %": ("balanced_accuracy", 100.0),
+    "worst class %": ("worst_class_accuracy", 100.0),
+    "ece": ("ece", 1.0),
+}
+_TAIL_OPTIONS = ("dataset", "profile", "ratio", "subset_seed")
+
+
+class Comparison(NamedTuple):
+    """A method against a baseline: titles, the paired test, and its p-value after Holm."""
+
+    baseline: str
+    method: str
+    paired: PairedComparison
+    corrected: float | None
+
+    @property
+    def verdict(self) -> str:
+        """Whether the difference is more than noise, at 5 % after the correction."""
+        if self.corrected is None:
+            return "no test: one pair" if self.paired.difference.n == 1 else "no test: no spread"
+        if self.corrected >= 1 - CONFIDENCE:
+            return "not told from noise"
+        return "less error" if self.paired.difference.mean < 0 else "more error"
+
+
+Row = dict[str, str]
+"""A line of a table, by the titles of its columns."""
+
+
+def range_rows(records: Sequence[Record]) -> list[Row]:
+    """One row a setting: mean (least..largest over the seeds) of the metrics."""
+    return _rows_of(records, spread)
+
+
+def interval_rows(records: Sequence[Record]) -> list[Row]:
+    """One row a setting: mean and 95 % t-interval over the seeds of the metrics."""
+    return _rows_of(records, lambda values: worded(mean_interval(values), _digits(values)))
+
+
+def _rows_of(records: Sequence[Record], summarise: Callable[[list[float]], str]) -> list[Row]:
+    names = varying_options(records)
+    rows = []
+    for setting, runs in by_setting(records).items():
+        row = dict(zip(names, map(shown, setting), strict=True)) | {"seeds": str(len(runs))}
+        for title, (metric, factor) in _COLUMNS.items():
+            row[title] = summarise([factor * run["test"][metric] for run in runs])
+        rows.append(row)
+    return rows
+
+
+def matrix_rows(cells: Mapping[tuple[str, str], Interval]) -> list[Row]:
+    """A row a loss and a column a schedule, of one of :func:`error_matrices`."""
+    losses = dict.fromkeys(loss for loss, _ in cells)
+    schedules = [kind for kind in KINDS if any(kind == schedule for _, schedule in cells)]
+    return [
+        {"loss": loss} | {kind: _matrix_cell(cells.get((loss, kind))) for kind in schedules}
+        for loss in losses
+    ]
+
+
+def comparisons(records: Sequence[Record], baseline: str = "erm") -> list[Comparison]:
+    """Every method against a baseline on the same seeds and long tail, in top-1 error.
+
+    Negative differences are less error than the baseline's. P-values are corrected for the number
+    of comparisons in the answer.
+
+    Args:
+        records: Of one experiment.
+        baseline: A name of ``METHODS`` or ``loss/schedule``, in which ``*`` is the method's own:
+            ``"*/none"`` compares each schedule with none under the same loss. Of several settings
+            of the baseline the one with the method's other options is taken, if there is one,
+            else each.
+
+    Raises:
+        ValueError: an unknown baseline.
+    """
+    names, settings, wanted = varying_options(records), by_setting(records), _pattern(baseline)
+    found = []
+    for setting, runs in settings.items():
+        for base in _bases(settings, setting, wanted):
+            pairs = _pairs(settings[base], runs)
+            if pairs:
+                paired = paired_comparison(*map(errors_of, zip(*pairs, strict=True)))
+                titles = (method_title(names, base), method_title(names, setting))
+                found.append(Comparison(*titles, paired, None))
+    corrected = holm([entry.paired.p_value for entry in found])
+    return [entry._replace(corrected=p) for entry, p in zip(found, corrected, strict=True)]
+
+
+def _pattern(baseline: str) -> tuple[str, str]:
+    if "/" in baseline:
+        loss, _, schedule = baseline.partition("/")
+        return loss, schedule
+    method = METHODS[check_choice("baseline", baseline, METHODS)]
+    return method.loss, method.schedule
+
+
+def _bases(
+    settings: Mapping[Setting, list[Record]], setting: Setting, wanted: tuple[str, str]
+) -> list[Setting]:
+    pattern = [own if want == "*" else want for want, own in zip(wanted, setting, strict=False)]
+    bases = [base for base in settings if list(base[:2]) == pattern]
+    if setting in bases:
+        return []  # the baseline itself, or another setting of it
+    return [base for base in bases if base[2:] == setting[2:]] or bases
+
+
+def _pairs(first: Sequence[Record], second: Sequence[Record]) -> list[tuple[Record, Record]]:
+    """Runs of the two that saw the same training samples and the same seed."""
+
+    def same(record: Record) -> tuple[Any, ...]:
+        return tuple(record["options"].get(name) for name in (*_TAIL_OPTIONS, "seed"))
+
+    others = {same(record): record for record in second}
+    return [(record, others[same(record)]) for record in first if same(record) in others]
+
+
+def comparison_rows(records: Sequence[Record], baseline: str = "erm") -> list[Row]:
+    """One row for each of :func:`comparisons`, with what it says in words."""
+    return [
+        {
+            "method": entry.method,
+            "against": entry.baseline,
+            "pairs": str(entry.paired.difference.n),
+            "difference in top-1 error, points": worded(entry.paired.difference, sign="+"),
+            "p": _p_value(entry.paired.p_value),
+            "p (Holm)": _p_value(entry.corrected),
+            "detectable": _points(entry.paired.detectable),
+            "says": entry.verdict,
+        }
+        for entry in comparisons(records, baseline)
+    ]
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Rows as a table in GitHub's Markdown; a dash stands for no row."""
+    return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True) or ABSENT
+
+
+def worded(interval: Interval, digits: int = 1, sign: str = "") -> str:
+    """An interval as ``17.4 ± 3.3``, without the second part where there is one seed."""
+    mean = f"{interval.mean:{sign}.{digits}f}"
+    return mean if interval.half_width is None else f"{mean} ± {interval.half_width:.{digits}f}"
+
+
+def spread(values: list[float]) -> str:
+    """Mean and range of the values of several seeds."""
+    digits = _digits(values)
+    mean = f"{np.mean(values):.{digits}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({min(values):.{digits}f}..{max(values):.{digits}f})"
+
+
+def _digits(values: Sequence[float]) -> int:
+    return 3 if max(values) < 1 else 1
+
+
+def _matrix_cell(interval: Interval | None) -> str:
+    return ABSENT if interval is None else f"{worded(interval)} (n = {interval.n})"
+
+
+def _points(value: float | None) -> str:
+    return ABSENT if value is None else f"{value:.1f}"
+
+
+def _p_value(value: float | None) -> str:
+    if value is None:
+        return ABSENT
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"

@@ -1,0 +1,205 @@
+"""An experiment: the results of many runs, as records, by setting and as tidy rows."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ldam_plugins._checks import must_be, quoted
+from ldam_plugins.grid import METHODS
+from ldam_plugins.intervals import Interval, mean_interval
+from ldam_plugins.run_files import (
+    COMMAND_FILE,
+    MAY_CHANGE,
+    METRICS_FILE,
+    METRICS_KEYS,
+    read_metrics,
+    write_atomic,
+)
+
+Record = dict[str, Any]
+"""``metrics.json`` of one run, with its ``name`` and the ``command`` that made it."""
+
+Setting = tuple[Any, ...]
+"""Values of the options that vary between the runs of an experiment."""
+
+METRICS = (
+    "top1_error",
+    "balanced_accuracy",
+    "worst_class_accuracy",
+    "many",
+    "medium",
+    "few",
+    "nll",
+    "ece",
+)
+ABSENT = "-"
+
+
+def read_records(folder: str | os.PathLike[str]) -> list[Record]:
+    """Records of an experiment, a JSON file each, by name.
+
+    Raises:
+        ValueError: no file there, or one that is not a whole record.
+    """
+    paths = sorted(Path(folder).glob("*.json"))
+    if not paths:
+        raise ValueError(must_be("experiment", "a folder with results as JSON", str(folder)))
+    return [_read_record(path) for path in paths]
+
+
+def _read_record(path: Path) -> Record:
+    record = json.loads(path.read_text(encoding="utf-8"))
+    missing = [key for key in METRICS_KEYS if key not in record]
+    if missing:
+        wanted = f"a whole record, with {quoted(missing)}"
+        raise ValueError(must_be(str(path), wanted, list(record)))
+    return {"name": path.stem, "command": None, **record}
+
+
+def collect_records(
+    folder: str | os.PathLike[str], leave_out: Collection[str] = ()
+) -> list[Record]:
+    """Records of the finished runs of a grid, from the folders of its cells.
+
+    Args:
+        folder: What holds a folder a cell.
+        leave_out: Names of cells whose files are not what the grid asked for.
+    """
+    cells = [path.parent for path in sorted(Path(folder).glob(f"*/{METRICS_FILE}"))]
+    return [
+        {"name": cell.name, "command": _command(cell), **read_metrics(cell)}
+        for cell in cells
+        if cell.name not in leave_out
+    ]
+
+
+def _command(cell: Path) -> str | None:
+    path = cell / COMMAND_FILE
+    return path.read_text(encoding="utf-8").strip() if path.exists() else None
+
+
+def write_record(folder: str | os.PathLike[str], record: Mapping[str, Any]) -> Path:
+    """Write a record as ``{name}.json``, small and in lines that compare well: one a key."""
+    lines = [f"  {json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in record.items()]
+    path = Path(folder) / f"{record['name']}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
+    return path
+
+
+def varying_options(records: Sequence[Record]) -> list[str]:
+    """Loss, schedule and whatever else the runs have otherwise; the seed and the folder are not.
+
+    An option that only some of the records know, being made by different versions, is not
+    compared.
+    """
+    shared = set.intersection(*(set(record["options"]) for record in records))
+    left_out = {"seed", "loss", "schedule", *MAY_CHANGE}
+    names = [name for name in records[0]["options"] if name in shared - left_out]
+    first = records[0]["options"]
+    varying = [n for n in names if any(r["options"][n] != first[n] for r in records)]
+    return ["loss", "schedule", *varying]
+
+
+def by_setting(records: Sequence[Record]) -> dict[Setting, list[Record]]:
+    """Runs by the values of :func:`varying_options`, sorted by them and then by the seed.
+
+    Raises:
+        ValueError: two runs with the same options and seed.
+    """
+    names = varying_options(records)
+    found: dict[Setting, list[Record]] = defaultdict(list)
+    for record in sorted(records, key=lambda record: record["options"]["seed"]):
+        setting = tuple(_hashable(record["options"][name]) for name in names)
+        seeds = [other["options"]["seed"] for other in found[setting]]
+        if record["options"]["seed"] in seeds:
+            same = [record["name"], found[setting][-1]["name"]]
+            raise ValueError(must_be("results", "of different runs", same, "Remove one of them."))
+        found[setting].append(record)
+    return dict(sorted(found.items(), key=lambda item: [_sort_key(v) for v in item[0]]))
+
+
+def method_title(names: Sequence[str], setting: Setting) -> str:
+    """Name of a setting in tables: that of the method, and the other options that vary."""
+    loss, schedule, *others = setting
+    titles = {(method.loss, method.schedule): method.title for method in METHODS.values()}
+    title = titles.get((loss, schedule), f"{loss} / {schedule}")
+    given = [
+        f"{name} {shown(value)}"
+        for name, value in zip(names[2:], others, strict=True)
+        if value is not None
+    ]
+    return ", ".join([title, *given])
+
+
+def tidy_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """One row a run: what varies, seed, metrics, seconds, machine, versions and the command."""
+    names = varying_options(records)
+    return [
+        {
+            "name": record["name"],
+            **{name: shown(record["options"][name]) for name in names},
+            "seed": record["options"]["seed"],
+            **{metric: record["test"][metric] for metric in METRICS},
+            "train_seconds": record["train_seconds"],
+            "device": record["device"],
+            **{f"version_{name}": version for name, version in record["versions"].items()},
+            "command": record["command"],
+        }
+        for runs in by_setting(records).values()
+        for record in runs
+    ]
+
+
+def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as CSV with a line of names; the columns are those of all rows together."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def errors_of(runs: Iterable[Record]) -> list[float]:
+    """Top-1 error in % of each run."""
+    return [run["test"]["top1_error"] for run in runs]
+
+
+def error_matrices(records: Sequence[Record]) -> dict[str, dict[tuple[str, str], Interval]]:
+    """Top-1 error in % by (loss, schedule), for each combination of the other options."""
+    names = varying_options(records)[2:]
+    matrices: dict[str, dict[tuple[str, str], Interval]] = defaultdict(dict)
+    for (loss, schedule, *others), runs in by_setting(records).items():
+        values = zip(names, others, strict=True)
+        title = ", ".join(f"{name} {shown(value)}" for name, value in values)
+        matrices[title][loss, schedule] = mean_interval(errors_of(runs))
+    return dict(matrices)
+
+
+def shown(value: Any) -> str:
+    """The value of an option for people."""
+    if value is None:
+        return ABSENT
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(shown, value))
+    return f"{value:.12g}" if isinstance(value, float) else str(value)
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(map(_hashable, value)) if isinstance(value, list) else value
+
+
+def _sort_key(value: Any) -> tuple[bool, bool, float, str]:
+    """Numbers by size, also those an option holds as text; then text; None first."""
+    try:
+        return value is not None, False, float(value), ""
+    except (TypeError, ValueError):
+        return value is not None, True, 0.0, str(value)

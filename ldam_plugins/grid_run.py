@@ -1,0 +1,280 @@
+"""The runs of a grid as processes of their own, here or on a Slurm cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import psutil
+import torch
+
+from ldam_plugins._checks import must_be
+from ldam_plugins.run_files import (
+    COMMAND_FILE,
+    METRICS_FILE,
+    OPTIONS_FILE,
+    differing_options,
+    read_metrics,
+    write_atomic,
+)
+
+LOG_FILE = "log.txt"
+_POLL_SECONDS = 0.2
+_GRACE_SECONDS = 10.0
+_TAIL_BYTES, _TAIL_LINES = 20_000, 12
+_OTHER_FOLDER = "Choose another --output_dir for the grid, or remove that folder."
+
+
+@dataclass(frozen=True)
+class CellRun:
+    """A cell of a grid as a process.
+
+    Args:
+        name: Of the cell.
+        recipe: The recipe's file.
+        arguments: Of the recipe, without the folder.
+        folder: ``--output_dir`` of the run; also gets its log and its command.
+        options: What the recipe makes of the arguments.
+        defaults: The recipe's own defaults. A run that was made before the recipe had some option
+            counts as one with that option's default.
+    """
+
+    name: str
+    recipe: Path
+    arguments: tuple[str, ...] = field(repr=False)
+    folder: Path
+    options: Mapping[str, Any] = field(repr=False)
+    defaults: Mapping[str, Any] = field(repr=False)
+
+    def command(self) -> list[str]:
+        """The command line that makes this run, ``python`` standing for this interpreter."""
+        here = os.path.relpath(self.recipe)
+        recipe = str(self.recipe) if here.startswith("..") else here
+        return ["python", recipe, *self.arguments, "--output_dir", str(self.folder)]
+
+
+class Outcome(NamedTuple):
+    """How a cell ended: ``"finished"``, ``"skipped"`` (it was finished before) or ``"failed"``."""
+
+    name: str
+    status: str
+    message: str = ""
+
+
+def is_finished(run: CellRun) -> bool:
+    """Whether the folder holds this run with its metrics.
+
+    Raises:
+        ValueError: it holds a finished run with other options.
+    """
+    if not (run.folder / METRICS_FILE).exists():
+        return False
+    stored = {**run.defaults, **read_metrics(run.folder)["options"]}
+    differing = differing_options(stored, json.loads(json.dumps(run.options)))
+    if differing:
+        wanted = f"that of the run in {str(run.folder)!r}"
+        raise ValueError(f"`options` must be {wanted}; {'; '.join(differing)}. {_OTHER_FOLDER}")
+    return True
+
+
+def run_here(runs: Sequence[CellRun], jobs: int = 1) -> Generator[Outcome, None, None]:
+    """Run cells as processes on this machine, ``jobs`` at once; yields each as it ends.
+
+    Each process gets an equal part of the cores (``OMP_NUM_THREADS``, unless it is set) and, where
+    there are GPUs, one of them in turn. When this generator is closed, or the process is
+    interrupted or terminated, the running cells are stopped; they go on from their newest
+    checkpoint when the grid is run again.
+
+    Args:
+        runs: What to run; finished cells are skipped, begun ones resumed.
+        jobs: Processes at once, at least 1.
+    """
+    waiting, running = deque(runs), dict[int, tuple[CellRun, subprocess.Popen[bytes]]]()
+    free = deque(range(jobs))
+    with _stopped_at_the_end(running):
+        while waiting or running:
+            while waiting and free:
+                run, slot = waiting.popleft(), free[0]
+                begun = _begin(run, _share_of_machine(slot, jobs))
+                if isinstance(begun, Outcome):
+                    yield begun
+                else:
+                    running[free.popleft()] = run, begun
+            for slot, (run, process) in list(running.items()):
+                if process.poll() is not None:
+                    del running[slot]
+                    free.append(slot)
+                    yield _outcome(run, process.returncode)
+            time.sleep(_POLL_SECONDS if running else 0)
+
+
+def run_on_slurm(
+    runs: Sequence[CellRun],
+    jobs: int,
+    folder: str | os.PathLike[str],
+    parameters: Mapping[str, str | int],
+) -> Generator[Outcome, None, None]:
+    """Run cells as one Slurm job array, at most ``jobs`` of it at once; yields each as it ends.
+
+    Stopping the grid cancels the jobs that have not ended.
+
+    Args:
+        runs: What to run. Their folders must be seen by all nodes.
+        jobs: Array tasks at once.
+        folder: Where submitit keeps its files.
+        parameters: Of ``submitit.AutoExecutor.update_parameters``: ``timeout_min``,
+            ``gpus_per_node``, ``cpus_per_task``, ``mem_gb``, ``slurm_partition``, ...
+
+    Raises:
+        ModuleNotFoundError: submitit is not installed.
+    """
+    submitit = _import_submitit()
+    executor = submitit.AutoExecutor(folder=str(folder), cluster="slurm")
+    executor.update_parameters(slurm_array_parallelism=jobs, **parameters)
+    submitted = executor.map_array(run_cell, list(runs))
+    names = {id(job): run.name for job, run in zip(submitted, runs, strict=True)}
+    try:
+        for job in submitit.helpers.as_completed(submitted):
+            error = job.exception()
+            lost = Outcome(names[id(job)], "failed", str(error))
+            yield job.result() if error is None else lost
+    finally:
+        for job in submitted:
+            if not job.done():
+                job.cancel()
+
+
+def run_cell(run: CellRun) -> Outcome:
+    """Run one cell in a process of its own, and wait for it."""
+    begun = _begin(run, {})
+    return begun if isinstance(begun, Outcome) else _outcome(run, begun.wait())
+
+
+def start_cell(run: CellRun, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Start the process of a cell; a run that was begun is resumed.
+
+    The log stays locked while the process lives, so that no second one writes into its folder.
+    """
+    run.folder.mkdir(parents=True, exist_ok=True)
+    with (run.folder / LOG_FILE).open("ab") as log:
+        _lock(log)
+        resume = ["--resume"] if (run.folder / OPTIONS_FILE).exists() else []
+        _, *arguments = [*run.command(), *resume]
+        write_atomic(run.folder / COMMAND_FILE, f"{shlex.join(run.command())}\n".encode())
+        log.write(f"$ python {shlex.join(arguments)}\n".encode())
+        log.flush()
+        return subprocess.Popen(
+            [sys.executable, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "TQDM_MININTERVAL": "10", **environment},
+            # Ctrl-C in a terminal goes to the grid alone, which then stops its cells.
+            start_new_session=True,
+        )
+
+
+def _begin(run: CellRun, environment: Mapping[str, str]) -> subprocess.Popen[bytes] | Outcome:
+    """The process of a cell, or how the cell ended without one."""
+    try:
+        if is_finished(run):
+            return Outcome(run.name, "skipped")
+        return start_cell(run, environment)
+    except BlockingIOError:
+        return Outcome(run.name, "failed", f"another process is running it in {run.folder}")
+    except (OSError, ValueError, KeyError) as error:
+        return Outcome(run.name, "failed", f"{type(error).__name__}: {error}")
+
+
+def _outcome(run: CellRun, returncode: int) -> Outcome:
+    if returncode == 0 and (run.folder / METRICS_FILE).exists():
+        return Outcome(run.name, "finished")
+    log = run.folder / LOG_FILE
+    return Outcome(run.name, "failed", f"exit code {returncode}, see {log}\n{log_tail(log)}")
+
+
+def log_tail(path: Path, lines: int = _TAIL_LINES) -> str:
+    """Last lines of a log, of a progress bar only its last state."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+        text = file.read().decode(errors="replace")
+    shown = [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n")]
+    return "\n".join([line for line in shown if line.strip()][-lines:])
+
+
+def _share_of_machine(slot: int, jobs: int) -> dict[str, str]:
+    """Environment of the process in a slot: its cores, and its GPU where there are any."""
+    environment = {}
+    if "OMP_NUM_THREADS" not in os.environ:
+        cores = len(psutil.Process().cpu_affinity() or [0]) if _has_affinity() else os.cpu_count()
+        environment["OMP_NUM_THREADS"] = str(max(1, (cores or 1) // jobs))
+    gpus = torch.cuda.device_count()
+    if gpus:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[slot % gpus]
+    return environment
+
+
+def _has_affinity() -> bool:
+    return hasattr(psutil.Process, "cpu_affinity")  # macOS has none
+
+
+@contextmanager
+def _stopped_at_the_end(
+    running: Mapping[int, tuple[CellRun, subprocess.Popen[bytes]]],
+) -> Iterator[None]:
+    """Stop what is running at the end, the end by SIGTERM included."""
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)) if main else None
+    try:
+        yield
+    finally:
+        _stop([process.pid for _, process in running.values()])
+        if main:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _stop(pids: Sequence[int]) -> None:
+    """End processes and all they started, by force where they do not end by themselves."""
+    family = []
+    for pid in pids:
+        with suppress(psutil.NoSuchProcess):
+            process = psutil.Process(pid)
+            family += [process, *process.children(recursive=True)]
+    for process in family:
+        with suppress(psutil.NoSuchProcess):
+            process.terminate()
+    _, left = psutil.wait_procs(family, timeout=_GRACE_SECONDS)
+    for process in left:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def _lock(log: IO[bytes]) -> None:
+    """Lock a log for as long as this process, or one that inherits the file, has it open."""
+    if sys.platform != "win32":
+        import fcntl
+
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _import_submitit() -> Any:
+    try:
+        import submitit
+    except ModuleNotFoundError as error:
+        way_out = 'Run `pip install "ldam-plugins[slurm]"`, or leave --launcher at local.'
+        message = must_be("launcher", "one whose package is installed", "slurm", way_out)
+        raise ModuleNotFoundError(message) from error
+    return submitit

@@ -1,0 +1,130 @@
+"""How sure a mean over seeds is, and whether two methods differ by more than noise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import optimize, stats
+
+from ldam_plugins._checks import check_real, must_be
+
+CONFIDENCE = 0.95
+_POWER = 0.8
+
+
+class Interval(NamedTuple):
+    """A mean over ``n`` seeds with its confidence interval ``mean +- half_width``.
+
+    ``half_width`` is None with one seed, of which no spread is known.
+    """
+
+    mean: float
+    half_width: float | None
+    n: int
+
+
+def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
+    """Mean and Student's t interval, ``mean +- t(1 - alpha / 2, n - 1) * s / sqrt(n)``.
+
+    It holds for values that are independent and about normal, as results of different seeds are
+    taken to be. With two seeds t is 12.7 and with three 4.3: such intervals are wide by right.
+
+    Args:
+        values: One value a seed, at least one.
+        confidence: Coverage of the interval, in (0, 1).
+
+    Raises:
+        ValueError: no value, or ``confidence`` out of range.
+
+    Example:
+        >>> interval = mean_interval([1.0, 2.0, 3.0])
+        >>> interval.mean, round(interval.half_width, 3), interval.n
+        (2.0, 2.484, 3)
+    """
+    check_real("confidence", confidence, low=0, high=1, low_open=True, high_open=True)
+    if not len(values):
+        raise ValueError(must_be("values", "at least one", list(values)))
+    mean, n = float(np.mean(values)), len(values)
+    if n == 1:
+        return Interval(mean, None, 1)
+    error = float(np.std(values, ddof=1)) / n**0.5
+    return Interval(mean, float(stats.t.ppf((1 + confidence) / 2, n - 1)) * error, n)
+
+
+class PairedComparison(NamedTuple):
+    """Two methods on the same seeds: the mean of ``second - first``.
+
+    Args:
+        difference: Mean difference with its 95 % interval; ``n`` is the number of pairs.
+        p_value: Of the two-sided paired t-test; None where none can be made: one pair, or pairs
+            that all differ by the same amount, whose spread is then unknown and not zero.
+        detectable: Difference that this test finds in 80 % of such experiments, were the spread
+            the one seen here; None where there is no test.
+    """
+
+    difference: Interval
+    p_value: float | None
+    detectable: float | None
+
+
+def paired_comparison(first: Sequence[float], second: Sequence[float]) -> PairedComparison:
+    """Paired t-test of two methods that ran on the same seeds and long tails.
+
+    Pairing takes out what the seeds have in common, if anything: the choice of the kept samples,
+    the order of the data. What a test with few pairs cannot see is in ``detectable``.
+
+    Args:
+        first: One value a seed.
+        second: The other method's values, of the same seeds in the same order.
+
+    Raises:
+        ValueError: no values, or not as many of the one as of the other.
+
+    Example:
+        >>> result = paired_comparison([30.0, 31.0, 29.0], [27.0, 27.5, 26.5])
+        >>> result.difference.mean, round(result.p_value, 4)
+        (-3.0, 0.0091)
+    """
+    if len(first) != len(second):
+        raise ValueError(must_be("second", f"as long as `first` ({len(first)})", len(second)))
+    differences = np.subtract(second, first)
+    interval = mean_interval(differences.tolist())
+    spread = float(np.std(differences, ddof=1)) if interval.n > 1 else 0.0
+    if spread <= 1e-9 * max(1.0, abs(interval.mean)):
+        return PairedComparison(interval, None, None)
+    p_value = float(stats.ttest_1samp(differences, 0.0).pvalue)
+    return PairedComparison(interval, p_value, _detectable(spread, interval.n))
+
+
+def _detectable(spread: float, pairs: int) -> float:
+    """Difference that the t-test at 5 % finds with a probability of 80 %."""
+    critical = stats.t.ppf((1 + CONFIDENCE) / 2, pairs - 1)
+
+    def shortfall(effect: float) -> float:
+        return float(stats.nct.sf(critical, pairs - 1, effect)) - _POWER
+
+    # The effect is the mean over its standard error; it is below 3 * critical for any df.
+    return float(optimize.brentq(shortfall, 0.0, 3 * critical)) * spread / pairs**0.5
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """P-values corrected for their number, so that any false alarm has the stated probability.
+
+    Sorted ascending, ``p_(i)`` becomes ``max_{j <= i} min(1, (m - j + 1) p_(j))``. None, where no
+    test was made, stays None and does not count.
+
+    Source: Holm, Scandinavian Journal of Statistics 6, 1979.
+
+    Example:
+        >>> holm([0.04, 0.01, None])
+        [0.04, 0.02, None]
+    """
+    order = sorted((p, place) for place, p in enumerate(p_values) if p is not None)
+    corrected: list[float | None] = [None] * len(p_values)
+    largest = 0.0
+    for done, (p, place) in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - done) * p))
+        corrected[place] = largest
+    return corrected

@@ -1,0 +1,34 @@
+"""Pages of HTML that need no network and no script: what reports of runs and experiments share."""
+
+from __future__ import annotations
+
+import base64
+from importlib.resources import files
+from typing import Any, NamedTuple
+
+import jinja2
+
+
+class Plot(NamedTuple):
+    """A plot as PNG, for light and for dark pages."""
+
+    file: str
+    title: str
+    light: bytes
+    dark: bytes
+
+
+def render(template: str, **values: Any) -> bytes:
+    """A page from a template of the package; every value is escaped, a missing one an error."""
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_source), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.get_template(template).render(data_uri=_data_uri, **values).encode()
+
+
+def _source(template: str) -> str:
+    return files("ldam_plugins").joinpath(template).read_text(encoding="utf-8")
+
+
+def _data_uri(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
