@@ -14,7 +14,7 @@ RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 LAYERS = [
     {"_checks"},
     {"counts"},
-    {"long_tail", "functional", "runtime", "run_files"},
+    {"long_tail", "functional", "runtime", "run_files", "preset_files"},
     {"losses", "schedules", "metrics", "tables"},
     {"samplers", "head_layers", "head_names", "evaluate_metric", "plots"},
     {"heads", "image_sources", "image_files", "reports", "docstrings"},
