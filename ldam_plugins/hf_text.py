@@ -107,8 +107,9 @@ class CheckpointCallback(TrainerCallback):
     checkpoint gets the empty file ``whole``, by which :func:`newest_trainer_checkpoint` knows it;
     only then older ones are dropped. Set ``save_total_limit=None``, which drops them too early.
 
-    After SIGTERM the Trainer saves at the end of the running update and the process ends with the
-    code :data:`~ldam_plugins.runtime.PREEMPTED`. Put this callback last.
+    After SIGTERM the Trainer saves at the end of the running epoch (from inside one it would go on
+    with another order of the examples) and the process ends with the code
+    :data:`~ldam_plugins.runtime.PREEMPTED`. Put this callback last.
 
     Args:
         keep: Checkpoints to keep, at least 1.
@@ -129,7 +130,7 @@ class CheckpointCallback(TrainerCallback):
         self._preempted = False
         self._told = self._handler.enter_context(noted_sigterm())
 
-    def on_step_end(
+    def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Save and stop if any process was told to end."""

@@ -50,7 +50,7 @@ class CoreOptions:
 
     Raises:
         TypeError: an option that must be an integer is not one.
-        ValueError: an option outside its ``LIMITS``.
+        ValueError: an option outside its ``LIMITS``, no folder, or no such schedule.
     """
 
     LIMITS: ClassVar[dict[str, Limits]] = {
@@ -121,6 +121,7 @@ class CoreOptions:
         if not self.output_dir.strip():
             wanted = "the folder of the run"
             raise ValueError(must_be("output_dir", wanted, self.output_dir, "Give --output_dir."))
+        self.make_schedule()
 
     def make_schedule(self) -> DeferredSchedule:
         """The schedule the options describe."""
