@@ -145,8 +145,8 @@ class ClassCounts:
         check_real("beta", beta, low=0, high=1, high_open=True)
         if beta == 0:
             return _tensor(np.ones(len(self)), dtype)
-        # 1 - beta is exact in floating point above 1/2, log(beta) near 1 is not.
-        log_beta = np.log1p(-(1.0 - beta))
+        # 1 - beta is exact in floating point above 1/2, where log(beta) is not; below it rounds.
+        log_beta = np.log1p(-(1.0 - beta)) if beta > 0.5 else np.log(beta)
         raw = 1.0 / -np.expm1(self.counts * log_beta)
         return _tensor(raw * (len(self) / raw.sum()), dtype)
 

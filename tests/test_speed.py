@@ -8,7 +8,7 @@ from accelerate.state import AcceleratorState
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
-import speed  # noqa: E402
+import speed
 
 TINY = {
     "repeats": 1,

@@ -164,9 +164,10 @@ def test_checkpoint_that_was_cut_off_is_passed_over(tmp_path):
     assert newest_trainer_checkpoint(tmp_path / "none") is None
     for steps in (9, 100, 20):
         (tmp_path / f"checkpoint-{steps}").mkdir()
+    (tmp_path / "checkpoint-100" / "trainer_state.json").touch()
     assert newest_trainer_checkpoint(tmp_path) is None
     for steps in (9, 20):
-        (tmp_path / f"checkpoint-{steps}" / "trainer_state.json").touch()
+        (tmp_path / f"checkpoint-{steps}" / "whole").touch()
     assert newest_trainer_checkpoint(tmp_path) == str(tmp_path / "checkpoint-20")
 
 
