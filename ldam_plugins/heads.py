@@ -45,7 +45,7 @@ def use_cosine_head(
     *,
     head: str | Sequence[str] | None = None,
     init: Literal["random", "keep"] = "random",
-    chunked: bool = False,
+    chunked: bool | None = None,
 ) -> nn.Module:
     """Replace the classifier of ``model`` by a cosine head, ``z = scale * cos(angle)``.
 
@@ -64,7 +64,8 @@ def use_cosine_head(
             :class:`~ldam_plugins.chunked_cosines.ChunkedCosines`, from which the losses ``ce``,
             ``ldam`` and ``uniform_margin`` are computed some classes at a time. In evaluation
             mode it returns logits. The loss must be outside the model: give transformers' models
-            no ``labels`` (a Trainer with ``compute_loss_func`` does not).
+            no ``labels`` (a Trainer with ``compute_loss_func`` does not). Default: a head that is
+            there stays as it is, a new one returns logits.
 
     Returns:
         ``model``; if ``model`` itself is the layer, the new layer.
@@ -198,9 +199,9 @@ def _check_same_scale(name: str, layer: Cosine, scale: float) -> None:
         raise ValueError(must_be("scale", f"{layer.scale:g}", scale, way_out))
 
 
-def _set_chunked(name: str, layer: Cosine, chunked: bool) -> None:
+def _set_chunked(name: str, layer: Cosine, chunked: bool | None) -> None:
     if isinstance(layer, CosineLinear):
-        layer.chunked = chunked
+        layer.chunked = layer.chunked if chunked is None else chunked
     elif chunked:
         wanted = f"False where the head {name!r} is a convolution"
         raise ValueError(must_be("chunked", wanted, chunked))

@@ -118,7 +118,9 @@ def test_evaluation_gives_logits():
     features, _ = batch()
     assert torch.equal(twin.eval()(features), plain.eval()(features))
     assert "chunked=True" in repr(twin)
-    assert not use_cosine_head(twin).chunked
+    assert use_cosine_head(twin).chunked
+    assert not use_cosine_head(twin, chunked=False).chunked
+    assert not use_cosine_head(nn.Linear(2, 2)).chunked
 
 
 def test_other_uses_are_refused():
