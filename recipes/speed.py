@@ -64,7 +64,14 @@ from vision_lt import (
     update,
 )
 
-from ldam_plugins import ClassCounts, DeferredSchedule, LDAMLoss, register, use_cosine_head
+from ldam_plugins import (
+    ClassCounts,
+    DeferredSchedule,
+    DRWCallback,
+    LDAMLoss,
+    register,
+    use_cosine_head,
+)
 from ldam_plugins._checks import check_choice
 from ldam_plugins.batches import RandomCropFlip, normalize
 from ldam_plugins.metrics import MetricAccumulator
@@ -544,7 +551,8 @@ def text_seconds(options: TextOptions, train: Any, class_counts: ClassCounts) ->
     tokenizer, model = make_text_model(options, train, criterion)
     arguments = quiet(make_arguments(options))
     tokens = tokenize(options, tokenizer, train)
-    trainer = make_trainer(options, arguments, model, tokenizer, criterion, tokens, tokens)
+    callbacks = [DRWCallback(criterion, schedule=options.make_schedule())]
+    trainer = make_trainer(arguments, model, tokenizer, class_counts, tokens, tokens, callbacks)
     return trainer.train().metrics["train_runtime"]
 
 
