@@ -47,8 +47,9 @@ def launch(recipe, flags, *, processes=1, environment=(), wait=True):
     """Run a recipe's command line; returns the finished (or, without ``wait``, running) process."""
     command = [sys.executable]
     if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc_per_node", str(processes)]
+        # torchrun takes --start for an abbreviation of an option of its own.
+        command += ["-m", "accelerate.commands.launch", "--multi_gpu", "--main_process_port", "0"]
+        command += ["--num_processes", str(processes)]
     moments = dict(environment)
     script = RECIPES / f"{recipe}_lt.py"
     if "KILL_AT" in moments:
