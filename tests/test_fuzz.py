@@ -165,28 +165,28 @@ def jpeg():
 
 # What is damaged, the check, and its cases in the suite and in the exhaustive run.
 FUZZED = {
-    "presets": (PRESETS, check_preset, 60, 30_000),
+    "presets": (PRESETS, check_preset, 60, 10_000),
     "counts": (
         st.tuples(st.lists(NUMBERS, max_size=4), NUMBERS, NUMBERS),
         check_counts,
         150,
-        30_000,
+        40_000,
     ),
     "list file": (
         damaged(originals()["list"]),
         functools.partial(check_set, lists, "train.txt"),
         30,
-        8_000,
+        6_000,
     ),
     "JSON": (
         damaged(originals()["json"]),
         functools.partial(check_set, inaturalist, "train2018.json"),
         30,
-        8_000,
+        6_000,
     ),
     "parquet": (damaged(originals()["parquet"]), check_parquet, 10, 1_000),
-    "PNG": (damaged(png("train", 0)), check_image, 80, 12_000),
-    "JPEG": (damaged(jpeg()), check_image, 80, 12_000),
+    "PNG": (damaged(png("train", 0)), check_image, 80, 20_000),
+    "JPEG": (damaged(jpeg()), check_image, 80, 20_000),
 }
 
 
