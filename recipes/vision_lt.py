@@ -24,7 +24,7 @@ from typing import Any
 import timm
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast, set_seed
 from options import (
     COUNT,
     COUNT_OR_0,
@@ -501,6 +501,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Metrics of the whole test set, by plain cross-entropy and accuracy."""
     net.eval()
+    for buffer in net.buffers():  # each process has kept batch statistics of its own
+        buffer.copy_(broadcast(buffer))
     metrics = MetricAccumulator(criterion.class_counts)
     for images, labels in loader:
         with accelerator.autocast():

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
+
+import psutil
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 # Runs the recipe with signals to itself at named moments: `moment:count:signal` in KILL_AT.
@@ -47,8 +48,9 @@ def launch(recipe, flags, *, processes=1, environment=(), wait=True):
     """Run a recipe's command line; returns the finished (or, without ``wait``, running) process."""
     command = [sys.executable]
     if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc_per_node", str(processes)]
+        # torchrun takes --start for an abbreviation of an option of its own.
+        command += ["-m", "accelerate.commands.launch", "--multi_gpu", "--main_process_port", "0"]
+        command += ["--num_processes", str(processes)]
     moments = dict(environment)
     script = RECIPES / f"{recipe}_lt.py"
     if "KILL_AT" in moments:
@@ -77,8 +79,14 @@ def kill_after(recipe, flags, seconds, *, processes=1):
         running.communicate(timeout=seconds)
         return False
     except subprocess.TimeoutExpired:
-        os.killpg(running.pid, signal.SIGKILL)
+        # Launchers start their processes in sessions of their own, so a group would not do.
+        family = [
+            *psutil.Process(running.pid).children(recursive=True),
+            psutil.Process(running.pid),
+        ]
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(family[:-1], timeout=30)
         running.communicate()
         return True
-    finally:
-        time.sleep(0.1)  # the group's other members end a moment later
