@@ -130,8 +130,8 @@ class CheckpointCallback(TrainerCallback):
     checkpoint gets the empty file ``whole``, by which :func:`newest_trainer_checkpoint` knows it;
     only then older ones are dropped. Set ``save_total_limit=None``, which drops them too early.
 
-    After SIGTERM the Trainer saves at the end of the running epoch (from inside one it would go on
-    with another order of the examples) and the process ends with the code
+    After SIGTERM the Trainer saves at the end of the running epoch, from where a resumed run equals
+    the undisturbed one, and the process ends with the code
     :data:`~ldam_plugins.runtime.PREEMPTED`. Put this callback last.
 
     Args:

@@ -124,7 +124,7 @@ MATRIX = {
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("case", MATRIX)
 def test_killed_at_random_moments(case, texts, images, tmp_path):
-    """Three kills a case, 27 in all, each somewhere in the first 130 % of a whole run's time."""
+    """Three kills a case, 27 in all, each somewhere in the last 70 % of a whole run's time."""
     kind, more, processes = MATRIX[case]
     recipe = "text" if kind == "text" else "vision"
     flags = [*TEXT, "--dataset", texts] if kind == "text" else list(VISION)
