@@ -1,5 +1,8 @@
 """The launch configurations are ones that Accelerate reads, and say what their names do."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ from accelerate.utils import DistributedType
 FOLDER = Path(__file__).parents[1] / "recipes" / "accelerate"
 KINDS = {
     "one_gpu": (DistributedType.NO, 1, 1),
-    "cpu": (DistributedType.MULTI_CPU, 2, 1),
+    "cpu": (DistributedType.MULTI_GPU, 2, 1),  # what Accelerate starts several processes for
     "ddp": (DistributedType.MULTI_GPU, 4, 1),
     "multi_node": (DistributedType.MULTI_GPU, 16, 2),
     "fsdp2": (DistributedType.FSDP, 4, 1),
@@ -44,3 +47,17 @@ def test_the_launcher_takes_it(name, monkeypatch):
         assert str(args.fsdp_version) == "2"
     if name.startswith("deepspeed"):
         assert args.zero_stage == int(name[-1])
+
+
+def test_the_cpu_one_starts_two_processes_that_know_of_each_other(tmp_path):
+    script = tmp_path / "count.py"
+    script.write_text(
+        "from pathlib import Path\nfrom accelerate import Accelerator\n"
+        "rank, ranks = (lambda a: (a.process_index, a.num_processes))(Accelerator(cpu=True))\n"
+        f"Path({str(tmp_path)!r}, f'{{rank}}_of_{{ranks}}').touch()\n"
+    )
+    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
+    config = ["--config_file", str(FOLDER / "cpu.yaml")]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    subprocess.run([*launcher, *config, str(script)], env=environment, check=True, timeout=300)
+    assert sorted(path.name for path in tmp_path.glob("*_of_*")) == ["0_of_2", "1_of_2"]
