@@ -32,6 +32,7 @@ def check_real(
     high: float = math.inf,
     low_open: bool = False,
     high_open: bool = False,
+    way_out: str = "",
 ) -> float:
     """Return ``value`` as a finite float inside the interval, else raise.
 
@@ -41,12 +42,15 @@ def check_real(
     """
     interval = _worded_interval(low, high, low_open, high_open)
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(must_be(name, interval, value))
-    number = float(value)
+        raise TypeError(must_be(name, interval, value, way_out))
+    try:
+        number = float(value)
+    except OverflowError:  # an int beyond every float
+        number = math.inf
     above = number > low if low_open else number >= low
     below = number < high if high_open else number <= high
     if not (math.isfinite(number) and above and below):
-        raise ValueError(must_be(name, interval, value))
+        raise ValueError(must_be(name, interval, value, way_out))
     return number
 
 
@@ -60,7 +64,14 @@ def _worded_interval(low: float, high: float, low_open: bool, high_open: bool) -
     return "a finite number"
 
 
-def check_int(name: str, value: int, *, low: int | None = None, high: int | None = None) -> int:
+def check_int(
+    name: str,
+    value: int,
+    *,
+    low: int | None = None,
+    high: int | None = None,
+    way_out: str = "",
+) -> int:
     """Return ``value`` as an int inside ``[low, high]``, else raise.
 
     Raises:
@@ -73,10 +84,10 @@ def check_int(name: str, value: int, *, low: int | None = None, high: int | None
     if high is not None:
         wanted += f" {'and ' if low is not None else ''}<= {high}"
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(must_be(name, wanted, value))
+        raise TypeError(must_be(name, wanted, value, way_out))
     number = int(value)
     if (low is not None and number < low) or (high is not None and number > high):
-        raise ValueError(must_be(name, wanted, value))
+        raise ValueError(must_be(name, wanted, value, way_out))
     return number
 
 

@@ -44,7 +44,7 @@ class ClassCounts:
         counts: Sequence[int] | np.ndarray | Tensor,
         class_names: Sequence[str] | None = None,
     ) -> None:
-        array = _as_integers("counts", counts)
+        array = _as_integers("counts", counts).copy()
         if len(array) == 0:
             raise ValueError(must_be("counts", "one count per class", counts))
         names = None if class_names is None else tuple(str(name) for name in class_names)
@@ -145,8 +145,8 @@ class ClassCounts:
         check_real("beta", beta, low=0, high=1, high_open=True)
         if beta == 0:
             return _tensor(np.ones(len(self)), dtype)
-        # 1 - beta is exact in floating point above 1/2, log(beta) near 1 is not.
-        log_beta = np.log1p(-(1.0 - beta))
+        # 1 - beta is exact in floating point above 1/2, where log(beta) is not; below it rounds.
+        log_beta = np.log1p(-(1.0 - beta)) if beta > 0.5 else np.log(beta)
         raw = 1.0 / -np.expm1(self.counts * log_beta)
         return _tensor(raw * (len(self) / raw.sum()), dtype)
 
@@ -167,13 +167,15 @@ class ClassCounts:
 def label_array(labels: Any) -> np.ndarray:
     """Labels as an int64 array (N,), read without decoding other columns of their dataset.
 
+    It may be the caller's own memory: read it only.
+
     Raises:
         TypeError: labels are not integers, or a row holds more than one.
         ValueError: labels are not one-dimensional.
     """
     source, column = getattr(labels, "source", None), getattr(labels, "column_name", None)
     if source is not None and hasattr(source, "select_columns"):
-        labels = source.select_columns([column]).with_format("numpy")[:][column]
+        labels = source.select_columns([column]).with_format("arrow")[:][column].to_numpy()
     return _as_integers("labels", labels)
 
 
@@ -183,15 +185,14 @@ def check_label_range(labels: np.ndarray, num_classes: int) -> None:
     Raises:
         ValueError: a label does not; the message names it and its row.
     """
-    outside = np.flatnonzero((labels < 0) | (labels >= num_classes))
-    if len(outside):
-        row = int(outside[0])
+    if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
+        row = int(np.flatnonzero((labels < 0) | (labels >= num_classes))[0])
         wanted = f"class indices in 0..{num_classes - 1}"
         raise ValueError(must_be("labels", wanted, f"{labels[row]} in row {row}"))
 
 
 def _as_integers(name: str, values: Any) -> np.ndarray:
-    """A fresh int64 array of shape (n,)."""
+    """An int64 array of shape (n,), the same memory where it is one already."""
     if isinstance(values, Tensor):
         values = values.detach().cpu().numpy()
     array = np.asarray(values)
@@ -203,7 +204,7 @@ def _as_integers(name: str, values: Any) -> np.ndarray:
         raise TypeError(must_be(name, "integers", example, way_out))
     if array.ndim != 1:
         raise ValueError(must_be(name, "one-dimensional", f"shape {array.shape}"))
-    return array.astype(np.int64)
+    return array.astype(np.int64, copy=False)
 
 
 def _refuse_empty_classes(counts: np.ndarray, names: tuple[str, ...] | None) -> None:

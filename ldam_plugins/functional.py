@@ -11,11 +11,16 @@ multiplied by ``scale`` before they meet the logits.
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ldam_plugins._checks import check_choice, check_logits, check_real, check_target, must_be
+from ldam_plugins.chunked_cosines import ChunkedCosines
+from ldam_plugins.margin_cross_entropy import FEWEST_ELEMENTS, margin_cross_entropy
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -37,8 +42,7 @@ def cross_entropy(
         ValueError: shapes that do not fit, or an unknown reduction.
     """
     logits, target, weight = _prepare(logits, target, weight, reduction)
-    rows = _cross_entropy_rows(logits, target, weight, ignore_index)
-    return _reduce(rows, target, weight, ignore_index, reduction)
+    return _cross_entropy(logits, target, weight, ignore_index, reduction)
 
 
 def focal_loss(
@@ -109,10 +113,23 @@ def ldam_loss(
         tensor(0.6931)
     """
     check_real("scale", scale, low=0, low_open=True)
-    logits, target, weight = _prepare(logits, target, weight, reduction)
-    shifted = _take_margin(logits, target, _per_class("margins", margins, logits) * scale)
-    rows = _cross_entropy_rows(shifted, target, weight, ignore_index)
-    return _reduce(rows, target, weight, ignore_index, reduction)
+    _check(logits, target, reduction)
+    margins = _per_class("margins", margins, logits)
+    weight = None if weight is None else _per_class("weight", weight, logits)
+    if target.ndim == 2:
+        target = target.to(margins.dtype)
+        shifted = torch.addcmul(logits.to(margins.dtype), target, margins, value=-scale)
+    elif _at_once(logits, margins, weight, reduction):
+        coefficient = _row_weights(target, weight, ignore_index, margins.dtype)
+        if reduction == "mean":
+            coefficient /= coefficient.sum().item() or 1.0
+        index = target.masked_fill(target == ignore_index, 0).unsqueeze(1)
+        return margin_cross_entropy(logits, index, scale * margins[index], coefficient)
+    else:
+        index = target.clamp(0, logits.shape[1] - 1).unsqueeze(1)
+        shift = margins[index] * -scale
+        shifted = logits.to(margins.dtype).scatter_add(1, index, shift)
+    return _cross_entropy(shifted, target, weight, ignore_index, reduction)
 
 
 def hinge_loss(
@@ -145,7 +162,8 @@ def hinge_loss(
     else:
         top = logits.topk(2, dim=1)
         best, runner_up = top.values[:, :1], top.values[:, 1:]
-        is_best = F.one_hot(top.indices[:, 0], logits.shape[1]).bool()
+        # One-hot by comparison: F.one_hot looks at the values, which vmap does not allow.
+        is_best = top.indices[:, :1] == torch.arange(logits.shape[1], device=logits.device)
         rival = torch.where(is_best, runner_up, best)
         terms = (rival - logits + shift).clamp_min(0)
     if target.ndim == 1:
@@ -184,8 +202,7 @@ def logit_adjusted_loss(
     check_real("tau", tau, low=0)
     logits, target, weight = _prepare(logits, target, weight, reduction)
     adjusted = logits + tau * _per_class("prior", prior, logits).log()
-    rows = _cross_entropy_rows(adjusted, target, weight, ignore_index)
-    return _reduce(rows, target, weight, ignore_index, reduction)
+    return _cross_entropy(adjusted, target, weight, ignore_index, reduction)
 
 
 def vector_scaling_loss(
@@ -212,7 +229,38 @@ def vector_scaling_loss(
     logits, target, weight = _prepare(logits, target, weight, reduction)
     scaled = logits * _per_class("multiplicative", multiplicative, logits)
     adjusted = scaled + _per_class("additive", additive, logits)
-    rows = _cross_entropy_rows(adjusted, target, weight, ignore_index)
+    return _cross_entropy(adjusted, target, weight, ignore_index, reduction)
+
+
+def chunked_cross_entropy(
+    cosines: ChunkedCosines,
+    target: Tensor,
+    margins: Tensor | None = None,
+    *,
+    scale: float = 30.0,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    """:func:`ldam_loss` of the logits that ``cosines`` stands for, some classes at a time.
+
+    Without ``margins`` it is :func:`cross_entropy`. Gradients reach the features and the weight of
+    the head, not the margins; derivatives are of first order.
+
+    Raises:
+        TypeError: ``target`` of a wrong dtype.
+        ValueError: ``target`` is not (N,), shapes that do not fit, or an unknown reduction.
+        IndexError: a target out of range.
+    """
+    check_choice("reduction", reduction, REDUCTIONS)
+    if target.shape != cosines.shape[:1] or target.dtype != torch.int64:
+        wanted = f"int64 class indices of shape ({cosines.shape[0]},) for a chunked head"
+        raise ValueError(must_be("target", wanted, (target.dtype, tuple(target.shape))))
+    shift = None if margins is None else _per_class("margins", margins, cosines) * scale
+    rows = cosines.cross_entropy(target.masked_fill(target == ignore_index, 0), shift)
+    weight = None if weight is None else _per_class("weight", weight, cosines)
+    coefficient = _row_weights(target, weight, ignore_index, cosines.dtype)
+    rows = torch.where(coefficient == 0, 0, coefficient * rows)
     return _reduce(rows, target, weight, ignore_index, reduction)
 
 
@@ -224,44 +272,46 @@ def mean_denominator(target: Tensor, weight: Tensor | None, ignore_index: int = 
     """
     if target.ndim == 2:
         return torch.full((), float(target.shape[0]), device=target.device)
-    keep = target != ignore_index
-    if weight is None:
-        return keep.sum().to(torch.get_default_dtype())
-    return torch.where(keep, weight[torch.where(keep, target, 0)], 0).sum()
+    return _row_weights(target, weight, ignore_index, torch.get_default_dtype()).sum()
+
+
+def _check(logits: Tensor, target: Tensor, reduction: str) -> None:
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_logits(logits)
+    check_target(target, logits)
 
 
 def _prepare(
     logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Checked arguments in the precision the loss is computed in."""
-    check_choice("reduction", reduction, REDUCTIONS)
-    check_logits(logits)
-    check_target(target, logits)
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        logits = logits.float()
+    _check(logits, target, reduction)
+    logits = logits.to(_wide(logits))
     if target.ndim == 2:
         target = target.to(logits.dtype)
     return logits, target, None if weight is None else _per_class("weight", weight, logits)
 
 
-def _per_class(name: str, values: Tensor, logits: Tensor) -> Tensor:
+def _wide(logits: Tensor | ChunkedCosines) -> torch.dtype:
+    """The precision the loss is computed in."""
+    return torch.float32 if logits.dtype.itemsize < 4 else logits.dtype
+
+
+def _per_class(name: str, values: Tensor, logits: Tensor | ChunkedCosines) -> Tensor:
     if values.shape != logits.shape[1:]:
         wanted = f"of shape ({logits.shape[1]},), one value per logit"
         raise ValueError(must_be(name, wanted, tuple(values.shape)))
-    return values.to(device=logits.device, dtype=logits.dtype)
+    return values.to(device=logits.device, dtype=_wide(logits))
 
 
-def _take_margin(logits: Tensor, target: Tensor, margins: Tensor) -> Tensor:
-    """A copy of the logits with the margin off the target's entries and nothing else touched."""
-    if target.ndim == 2:
-        return logits - margins * target
-    index = _safe_index(target, logits.shape[1]).unsqueeze(1)
-    return logits.scatter_add(1, index, -margins[index])
-
-
-def _safe_index(target: Tensor, classes: int) -> Tensor:
-    """Indices fit for gathering; those of ignored rows are 0, whatever ``ignore_index`` is."""
-    return torch.where((target >= 0) & (target < classes), target, 0)
+def _row_weights(
+    target: Tensor, weight: Tensor | None, ignore_index: int, dtype: torch.dtype
+) -> Tensor:
+    """Weight of each row (N,): that of its class, or 0 where it is ignored."""
+    ignored = target == ignore_index
+    if weight is None:
+        return (~ignored).to(dtype)
+    return weight[target.masked_fill(ignored, 0)].masked_fill(ignored, 0)
 
 
 def _at_target(values: Tensor, target: Tensor, ignore_index: int) -> Tensor:
@@ -279,12 +329,32 @@ def _weigh(terms: Tensor, target: Tensor, weight: Tensor | None, ignore_index: i
     return torch.where(keep, terms, 0)
 
 
-def _cross_entropy_rows(
-    logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int
+def _readable(logits: Tensor) -> bool:
+    """Whether values may decide what is computed: on the CPU, neither traced nor transformed."""
+    transformed = torch._C._are_functorch_transforms_active()
+    return logits.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed
+
+
+def _at_once(logits: Tensor, margins: Tensor, weight: Tensor | None, reduction: str) -> bool:
+    """Whether :func:`margin_cross_entropy` can do it, and does it faster."""
+    learned = margins.requires_grad or (weight is not None and weight.requires_grad)
+    large = logits.numel() >= FEWEST_ELEMENTS and reduction != "none"
+    return large and not learned and _readable(logits)
+
+
+def _cross_entropy(
+    logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str
 ) -> Tensor:
-    if target.ndim == 2:
-        return F.cross_entropy(logits, target, weight, reduction="none")
-    return F.cross_entropy(logits, target, weight, ignore_index=ignore_index, reduction="none")
+    """Torch's, but for the mean of nothing, which is 0."""
+    options: dict[str, Any] = {} if target.ndim == 2 else {"ignore_index": ignore_index}
+    if reduction == "mean" and not _readable(logits):
+        rows = F.cross_entropy(logits, target, weight, reduction="none", **options)
+        return _reduce(rows, target, weight, ignore_index, reduction)
+    loss = F.cross_entropy(logits, target, weight, reduction=reduction, **options)
+    if reduction == "mean" and math.isnan(loss.item()):
+        total = F.cross_entropy(logits, target, weight, reduction="sum", **options)
+        return total / _divisor(target, weight, ignore_index)
+    return loss
 
 
 def _reduce(
@@ -295,5 +365,10 @@ def _reduce(
     total = rows.sum()
     if reduction == "sum":
         return total
+    return total / _divisor(target, weight, ignore_index)
+
+
+def _divisor(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
+    """The denominator of the mean, 1 where it is 0."""
     divisor = mean_denominator(target, weight, ignore_index)
-    return total / torch.where(divisor > 0, divisor, 1)
+    return torch.where(divisor > 0, divisor, 1)

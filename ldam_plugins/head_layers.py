@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldam_plugins._checks import check_real
+from ldam_plugins._checks import check_real, must_be
+from ldam_plugins.chunked_cosines import (
+    SMALLEST_LENGTH,
+    ChunkedCosines,
+    autocasts,
+    full_precision,
+)
 
-_SMALLEST_LENGTH = 1e-12
 _MOMENT_RATE = 0.01
 _ROUNDING = 1.001
 
@@ -44,14 +48,14 @@ class CosineHead(nn.Module):
         device = features.device.type
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         wide = torch.promote_types(wide, features.dtype)
-        narrow = wide if _autocasts(device) else features.dtype
-        with torch.autocast(device, enabled=False) if _autocasts(device) else nullcontext():
+        narrow = wide if autocasts(device) else features.dtype
+        with full_precision(device):
             vectors, rows = features.to(wide), self.weight.flatten(1).to(wide)
             lengths, row_lengths = _lengths(vectors), _lengths(rows)
-            rates = self.scale / lengths.clamp_min(_SMALLEST_LENGTH).unsqueeze(-1)
-            logits = F.linear(vectors, rows) * rates / row_lengths.clamp_min(_SMALLEST_LENGTH)
+            rates = self.scale / lengths.clamp_min(SMALLEST_LENGTH).unsqueeze(-1)
+            logits = F.linear(vectors, rows) * rates / row_lengths.clamp_min(SMALLEST_LENGTH)
             # A zero vector has no direction to learn; its gradient would be of size 1 / norm.
-            directed = (lengths > _SMALLEST_LENGTH).unsqueeze(-1) & (row_lengths > _SMALLEST_LENGTH)
+            directed = (lengths > SMALLEST_LENGTH).unsqueeze(-1) & (row_lengths > SMALLEST_LENGTH)
             logits = torch.where(directed, logits, logits.detach())
         if self.training and lengths.numel():
             self._observe(lengths)
@@ -121,6 +125,8 @@ class CosineLinear(CosineHead, nn.Linear):
         out_features: C, size of the last dimension of the output (..., C).
         scale: s, the length of the logits; they lie in [-s, s].
         folded_bias: Whether the ordinary layer it folds into has a (zero) bias.
+        chunked: In training mode return :class:`~ldam_plugins.chunked_cosines.ChunkedCosines`
+            instead of logits, for very many classes.
         device: As in ``nn.Linear``.
         dtype: As in ``nn.Linear``.
 
@@ -140,16 +146,34 @@ class CosineLinear(CosineHead, nn.Linear):
         scale: float = 30.0,
         *,
         folded_bias: bool = True,
+        chunked: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias=False, device=device, dtype=dtype)
         self.scale = check_real("scale", scale, low=0.0, low_open=True)
         self.folded_bias = folded_bias
+        self.chunked = chunked
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Return the logits (..., C) of the features ``input`` (..., H)."""
-        return self._cosines(input)
+    def forward(self, input: Tensor) -> Any:
+        """Return the logits (..., C) of the features ``input`` (..., H).
+
+        Raises:
+            ValueError: the head is chunked and in training mode, and ``input`` is not (N, H).
+        """
+        if not (self.chunked and self.training):
+            return self._cosines(input)
+        if input.ndim != 2:
+            wanted = "of shape (N, H) for a chunked head"
+            raise ValueError(must_be("input", wanted, tuple(input.shape)))
+        cosines = ChunkedCosines(input, self.weight, self.scale)
+        if len(input):
+            self._observe(_lengths(input.to(cosines.dtype)))
+        return cosines
+
+    def extra_repr(self) -> str:
+        """Show whether the head is chunked."""
+        return f"{super().extra_repr()}{', chunked=True' if self.chunked else ''}"
 
 
 class CosineConv2d(CosineHead, nn.Conv2d):
@@ -215,12 +239,8 @@ def folded_weight(head: Cosine, weight: Tensor, moments: Tensor) -> Tensor:
     unit = torch.full_like(first, head.scale / math.sqrt(rows.shape[1]))
     known = _plausible(moments) & (second > 0)
     factor = torch.where(known.to(first.device), head.scale * first / second, unit)
-    unit_rows = rows / _lengths(rows).clamp_min(_SMALLEST_LENGTH).unsqueeze(-1)
+    unit_rows = rows / _lengths(rows).clamp_min(SMALLEST_LENGTH).unsqueeze(-1)
     return (factor * unit_rows).to(weight.dtype).view_as(weight)
-
-
-def _autocasts(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _lengths(vectors: Tensor) -> Tensor:

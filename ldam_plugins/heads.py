@@ -45,6 +45,7 @@ def use_cosine_head(
     *,
     head: str | Sequence[str] | None = None,
     init: Literal["random", "keep"] = "random",
+    chunked: bool | None = None,
 ) -> nn.Module:
     """Replace the classifier of ``model`` by a cosine head, ``z = scale * cos(angle)``.
 
@@ -59,6 +60,12 @@ def use_cosine_head(
         head: Dotted names of the layers, where `find_head` does not find the right ones.
         init: ``"random"`` directions, or ``"keep"`` the weight rows of the old head (not its
             bias), where that was trained for the same classes; rows of zeros become random.
+        chunked: For very many classes: in training mode the head returns no logits but a
+            :class:`~ldam_plugins.chunked_cosines.ChunkedCosines`, from which the losses ``ce``,
+            ``ldam`` and ``uniform_margin`` are computed some classes at a time. In evaluation
+            mode it returns logits. The loss must be outside the model: give transformers' models
+            no ``labels`` (a Trainer with ``compute_loss_func`` does not). Default: a head that is
+            there stays as it is, a new one returns logits.
 
     Returns:
         ``model``; if ``model`` itself is the layer, the new layer.
@@ -66,7 +73,8 @@ def use_cosine_head(
     Raises:
         TypeError: an argument of the wrong type, or a head without floating-point weights.
         ValueError: the head is not found or not settled (see `find_head`), a cosine head of
-            another scale is there, or ``scale`` is not a finite number above 0.
+            another scale is there, ``scale`` is not a finite number above 0, or ``chunked`` is
+            asked of a convolution.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 3))
@@ -84,7 +92,8 @@ def use_cosine_head(
             _check_same_scale(name, layer, scale)
         else:
             _check_plain(name, layer)
-            new[layer] = cosine_layer(layer, scale, keep=init == "keep")
+            layer = new.setdefault(layer, cosine_layer(layer, scale, keep=init == "keep"))
+        _set_chunked(name, layer, chunked)
     return _replaced(model, new)
 
 
@@ -161,6 +170,8 @@ def folded_state_dict(
     state = dict(model.state_dict() if state_dict is None else state_dict)
     for name, head in heads.items():
         prefix = f"{name}." if name else ""
+        if f"{prefix}cosine_weight" in state:  # folded already, as DRWCallback has models saved
+            continue
         exact = state[f"{prefix}weight"]
         state[f"{prefix}cosine_weight"] = exact
         state[f"{prefix}weight"] = folded_weight(head, exact, state[f"{prefix}cosine_moments"])
@@ -186,6 +197,14 @@ def _check_same_scale(name: str, layer: Cosine, scale: float) -> None:
         way_out = f"The head {name!r} is there with that scale: ask for the same, or call"
         way_out += " fold_cosine_head(model) first and then put on a new one."
         raise ValueError(must_be("scale", f"{layer.scale:g}", scale, way_out))
+
+
+def _set_chunked(name: str, layer: Cosine, chunked: bool | None) -> None:
+    if isinstance(layer, CosineLinear):
+        layer.chunked = layer.chunked if chunked is None else chunked
+    elif chunked:
+        wanted = f"False where the head {name!r} is a convolution"
+        raise ValueError(must_be("chunked", wanted, chunked))
 
 
 def _check_plain(name: str, layer: nn.Linear | nn.Conv2d) -> None:

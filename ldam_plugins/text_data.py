@@ -45,9 +45,10 @@ def load_texts(
         label_column: Column of the labels: class labels, integers or strings, which become
             classes in sorted order. Default: the only one of class labels, else ``label`` or
             ``labels``.
-        train_split: The split to train on.
-        test_split: The one to test on. Default: the first there is of test, validation, valid
-            and val.
+        train_split: The split to train on, or a slice of one as in ``datasets``:
+            ``"train[:10%]"``, ``"train[500:]"``.
+        test_split: The one to test on, likewise. Default: the first there is of test, validation,
+            valid and val.
         skip_empty: Leave out rows without a text instead of stopping.
 
     Returns:
@@ -72,12 +73,12 @@ def load_texts(
         return _dataset(*train, class_names), _dataset(*test, class_names)
     tables = open_tables(str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name)
     splits = _pick_splits(tables, train_split, test_split)
-    label = _pick_label(tables[splits[0]].features, label_column)
-    text = _pick_text(tables[splits[0]].features, text_column, label)
+    features = next(iter(splits.values())).features
+    label = _pick_label(features, label_column)
+    text = _pick_text(features, text_column, label)
     names: tuple[str, ...] | None = None
     parts = []
-    for split in splits:
-        table = tables[split]
+    for split, table in splits.items():
         _check_columns(table.features, split, text, label)
         table = _with_texts(table, text, split, skip_empty)
         labels, names = read_labels(table, label, split, names)
@@ -148,13 +149,34 @@ def _refuse_columns(given: Mapping[str, object]) -> None:
 
 def _pick_splits(
     tables: Mapping[str, Any], train_split: str, test_split: str | None
-) -> tuple[str, str]:
+) -> dict[str, Any]:
+    """The rows to train on and those to test on, by what they were asked for as."""
     test = test_split or next((name for name in TEST_SPLITS if name in tables), None)
     if test is None:
         wanted = f"given, for none of {quoted(tables)} is named {', '.join(TEST_SPLITS)}"
         raise ValueError(must_be("test_split", wanted, None))
-    check_choice("train_split", train_split, list(tables))
-    return train_split, check_choice("test_split", test, list(tables))
+    if test == train_split:
+        raise ValueError(must_be("test_split", "other rows than `train_split`", test))
+    train = _pick_rows("train_split", tables, train_split)
+    return {train_split: train, test: _pick_rows("test_split", tables, test)}
+
+
+def _pick_rows(argument: str, tables: Mapping[str, Any], asked: str) -> Any:
+    """A split, or the slice of one that ``datasets`` would read."""
+    from datasets import ReadInstruction
+
+    name = asked.partition("[")[0]
+    table = tables[check_choice(argument, name, list(tables))]
+    if name == asked:
+        return table
+    try:
+        (rows,) = ReadInstruction.from_spec(asked).to_absolute({name: len(table)})
+    except (ValueError, AssertionError) as error:
+        wanted = f"a split or a slice of one, such as '{name}[:10%]'"
+        raise ValueError(must_be(argument, wanted, asked)) from error
+    if rows.from_ >= rows.to:
+        raise ValueError(must_be(argument, f"a slice that holds one of {len(table)} rows", asked))
+    return table.select(range(rows.from_, rows.to))
 
 
 def _pick_label(features: Mapping[str, Any], asked: str | None) -> str:

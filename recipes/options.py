@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
 
-import yaml
 from transformers import HfArgumentParser
 
 from ldam_plugins import ClassCounts, DeferredSchedule, create_loss, list_losses
-from ldam_plugins._checks import check_choice, must_be
+from ldam_plugins._checks import check_choice, check_int, check_real, must_be
 from ldam_plugins.long_tail import PROFILES
 from ldam_plugins.losses import ClassificationLoss, loss_options
+from ldam_plugins.preset_files import read_preset
 from ldam_plugins.runtime import PRECISIONS
 from ldam_plugins.schedules import KINDS, UNITS
 
 PRESETS = Path(__file__).parent / "presets"
 LOSS_OPTIONS = ("max_margin", "scale", "gamma", "tau")
+RESUME: dict[str, bool | str] = {"no": False, "yes": True, "auto": "auto"}
+"""What ``--resume`` says to :func:`~ldam_plugins.run_files.claim_output_dir`."""
+
+Limits = Mapping[str, Any]
+POSITIVE: Limits = {"low": 0, "low_open": True}
+NOT_NEGATIVE: Limits = {"low": 0}
+SHARE: Limits = {"low": 0, "high": 1}
+SHARE_BELOW_1: Limits = {"low": 0, "high": 1, "high_open": True}
+COUNT: Limits = {"low": 1, "high": 2**31 - 1}
+COUNT_OR_0: Limits = {"low": 0, "high": 2**31 - 1}
+SEED: Limits = {"low": 0, "high": 2**32 - 1}
 
 Options = TypeVar("Options", bound="CoreOptions")
 
@@ -34,7 +46,29 @@ def option(default: Any, description: str, **argparse: Any) -> Any:
 
 @dataclass
 class CoreOptions:
-    """What is trained on which long tail with which loss and schedule."""
+    """What is trained on which long tail with which loss and schedule.
+
+    Raises:
+        TypeError: an option that must be an integer is not one.
+        ValueError: an option outside its ``LIMITS``, no folder, or no such schedule.
+    """
+
+    LIMITS: ClassVar[dict[str, Limits]] = {
+        "ratio": {"low": 1},
+        "subset_seed": SEED,
+        "max_margin": NOT_NEGATIVE,
+        "scale": POSITIVE,
+        "gamma": NOT_NEGATIVE,
+        "tau": NOT_NEGATIVE,
+        "beta": SHARE_BELOW_1,
+        "epochs": COUNT,
+        "batch_size": COUNT,
+        "accumulation": COUNT,
+        "lr": POSITIVE,
+        "seed": SEED,
+        "keep_checkpoints": COUNT,
+        "num_processes": COUNT,
+    }
 
     dataset: str = option("", "hub id, local folder, or embedded set")
     model: str = option("", "name of the model")
@@ -59,15 +93,39 @@ class CoreOptions:
         "auto", "auto: bf16 where the hardware has it", choices=PRECISIONS
     )
     output_dir: str = option("", "folder of the run")
-    resume: bool = option(False, "go on with the run in --output_dir")
+    keep_checkpoints: int = option(1, "newest checkpoints that are kept")
+    resume: str = option(
+        "no",
+        "go on with the run in --output_dir from its newest whole checkpoint; auto: begin it if "
+        "there is none yet",
+        nargs="?",
+        const="yes",
+        choices=RESUME,
+    )
     report_to: str = option(
         "none", "experiment tracker", choices=("none", "tensorboard", "wandb", "trackio")
     )
     num_processes: int | None = option(None, "stop unless this many processes run")
 
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for option_ in fields(self):
+            if option_.name not in self.LIMITS:
+                continue
+            value, hint = getattr(self, option_.name), hints[option_.name]
+            check = check_int if int in (hint, *get_args(hint)) else check_real
+            way_out = f"Give another --{option_.name} or leave it out."
+            for number in value if isinstance(value, list) else [value]:
+                if number is not None:
+                    check(option_.name, number, **self.LIMITS[option_.name], way_out=way_out)
+        if not self.output_dir.strip():
+            wanted = "the folder of the run"
+            raise ValueError(must_be("output_dir", wanted, self.output_dir, "Give --output_dir."))
+        self.make_schedule()
+
     def make_schedule(self) -> DeferredSchedule:
         """The schedule the options describe."""
-        if not re.fullmatch(r"\d+|\d*\.\d+|\d+\.\d*", self.start):
+        if not re.fullmatch(r"\d{1,18}|(\d+\.\d*|\.\d+|\d+(?=e))(e-?\d+)?", self.start, re.ASCII):
             wanted = "a share such as 0.8 or an epoch such as 160"
             raise ValueError(must_be("start", wanted, self.start))
         start = int(self.start) if self.start.isdigit() else float(self.start)
@@ -123,11 +181,7 @@ def read_file(kind: type[Any], name: str, folder: Path = PRESETS) -> dict[str, A
     if path.suffix not in (".yaml", ".yml", ".json"):
         known = sorted(file.stem for file in folder.glob("*.yaml"))
         path = folder / f"{check_choice(what, name, known)}.yaml"
-    if not path.is_file():
-        raise ValueError(must_be(what, "a file that exists", name))
-    entries = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
-    if not isinstance(entries, dict):
-        raise ValueError(must_be(what, "a file of `option: value` lines", name))
+    entries = read_preset(path, what, mappings=folder != PRESETS)
     for key in entries:
         check_choice(f"option in {path.name}", key, [field.name for field in fields(kind)])
     return entries
@@ -140,9 +194,13 @@ def as_flags(entries: dict[str, Any]) -> list[str]:
         if isinstance(value, dict):
             flags += [f"--{key}", *(f"{name}={_comma_list(v)}" for name, v in value.items())]
         elif value is not None:
-            flags += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
+            flags += [f"--{key}", *map(_as_word, value if isinstance(value, list) else [value])]
     return flags
 
 
 def _comma_list(value: Any) -> str:
-    return ",".join(map(str, value if isinstance(value, list) else [value]))
+    return ",".join(map(_as_word, value if isinstance(value, list) else [value]))
+
+
+def _as_word(value: Any) -> str:
+    return ("yes" if value else "no") if isinstance(value, bool) else str(value)

@@ -23,7 +23,16 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from options import CoreOptions, option, parse_options
+from options import (
+    COUNT,
+    COUNT_OR_0,
+    NOT_NEGATIVE,
+    RESUME,
+    SHARE_BELOW_1,
+    CoreOptions,
+    option,
+    parse_options,
+)
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForSequenceClassification,
@@ -32,6 +41,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -48,6 +58,7 @@ from ldam_plugins.heads import cosine_heads, find_head
 from ldam_plugins.hf_bilstm import BiLSTMConfig, BiLSTMForSequenceClassification
 from ldam_plugins.hf_run import RESAMPLING
 from ldam_plugins.hf_text import (
+    CheckpointCallback,
     HistoryCallback,
     bundled_minilm,
     class_errors,
@@ -74,6 +85,20 @@ _MODELS: dict[str, Callable[[], str]] = {"minilm": bundled_minilm}
 class TextOptions(CoreOptions):
     """Options of the recipe; presets set those that make an experiment."""
 
+    LIMITS = CoreOptions.LIMITS | {
+        "rare_fraction": {"low": 0, "high": 1, "low_open": True},
+        "max_length": COUNT,
+        "vocab_size": COUNT,
+        "embedding_size": COUNT,
+        "hidden_size": COUNT,
+        "embedding_dropout": SHARE_BELOW_1,
+        "lora_rank": COUNT_OR_0,
+        "lora_alpha": COUNT,
+        "weight_decay": NOT_NEGATIVE,
+        "warmup": SHARE_BELOW_1,
+        "clip_grad": NOT_NEGATIVE,
+    }
+
     dataset: str = option("stdlib_docstrings", "hub id, local folder, or stdlib_docstrings")
     model: str = option("bilstm", "bilstm, minilm (in a package), hub id or local folder")
     profile: str = option("none", "long-tail profile", choices=("exp", "step", "none"))
@@ -85,8 +110,8 @@ class TextOptions(CoreOptions):
     rare_fraction: float = option(0.1, "share of their training texts that rare classes keep")
     text_column: str | None = option(None, "text column of the dataset [by name or type]")
     label_column: str | None = option(None, "label column of the dataset [by name or type]")
-    train_split: str = option("train", "split to train on")
-    test_split: str | None = option(None, "split to test on [test, else validation]")
+    train_split: str = option("train", "split to train on, or a slice: train[:10%%]")
+    test_split: str | None = option(None, "split to test on, or a slice [test, else validation]")
     skip_empty: bool = option(False, "leave out rows without a text")
     max_length: int = option(256, "tokens a text is cut to")
     vocab_size: int = option(20_000, "words the tokenizer of a bilstm knows")
@@ -101,6 +126,7 @@ class TextOptions(CoreOptions):
     clip_grad: float = option(1.0, "largest gradient norm; 0: no limit")
     lr_schedule: str = option("linear", "learning rate schedule of transformers")
     compile: bool = option(False, "compile the model")
+    eval_every: int = option(1, "epochs between evaluations; the last is always evaluated")
 
 
 def main(options: TextOptions) -> dict[str, Any]:
@@ -113,9 +139,10 @@ def main(options: TextOptions) -> dict[str, Any]:
     tokenizer, model = make_model(options, train, criterion)
     train, test = (tokenize(options, tokenizer, texts) for texts in (train, test))
     check_start(options, arguments, train)
+    callbacks = make_callbacks(options, criterion)
     if arguments.process_index == 0:
-        claim_output_dir(options.output_dir, asdict(options), resume=options.resume)
-    trainer = make_trainer(options, arguments, model, tokenizer, criterion, train, test)
+        claim_output_dir(options.output_dir, asdict(options), resume=RESUME[options.resume])
+    trainer = make_trainer(arguments, model, tokenizer, counts, train, test, callbacks)
     trainer.train(resume_from_checkpoint=newest_trainer_checkpoint(arguments.output_dir))
     prediction = trainer.predict(test)
     result = long_tail_metrics(prediction.predictions, prediction.label_ids, counts)
@@ -193,11 +220,12 @@ def make_model(
         tokenizer, model = make_bilstm(options, train, labels)
     else:
         folder = _MODELS.get(options.model, lambda: options.model)()
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         model = AutoModelForSequenceClassification.from_pretrained(
             folder,
             **labels,
             problem_type="single_label_classification",
+            trust_remote_code=False,
             dtype=torch.float32,
             ignore_mismatched_sizes=True,
         )
@@ -271,7 +299,6 @@ def make_arguments(options: TextOptions) -> TrainingArguments:
         logging_strategy="epoch",
         eval_strategy="epoch",
         save_strategy="epoch",
-        save_total_limit=2,
         seed=options.seed,
         bf16=precision == "bf16",
         fp16=precision == "fp16",
@@ -289,17 +316,24 @@ def check_start(options: TextOptions, arguments: TrainingArguments, train: Datas
     options.make_schedule().start_step(options.epochs * steps, steps)
 
 
+def make_callbacks(options: TextOptions, criterion: ClassificationLoss) -> list[TrainerCallback]:
+    """The loss with its schedule, and the history of the run."""
+    schedule = options.make_schedule()
+    history = HistoryCallback(options.output_dir, schedule, options.eval_every)
+    checkpoints = CheckpointCallback(options.keep_checkpoints)
+    return [DRWCallback(criterion, schedule=schedule), history, checkpoints]
+
+
 def make_trainer(
-    options: TextOptions,
     arguments: TrainingArguments,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    criterion: ClassificationLoss,
+    counts: ClassCounts,
     train: Dataset,
     test: Dataset,
+    callbacks: list[TrainerCallback],
 ) -> Trainer:
     """A stock Trainer; the loss, the schedule and the history are its callbacks' matter."""
-    schedule = options.make_schedule()
     return Trainer(
         model=model,
         args=arguments,
@@ -307,12 +341,9 @@ def make_trainer(
         eval_dataset=test,
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=LongTailMetrics(criterion.class_counts),
+        compute_metrics=LongTailMetrics(counts),
         preprocess_logits_for_metrics=only_logits,
-        callbacks=[
-            DRWCallback(criterion, schedule=schedule),
-            HistoryCallback(options.output_dir, schedule),
-        ],
+        callbacks=callbacks,
     )
 
 

@@ -24,12 +24,24 @@ from typing import Any
 import timm
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
-from options import CoreOptions, option, parse_options
+from accelerate.utils import broadcast, set_seed
+from options import (
+    COUNT,
+    COUNT_OR_0,
+    NOT_NEGATIVE,
+    POSITIVE,
+    RESUME,
+    SHARE,
+    SHARE_BELOW_1,
+    CoreOptions,
+    option,
+    parse_options,
+)
+from safetensors.torch import load_model, save_model
 from timm.data import Mixup, create_transform, resolve_data_config
 from timm.data.mixup import mixup_target
 from timm.models import save_for_hf
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -37,7 +49,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import trange
 
 from ldam_plugins import ClassCounts, fold_cosine_head, register, use_cosine_head
-from ldam_plugins._checks import check_choice
+from ldam_plugins._checks import check_choice, check_int, must_be
 from ldam_plugins.batches import InMemoryImages, RandomCropFlip, normalize
 from ldam_plugins.data import LabelledImages, load_images
 from ldam_plugins.heads import cosine_heads
@@ -57,16 +69,43 @@ from ldam_plugins.runtime import (
     check_processes,
     check_tracker,
     choose_precision,
+    drop_partial_checkpoints,
     newest_checkpoint,
+    own_rows,
+    until_preempted,
     write_checkpoint,
 )
 from ldam_plugins.samplers import DeferredSampler
 from ldam_plugins.schedules import DeferredSchedule, Progress
 
+SCHEDULERS = ("cosine", "multistep", "step", "poly", "tanh", "constant")
+AVERAGE_FILE = "average.safetensors"
+
 
 @dataclass
 class VisionOptions(CoreOptions):
     """Options of the recipe; presets set those that make an experiment."""
+
+    LIMITS = CoreOptions.LIMITS | {
+        "image_size": COUNT,
+        "in_memory": COUNT_OR_0,
+        "padding": COUNT_OR_0,
+        "hflip": SHARE,
+        "workers": COUNT_OR_0,
+        "momentum": SHARE_BELOW_1,
+        "weight_decay": NOT_NEGATIVE,
+        "warmup_epochs": COUNT_OR_0,
+        "warmup_lr": NOT_NEGATIVE,
+        "decay_milestones": COUNT_OR_0,
+        "decay_rate": NOT_NEGATIVE,
+        "min_lr": NOT_NEGATIVE,
+        "mixup": NOT_NEGATIVE,
+        "cutmix": NOT_NEGATIVE,
+        "smoothing": SHARE_BELOW_1,
+        "ema_decay": SHARE_BELOW_1,
+        "clip_grad": POSITIVE,
+        "eval_every": COUNT,
+    }
 
     dataset: str = option("digits", "hub id, local folder, or digits")
     model: str = option("cifar_resnet32", "name of a timm model")
@@ -86,11 +125,11 @@ class VisionOptions(CoreOptions):
     hflip: float = option(0.5, "probability of a horizontal flip")
     workers: int = option(4, "loader processes for images not held in memory")
     pretrained: bool = option(False, "begin from timm's pretrained weights")
-    head: str = option("auto", "cosine, or auto: where the loss needs it")
+    head: str = option("auto", "auto: cosine where the loss needs it", choices=("auto", "cosine"))
     opt: str = option("sgd", "optimizer of timm")
     momentum: float = option(0.9, "momentum of the optimizer")
     weight_decay: float = option(2e-4, "weight decay of all parameters")
-    sched: str = option("cosine", "learning rate scheduler of timm")
+    sched: str = option("cosine", "learning rate scheduler of timm", choices=SCHEDULERS)
     warmup_epochs: int = option(0, "epochs of linear warm-up")
     warmup_lr: float = option(1e-5, "learning rate the warm-up begins with")
     decay_milestones: list[int] = option([], "epochs (0-based) at which multistep decays")
@@ -103,7 +142,6 @@ class VisionOptions(CoreOptions):
     clip_grad: float | None = option(None, "largest gradient norm")
     compile: bool = option(False, "compile the model")
     eval_every: int = option(1, "epochs between evaluations; the last is always evaluated")
-    keep_checkpoints: int = option(1, "newest checkpoints that are kept")
 
 
 def main(options: VisionOptions) -> dict[str, Any]:
@@ -255,6 +293,7 @@ def make_sampler(
 
 def make_optimizer(options: VisionOptions, model: nn.Module) -> tuple[Any, Any]:
     """Timm's optimizer and its learning rate scheduler."""
+    check_choice("opt", options.opt, list_optimizers())
     optimizer = create_optimizer_v2(
         model,
         opt=options.opt,
@@ -280,6 +319,9 @@ def make_optimizer(options: VisionOptions, model: nn.Module) -> tuple[Any, Any]:
 def make_target(options: VisionOptions, classes: int) -> Callable[..., tuple[Tensor, Tensor]]:
     """Mixup, CutMix and label smoothing by timm: (images, labels) -> (images, targets)."""
     if options.mixup or options.cutmix:
+        if options.batch_size % 2:
+            wanted = "even for --mixup and --cutmix, which mix pairs of images"
+            raise ValueError(must_be("batch_size", wanted, options.batch_size))
         return Mixup(
             options.mixup, options.cutmix, label_smoothing=options.smoothing, num_classes=classes
         )
@@ -313,28 +355,31 @@ def fit(
     ema = make_average(accelerator, options, model)
     net = torch.compile(model, dynamic=False) if options.compile else model
     net, optimizer, loader, test_loader = accelerator.prepare(net, optimizer, loader, test_loader)
-    first_epoch, history = begin(accelerator, options)
-    steps = math.ceil(len(loader) / options.accumulation)
+    way_out = f"Choose a smaller --batch_size; there are {len(sampler)} training images."
+    batches = check_int("whole batches an epoch", len(loader), low=1, way_out=way_out)
+    steps = math.ceil(batches / options.accumulation)
     mix = make_target(options, classes)
+    first_epoch, history = begin(accelerator, options, ema)
     result = None
     epochs = trange(
         first_epoch, options.epochs, unit="epoch", disable=not accelerator.is_main_process
     )
-    for epoch in epochs:
+    for epoch in until_preempted(epochs):
         began = time.perf_counter()
         # All that is random in an epoch follows from this, so a resumed run repeats it.
-        set_seed(options.seed * 10_007 + epoch, device_specific=True)
+        set_seed((options.seed * 10_007 + epoch) % 2**31, device_specific=True)
         generator = torch.Generator().manual_seed(torch.initial_seed())
         lr_scheduler.step(epoch)
         loader.set_epoch(epoch)
         sampler.set_epoch(epoch)
         net.train()
         total = torch.zeros((), device=accelerator.device)
-        for step, batches in enumerate(grouped(loader, options.accumulation), epoch * steps):
+        samples = without_repeats(accelerator, loader, options.batch_size, len(sampler))
+        for step, parts in enumerate(grouped(samples, options.accumulation), epoch * steps):
             progress = Progress(step, options.epochs * steps, steps)
             criterion.weight.copy_(schedule.class_weights(criterion.class_counts, progress))
-            batches = [mix(to_input(images, generator), labels) for images, labels in batches]
-            total += update(accelerator, net, criterion, optimizer, batches, options.clip_grad)
+            parts = [mix(to_input(images, generator), labels) for images, labels in parts]
+            total += update(accelerator, net, criterion, optimizer, parts, options.clip_grad)
             if ema is not None:
                 ema.update(model)
         row = {
@@ -352,7 +397,7 @@ def fit(
         accelerator.log({k: v for k, v in row.items() if isinstance(v, float)}, step=epoch)
         if history is not None:
             history.append(**row)
-        save_epoch(accelerator, options, epoch + 1)
+        save_epoch(accelerator, options, epoch + 1, ema)
     if result is None:  # nothing was left to train
         result = evaluate(accelerator, ema or net, criterion, to_input, test_loader)
     return (model if ema is None else ema.module), result
@@ -364,33 +409,49 @@ def make_average(
     """Moving average of the weights by timm, if one is asked for."""
     if not options.ema_decay:
         return None
-    ema = ModelEmaV3(model.to(accelerator.device), decay=options.ema_decay)
-    accelerator.register_for_checkpointing(ema)
-    return ema
+    return ModelEmaV3(model.to(accelerator.device), decay=options.ema_decay)
 
 
-def begin(accelerator: Accelerator, options: VisionOptions) -> tuple[int, HistoryWriter | None]:
+def begin(
+    accelerator: Accelerator, options: VisionOptions, ema: ModelEmaV3 | None
+) -> tuple[int, HistoryWriter | None]:
     """Claim the folder or load its newest checkpoint: first epoch to train, and the history."""
     if accelerator.is_main_process:
-        claim_output_dir(options.output_dir, asdict(options), resume=options.resume)
+        claim_output_dir(options.output_dir, asdict(options), resume=RESUME[options.resume])
+        drop_partial_checkpoints(options.output_dir)
     accelerator.wait_for_everyone()
     config = {name: str(value) for name, value in asdict(options).items()}
     accelerator.init_trackers("vision_lt", config=config)
     checkpoint, epochs = newest_checkpoint(options.output_dir)
     if checkpoint is not None:
         accelerator.load_state(str(checkpoint))
+        if ema is not None:
+            load_model(ema.module, str(checkpoint / AVERAGE_FILE))
     main = accelerator.is_main_process
     return epochs, HistoryWriter(options.output_dir, start_epoch=epochs) if main else None
 
 
-def save_epoch(accelerator: Accelerator, options: VisionOptions, epochs: int) -> None:
+def save_epoch(
+    accelerator: Accelerator, options: VisionOptions, epochs: int, ema: ModelEmaV3 | None
+) -> None:
     """Write the checkpoint of an epoch, whole or not at all."""
 
     def save(folder: str) -> None:
         accelerator.save_state(folder)
+        if ema is not None and accelerator.is_main_process:
+            save_model(ema.module, str(Path(folder, AVERAGE_FILE)))
         accelerator.wait_for_everyone()
 
     write_checkpoint(options.output_dir, epochs, save, options.keep_checkpoints)
+
+
+def without_repeats(
+    accelerator: Accelerator, loader: Iterable[Any], batch_size: int, samples: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of this process, without labels for rows that repeat samples to fill them up."""
+    process, processes = accelerator.process_index, accelerator.num_processes
+    for index, (images, labels) in enumerate(loader):
+        yield images, labels[: own_rows(samples, index, batch_size, process, processes)]
 
 
 def grouped(loader: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -411,7 +472,8 @@ def update(
     """One update from micro-batches of all processes; returns its loss.
 
     Every part is divided by the denominator of the whole, so the update does not depend on how
-    the batch was cut: it is the mean over the whole batch that one process would compute.
+    the batch was cut: it is the mean over the whole batch that one process would compute. Images
+    past the last target are repeats and have no part in it.
     """
     whole = accelerator.reduce(sum(criterion.denominator(y) for _, y in batches), "sum")
     loss = torch.zeros((), device=accelerator.device)
@@ -419,7 +481,7 @@ def update(
         last = index + 1 == len(batches)
         with contextlib.nullcontext() if last else accelerator.no_sync(net):
             # DDP averages the gradients over the processes; they are to be summed.
-            part = criterion(net(images), target, whole / accelerator.num_processes)
+            part = criterion(net(images)[: len(target)], target, whole / accelerator.num_processes)
             accelerator.backward(part)
         loss += part.detach()
     if clip_grad is not None:
@@ -439,6 +501,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Metrics of the whole test set, by plain cross-entropy and accuracy."""
     net.eval()
+    for buffer in net.buffers():  # each process has kept batch statistics of its own
+        buffer.copy_(broadcast(buffer))
     metrics = MetricAccumulator(criterion.class_counts)
     for images, labels in loader:
         with accelerator.autocast():

@@ -41,12 +41,35 @@ def train(accelerator, name, weighted, soft, micro, dtype):
     target = target.to(dtype) if soft else target
     for batch, aims in zip(images.to(dtype), target, strict=True):
         parts = zip(
-            batch.chunk(accelerator.num_processes * micro),
-            aims.chunk(accelerator.num_processes * micro),
+            batch.tensor_split(accelerator.num_processes * micro),
+            aims.tensor_split(accelerator.num_processes * micro),
             strict=True,
         )
         mine = list(parts)[accelerator.process_index :: accelerator.num_processes]
         vision_lt.update(accelerator, net, criterion, optimizer, mine, None)
+    accelerator.free_memory()
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def train_epoch(accelerator, name, soft, per_update, micro):
+    """Parameters after an epoch of the recipe's loop on samples that divide by nothing."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+    criterion = create_loss(name, COUNTS).double()
+    criterion.weight.copy_(COUNTS.weights(0.99, dtype=torch.float64))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    images, target = data(False, rows=37)
+    samples = torch.utils.data.TensorDataset(images[0], target[0].sort(descending=True).values)
+    size = per_update // (accelerator.num_processes * micro)
+    loader = torch.utils.data.DataLoader(samples, batch_size=size)
+    net, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    options = vision_lt.VisionOptions(batch_size=size, smoothing=0.1 if soft else 0.0)
+    mix = vision_lt.make_target(options, 4)
+    batches = vision_lt.without_repeats(accelerator, loader, size, 37)
+    for group in vision_lt.grouped(batches, micro):
+        parts = [mix(x, y) for x, y in group]
+        parts = [(x, y.double() if soft else y) for x, y in parts]
+        vision_lt.update(accelerator, net, criterion, optimizer, parts, None)
     accelerator.free_memory()
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
@@ -70,6 +93,11 @@ def everything(micros):
         for case in cases():
             for dtype in precisions(case):
                 results[(*case, micro, dtype)] = train(accelerator, *case, micro, dtype)
+    for micro in micros:
+        for name in ("ce", "ldam"):
+            for soft in (False, True):
+                key = ("epoch", name, soft, micro)
+                results[key] = train_epoch(accelerator, name, soft, 12 * len(micros), micro)
     logits = 3 * torch.randn(37, 4, generator=torch.Generator().manual_seed(2))
     images = torch.utils.data.TensorDataset(logits, torch.arange(37) % 4)
     loader = accelerator.prepare(torch.utils.data.DataLoader(images, batch_size=5))
@@ -80,6 +108,6 @@ def everything(micros):
 
 
 if __name__ == "__main__":
-    found = everything([1, 4])
+    found = everything([int(micro) for micro in sys.argv[2].split(",")])
     if int(torch.distributed.get_rank()) == 0:
         torch.save(found, sys.argv[1])

@@ -13,8 +13,8 @@ RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 # Every module may import those before it, none after it; names of one line are peers.
 LAYERS = [
     {"_checks"},
-    {"counts"},
-    {"long_tail", "functional", "runtime", "run_files", "intervals", "pages"},
+    {"counts", "margin_cross_entropy", "chunked_cosines"},
+    {"long_tail", "functional", "runtime", "run_files", "intervals", "pages", "preset_files"},
     {"losses", "schedules", "metrics", "tables"},
     {"samplers", "head_layers", "head_names", "evaluate_metric", "plots", "grid"},
     {"heads", "image_sources", "image_files", "reports", "docstrings", "grid_run", "probe"},

@@ -265,6 +265,8 @@ def test_one_state_dict_serves_the_stock_model_and_the_cosine_model(bias):
     assert all(again.state_dict()[key].equal(value) for key, value in before.items())
     assert all(model.state_dict()[key].equal(value) for key, value in before.items())
     assert ("heads.0.bias" in state) is bias
+    twice = folded_state_dict(model, state)
+    assert all(twice[key].equal(value) for key, value in state.items())
     assert stock(x).equal(fold_cosine_head(model)(x))
 
 

@@ -122,6 +122,16 @@ class TestOtherKinds:
         assert trainer.model.classifier is head
         trainer.train()
 
+    def test_a_chunked_head_trains_as_the_plain_one(self, tmp_path):
+        losses = []
+        for chunked in (False, True):
+            model = use_cosine_head(make_model(), init="keep", chunked=chunked)
+            trainer = make_trainer(tmp_path, model, callbacks=[DRWCallback(start=0.5)])
+            trainer.train()
+            assert trainer.model.classifier.chunked is chunked
+            losses.append(logged(trainer, "loss"))
+        assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
     def test_model_init_that_puts_the_head_on(self, tmp_path):
         trainer = make_trainer(
             tmp_path, model_init=lambda: use_cosine_head(make_model()), callbacks=[DRWCallback()]

@@ -305,7 +305,7 @@ class TestTrainerForm:
         assert got == pytest.approx(F.cross_entropy(logits, target).item(), rel=1e-6)
 
     def test_missing_labels(self):
-        with pytest.raises(ValueError, match=r"`labels` must be a tensor, got None.*label_names"):
+        with pytest.raises(ValueError, match=r"`labels` must be a tensor.*Name the label column"):
             create_loss("ce", COUNTS).compute_loss_func({"logits": batch()[0]}, None, 4)
 
 

@@ -62,7 +62,7 @@ def test_leaves_what_is_promised(run, capsys):
 
 
 def test_exported_model_is_the_trained_one_without_its_head(run):
-    metrics, out = run()
+    metrics, out = run("--mixed_precision", "no")
     model = timm.create_model(f"local-dir:{out / 'model'}", pretrained=True).eval()
     assert type(model.fc) is torch.nn.Linear
     _, test = vision_lt.load_images("digits")

@@ -115,6 +115,9 @@ def test_step_start_needs_the_steps_of_an_epoch():
         sampler.set_epoch(epoch)
         switched.append(share(sampler)[2] > 0.01)
     assert switched == [False, False, True]  # step 7 lies inside epoch 1
+    one_update = DeferredSampler(LABELS, schedule, epochs=9, steps_per_epoch=1)
+    one_update.set_epoch(7)
+    assert share(one_update)[2] > 0.01
 
 
 def test_goes_through_accelerate():

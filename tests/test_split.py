@@ -15,24 +15,24 @@ def alone():
     return split_run.everything([1, 4])
 
 
+def torchrun(path, processes, micros):
+    """Results of real processes over gloo."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    command += [str(Path(__file__).with_name("split_run.py")), str(path)]
+    command += [",".join(map(str, micros))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    with torch.serialization.safe_globals([torch.dtype]):
+        results = torch.load(path, weights_only=True)
+    assert results["processes"] == processes
+    return results
+
+
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
-    path = tmp_path_factory.mktemp("split") / "results.pt"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += [
-        "--rdzv_backend",
-        "c10d",
-        "--rdzv_endpoint",
-        "localhost:0",
-        str(Path(__file__).with_name("split_run.py")),
-        str(path),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    results = torch.load(path, weights_only=False)
-    assert results["processes"] == 2
-    return results
+    return torchrun(tmp_path_factory.mktemp("split") / "results.pt", 2, [1, 4])
 
 
 BOUNDS = {torch.float32: 1e-6, torch.float64: 1e-12}
@@ -56,3 +56,33 @@ def test_the_updates_moved_the_parameters(alone):
 
 def test_metrics_of_two_processes_equal_those_of_one(alone, together):
     assert together["test"] == alone["test"]
+
+
+EPOCHS = [(name, soft) for name in ("ce", "ldam") for soft in (False, True)]
+
+
+@pytest.mark.parametrize("case", EPOCHS, ids=str)
+def test_a_short_last_batch_counts_once(alone, together, case):
+    reference = alone[("epoch", *case, 1)]
+    for results, micro in ((alone, 4), (together, 1), (together, 4)):
+        difference = results[("epoch", *case, micro)] - reference
+        assert (difference.norm() / reference.norm()).item() <= BOUNDS[torch.float64]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("processes", [2, 3])
+def test_whole_matrix(processes, tmp_path):
+    """Every loss, before and after the switch, both kinds of targets, accumulation 1, 2 and 4."""
+    micros = [1, 2, 4]
+    alone = split_run.everything(micros)
+    together = torchrun(tmp_path / "results.pt", processes, micros)
+    assert together["test"] == alone["test"]
+    compared = 0
+    for key, found in [*alone.items(), *together.items()]:
+        if isinstance(key, tuple):
+            epoch = key[0] == "epoch"
+            reference = alone[(*key[:3], 1) if epoch else (*key[:3], 1, key[4])]
+            bound = BOUNDS[torch.float64 if epoch else key[4]]
+            assert ((found - reference).norm() / reference.norm()).item() <= bound, key
+            compared += 1
+    assert compared == 2 * 3 * (8 * 4 + 2 * 4 + 4)

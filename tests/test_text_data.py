@@ -105,6 +105,30 @@ def test_missing_things_are_named_with_what_there_is(hub_folder, tmp_path):
     expect("dataset", tmp_path / "nowhere" / "at all")
 
 
+def test_slices_of_splits_as_in_datasets(hub_folder):
+    folder = hub_folder(features=NAMED)
+    train, test = load_texts(folder, train_split="train[:2]", test_split="train[2:]")
+    assert contents(train) == (["good film", "bad film"], [1, 0], ["neg", "pos"])
+    assert contents(test) == (["so so"], [1], ["neg", "pos"])
+    _, test = load_texts(folder, test_split="test[34%:]")
+    assert test["text"][:] == ["bad film", "so so"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"train_split": "train[x]"}, r"`train_split` must be a split or a slice of one, such as"),
+        ({"train_split": "train[:200%]"}, r"`train_split` must be a split or a slice of one"),
+        ({"test_split": "test[:9]+train[:2]"}, r"`test_split` must be a split or a slice of one"),
+        ({"test_split": "tset[:9]"}, r"`test_split` must be one of 'train', 'test', got 'tset'"),
+        ({"test_split": "test[2:1]"}, r"`test_split` must be a slice that holds one of 3 rows"),
+        ({"test_split": "train"}, r"`test_split` must be other rows than `train_split`"),
+    ],
+)
+def test_bad_slices_are_refused(hub_folder, options, message):
+    expect(message, hub_folder(features=NAMED), **options)
+
+
 def test_ambiguous_columns_are_named(hub_folder):
     rows = {"question": ["a"], "answer": ["b"], "label": [0]}
     expect(r"'question', 'answer' could be the `text_column`.*label \(int64\)", hub_folder(rows))

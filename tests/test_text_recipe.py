@@ -120,6 +120,17 @@ def test_learns_and_exports_a_plain_model_that_predicts_the_same(run, folder):
     assert nll == pytest.approx(metrics["test"]["nll"], abs=0.15)
 
 
+def test_epochs_between_evaluations_are_only_trained(run, monkeypatch):
+    calls, evaluate = [], Trainer.evaluate
+    monkeypatch.setattr(Trainer, "evaluate", lambda *a, **k: calls.append(1) or evaluate(*a, **k))
+    metrics, out = run("--epochs", 5, "--eval_every", 2)
+    errors = [row["test_error"] for row in rows_of(out)]
+    assert [bool(error) for error in errors] == [False, True, False, True, True]
+    assert len(calls) == 3
+    assert float(errors[-1]) == pytest.approx(metrics["test"]["top1_error"])
+    assert all(float(row["train_loss"]) > 0 for row in rows_of(out))
+
+
 def weights(out):
     return load_file(Path(newest_trainer_checkpoint(out / "checkpoints")) / "model.safetensors")
 
@@ -153,9 +164,10 @@ def test_checkpoint_that_was_cut_off_is_passed_over(tmp_path):
     assert newest_trainer_checkpoint(tmp_path / "none") is None
     for steps in (9, 100, 20):
         (tmp_path / f"checkpoint-{steps}").mkdir()
+    (tmp_path / "checkpoint-100" / "trainer_state.json").touch()
     assert newest_trainer_checkpoint(tmp_path) is None
     for steps in (9, 20):
-        (tmp_path / f"checkpoint-{steps}" / "trainer_state.json").touch()
+        (tmp_path / f"checkpoint-{steps}" / "whole").touch()
     assert newest_trainer_checkpoint(tmp_path) == str(tmp_path / "checkpoint-20")
 
 
@@ -254,6 +266,7 @@ def test_class_errors_leave_out_classes_without_a_test_text():
         (["--ratio", "0.5", "--profile", "exp"], ValueError, "`ratio`"),
         (["--start", "7"], ValueError, "`start` must be before the end of the training"),
         (["--num_processes", "2"], RuntimeError, "must be 2, as asked for, got 1"),
+        (["--eval_every", "0"], ValueError, "`eval_every` must be an integer >= 1, got 0"),
         (["--text_column", "body"], ValueError, "`text_column` must be one of 'text', 'label'"),
         (["--dataset", "no/such-set"], (ValueError, ConnectionError), "no/such-set"),
         (["--schedule", "dwr"], SystemExit, None),

@@ -1,0 +1,209 @@
+"""Cosine logits over very many classes that never exist all at once.
+
+The (N, C) logits of a million classes take a gigabyte for a batch of 256, and so does each of the
+handful of tensors that a loss makes of them. Here the loss goes over some classes at a time: the
+forward pass keeps one number a row, the backward pass makes the logits anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ldam_plugins._checks import must_be
+
+CHUNK_ELEMENTS = 1 << 22
+"""Of the logits, and of the weight rows, at a time: 16 MiB in float32."""
+SMALLEST_LENGTH = 1e-12
+"""Shorter vectors have no direction: their logits are constants, 0 where the vector is 0."""
+
+
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for this type of device."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def full_precision(device: str) -> AbstractContextManager[Any]:
+    """No autocast, where there is any."""
+    return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
+
+
+class ChunkedCosines:
+    """The logits ``scale * cos(angle)`` that a chunked cosine head stands for, not yet computed.
+
+    What a head made by ``use_cosine_head(model, chunked=True)`` returns in training mode; the
+    cross-entropy and margin losses of :func:`ldam_plugins.create_loss` take it in place of logits.
+
+    Attributes:
+        features: (N, H).
+        weight: (C, H), the class directions.
+        scale: s.
+
+    Raises:
+        TypeError: any function of torch is called with it.
+    """
+
+    def __init__(self, features: Tensor, weight: Tensor, scale: float) -> None:
+        self.features = features
+        self.weight = weight
+        self.scale = scale
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, C) of the logits."""
+        return len(self.features), len(self.weight)
+
+    @property
+    def ndim(self) -> int:
+        """2, as of logits."""
+        return 2
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the logits: float32 at least."""
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        return torch.promote_types(wide, self.features.dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the features."""
+        return self.features.device
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> NoReturn:
+        way_out = (
+            "A chunked cosine head has no logits in training mode. Use the losses ce, ldam or "
+            "uniform_margin of create_loss, outside the model (without `labels` for transformers); "
+            "or model.eval(), or use_cosine_head(model, chunked=False)."
+        )
+        name = getattr(func, "__name__", repr(func))
+        raise TypeError(must_be(f"input of {name}", "a tensor", cls.__name__, way_out))
+
+    def cross_entropy(self, target: Tensor, shift: Tensor | None = None) -> Tensor:
+        """``F.cross_entropy(z - shift * one_hot(target), target, reduction="none")``, (N,).
+
+        Peak memory beside the gradients is a few times ``CHUNK_ELEMENTS``; derivatives of first
+        order only.
+
+        Args:
+            target: (N,) int64 in 0..C-1.
+            shift: (C,) what is taken off a target's logit, without gradient; None: nothing.
+
+        Raises:
+            IndexError: a target out of range.
+        """
+        if len(target) and not 0 <= int(target.min()) <= int(target.max()) < len(self.weight):
+            wanted = f"class indices in 0..{len(self.weight) - 1}"
+            found = (int(target.min()), int(target.max()))
+            raise IndexError(must_be("target", wanted, f"indices from {found[0]} to {found[1]}"))
+        if shift is None:
+            shift = self.features.new_zeros(len(self.weight))
+        with full_precision(self.device.type):
+            features = self.features.to(self.dtype)
+            rows: Tensor = _ChunkedCrossEntropy.apply(
+                features, self.weight, target, shift[target].to(self.dtype), self.scale
+            )
+        return rows
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, features: Tensor, weight: Tensor, target: Tensor, shift: Tensor, scale: float
+    ) -> Tensor:
+        rates = scale / _lengths(features).clamp_min(SMALLEST_LENGTH)
+        scaled = features * rates.unsqueeze(1)
+        top = features.new_full((len(features),), -torch.inf)
+        total, at_target = torch.zeros_like(top), torch.zeros_like(top)
+        for chunk in _chunks(scaled, weight):
+            logits, _, _ = _logits(scaled, weight[chunk])
+            index, inside = _shift_(logits, target, shift, chunk)
+            at_target = torch.where(inside, logits.gather(1, index).squeeze(1), at_target)
+            higher = torch.maximum(top, logits.amax(1))
+            total *= (top - higher).exp_()
+            total += logits.sub_(higher.unsqueeze(1)).exp_().sum(1)
+            top = higher
+        ctx.save_for_backward(features, weight, target, shift, rates, top, total)
+        return (top - at_target) + total.log()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        with full_precision(gradient.device.type):
+            of_features, of_weight = _gradients(
+                ctx.needs_input_grad[1], gradient, *ctx.saved_tensors
+            )
+        return of_features, of_weight, None, None, None
+
+
+def _gradients(
+    trains_weight: bool,
+    gradient: Tensor,
+    features: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    shift: Tensor,
+    rates: Tensor,
+    top: Tensor,
+    total: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of the features and of the weight."""
+    scaled = features * rates.unsqueeze(1)
+    gradient = torch.where(_lengths(features) > SMALLEST_LENGTH, gradient, 0)
+    of_scaled = torch.zeros_like(features)
+    of_weight = torch.empty_like(weight) if trains_weight else None
+    for chunk in _chunks(scaled, weight):
+        logits, rows, lengths = _logits(scaled, weight[chunk])
+        cosines = logits.clone()
+        index, inside = _shift_(logits, target, shift, chunk)
+        slope = logits.sub_(top.unsqueeze(1)).exp_()
+        slope *= (gradient / total).unsqueeze(1)
+        slope.scatter_add_(1, index, torch.where(inside, -gradient, 0).unsqueeze(1))
+        # The length of a row takes no part, so the gradient has no component along the row.
+        along = cosines.mul_(slope).sum(0) / lengths
+        slope *= torch.where(lengths > SMALLEST_LENGTH, 1 / lengths, 0)
+        of_scaled.addmm_(slope, rows)
+        if of_weight is not None:
+            part = torch.mm(slope.t(), scaled)
+            along = torch.where(lengths > SMALLEST_LENGTH, along / lengths, 0)
+            of_weight[chunk] = part.addcmul_(rows, along.unsqueeze(1), value=-1)
+    return _through_length(of_scaled, scaled, rates), of_weight
+
+
+def _through_length(of_scaled: Tensor, scaled: Tensor, rates: Tensor) -> Tensor:
+    """Gradient of the features from that of their multiples of one length."""
+    squared = scaled.square().sum(1, keepdim=True)
+    along = (of_scaled * scaled).sum(1, keepdim=True) / squared.clamp_min(SMALLEST_LENGTH)
+    return (of_scaled - along * scaled) * rates.unsqueeze(1)
+
+
+def _chunks(features: Tensor, weight: Tensor) -> Iterator[slice]:
+    size = max(1, CHUNK_ELEMENTS // max(1, *features.shape))
+    return (slice(start, start + size) for start in range(0, len(weight), size))
+
+
+def _logits(scaled: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits (N, c) of some classes, their weight rows (c, H) and the lengths of those (c,)."""
+    rows = weight.to(scaled.dtype)
+    lengths = _lengths(rows).clamp_min(SMALLEST_LENGTH)
+    return torch.mm(scaled, rows.t()).div_(lengths), rows, lengths
+
+
+def _shift_(logits: Tensor, target: Tensor, shift: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
+    """Take the shift off those targets that are in the chunk: their columns, and which are."""
+    place = target - chunk.start
+    inside = (place >= 0) & (place < logits.shape[1])
+    index = place.clamp(0, logits.shape[1] - 1).unsqueeze(1)
+    logits.scatter_add_(1, index, torch.where(inside, -shift, 0).unsqueeze(1))
+    return index, inside
+
+
+def _lengths(vectors: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(vectors, dim=-1)

@@ -1,0 +1,144 @@
+"""Long runs, many classes, and machines that fail under a run."""
+
+import errno
+import gc
+import os
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import safetensors.torch
+import torch
+from accelerate.state import AcceleratorState
+from image_sets import class_folders
+
+from ldam_plugins import ClassCounts, DeferredSchedule, create_loss, use_cosine_head
+from ldam_plugins.runtime import newest_checkpoint
+from ldam_plugins.schedules import Progress
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+sys.path.insert(0, str(RECIPES))
+
+import options as recipe_options  # noqa: E402
+import vision_lt  # noqa: E402
+
+TINY = ["--epochs", "3", "--start", "1", "--ratio", "100", "--mixed_precision", "no"]
+
+
+def vision(out, *flags):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    arguments = [*TINY, "--output_dir", str(out), *map(str, flags)]
+    parsed = recipe_options.parse_options(vision_lt.VisionOptions, arguments, default="digits_lt")
+    return vision_lt.main(parsed)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    save, calls = torch.save, []
+
+    def full(*args, **kwargs):
+        calls.append(1)
+        if len(calls) > 3:  # of the second checkpoint
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return save(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        message = r"epoch_00002 cannot be written .*No space left.*Make room.*--resume"
+        with pytest.raises(OSError, match=message):
+            vision(tmp_path / "run")
+    assert newest_checkpoint(tmp_path / "run")[1] == 1
+    assert len(os.listdir(tmp_path / "run" / "checkpoints")) == 1
+    assert vision(tmp_path / "run", "--resume")["test"] == vision(tmp_path / "whole")["test"]
+
+
+def mounted(path, size):
+    path.mkdir()
+    return os.system(f"mount -t tmpfs -o size={size} tmpfs {path} 2>/dev/null") == 0
+
+
+def test_a_disk_that_is_really_full(tmp_path):
+    disk = tmp_path / "disk"
+    if not mounted(disk, "4m"):
+        pytest.skip("needs the right to mount a small file system")
+    try:
+        # The model and its momentum are 2.2 MB: one checkpoint fits, a second beside it does not.
+        with pytest.raises(OSError, match=r"epoch_00002 cannot be written .*Make room"):
+            vision(disk / "run")
+        assert newest_checkpoint(disk / "run")[1] == 1
+        (held,) = (disk / "run" / "checkpoints").iterdir()
+        safetensors.torch.load_file(held / "model.safetensors")
+    finally:
+        os.system(f"umount {disk}")
+
+
+def test_a_worker_that_dies_is_told(tmp_path, monkeypatch):
+    class_folders(tmp_path / "set")
+    here = os.getpid()
+    plain = vision_lt.LabelledImages.image
+
+    def dies(self, index):
+        if os.getpid() != here and self.source.root.endswith("set") and index == 4:
+            os._exit(9)
+        return plain(self, index)
+
+    monkeypatch.setattr(vision_lt.LabelledImages, "image", dies)
+    flags = ["--dataset", tmp_path / "set", "--in_memory", 0, "--workers", 1, "--profile", "none"]
+    flags += ["--image_size", 16, "--model", "cifar_resnet20", "--batch_size", 2]
+    with pytest.raises(RuntimeError, match=r"DataLoader worker .* exited unexpectedly"):
+        vision(tmp_path / "run", *flags)
+    assert newest_checkpoint(tmp_path / "run") == (None, 0)
+    monkeypatch.setattr(vision_lt.LabelledImages, "image", plain)
+    vision(tmp_path / "run", *flags, "--resume")
+
+
+def steps(count, classes, features=32, batch=16):
+    """Updates of a cosine head under LDAM-DRW, the loss asked for by number of the update."""
+    counts = ClassCounts([max(1, 1000 - c % 1000) for c in range(classes)])
+    model = use_cosine_head(torch.nn.Sequential(torch.nn.Linear(features, classes)))
+    criterion = create_loss("ldam", counts)
+    schedule = DeferredSchedule("drw", start=0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(count):
+        weights = schedule.class_weights(counts, Progress(step, count, max(count // 10, 1)))
+        criterion.weight.copy_(weights)
+        x = torch.randn(batch, features, generator=generator)
+        y = torch.randint(classes, (batch,), generator=generator)
+        loss = criterion(model(x), y)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        yield loss.item()
+
+
+def memory():
+    gc.collect()
+    tensors = sum(1 for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor))
+    return psutil.Process().memory_info().rss, tensors
+
+
+@pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.exhaustive)])
+def test_memory_is_flat(count):
+    readings = []
+    for step, loss in enumerate(steps(count, classes=200)):
+        assert loss == loss
+        if step >= count // 5 and step % (count // 10) == 0:
+            readings.append(memory())
+    resident, tensors = zip(*readings, strict=True)
+    assert max(resident) <= 1.01 * resident[0]
+    assert len(set(tensors)) == 1
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("classes", "limit"), [(8_142, 0.5e9), (100_000, 4e9)])
+def test_many_classes_fit(classes, limit, capsys):
+    """2048 features, as of a ResNet-50, in batches of 64; head, momentum and gradient included."""
+    before = psutil.Process().memory_info().rss
+    peak = 0
+    for loss in steps(4, classes, features=2048, batch=64):
+        assert loss == loss
+        peak = max(peak, psutil.Process().memory_info().rss - before)
+    with capsys.disabled():
+        print(f"\n{classes} classes: {peak / 1e9:.2f} GB")
+    assert peak < limit

@@ -1,0 +1,143 @@
+"""A run that is killed at any moment and resumed ends with the bits of an undisturbed one."""
+
+import json
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Value
+from image_sets import write
+from kill_run import kill_after, launch
+from PIL import Image
+from safetensors.torch import load_file
+
+from ldam_plugins.run_files import read_history
+from ldam_plugins.runtime import PREEMPTED
+
+VISION = ["--epochs", 4, "--start", 2, "--decay_milestones", 2, "--ratio", 20, "--resume", "auto"]
+VISION += ["--mixed_precision", "no"]
+TEXT = ["--epochs", 3, "--start", 1, "--batch_size", 8, "--hidden_size", 8, "--lr", 0.01]
+TEXT += ["--embedding_size", 8, "--mixed_precision", "no", "--resume", "auto"]
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """Two classes of 40 and 12 training texts in hub layout."""
+    path = tmp_path_factory.mktemp("texts")
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["a", "b"])})
+    for split, counts in (("train", (40, 12)), ("test", (9, 9))):
+        texts = [
+            f"{'pear' if c else 'iron'} {'and ' * (i % 5)}"
+            for c in (0, 1)
+            for i in range(counts[c])
+        ]
+        labels = [c for c in (0, 1) for _ in range(counts[c])]
+        rows = Dataset.from_dict({"text": texts, "label": labels}, features=features)
+        rows.to_parquet(path / f"{split}-00000-of-00001.parquet")
+    return path
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Two classes of 30 and 10 training images as files, which workers read and transform."""
+    path, draw = tmp_path_factory.mktemp("images"), random.Random(0)
+    for split, counts in (("train", (30, 10)), ("test", (6, 6))):
+        for c, count in enumerate(counts):
+            for i in range(count):
+                pixels = bytes(draw.randrange(256) for _ in range(24 * 24 * 3))
+                file = write(path / split / "ab"[c] / f"{i}.png", b"")
+                Image.frombytes("RGB", (24, 24), pixels).save(file)
+    return path
+
+
+def result(out):
+    """Weights of the exported model and what was measured."""
+    measured = json.loads((out / "metrics.json").read_text())["test"]
+    return load_file(out / "model" / "model.safetensors"), measured
+
+
+def check_same(out, whole):
+    (left, measured), (right, expected) = result(out), result(whole)
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    assert measured == expected
+    plain = [(row["epoch"], row["stage"], row["test_error"]) for row in read_history(whole)]
+    assert [(r["epoch"], r["stage"], r["test_error"]) for r in read_history(out)] == plain
+    (newest,) = (out / "checkpoints").iterdir()  # all others are dropped, half-written ones too
+    assert not newest.name.startswith(".")
+
+
+def killed_at(recipe, moment, flags, tmp_path, number=signal.SIGKILL, **more):
+    environment = {"KILL_AT": f"{moment}:{int(number)}", "DRIVER": str(tmp_path / "driver.py")}
+    return launch(recipe, flags, environment=environment, **more)
+
+
+def finish(recipe, flags, **more):
+    done = launch(recipe, flags, **more)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_vision_run_killed_and_preempted(tmp_path):
+    flags = [*VISION, "--ema_decay", 0.5, "--mixup", 0.2, "--schedule", "drs"]
+    finish("vision", [*flags, "--output_dir", tmp_path / "whole"])
+    flags += ["--output_dir", tmp_path / "broken"]
+    assert killed_at("vision", "checkpoint:4", flags, tmp_path).returncode == -signal.SIGKILL
+    assert any(p.name.endswith(".partial") for p in (tmp_path / "broken/checkpoints").iterdir())
+    preempted = killed_at("vision", "step:3", flags, tmp_path, signal.SIGTERM)
+    assert preempted.returncode == PREEMPTED == 143
+    assert "--resume" in preempted.stdout
+    assert killed_at("vision", "evaluation:2", flags, tmp_path).returncode == -signal.SIGKILL
+    finish("vision", flags)
+    check_same(tmp_path / "broken", tmp_path / "whole")
+
+
+def test_text_run_killed_and_preempted(texts, tmp_path):
+    flags = [*TEXT, "--dataset", texts]
+    finish("text", [*flags, "--output_dir", tmp_path / "whole"])
+    flags += ["--output_dir", tmp_path / "broken"]
+    preempted = killed_at("text", "step:3", flags, tmp_path, signal.SIGTERM)
+    assert preempted.returncode == PREEMPTED
+    (saved,) = (tmp_path / "broken" / "checkpoints").iterdir()
+    assert saved.name == "checkpoint-7"  # at the end of the epoch
+    assert killed_at("text", "checkpoint:2", flags, tmp_path).returncode == -signal.SIGKILL
+    assert len(list((tmp_path / "broken" / "checkpoints").iterdir())) == 2
+    finish("text", flags)
+    check_same(tmp_path / "broken", tmp_path / "whole")
+
+
+MATRIX = {
+    "none": ("vision", ["--schedule", "none"], 1),
+    "drw, average, mixup": ("vision", ["--ema_decay", 0.5, "--mixup", 0.2], 1),
+    "drs": ("vision", ["--schedule", "drs"], 1),
+    "drw, 2 processes": ("vision", ["--ema_decay", 0.5], 2),
+    "files and workers": ("images", [], 1),
+    "text none": ("text", ["--schedule", "none", "--loss", "ce"], 1),
+    "text drw": ("text", [], 1),
+    "text drs": ("text", ["--schedule", "drs"], 1),
+    "text drw, 2 processes": ("text", [], 2),
+}
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("case", MATRIX)
+def test_killed_at_random_moments(case, texts, images, tmp_path):
+    """Three kills a case, 27 in all, each somewhere in the first 130 % of a whole run's time."""
+    kind, more, processes = MATRIX[case]
+    recipe = "text" if kind == "text" else "vision"
+    flags = [*TEXT, "--dataset", texts] if kind == "text" else list(VISION)
+    if kind == "images":
+        flags += ["--dataset", images, "--image_size", 16, "--in_memory", 0, "--workers", 2]
+        flags += ["--profile", "none", "--batch_size", 8, "--model", "cifar_resnet20"]
+    flags += more
+    began = time.monotonic()
+    finish(recipe, [*flags, "--output_dir", tmp_path / "whole"], processes=processes)
+    seconds = time.monotonic() - began
+    flags += ["--output_dir", tmp_path / "broken"]
+    moments = random.Random(os.environ.get("KILL_SEED", case))
+    for _ in range(3):
+        kill_after(recipe, flags, seconds * moments.uniform(0.3, 1), processes=processes)
+    finish(recipe, flags, processes=processes)
+    check_same(tmp_path / "broken", tmp_path / "whole")
