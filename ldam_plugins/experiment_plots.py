@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ldam_plugins._checks import must_be
 from ldam_plugins.experiments import (
     Record,
     Setting,
@@ -63,7 +64,14 @@ def class_curves(records: Sequence[Record], *, dark: bool = False) -> bytes:
 
 
 def heat_map(records: Sequence[Record], *, dark: bool = False) -> bytes:
-    """Top-1 error by loss and schedule, a panel for each combination of other options; PNG."""
+    """Top-1 error by loss and schedule, a panel for each combination of other options; PNG.
+
+    Raises:
+        ValueError: the records make no such matrix.
+    """
+    if not error_matrices(records):
+        wanted = "of two losses, one of them with two schedules"
+        raise ValueError(must_be("records", wanted, sorted(by_setting(records))))
     return _drawn(_draw_matrices, records, dark)
 
 
@@ -92,7 +100,7 @@ def _draw_errors(records: Sequence[Record], dark: bool) -> Figure:
     axis = figure.subplots()
     for place, (interval, errors, _, setting) in enumerate(methods):
         color = _color(setting[1], dark)
-        axis.plot(errors, [place] * len(errors), ".", color=color, alpha=0.5, markersize=4)
+        axis.plot(errors, [place] * len(errors), ".", color=color, alpha=0.6, markersize=6)
         width = interval.half_width
         axis.errorbar(interval.mean, place, xerr=width, fmt="o", color=color, capsize=3)
     labels = [f"{title} (n = {interval.n})" for interval, _, title, _ in methods]

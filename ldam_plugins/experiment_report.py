@@ -24,12 +24,14 @@ from ldam_plugins.experiments import (
     write_record,
 )
 from ldam_plugins.pages import Plot, render
-from ldam_plugins.run_files import write_atomic
+from ldam_plugins.run_files import MAY_CHANGE, write_atomic
 
 RECORDS, CSV_FILE, TABLES_FILE, PAGE_FILE = "results", "results.csv", "results.md", "report.html"
 
 _Section = tuple[str, str, list[Row]]
-_NOTE_ON_INTERVALS = "Mean and 95 % interval (Student's t) over the seeds; one seed has none."
+_NOTE_ON_INTERVALS = (
+    "Mean and 95 % interval (Student's t) over the seeds; one seed has none. A dash: the default."
+)
 _NOTE_ON_PAIRS = (
     "Paired t-tests on the same seeds and samples; negative is less error than the baseline's. "
     "p (Holm) is corrected for the number of rows, and at 0.05 decides what the row says. "
@@ -69,6 +71,7 @@ def write_experiment(
     plots = [
         Plot(f"{name}.png", title, draw(records), draw(records, dark=True))
         for name, (title, draw) in PLOTS.items()
+        if name != "heat_map" or error_matrices(records)
     ]
     for plot in plots:
         write_atomic(folder / plot.file, plot.light)
@@ -119,9 +122,9 @@ def _values(records: Sequence[Record], option: str) -> str:
 
 def _common(records: Sequence[Record]) -> dict[str, str]:
     """Options that all runs share."""
-    varying = {*varying_options(records), "seed", "output_dir", "resume"}
+    left_out = {*varying_options(records), "seed", *MAY_CHANGE}
     options = records[0]["options"]
-    return {name: shown(value) for name, value in options.items() if name not in varying}
+    return {name: shown(value) for name, value in options.items() if name not in left_out}
 
 
 def _versions(records: Sequence[Record]) -> dict[str, str]:

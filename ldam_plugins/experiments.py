@@ -8,12 +8,14 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ldam_plugins._checks import must_be, quoted
 from ldam_plugins.grid import METHODS
 from ldam_plugins.intervals import Interval, mean_interval
+from ldam_plugins.losses import create_loss, loss_options
 from ldam_plugins.run_files import (
     COMMAND_FILE,
     MAY_CHANGE,
@@ -103,9 +105,22 @@ def varying_options(records: Sequence[Record]) -> list[str]:
     shared = set.intersection(*(set(record["options"]) for record in records))
     left_out = {"seed", "loss", "schedule", *MAY_CHANGE}
     names = [name for name in records[0]["options"] if name in shared - left_out]
-    first = records[0]["options"]
-    varying = [n for n in names if any(r["options"][n] != first[n] for r in records)]
+    varying = [n for n in names if len({option_value(record, n) for record in records}) > 1]
     return ["loss", "schedule", *varying]
+
+
+def option_value(record: Record, name: str) -> Any:
+    """An option of a run; None where it is an option of the loss and at its default."""
+    options = record["options"]
+    default = _loss_defaults(options["loss"]).get(name)
+    value = options[name]
+    return None if default is not None and value == default else _hashable(value)
+
+
+@cache
+def _loss_defaults(loss: str) -> dict[str, Any]:
+    module = create_loss(loss, [1])
+    return {name: getattr(module, name) for name in loss_options(loss)}
 
 
 def by_setting(records: Sequence[Record]) -> dict[Setting, list[Record]]:
@@ -117,7 +132,7 @@ def by_setting(records: Sequence[Record]) -> dict[Setting, list[Record]]:
     names = varying_options(records)
     found: dict[Setting, list[Record]] = defaultdict(list)
     for record in sorted(records, key=lambda record: record["options"]["seed"]):
-        setting = tuple(_hashable(record["options"][name]) for name in names)
+        setting = tuple(option_value(record, name) for name in names)
         seeds = [other["options"]["seed"] for other in found[setting]]
         if record["options"]["seed"] in seeds:
             same = [record["name"], found[setting][-1]["name"]]
@@ -145,7 +160,7 @@ def tidy_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
     return [
         {
             "name": record["name"],
-            **{name: shown(record["options"][name]) for name in names},
+            **{name: shown(option_value(record, name)) for name in names},
             "seed": record["options"]["seed"],
             **{metric: record["test"][metric] for metric in METRICS},
             "train_seconds": record["train_seconds"],
@@ -174,14 +189,23 @@ def errors_of(runs: Iterable[Record]) -> list[float]:
 
 
 def error_matrices(records: Sequence[Record]) -> dict[str, dict[tuple[str, str], Interval]]:
-    """Top-1 error in % by (loss, schedule), for each combination of the other options."""
+    """Top-1 error in % by (loss, schedule), for each combination of the other options.
+
+    Combinations in which nothing can be compared along both ways are left out: they have one loss,
+    or no loss with two schedules.
+    """
     names = varying_options(records)[2:]
     matrices: dict[str, dict[tuple[str, str], Interval]] = defaultdict(dict)
     for (loss, schedule, *others), runs in by_setting(records).items():
         values = zip(names, others, strict=True)
         title = ", ".join(f"{name} {shown(value)}" for name, value in values)
         matrices[title][loss, schedule] = mean_interval(errors_of(runs))
-    return dict(matrices)
+    return {title: cells for title, cells in matrices.items() if _is_matrix(cells)}
+
+
+def _is_matrix(cells: Collection[tuple[str, str]]) -> bool:
+    losses = [loss for loss, _ in cells]
+    return 1 < len(set(losses)) < len(losses)
 
 
 def shown(value: Any) -> str:

@@ -24,7 +24,6 @@ from ldam_plugins._checks import must_be
 from ldam_plugins.run_files import (
     COMMAND_FILE,
     METRICS_FILE,
-    OPTIONS_FILE,
     differing_options,
     read_metrics,
     write_atomic,
@@ -170,8 +169,7 @@ def start_cell(run: CellRun, environment: Mapping[str, str]) -> subprocess.Popen
     run.folder.mkdir(parents=True, exist_ok=True)
     with (run.folder / LOG_FILE).open("ab") as log:
         _lock(log)
-        resume = ["--resume"] if (run.folder / OPTIONS_FILE).exists() else []
-        _, *arguments = [*run.command(), *resume]
+        _, *arguments = [*run.command(), "--resume", "auto"]
         write_atomic(run.folder / COMMAND_FILE, f"{shlex.join(run.command())}\n".encode())
         log.write(f"$ python {shlex.join(arguments)}\n".encode())
         log.flush()

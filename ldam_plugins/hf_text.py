@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -14,6 +15,7 @@ from typing import Any
 
 from torch import distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from ldam_plugins._checks import check_int, must_be
 from ldam_plugins.counts import ClassCounts
@@ -189,6 +191,16 @@ def newest_trainer_checkpoint(folder: str | os.PathLike[str]) -> str | None:
     """Newest whole checkpoint that a :class:`CheckpointCallback` marked; None if there is none."""
     whole = _whole_checkpoints(folder)
     return str(whole[-1]) if whole else None
+
+
+def trainer_checkpoints(folder: str | os.PathLike[str]) -> dict[int, Path]:
+    """Marked checkpoints of whole epochs in ``folder``, by the epochs they hold."""
+    found = {}
+    for path in _whole_checkpoints(folder):
+        epoch = json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["epoch"]
+        if float(epoch).is_integer():
+            found[int(epoch)] = path
+    return found
 
 
 def _whole_checkpoints(folder: str | os.PathLike[str]) -> list[Path]:

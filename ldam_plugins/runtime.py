@@ -169,9 +169,14 @@ def own_rows(samples: int, batch: int, batch_size: int, process: int, processes:
 
 def newest_checkpoint(output_dir: str | os.PathLike[str]) -> tuple[Path | None, int]:
     """Newest whole checkpoint of a run and the epochs it holds; (None, 0) if there is none."""
-    found = [(_epochs_of(path), path) for path in _folder(output_dir).glob(f"{_CHECKPOINT}*")]
-    epochs, newest = max(found, default=(0, None))
-    return newest, epochs
+    found = checkpoints(output_dir)
+    return (found[max(found)], max(found)) if found else (None, 0)
+
+
+def checkpoints(output_dir: str | os.PathLike[str]) -> dict[int, Path]:
+    """Whole checkpoints of a run by the epochs they hold."""
+    found = _folder(output_dir).glob(f"{_CHECKPOINT}*")
+    return {_epochs_of(path): path for path in sorted(found)}
 
 
 def drop_partial_checkpoints(output_dir: str | os.PathLike[str]) -> None:

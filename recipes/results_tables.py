@@ -1,81 +1,101 @@
-"""Write the tables of README.md from the results under ``recipes/results``.
+"""Write the tables and plots of README.md from the results under ``recipes/results``.
 
-    python recipes/results_tables.py            # print them
-    python recipes/results_tables.py --write    # put them into README.md
+    python recipes/results_tables.py            # print the tables
+    python recipes/results_tables.py --write    # put them into README.md, and draw its plots
 
-A folder of results is one experiment; each file in it is the ``metrics.json`` of one run.
+A folder of results is one experiment; each file in it is the record of one run, as
+``recipes/benchmark.py`` leaves it: ``cp -r runs/NAME/results recipes/results/NAME``. In README.md,
+what is between ``<!-- results: EXPERIMENT [KIND [BASELINE]] -->`` and ``<!-- end -->`` is made
+anew. Kinds are ``range`` (the default), ``intervals``, ``matrix`` and ``compare`` (with a
+baseline as of the benchmark), and the plots ``errors``, ``curves`` and ``heat_map``.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
-from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from tabulate import tabulate
+from ldam_plugins._checks import check_choice
+from ldam_plugins.experiment_plots import PLOTS
+from ldam_plugins.experiment_tables import (
+    comparison_rows,
+    interval_rows,
+    markdown,
+    matrix_rows,
+    range_rows,
+)
+from ldam_plugins.experiments import Record, error_matrices, read_records
+from ldam_plugins.run_files import write_atomic
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
-COLUMNS = {
-    "top-1 error %": ("top1_error", 1.0),
-    "balanced accuracy %": ("balanced_accuracy", 100.0),
-    "worst class %": ("worst_class_accuracy", 100.0),
-    "ece": ("ece", 1.0),
+MARKED = r"(<!-- results: (\w+)(?: (\w+))?(?: (\S+))? -->)\n.*?(<!-- end -->)"
+
+
+def matrices(records: list[Record]) -> str:
+    """A table a combination of the options beside loss and schedule."""
+    parts = []
+    for title, cells in error_matrices(records).items():
+        parts += [title] if title else []
+        parts.append(markdown(matrix_rows(cells)))
+    return "\n\n".join(parts)
+
+
+TABLES: dict[str, Callable[[list[Record]], str]] = {
+    "range": lambda records: markdown(range_rows(records)),
+    "intervals": lambda records: markdown(interval_rows(records)),
+    "matrix": matrices,
 }
 
 
-def load(experiment: str) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """Runs of an experiment by (loss, schedule), in order of the seed."""
-    runs = defaultdict(list)
-    for path in sorted((RESULTS / experiment).glob("*.json")):
-        run = json.loads(path.read_text(encoding="utf-8"))
-        runs[run["options"]["loss"], run["options"]["schedule"]].append(run)
-    return dict(sorted(runs.items()))
+def content(experiment: str, kind: str | None = None, baseline: str | None = None) -> str:
+    """What belongs between the markers: a table, or the place of a plot."""
+    kind = check_choice("kind", kind or "range", [*TABLES, "compare", *PLOTS])
+    if kind in PLOTS:
+        return f"![{PLOTS[kind][0]}]({plot_path(experiment, kind).relative_to(README.parent)})"
+    records = read_records(RESULTS / experiment)
+    if kind == "compare":
+        return markdown(comparison_rows(records, baseline or "erm"))
+    return TABLES[kind](records)
 
 
-def table(experiment: str) -> str:
-    """Markdown table of an experiment: mean (least..largest over the seeds) of each method."""
-    rows = []
-    for (loss, schedule), runs in load(experiment).items():
-        row = {"loss": loss, "schedule": schedule, "seeds": len(runs)}
-        for title, (key, factor) in COLUMNS.items():
-            row[title] = spread([factor * run["test"][key] for run in runs])
-        rows.append(row)
-    return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
-
-
-def spread(values: list[float]) -> str:
-    """Mean and range of the values of several seeds."""
-    digits = 3 if max(values) < 1 else 1
-    mean = f"{np.mean(values):.{digits}f}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ({min(values):.{digits}f}..{max(values):.{digits}f})"
+def plot_path(experiment: str, kind: str) -> Path:
+    """Where the plot of an experiment is kept."""
+    return RESULTS / experiment / f"{kind}.png"
 
 
 def fill(text: str) -> str:
-    """The text with every table between its markers made anew."""
+    """The text with everything between its markers made anew."""
 
     def fresh(match: re.Match[str]) -> str:
-        return f"{match[1]}\n{table(match[2])}\n{match[3]}"
+        return f"{match[1]}\n{content(match[2], match[3], match[4])}\n{match[5]}"
 
-    pattern = r"(<!-- results: (\w+) -->)\n.*?(<!-- end -->)"
-    return re.sub(pattern, fresh, text, flags=re.DOTALL)
+    return re.sub(MARKED, fresh, text, flags=re.DOTALL)
+
+
+def plots_of(text: str) -> list[tuple[str, str]]:
+    """Experiment and kind of each plot that the text shows."""
+    found = re.finditer(MARKED, text, flags=re.DOTALL)
+    return [(match[2], match[3]) for match in found if match[3] in PLOTS]
 
 
 def main() -> None:
-    """Print the tables, or write them into the README."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Print the tables, or write them and the plots of the README."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--write", action="store_true", help="write into README.md")
     if parser.parse_args().write:
-        README.write_text(fill(README.read_text(encoding="utf-8")), encoding="utf-8")
+        text = fill(README.read_text(encoding="utf-8"))
+        for experiment, kind in plots_of(text):
+            _, draw = PLOTS[kind]
+            write_atomic(plot_path(experiment, kind), draw(read_records(RESULTS / experiment)))
+        README.write_text(text, encoding="utf-8")
     else:
         for folder in sorted(RESULTS.iterdir()):
-            print(f"{folder.name}\n\n{table(folder.name)}\n")
+            print(f"{folder.name}\n\n{content(folder.name, 'intervals')}\n")
 
 
 if __name__ == "__main__":

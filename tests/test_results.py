@@ -1,35 +1,74 @@
-import json
 import re
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "recipes"))
 
 import results_tables  # noqa: E402
 
+from ldam_plugins.experiment_plots import digest  # noqa: E402
+from ldam_plugins.experiments import read_records  # noqa: E402
+
 EXPERIMENTS = [folder.name for folder in results_tables.RESULTS.iterdir()]
+TEXT = results_tables.README.read_text()
 
 
 def test_readme_holds_the_committed_results():
-    text = results_tables.README.read_text()
-    assert results_tables.fill(text) == text
-    shown = re.findall(r"<!-- results: (\w+) -->", text)
-    assert sorted(shown) == sorted(EXPERIMENTS)
+    assert results_tables.fill(TEXT) == TEXT
+    shown = re.findall(r"<!-- results: (\w+)", TEXT)
+    assert set(shown) == set(EXPERIMENTS)
+
+
+def check_plot(path, experiment):
+    with Image.open(path) as plot:
+        drawn_from = plot.info["Results"]
+    records = read_records(results_tables.RESULTS / experiment)
+    assert drawn_from == digest(records), f"{path} is of other results: run --write"
+
+
+def test_plots_of_the_readme_are_of_the_committed_results():
+    for experiment, kind in results_tables.plots_of(TEXT):
+        check_plot(results_tables.plot_path(experiment, kind), experiment)
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_results_are_whole_runs(experiment):
-    for path in (results_tables.RESULTS / experiment).glob("*.json"):
-        run = json.loads(path.read_text())
-        assert {"options", "versions", "device", "train_seconds", "test"} <= set(run)
+    for run in read_records(results_tables.RESULTS / experiment):
         accuracy = run["test"]["per_class_accuracy"]
         assert run["test"]["balanced_accuracy"] == pytest.approx(np.mean(accuracy))
 
 
-def test_table_shows_mean_and_range():
-    assert results_tables.spread([30.0, 32.04]) == "31.0 (30.0..32.0)"
-    assert results_tables.spread([0.1234]) == "0.123"
+def test_markers_choose_what_is_shown(monkeypatch, tmp_path):
+    def filled(marker):
+        return results_tables.fill(f"<!-- results: {marker} -->\nold\n<!-- end -->\n")
+
+    assert "27.2 (22.4..30.0)" in filled("digits_lt")
+    assert "27.2 ± 10.4" in filled("digits_lt intervals")
+    assert "| LDAM-DRW | ERM " in filled("digits_lt compare")
+    assert "| ERM      | LDAM-DRW " in filled("digits_lt compare ldam_drw")
+    assert "digits_lt/errors.png" in filled("digits_lt errors")
+    with pytest.raises(ValueError, match="Did you mean 'intervals'"):
+        filled("digits_lt interval")
+
+
+def test_write_draws_the_plots_a_text_shows(monkeypatch, tmp_path):
+    results, readme = tmp_path / "recipes" / "results", tmp_path / "README.md"
+    experiment = results / "digits_lt"
+    experiment.mkdir(parents=True)
+    for path in (results_tables.RESULTS / "digits_lt").glob("*.json"):
+        (experiment / path.name).write_bytes(path.read_bytes())
+    readme.write_text("<!-- results: digits_lt errors -->\n<!-- end -->\n")
+    monkeypatch.setattr(results_tables, "RESULTS", results)
+    monkeypatch.setattr(results_tables, "README", readme)
+    monkeypatch.setattr(sys, "argv", ["results_tables.py", "--write"])
+    results_tables.main()
+    assert "(recipes/results/digits_lt/errors.png)" in readme.read_text()
+    check_plot(experiment / "errors.png", "digits_lt")
+    (experiment / "ce_none_s0.json").unlink()
+    with pytest.raises(AssertionError, match="of other results"):
+        check_plot(experiment / "errors.png", "digits_lt")

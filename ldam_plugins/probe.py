@@ -1,0 +1,108 @@
+"""How good the features of a classifier are by themselves: a linear probe, whatever its head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor, nn
+
+from ldam_plugins._checks import must_be
+from ldam_plugins.counts import ClassCounts
+from ldam_plugins.heads import cosine_heads, find_head
+from ldam_plugins.metrics import long_tail_metrics
+
+_ITERATIONS = 2000
+
+
+def linear_probe(
+    train_features: np.ndarray,
+    train_labels: np.ndarray,
+    test_features: np.ndarray,
+    test_labels: np.ndarray,
+    class_counts: ClassCounts,
+    *,
+    inverse_strength: float = 1.0,
+) -> dict[str, Any]:
+    """Fit a linear classifier to frozen features and evaluate it on test features.
+
+    Multinomial logistic regression on standardised features, each class weighing the same
+    (``class_weight="balanced"``), so that the answer is about the features and not about a head
+    that has learned the training frequencies. Fit it to training samples of all classes in plenty
+    where they can be had: with a few samples of a class it measures how few they are.
+
+    Args:
+        train_features: (N, D).
+        train_labels: (N,) class indices; every class at least once.
+        test_features: (M, D).
+        test_labels: (M,).
+        class_counts: Samples per class in the training of the *network*: they define the groups.
+        inverse_strength: ``C`` of scikit-learn's ``LogisticRegression``: larger is less L2.
+
+    Returns:
+        As :func:`~ldam_plugins.metrics.long_tail_metrics`.
+
+    Raises:
+        ValueError: a class without a training sample, or arrays that do not fit each other.
+
+    Source: Kang et al., ICLR 2020, arXiv 1910.09217, on features and classifier apart.
+    """
+    missing = np.setdiff1d(np.arange(len(class_counts)), train_labels)
+    if len(missing):
+        wanted = f"of all {len(class_counts)} classes"
+        raise ValueError(must_be("train_labels", wanted, f"none of {missing.tolist()}"))
+    probe = make_pipeline(
+        StandardScaler(),
+        LogisticRegression(
+            C=inverse_strength, class_weight="balanced", max_iter=_ITERATIONS, random_state=0
+        ),
+    )
+    probe.fit(train_features, train_labels)
+    return long_tail_metrics(probe.predict_log_proba(test_features), test_labels, class_counts)
+
+
+@torch.inference_mode()
+def head_inputs(
+    model: nn.Module, batches: Iterable[Any], run: Callable[[nn.Module, Any], Any]
+) -> np.ndarray:
+    """The features (N, D) that the last layer of ``model`` gets, in evaluation mode.
+
+    Args:
+        model: With one linear or cosine head, which is found.
+        batches: Of anything ``run`` understands.
+        run: ``run(model, batch)`` calls the model once.
+
+    Raises:
+        ValueError: several heads, or a head that is called more than once or on more than one
+            vector a sample.
+    """
+    names = tuple(cosine_heads(model)) or find_head(model)
+    if len(names) != 1:
+        raise ValueError(must_be("model", "one with a single head", names))
+    seen: list[Tensor] = []
+    hook = model.get_submodule(names[0]).register_forward_pre_hook(
+        lambda module, arguments: seen.append(arguments[0].flatten(1).float().cpu())
+    )
+    training = model.training
+    model.eval()
+    try:
+        rows = [_one_call(model, batch, run, seen) for batch in batches]
+    finally:
+        hook.remove()
+        model.train(training)
+    return torch.cat(rows).numpy()
+
+
+def _one_call(
+    model: nn.Module, batch: Any, run: Callable[[nn.Module, Any], Any], seen: list[Tensor]
+) -> Tensor:
+    seen.clear()
+    run(model, batch)
+    if len(seen) != 1:
+        raise ValueError(must_be("calls of the head for a batch", "1", len(seen)))
+    return seen[0]

@@ -1,0 +1,181 @@
+"""Are the features good before the switch? Linear probes of a run's checkpoints, by class group.
+
+    python recipes/vision_lt.py digits_lt --keep_checkpoints 21
+    python recipes/probe.py --runs runs/digits_lt
+    python recipes/probe.py --recipe text --runs runs/benchmark_stdlib/cells/* --output probe.csv
+
+If deferral works by giving the network time to learn features first, those just before the switch
+serve a linear classifier as well as those after it. For each run: the last epoch before the switch
+to the second stage, the first after it, and the last of the training, from the checkpoints that
+``--keep_checkpoints`` kept; for schedules without a switch the same epochs, by their ``--start``.
+The probe is fitted on all training samples of the dataset, before the cut to a long tail, or on
+those the run was trained on (``--fit_on long_tail``), and evaluated on the test set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import text_lt
+import torch
+import vision_lt
+from options import CoreOptions, option
+from safetensors.torch import load_file
+from tabulate import tabulate
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import DataCollatorWithPadding, HfArgumentParser
+
+from ldam_plugins import ClassCounts, DeferredSchedule, register
+from ldam_plugins._checks import must_be
+from ldam_plugins.experiments import to_csv
+from ldam_plugins.hf_text import trainer_checkpoints
+from ldam_plugins.probe import head_inputs, linear_probe
+from ldam_plugins.run_files import read_metrics, write_atomic
+from ldam_plugins.runtime import checkpoints
+
+COLUMNS = ("top1_error", "balanced_accuracy", "many", "medium", "few")
+
+
+@dataclass
+class ProbeOptions:
+    """What is probed."""
+
+    runs: list[str] = option([], "folders of finished runs")
+    recipe: str = option("vision", "recipe that made them", choices=("vision", "text"))
+    epochs: list[int] = option([], "epochs of training to probe after [around the switch, last]")
+    fit_on: str = option("all", "training samples of the probe", choices=("all", "long_tail"))
+    output: str = option("runs/probe.csv", "CSV with a row a run and epoch")
+
+
+@dataclass
+class Subject:
+    """A run to probe: its model, and how its checkpoints and features are had."""
+
+    model: nn.Module
+    counts: ClassCounts
+    checkpoints: dict[int, Path]
+    features: Callable[[str], tuple[np.ndarray, np.ndarray]]
+
+
+def main(options: ProbeOptions) -> list[dict[str, Any]]:
+    """Probe the runs; returns a row a run and epoch, as the CSV has them."""
+    register()
+    if not options.runs:
+        raise ValueError(must_be("runs", "at least one folder of a finished run", options.runs))
+    rows = [row for run in tqdm(options.runs, unit="run") for row in probe_run(options, Path(run))]
+    Path(options.output).parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(options.output, to_csv(rows).encode())
+    print(tabulate(rows, headers="keys", tablefmt="github", floatfmt=".3f"))
+    return rows
+
+
+def probe_run(options: ProbeOptions, run: Path) -> Iterator[dict[str, Any]]:
+    """Rows of one run."""
+    metrics = read_metrics(run)
+    kind, open_run = RECIPES[options.recipe]
+    trained = kind(**{**metrics["options"], "output_dir": str(run)})
+    subject = open_run(trained, options.fit_on)
+    switch = last_epoch_before_switch(trained)
+    for epochs in options.epochs or sorted({switch, switch + 1, trained.epochs} - {0}):
+        load_checkpoint(subject, epochs, run)
+        (x, y), (test_x, test_y) = (subject.features(part) for part in ("train", "test"))
+        result = linear_probe(x, y, test_x, test_y, subject.counts)
+        yield {
+            "run": str(run),
+            **{name: asdict(trained)[name] for name in ("loss", "schedule", "seed")},
+            "epochs": epochs,
+            "when": "before" if epochs <= switch else "after",
+            "fit_on": options.fit_on,
+            **{column: result[column] for column in COLUMNS},
+            "top1_error_of_run": metrics["test"]["top1_error"],
+        }
+
+
+def last_epoch_before_switch(trained: CoreOptions) -> int:
+    """Epochs that are done, as a whole, when the second stage begins."""
+    schedule = replace(trained.make_schedule(), kind="drw")
+    return switch_epoch(schedule, trained.epochs)
+
+
+def switch_epoch(schedule: DeferredSchedule, epochs: int) -> int:
+    """The epoch in which the second stage begins."""
+    if schedule.unit == "step":
+        way_out = "Name the --epochs to probe."
+        raise ValueError(must_be("start_unit", "'epoch' or 'fraction'", "step", way_out))
+    fine = 10**6
+    return schedule.start_step(epochs * fine, fine) // fine
+
+
+def load_checkpoint(subject: Subject, epochs: int, run: Path) -> None:
+    """Give the model the weights it had after so many epochs."""
+    if epochs not in subject.checkpoints:
+        wanted = f"one of those {str(run)!r} has a checkpoint of ({sorted(subject.checkpoints)})"
+        raise ValueError(must_be("epochs", wanted, epochs, "Train with more --keep_checkpoints."))
+    weights = load_file(subject.checkpoints[epochs] / "model.safetensors")
+    compiled = "_orig_mod."
+    subject.model.load_state_dict({k.removeprefix(compiled): v for k, v in weights.items()})
+
+
+def open_vision(options: vision_lt.VisionOptions, fit_on: str) -> Subject:
+    """A run of the vision recipe."""
+    train, test, counts = vision_lt.load_data(options, show=False)
+    if fit_on == "all":
+        train, _, _ = vision_lt.load_data(replace(options, profile="none"), show=False)
+    model = vision_lt.make_model(options, options.make_loss(counts)).to(device())
+    to_input = vision_lt.make_input(options, model)
+    # The second of the pair is the one without augmentation.
+    sets = {
+        part: vision_lt.make_datasets(options, model, images, images)[1]
+        for part, images in (("train", train), ("test", test))
+    }
+    labels = {"train": np.asarray(train.labels), "test": np.asarray(test.labels)}
+
+    def features(part: str) -> tuple[np.ndarray, np.ndarray]:
+        loader = vision_lt.make_loader(options, sets[part], batch_size=4 * options.batch_size)
+        images = (to_input(batch[0].to(device())) for batch in loader)
+        return head_inputs(model, images, lambda net, batch: net(batch)), labels[part]
+
+    return Subject(model, counts, checkpoints(options.output_dir), features)
+
+
+def open_text(options: text_lt.TextOptions, fit_on: str) -> Subject:
+    """A run of the text recipe."""
+    train, test, counts = text_lt.load_data(options)
+    tokenizer, model = text_lt.make_model(options, train, options.make_loss(counts))
+    model.to(device())
+    if fit_on == "all":
+        train, _, _ = text_lt.load_data(replace(options, profile="none", rare_classes=[]))
+    sets = {"train": train, "test": test}
+    tokens = {k: text_lt.tokenize(options, tokenizer, texts) for k, texts in sets.items()}
+    collate = DataCollatorWithPadding(tokenizer)
+
+    def features(part: str) -> tuple[np.ndarray, np.ndarray]:
+        loader: Iterable[Any] = DataLoader(tokens[part], 4 * options.batch_size, collate_fn=collate)
+        batches = (batch.to(device()) for batch in loader)
+        found = head_inputs(model, batches, lambda net, batch: net(**batch))
+        return found, np.asarray(tokens[part]["label"])
+
+    folder = Path(options.output_dir, "checkpoints")
+    return Subject(model, counts, trainer_checkpoints(folder), features)
+
+
+def device() -> torch.device:
+    """The accelerator if there is one."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+RECIPES: dict[str, tuple[type[Any], Callable[[Any, str], Subject]]] = {
+    "vision": (vision_lt.VisionOptions, open_vision),
+    "text": (text_lt.TextOptions, open_text),
+}
+
+
+if __name__ == "__main__":
+    (parsed,) = HfArgumentParser(ProbeOptions).parse_args_into_dataclasses()
+    main(parsed)
