@@ -216,8 +216,7 @@ def _share_of_machine(slot: int, jobs: int) -> dict[str, str]:
     """Environment of the process in a slot: its cores, and its GPU where there are any."""
     environment = {}
     if "OMP_NUM_THREADS" not in os.environ:
-        cores = len(psutil.Process().cpu_affinity() or [0]) if _has_affinity() else os.cpu_count()
-        environment["OMP_NUM_THREADS"] = str(max(1, (cores or 1) // jobs))
+        environment["OMP_NUM_THREADS"] = str(max(1, usable_cores() // jobs))
     gpus = torch.cuda.device_count()
     if gpus:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
@@ -225,8 +224,11 @@ def _share_of_machine(slot: int, jobs: int) -> dict[str, str]:
     return environment
 
 
-def _has_affinity() -> bool:
-    return hasattr(psutil.Process, "cpu_affinity")  # macOS has none
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 @contextmanager
@@ -239,17 +241,17 @@ def _stopped_at_the_end(
     try:
         yield
     finally:
-        _stop([process.pid for _, process in running.values()])
+        _stop([process for _, process in running.values()])
         if main:
             signal.signal(signal.SIGTERM, before)
 
 
-def _stop(pids: Sequence[int]) -> None:
+def _stop(started: Sequence[subprocess.Popen[bytes]]) -> None:
     """End processes and all they started, by force where they do not end by themselves."""
     family = []
-    for pid in pids:
+    for parent in started:
         with suppress(psutil.NoSuchProcess):
-            process = psutil.Process(pid)
+            process = psutil.Process(parent.pid)
             family += [process, *process.children(recursive=True)]
     for process in family:
         with suppress(psutil.NoSuchProcess):
@@ -258,6 +260,8 @@ def _stop(pids: Sequence[int]) -> None:
     for process in left:
         with suppress(psutil.NoSuchProcess):
             process.kill()
+    for parent in started:
+        parent.wait()
 
 
 def _lock(log: IO[bytes]) -> None:
