@@ -163,10 +163,15 @@ def compare(
     """Let two contenders take turns; a turn is one call if ``once``, else as many as fill it."""
     calls = 1 if once else max(calls_for(options.seconds, ours), calls_for(options.seconds, peer))
     seconds = [(clock(ours, calls), clock(peer, calls)) for _ in range(options.repeats)]
+    return summary(what, peer_name, seconds, note)
+
+
+def summary(what: str, peer: str, seconds: list[tuple[float, float]], note: str = "") -> Row:
+    """The row of a comparison from the seconds of ours and of the peer in each turn."""
     ratios = [mine / theirs for mine, theirs in seconds]
     return {
         "what": what,
-        "peer": peer_name,
+        "peer": peer,
         "ours_seconds": statistics.median(mine for mine, _ in seconds),
         "peer_seconds": statistics.median(theirs for _, theirs in seconds),
         "ratio_median": statistics.median(ratios),
@@ -531,18 +536,8 @@ def text(options: SpeedOptions) -> Iterator[Row]:
         ours = lambda: text_seconds(preset, train, class_counts)  # noqa: E731
         peer = lambda: padded_seconds(preset, train, class_counts)  # noqa: E731
         seconds = [(ours(), peer()) for _ in range(options.repeats + 1)][1:]
-    ratios = [mine / theirs for mine, theirs in seconds]
-    yield {
-        "what": f"{len(train)} texts of {preset.max_length} tokens, {preset.model}",
-        "peer": "Trainer, padding='max_length', float32",
-        "ours_seconds": statistics.median(mine for mine, _ in seconds),
-        "peer_seconds": statistics.median(theirs for _, theirs in seconds),
-        "ratio_median": statistics.median(ratios),
-        "ratio_min": min(ratios),
-        "ratio_max": max(ratios),
-        "seconds": seconds,
-        "note": "",
-    }
+    what = f"{len(train)} texts of {preset.max_length} tokens, {preset.model}"
+    yield summary(what, "Trainer, padding='max_length', float32", seconds)
 
 
 def text_seconds(options: TextOptions, train: Any, class_counts: ClassCounts) -> float:
