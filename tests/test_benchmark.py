@@ -1,0 +1,366 @@
+import csv
+import json
+import signal
+import sys
+import time
+import types
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+sys.path.insert(0, str(RECIPES))
+
+import benchmark  # noqa: E402
+
+from ldam_plugins import grid_run  # noqa: E402
+from ldam_plugins.grid_run import CellRun, run_cell, run_here, run_on_slurm, start_cell  # noqa: E402
+from ldam_plugins.runtime import PREEMPTED  # noqa: E402
+
+# A recipe that does what its --mode says, in a fraction of a second.
+RECIPE = """
+import json, os, pathlib, signal, sys, time
+words = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+out, mode = pathlib.Path(words["--output_dir"]), words["--mode"]
+(out / "began.json").write_text(json.dumps({"pid": os.getpid(), "environment": dict(os.environ)}))
+with (out / "calls.txt").open("a") as calls:
+    calls.write(words["--resume"] + "\\n")
+if mode == "fail":
+    print("step 1\\rstep 2\\rstep 3", flush=True)
+    raise ValueError("`x` must be y")
+if mode == "terminate_parent":
+    os.kill(os.getppid(), signal.SIGTERM)
+if mode == "silent":
+    sys.exit()
+if mode in ("hang", "terminate_parent"):
+    time.sleep(60)
+if mode.startswith("meet:"):
+    while not (out.parent / mode[5:] / "began.json").exists():
+        time.sleep(0.01)
+options = {"mode": mode, "resume": "auto", "output_dir": str(out)}
+(out / "metrics.json").write_text(json.dumps({"options": options}))
+"""
+
+
+@pytest.fixture
+def cell(tmp_path):
+    """Make a run of the small recipe."""
+    recipe = tmp_path / "small.py"
+    recipe.write_text(RECIPE)
+
+    def make(mode="finish", name="a", **options):
+        return CellRun(
+            name=name,
+            recipe=recipe,
+            arguments=("--mode", mode),
+            folder=tmp_path / "cells" / name,
+            options={"mode": mode, "resume": "no", "output_dir": "elsewhere", **options},
+            defaults={"mode": "finish"},
+        )
+
+    return make
+
+
+def calls(run):
+    path = run.folder / "calls.txt"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def began(run):
+    path = run.folder / "began.json"
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        if path.exists() and path.read_text():
+            return json.loads(path.read_text())
+        time.sleep(0.01)
+    raise AssertionError(f"{run} did not begin")
+
+
+def gone(pid):
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def test_failed_cells_are_listed_with_the_end_of_their_log_and_others_finish(cell):
+    runs = [cell("fail", "bad"), cell("silent", "silent"), cell("finish", "good")]
+    found = {outcome.name: outcome for outcome in run_here(runs)}
+    assert {name: found[name].status for name in found} == {
+        "bad": "failed",
+        "silent": "failed",
+        "good": "finished",
+    }
+    assert found["bad"].message.splitlines()[-1] == "ValueError: `x` must be y"
+    assert "step 3" in found["bad"].message
+    assert "step 1" not in found["bad"].message
+    assert "exit code 1" in found["bad"].message
+    assert "exit code 0" in found["silent"].message
+
+
+def test_finished_cells_are_skipped_and_failed_ones_tried_again(cell):
+    good, bad = cell("finish", "good"), cell("fail", "bad")
+    list(run_here([good, bad]))
+    again = {outcome.name: outcome.status for outcome in run_here([good, bad])}
+    assert again == {"good": "skipped", "bad": "failed"}
+    assert (calls(good), calls(bad)) == (1, 2)
+
+
+def test_a_folder_with_other_options_is_not_reused(cell):
+    run = cell()
+    assert run_cell(run).status == "finished"
+    changed = cell(epochs=3)
+    outcome = run_cell(changed)
+    assert outcome.status == "failed"
+    assert "epochs: '(absent)' there, 3 now" in outcome.message
+    assert "Choose another --output_dir" in outcome.message
+    assert calls(run) == 1
+    # An option the recipe has got since counts as its default.
+    newer = CellRun(**{**vars(changed), "defaults": {"mode": "finish", "epochs": 3}})
+    assert run_cell(newer).status == "skipped"
+
+
+def test_torn_metrics_are_named(cell):
+    run = cell()
+    run.folder.mkdir(parents=True)
+    (run.folder / "metrics.json").write_text("{")
+    outcome = run_cell(run)
+    assert (outcome.status, calls(run)) == ("failed", 0)
+    assert "JSONDecodeError" in outcome.message
+
+
+def test_jobs_run_at_the_same_time(cell):
+    runs = [cell("meet:b", "a"), cell("meet:a", "b"), cell("finish", "c")]
+    assert {outcome.status for outcome in run_here(runs, jobs=2)} == {"finished"}
+
+
+def test_cells_share_the_cores_unless_told(cell, monkeypatch):
+    monkeypatch.setattr(grid_run, "usable_cores", lambda: 8)
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    told, shared = cell(name="told"), cell(name="shared")
+    list(run_here([told], jobs=3))
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    list(run_here([shared], jobs=3))
+    assert began(told)["environment"]["OMP_NUM_THREADS"] == "5"
+    assert began(shared)["environment"]["OMP_NUM_THREADS"] == "2"
+    assert grid_run._share_of_machine(0, 20)["OMP_NUM_THREADS"] == "1"
+
+
+def test_gpus_are_dealt_in_turn(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def devices():
+        return [grid_run._share_of_machine(slot, 3)["CUDA_VISIBLE_DEVICES"] for slot in range(3)]
+
+    assert devices() == ["0", "1", "0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    assert devices() == ["4", "6", "4"]
+
+
+def test_a_stopped_grid_stops_its_cells_and_goes_on_later(cell):
+    quick, slow = cell(name="quick"), cell("hang", "slow")
+    outcomes = run_here([quick, slow], jobs=2)
+    assert next(outcomes).name == "quick"
+    pid = began(slow)["pid"]
+    outcomes.close()
+    assert gone(pid)
+    assert not (slow.folder / "metrics.json").exists()
+    continued = cell("finish", "slow")
+    assert [outcome.status for outcome in run_here([quick, continued])] == ["skipped", "finished"]
+    assert (slow.folder / "calls.txt").read_text() == "auto\nauto\n"
+
+
+def test_sigterm_stops_the_cells(cell):
+    before = signal.getsignal(signal.SIGTERM)
+    run = cell("terminate_parent")
+    with pytest.raises(SystemExit, match=str(PREEMPTED)):
+        list(run_here([run]))
+    assert gone(began(run)["pid"])
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_two_grids_do_not_run_one_cell_at_once(cell):
+    run = cell("hang")
+    process = start_cell(run, {})
+    began(run)
+    outcome = run_cell(run)
+    assert outcome.status == "failed"
+    assert "another process is running it" in outcome.message
+    process.kill()
+    process.wait()
+    assert run_cell(cell("finish")).status == "finished"
+
+
+class Job:
+    """What a job of submitit answers, run at once."""
+
+    def __init__(self, function, run):
+        self.cancelled, self.value, self.error = False, None, None
+        if run.name == "lost":
+            self.error = RuntimeError("node failed")
+        elif run.name != "queued":
+            self.value = function(run)
+
+    def done(self):
+        return bool(self.value or self.error)
+
+    def exception(self):
+        return self.error
+
+    def result(self):
+        return self.value
+
+    def cancel(self):
+        self.cancelled = True
+
+
+@pytest.fixture
+def submitit(monkeypatch):
+    """A stand-in for the package, with the part of its interface that is used."""
+    module = types.SimpleNamespace(parameters={}, jobs=[])
+
+    class AutoExecutor:
+        def __init__(self, folder, cluster):
+            module.parameters |= {"folder": folder, "cluster": cluster}
+
+        def update_parameters(self, **parameters):
+            module.parameters |= parameters
+
+        def map_array(self, function, runs):
+            module.jobs += [Job(function, run) for run in runs]
+            return module.jobs
+
+    module.AutoExecutor = AutoExecutor
+    module.helpers = types.SimpleNamespace(
+        as_completed=lambda jobs: (job for job in jobs if job.done())
+    )
+    monkeypatch.setitem(sys.modules, "submitit", module)
+    return module
+
+
+def test_slurm_jobs_are_an_array(cell, submitit, tmp_path):
+    runs = [cell("finish", "good"), cell("fail", "bad"), cell(name="lost"), cell(name="queued")]
+    parameters = dict(map(benchmark.slurm_parameter, ["timeout_min=60", "slurm_partition=gpu"]))
+    outcomes = list(run_on_slurm(runs, 3, tmp_path / "slurm", parameters))
+    assert [(o.name, o.status) for o in outcomes] == [
+        ("good", "finished"),
+        ("bad", "failed"),
+        ("lost", "failed"),
+    ]
+    assert outcomes[2].message == "node failed"
+    assert submitit.parameters == {
+        "folder": str(tmp_path / "slurm"),
+        "cluster": "slurm",
+        "slurm_array_parallelism": 3,
+        "timeout_min": 60,
+        "slurm_partition": "gpu",
+    }
+    assert [job.cancelled for job in submitit.jobs] == [False, False, False, True]
+
+
+def test_missing_submitit_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "ldam-plugins\[slurm\]"'):
+        list(run_on_slurm([], 1, tmp_path, {}))
+    with pytest.raises(ValueError, match="`slurm` must be made of name=value"):
+        benchmark.slurm_parameter("timeout_min")
+
+
+def tiny(tmp_path, *words):
+    """A grid of one epoch on digits."""
+    flags = ["--preset", "digits_lt", "--output_dir", str(tmp_path / "grid"), "--methods", "ce/rw"]
+    return benchmark.parse([*flags, "--set", "epochs=1", "--set", "eval_every=1", *words])
+
+
+def test_real_cells_finish_go_on_and_are_reported(tmp_path, capfd):
+    (outcome,) = benchmark.main(tiny(tmp_path))
+    assert (outcome.name, outcome.status) == ("ce_rw_s0", "finished")
+    assert "| ce     | rw " in capfd.readouterr().out
+    grid = tmp_path / "grid"
+    (row,) = csv.DictReader((grid / "results.csv").read_text().splitlines())
+    assert row["command"].endswith(
+        "vision_lt.py digits_lt --loss ce --schedule rw --epochs 1 --eval_every 1 --seed 0 "
+        f"--output_dir {grid}/cells/ce_rw_s0"
+    )
+    # Killed after its last checkpoint, the cell goes on from there and ends the same.
+    metrics = grid / "cells" / "ce_rw_s0" / "metrics.json"
+    before = json.loads(metrics.read_text())
+    metrics.unlink()
+    (outcome,) = benchmark.main(tiny(tmp_path))
+    assert outcome.status == "finished"
+    after = json.loads(metrics.read_text())
+    assert (after["test"], after["train_seconds"]) == (before["test"], before["train_seconds"])
+    # Another grid in the same folder: what is the same is skipped, what is not is refused.
+    assert [outcome.status for outcome in benchmark.main(tiny(tmp_path))] == ["skipped"]
+    capfd.readouterr()
+    (refused,) = benchmark.main(tiny(tmp_path, "--set", "lr=0.5"))
+    assert "lr: 0.1 there, 0.5 now" in refused.message
+    shown = capfd.readouterr()
+    assert "failed: ce_rw_s0" in shown.err
+    assert "| ce " not in shown.out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--set", "epoch=3"], r"option in set.*Did you mean 'epochs'"),
+        (["--methods", "ce/drw", "--set", "start=7"], r"cell 'ce_drw_s0': `start` must be before"),
+        (["--methods", "erm:max_margin=0.3"], r"cell 'ce_none_max_margin-0.3_s0'.*'max_margin'"),
+        (["--methods", "erm", "--jobs", "0"], r"`jobs` must be an integer >= 1, got 0"),
+        (["--set", "lr=-1"], r"cell 'ce_rw_s0': `lr` must be"),
+        (["--set", "mixup=2,3"], r"cell 'ce_rw_s0'.*'3'"),
+    ],
+)
+def test_bad_grids_start_nothing(tmp_path, words, message):
+    with pytest.raises(ValueError, match=message):
+        benchmark.main(tiny(tmp_path, *words))
+    assert not (tmp_path / "grid").exists()
+
+
+def test_bad_files_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"`grid` must be.*Did you mean 'cifar10_paper'"):
+        benchmark.parse(["cifar_paper"])
+    path = tmp_path / "grid.yaml"
+    path.write_text("method: [erm]")
+    with pytest.raises(ValueError, match=r"option in grid\.yaml.*Did you mean 'methods'"):
+        benchmark.parse([str(path)])
+
+
+def test_flags_add_to_the_settings_of_a_file_and_override_the_rest(tmp_path):
+    path = tmp_path / "grid.yaml"
+    path.write_text(
+        "preset: digits_lt\nmethods: [erm]\nseeds: [0, 1]\n"
+        "set: {epochs: 5, decay_milestones: [3, 4], compile: true}\nvary: {mixup: [0, 0.2]}\n"
+    )
+    options = benchmark.parse([str(path), "--seeds", "7", "--set", "epochs=6"])
+    assert options.seeds == [7]
+    runs = benchmark.make_runs(options)
+    assert [run.name for run in runs] == ["ce_none_mixup-0_s7", "ce_none_mixup-0.2_s7"]
+    expected = {"epochs": 6, "decay_milestones": [3, 4], "compile": True, "mixup": 0.2}
+    assert {name: runs[1].options[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("grid", "cells"),
+    [
+        ("digits_quick", 4),
+        ("digits", 40),
+        ("digits_mixup", 32),
+        ("digits_sensitivity", 16),
+        ("stdlib", 40),
+        ("imdb", 12),
+        ("cifar10_paper", 10),
+    ],
+)
+def test_grids_are_what_they_say(grid, cells, capsys):
+    options = benchmark.parse([grid, "--dry_run"])
+    assert benchmark.main(options) == []
+    lines = capsys.readouterr().out.splitlines()
+    assert len(set(lines)) == cells
+    assert all(line.startswith("python ") for line in lines)
+    assert {path.stem for path in benchmark.GRIDS.glob("*.yaml")} >= {grid}

@@ -1,0 +1,226 @@
+import copy
+import csv
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldam_plugins.experiment_plots import PLOTS, digest, heat_map
+from ldam_plugins.experiment_report import write_experiment
+from ldam_plugins.experiment_tables import (
+    comparison_rows,
+    comparisons,
+    interval_rows,
+    matrix_rows,
+    range_rows,
+    spread,
+)
+from ldam_plugins.experiments import (
+    by_setting,
+    error_matrices,
+    read_records,
+    tidy_rows,
+    to_csv,
+    varying_options,
+    write_record,
+)
+
+COUNTS = [300, 100, 30, 5]
+
+
+def record(loss, schedule, seed, error, **options):
+    accuracy = 1 - error / 100
+    test = {
+        "top1_error": error,
+        "balanced_accuracy": accuracy,
+        "worst_class_accuracy": accuracy / 2,
+        "per_class_accuracy": [accuracy] * 3 + [None],
+        **{"many": accuracy, "medium": accuracy, "few": None, "nll": 1.0, "ece": 0.1},
+    }
+    base = {"dataset": "digits", "ratio": 100.0, "max_margin": None, "mixup": 0.0}
+    base |= {"loss": loss, "schedule": schedule, "seed": seed, "output_dir": f"runs/{seed}"}
+    return {
+        "name": f"{loss}_{schedule}_{'_'.join(map(str, options.values()))}_s{seed}",
+        "command": f"python recipes/vision_lt.py --seed {seed}",
+        "options": {**base, **options},
+        "versions": {"torch": "2.6", "timm": None},
+        "class_counts": COUNTS,
+        "device": "cpu",
+        "train_seconds": 60.0,
+        "examples_per_second": 100.0,
+        "test": test,
+    }
+
+
+def method(loss, schedule, errors, **options):
+    return [record(loss, schedule, seed, e, **options) for seed, e in enumerate(errors)]
+
+
+@pytest.fixture
+def records():
+    return [
+        *method("ce", "none", [30.0, 31.0, 29.5]),
+        *method("ce", "drw", [27.0, 28.4, 26.1]),
+        *method("ldam", "none", [29.0, 32.0, 29.7]),
+        *method("ldam", "drw", [20.0, 20.8, 19.9]),
+    ]
+
+
+def test_varying_options_are_what_tells_the_methods_apart(records):
+    assert varying_options(records) == ["loss", "schedule"]
+    records += method("ldam", "drw", [22.0], max_margin=0.3, mixup=0.2)
+    assert varying_options(records) == ["loss", "schedule", "max_margin", "mixup"]
+    runs = by_setting(records)
+    assert [len(group) for group in runs.values()] == [3, 3, 3, 1, 3]
+    assert ("ldam", "drw", 0.3, 0.2) in runs
+
+
+def test_a_default_that_is_written_out_is_the_same_method():
+    records = [record("ldam", "drw", 0, 20.0), record("ldam", "drw", 1, 21.0, max_margin=0.5)]
+    assert len(by_setting(records)) == 1
+
+
+def test_options_that_not_all_versions_know_do_not_tell_methods_apart(records):
+    records[0]["options"]["new"] = True
+    assert varying_options(records) == ["loss", "schedule"]
+
+
+def test_the_same_run_twice_is_refused(records):
+    with pytest.raises(ValueError, match=r"different runs, got .*'copy'.*Remove one"):
+        by_setting([*records, {**records[0], "name": "copy"}])
+
+
+def test_tables(records):
+    row = next(r for r in range_rows(records) if (r["loss"], r["schedule"]) == ("ce", "none"))
+    assert (row["seeds"], row["top-1 error %"]) == ("3", "30.2 (29.5..31.0)")
+    row = next(r for r in interval_rows(records) if (r["loss"], r["schedule"]) == ("ce", "none"))
+    assert row["top-1 error %"] == "30.2 ± 1.9"  # 4.3027 * 0.7638 / sqrt(3) = 1.897
+    ((title, cells),) = error_matrices(records).items()
+    assert title == ""
+    assert matrix_rows(cells)[1]["drw"] == "20.2 ± 1.2 (n = 3)"
+    assert spread([30.0, 32.04]) == "31.0 (30.0..32.0)"
+    assert spread([0.1234]) == "0.123"
+
+
+def test_matrices_are_where_there_is_something_to_compare(records):
+    assert error_matrices([r for r in records if r["options"]["loss"] == "ce"]) == {}
+    assert error_matrices(method("ce", "none", [1.0]) + method("ldam", "drw", [2.0])) == {}
+    mixed = [copy.deepcopy(r) for r in records]
+    for r in mixed:
+        r["options"]["mixup"] = 0.2
+    assert list(error_matrices(records + mixed)) == ["mixup 0", "mixup 0.2"]
+
+
+def test_comparison_with_a_method_and_with_none_of_the_same_loss(records):
+    found = {c.method: c for c in comparisons(records, "erm")}
+    assert list(found) == ["CE-DRW", "LDAM-DRW", "LDAM"]
+    assert found["LDAM-DRW"].paired.difference.mean == pytest.approx(-9.9333, abs=1e-3)
+    assert (found["LDAM-DRW"].verdict, found["LDAM"].verdict) == (
+        "less error",
+        "not told from noise",
+    )
+    pairs = [(c.baseline, c.method) for c in comparisons(records, "*/none")]
+    assert pairs == [("ERM", "CE-DRW"), ("LDAM", "LDAM-DRW")]
+    pairs = [(c.baseline, c.method) for c in comparisons(records, "ldam/drw")]
+    assert ("LDAM-DRW", "ERM") in pairs
+    worse = comparisons(records, "ldam_drw")[1]
+    assert (worse.method, worse.verdict) == ("ERM", "more error")
+    with pytest.raises(ValueError, match="`baseline`"):
+        comparisons(records, "emr")
+
+
+def test_only_equal_seeds_and_long_tails_are_paired(records):
+    other_tail = method("ldam", "drw", [5.0, 5.0, 5.0], ratio=10.0)
+    other_seeds = [record("focal", "none", seed, 25.0 + seed) for seed in (2, 3)]
+    rows = comparison_rows(records + other_tail + other_seeds, "erm")
+    found = {row["method"]: row for row in rows}
+    assert "LDAM-DRW, ratio 10" not in found
+    assert found["Focal, ratio 100"]["pairs"] == "1"
+    assert found["Focal, ratio 100"]["difference in top-1 error, points"] == "-2.5"
+    assert found["Focal, ratio 100"]["says"] == "no test: one pair"
+
+
+def test_baseline_with_the_same_other_options_is_taken_where_there_is_one(records):
+    mixed = [
+        *method("ce", "none", [28.0, 28.5, 29.0], mixup=0.2),
+        *method("ldam", "drw", [18.0, 19.0, 18.2], mixup=0.2),
+        *method("ldam", "drw", [18.0, 18.5, 18.3], mixup=0.4),
+    ]
+    pairs = [(c.baseline, c.method) for c in comparisons(records + mixed, "erm")]
+    assert ("ERM, mixup 0.2", "LDAM-DRW, mixup 0.2") in pairs
+    assert ("ERM, mixup 0", "LDAM-DRW, mixup 0.2") not in pairs
+    assert sum(method == "LDAM-DRW, mixup 0.4" for _, method in pairs) == 2
+
+
+def test_csv_has_a_row_a_run(records):
+    rows = list(csv.DictReader(io.StringIO(to_csv(tidy_rows(records)))))
+    assert len(rows) == 12
+    row = next(row for row in rows if row["name"] == "ldam_drw__s1")
+    assert (float(row["top1_error"]), row["seed"], row["few"]) == (20.8, "1", "")
+    assert (row["version_torch"], row["version_timm"]) == ("2.6", "")
+    assert row["command"] == "python recipes/vision_lt.py --seed 1"
+    assert float(row["train_seconds"]) == 60.0
+
+
+def test_records_are_read_as_they_were_written(records, tmp_path):
+    for entry in records:
+        write_record(tmp_path, entry)
+    assert read_records(tmp_path) == sorted(records, key=lambda r: r["name"])
+    assert len((tmp_path / "ce_none__s0.json").read_text().splitlines()) == 11
+    (tmp_path / "torn.json").write_text(json.dumps({"options": {}}))
+    with pytest.raises(ValueError, match=r"torn\.json.*whole record.*'test'"):
+        read_records(tmp_path)
+    with pytest.raises(ValueError, match="folder with results"):
+        read_records(tmp_path / "none")
+
+
+def test_report_holds_everything_and_needs_nothing(records, tmp_path):
+    page = write_experiment(
+        tmp_path, records, failed={"bad_s0": "exit code 1\n<b>boom</b>"}, baseline="*/none"
+    )
+    text = page.read_text()
+    assert "&lt;b&gt;boom&lt;/b&gt;" in text
+    assert "<b>boom" not in text
+    assert not re.search(r"<script|src=\"http|href=", text)
+    assert text.count("data:image/png;base64,") == 6
+    assert "30.2 ± 1.9" in text
+    left = sorted(path.name for path in tmp_path.iterdir())
+    plots = [f"{name}.png" for name in PLOTS]
+    assert left == sorted([*plots, "report.html", "results", "results.csv", "results.md"])
+    tables = (tmp_path / "results.md").read_text()
+    assert "## Failed" in tables
+    assert "| LDAM-DRW | LDAM " in tables
+    assert read_records(tmp_path / "results") == sorted(records, key=lambda r: r["name"])
+
+
+def test_plots_tell_what_they_were_drawn_from(records):
+    for _, draw in PLOTS.values():
+        light, dark = draw(records), draw(records, dark=True)
+        with Image.open(io.BytesIO(light)) as plot:
+            assert plot.info["Results"] == digest(records)
+            assert plot.size[0] == 1200
+        assert light != dark
+    changed = copy.deepcopy(records)
+    changed[0]["test"]["top1_error"] += 1
+    assert digest(changed) != digest(records)
+    assert digest(records[::-1]) == digest(records)
+    with pytest.raises(ValueError, match="two losses"):
+        heat_map(records[:3])
+
+
+def test_curve_goes_from_head_to_tail_whatever_the_order_of_classes(records):
+    from ldam_plugins.experiment_plots import _curve
+
+    run = copy.deepcopy(records[0])
+    run["class_counts"] = [5, 300, 30]
+    run["test"]["per_class_accuracy"] = [0.1, 0.9, None]
+    places, accuracy = _curve([run])
+    assert (places.tolist(), accuracy.tolist()) == ([0, 2], [90.0, 10.0])
+    run["class_counts"] = list(range(100, 0, -1))
+    run["test"]["per_class_accuracy"] = np.linspace(1, 0, 100).tolist()
+    places, accuracy = _curve([run])
+    assert len(places) == 25
+    assert accuracy[0] == pytest.approx(100 * np.linspace(1, 0, 100)[:4].mean())
