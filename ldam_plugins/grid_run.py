@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -28,6 +26,7 @@ from ldam_plugins.run_files import (
     read_metrics,
     write_atomic,
 )
+from ldam_plugins.runtime import PREEMPTED, noted_sigterm
 
 LOG_FILE = "log.txt"
 _POLL_SECONDS = 0.2
@@ -99,11 +98,16 @@ def run_here(runs: Sequence[CellRun], jobs: int = 1) -> Generator[Outcome, None,
     Args:
         runs: What to run; finished cells are skipped, begun ones resumed.
         jobs: Processes at once, at least 1.
+
+    Raises:
+        SystemExit: with the code ``PREEMPTED``, at SIGTERM.
     """
     waiting, running = deque(runs), dict[int, tuple[CellRun, subprocess.Popen[bytes]]]()
     free = deque(range(jobs))
-    with _stopped_at_the_end(running):
+    with noted_sigterm() as told, _stopped_at_the_end(running):
         while waiting or running:
+            if told.is_set():
+                raise SystemExit(PREEMPTED)
             while waiting and free:
                 run, slot = waiting.popleft(), free[0]
                 begun = _begin(run, _share_of_machine(slot, jobs))
@@ -235,27 +239,20 @@ def usable_cores() -> int:
 def _stopped_at_the_end(
     running: Mapping[int, tuple[CellRun, subprocess.Popen[bytes]]],
 ) -> Iterator[None]:
-    """Stop what is running at the end, the end by SIGTERM included."""
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)) if main else None
     try:
         yield
     finally:
         _stop([process for _, process in running.values()])
-        if main:
-            signal.signal(signal.SIGTERM, before)
 
 
 def _stop(started: Sequence[subprocess.Popen[bytes]]) -> None:
-    """End processes and all they started, by force where they do not end by themselves."""
+    """Ask processes to end; those that do not, and what they started, are ended by force."""
     family = []
     for parent in started:
         with suppress(psutil.NoSuchProcess):
             process = psutil.Process(parent.pid)
             family += [process, *process.children(recursive=True)]
-    for process in family:
-        with suppress(psutil.NoSuchProcess):
-            process.terminate()
+        parent.terminate()
     _, left = psutil.wait_procs(family, timeout=_GRACE_SECONDS)
     for process in left:
         with suppress(psutil.NoSuchProcess):

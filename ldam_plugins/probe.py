@@ -86,7 +86,7 @@ def head_inputs(
         raise ValueError(must_be("model", "one with a single head", names))
     seen: list[Tensor] = []
     hook = model.get_submodule(names[0]).register_forward_pre_hook(
-        lambda module, arguments: seen.append(arguments[0].flatten(1).float().cpu())
+        lambda module, arguments: seen.append(arguments[0].float().cpu())
     )
     training = model.training
     model.eval()
@@ -105,4 +105,8 @@ def _one_call(
     run(model, batch)
     if len(seen) != 1:
         raise ValueError(must_be("calls of the head for a batch", "1", len(seen)))
-    return seen[0]
+    features = seen[0].flatten(1) if seen[0].ndim == 4 else seen[0]  # 1x1 maps of a conv head
+    if features.ndim != 2:
+        wanted = "(samples, features)"
+        raise ValueError(must_be("input of the head", wanted, tuple(features.shape)))
+    return features
