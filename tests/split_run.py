@@ -111,3 +111,6 @@ if __name__ == "__main__":
     found = everything([int(micro) for micro in sys.argv[2].split(",")])
     if int(torch.distributed.get_rank()) == 0:
         torch.save(found, sys.argv[1])
+    # A process that ends with its threads of gloo running may be aborted.
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
