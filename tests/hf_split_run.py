@@ -67,6 +67,9 @@ def main():
     found = runs(folder, processes)
     rank = next(iter(found.values()))["rank"]
     torch.save(found, f"{out}.{rank}")
+    if processes > 1:  # one that ends with its threads of gloo running may be aborted
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
