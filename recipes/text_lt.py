@@ -159,6 +159,7 @@ def main(options: TextOptions) -> dict[str, Any]:
     if trainer.is_world_process_zero():
         leave(options, trainer, metrics)
         print(per_class_table(result, counts))
+    trainer.accelerator.end_training()
     return metrics
 
 
