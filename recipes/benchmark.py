@@ -17,6 +17,7 @@ Left in ``--output_dir``: ``report.html``, ``results.md``, ``results.csv``, plot
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Generator, Iterator
 from contextlib import closing
@@ -81,7 +82,7 @@ def main(options: BenchmarkOptions) -> list[Outcome]:
     check_int("jobs", options.jobs, low=1)
     runs = make_runs(options)
     if options.dry_run:
-        print(*(" ".join(run.command()) for run in runs), sep="\n")
+        print(*(shlex.join(run.command()) for run in runs), sep="\n")
         return []
     outcomes = [] if options.report_only else list(progress(options, runs))
     failed = {outcome.name: outcome.message for outcome in outcomes if outcome.status == "failed"}

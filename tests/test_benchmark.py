@@ -41,6 +41,8 @@ if mode.startswith("meet:"):
         time.sleep(0.01)
 options = {"mode": mode, "resume": "auto", "output_dir": str(out)}
 (out / "metrics.json").write_text(json.dumps({"options": options}))
+if mode == "late":
+    sys.exit(3)
 """
 
 
@@ -88,11 +90,13 @@ def gone(pid):
 
 
 def test_failed_cells_are_listed_with_the_end_of_their_log_and_others_finish(cell):
-    runs = [cell("fail", "bad"), cell("silent", "silent"), cell("finish", "good")]
+    modes = {"bad": "fail", "silent": "silent", "late": "late", "good": "finish"}
+    runs = [cell(mode, name) for name, mode in modes.items()]
     found = {outcome.name: outcome for outcome in run_here(runs)}
     assert {name: found[name].status for name in found} == {
         "bad": "failed",
         "silent": "failed",
+        "late": "failed",
         "good": "finished",
     }
     assert found["bad"].message.splitlines()[-1] == "ValueError: `x` must be y"
