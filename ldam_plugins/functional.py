@@ -120,15 +120,15 @@ def ldam_loss(
         target = target.to(margins.dtype)
         shifted = torch.addcmul(logits.to(margins.dtype), target, margins, value=-scale)
     elif _at_once(logits, margins, weight, reduction):
-        coefficient = _row_weights(target, weight, ignore_index, margins.dtype)
+        index, coefficient = _terms(target, weight, ignore_index, margins.dtype)
         if reduction == "mean":
             coefficient /= coefficient.sum().item() or 1.0
-        index = target.masked_fill(target == ignore_index, 0).unsqueeze(1)
-        return margin_cross_entropy(logits, index, scale * margins[index], coefficient)
+        addend = (margins.gather(0, index) * -scale).unsqueeze(1)
+        return margin_cross_entropy(logits, index.unsqueeze(1), addend, coefficient)
     else:
-        index = target.clamp(0, logits.shape[1] - 1).unsqueeze(1)
-        shift = margins[index] * -scale
-        shifted = logits.to(margins.dtype).scatter_add(1, index, shift)
+        index = target.clamp(0, logits.shape[1] - 1)
+        addend = (margins.gather(0, index) * -scale).unsqueeze(1)
+        shifted = logits.to(margins.dtype).scatter_add(1, index.unsqueeze(1), addend)
     return _cross_entropy(shifted, target, weight, ignore_index, reduction)
 
 
@@ -308,10 +308,18 @@ def _row_weights(
     target: Tensor, weight: Tensor | None, ignore_index: int, dtype: torch.dtype
 ) -> Tensor:
     """Weight of each row (N,): that of its class, or 0 where it is ignored."""
+    return _terms(target, weight, ignore_index, dtype)[1]
+
+
+def _terms(
+    target: Tensor, weight: Tensor | None, ignore_index: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Class of each row (N,), 0 where it is ignored, and its weight (N,), 0 there too."""
     ignored = target == ignore_index
+    index = target.masked_fill(ignored, 0)
     if weight is None:
-        return (~ignored).to(dtype)
-    return weight[target.masked_fill(ignored, 0)].masked_fill(ignored, 0)
+        return index, (~ignored).to(dtype)
+    return index, weight.gather(0, index).masked_fill(ignored, 0)
 
 
 def _at_target(values: Tensor, target: Tensor, ignore_index: int) -> Tensor:
@@ -346,6 +354,8 @@ def _cross_entropy(
     logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str
 ) -> Tensor:
     """Torch's, but for the mean of nothing, which is 0."""
+    if target.ndim == 2 and weight is not None and _readable(logits) and _are_ones(weight):
+        weight = None  # torch would multiply (N, C) by it, twice
     options: dict[str, Any] = {} if target.ndim == 2 else {"ignore_index": ignore_index}
     if reduction == "mean" and not _readable(logits):
         rows = F.cross_entropy(logits, target, weight, reduction="none", **options)
@@ -355,6 +365,11 @@ def _cross_entropy(
         total = F.cross_entropy(logits, target, weight, reduction="sum", **options)
         return total / _divisor(target, weight, ignore_index)
     return loss
+
+
+def _are_ones(weight: Tensor) -> bool:
+    """Whether they change nothing, and ask for no gradient."""
+    return not weight.requires_grad and bool((weight == 1).all())
 
 
 def _reduce(

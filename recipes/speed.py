@@ -113,7 +113,7 @@ def main(options: SpeedOptions) -> list[Row]:
         check_choice("only", name, SECTIONS)
     if options.threads:
         torch.set_num_threads(options.threads)
-    torch.ones(8 << 20)  # a training process has had large blocks, which malloc then keeps
+    torch.ones(7 << 20)  # a training process has had large blocks, which malloc then keeps
     register()
     rows = []
     for name in options.only:
