@@ -1,6 +1,6 @@
 """Time the package against what one would use instead, side by side in one run.
 
-    python recipes/speed.py                                     # all but vision and text
+    python recipes/speed.py                                     # all but processes, vision, text
     python recipes/speed.py --only vision --steps 90            # a whole epoch of CIFAR-10-LT
     python recipes/speed.py --only text --text_dataset stanfordnlp/imdb
     python recipes/speed.py --only loss head --json speed.json
@@ -13,6 +13,7 @@ what else the machine does meets them alike. Sections:
 * head: chunked cosine head and LDAM against the plain one, gradients of weight and features;
 * counts, sampler, metrics, import: small things, against NumPy, torch, scikit-learn, torch alone;
 * scaling: counts, sampler and image batches as they grow;
+* processes: a training of ``vision_lt.py`` by two processes against one, a thread each;
 * vision: training steps of ``vision_lt.py`` against a DataLoader with two workers and PIL
   transforms in float32, and against timm's create_loader and ClassificationTask;
 * text: ``text_lt.py`` against a plain Trainer with padding to the full length in float32.
@@ -21,6 +22,7 @@ what else the machine does meets them alike. Sections:
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -81,6 +83,8 @@ from ldam_plugins.samplers import DeferredSampler
 Row = dict[str, Any]
 Contender = Callable[[], Any]
 ROWS = 256
+SEEN_BYTES = 1 << 26
+"""Tensors from this size on go back to the system when freed, so their peaks can be seen."""
 QUICK = ["loss", "head", "counts", "sampler", "metrics", "import", "scaling"]
 
 
@@ -88,7 +92,7 @@ QUICK = ["loss", "head", "counts", "sampler", "metrics", "import", "scaling"]
 class SpeedOptions:
     """What is timed, and how large it gets."""
 
-    only: list[str] = option(QUICK, "sections to run: those above, vision, text")
+    only: list[str] = option(QUICK, "sections to run: those above, processes, vision, text")
     repeats: int = option(7, "turns of each contender")
     seconds: float = option(0.1, "least seconds of a turn of the small things")
     max_classes: int = option(1_000_000, "classes the loss and the head grow to")
@@ -96,6 +100,7 @@ class SpeedOptions:
     max_rows: int = option(10_000_000, "rows that counts and sampler grow to")
     max_image: int = option(224, "pixels a side that images grow to")
     steps: int = option(30, "training steps of a turn of vision and text")
+    epochs: int = option(100, "epochs of processes")
     dataset: str = option("uoft-cs/cifar10", "images of vision, cut to the long tail of the paper")
     compile: bool = option(True, "compile ours in vision, as --compile of vision_lt.py")
     text_dataset: str = option("stanfordnlp/imdb", "texts of text")
@@ -244,13 +249,24 @@ def loss(options: SpeedOptions) -> Iterator[Row]:
                 theirs = nn.CrossEntropyLoss(None if weights is None else weights.to(dtype))
                 mass = target.to(dtype) if kind == "soft" else target
                 what = f"LDAM {kind}, {rows} x {classes}, {str(dtype)[6:]}"
+                ours, peer = (
+                    gradient_of(criterion, logits, target),
+                    gradient_of(theirs, logits, mass),
+                )
                 yield compare(
                     options,
                     what,
-                    gradient_of(criterion, logits, target),
-                    gradient_of(theirs, logits, mass),
+                    ours,
+                    peer,
                     "nn.CrossEntropyLoss",
+                    note=peaks(ours, peer) if logits.nbytes >= SEEN_BYTES else "",
                 )
+
+
+def peaks(ours: Contender, peer: Contender) -> str:
+    """Peak memory of both, what they were given aside."""
+    ours(), peer()
+    return f"peak {peak_memory(ours):.0f} MB, theirs {peak_memory(peer):.0f} MB"
 
 
 def gradient_of(criterion: nn.Module, logits: Tensor, target: Tensor) -> Contender:
@@ -414,6 +430,37 @@ def usual_transform(size: int) -> Any:
             transforms.Normalize((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
         ]
     )
+
+
+def processes(options: SpeedOptions) -> Iterator[Row]:
+    """The same training on digits by two processes and by one, start-up not counted."""
+    seconds = [
+        (seconds_of_processes(options, 2), seconds_of_processes(options, 1))
+        for _ in range(options.repeats)
+    ]
+    what = f"{options.epochs} epochs of digits_lt by 2 processes"
+    yield summary(what, "1 process", seconds)
+
+
+def seconds_of_processes(options: SpeedOptions, count: int) -> float:
+    """Training seconds of so many processes with one thread each, the batch shared out."""
+    with tempfile.TemporaryDirectory() as folder:
+        preset = parse_options(VisionOptions, [], default="digits_lt")
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count)]
+        command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+        command += [str(Path(__file__).with_name("vision_lt.py")), "--output_dir", folder]
+        command += ["--schedule", "none", "--batch_size", str(preset.batch_size // count)]
+        command += ["--epochs", str(options.epochs), "--eval_every", str(options.epochs)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        if not torch.accelerator.is_available():
+            environment["ACCELERATE_USE_CPU"] = "true"
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)} failed: {done.stderr[-2000:]}")
+        found = json.loads((Path(folder) / "metrics.json").read_text(encoding="utf-8"))
+    if found["processes"] != count:
+        raise RuntimeError(f"{count} processes were asked for, {found['processes']} ran")
+    return found["train_seconds"]
 
 
 def vision(options: SpeedOptions) -> Iterator[Row]:
@@ -586,6 +633,7 @@ SECTIONS: dict[str, Callable[[SpeedOptions], Iterator[Row]]] = {
     "metrics": metrics,
     "import": start_up,
     "scaling": scaling,
+    "processes": processes,
     "vision": vision,
     "text": text,
 }

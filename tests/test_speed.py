@@ -20,6 +20,7 @@ TINY = {
     "batch_size": 8,
     "text_batch_size": 2,
     "steps": 2,
+    "epochs": 1,
 }
 
 
@@ -48,14 +49,14 @@ def test_small_sections(tmp_path, capsys):
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_vision_and_text():
+def test_training():
     AcceleratorState._reset_state(reset_partial_state=True)
     more = {"compile": False, "dataset": "digits", "text_dataset": "stdlib_docstrings"}
-    only = {"only": ["vision", "text"], "text_model": "bilstm", "max_length": 16}
+    only = {"only": ["processes", "vision", "text"], "text_model": "bilstm", "max_length": 16}
     rows = speed.main(speed.SpeedOptions(**TINY, **more, **only))
     for row in rows:
         whole(row)
-    assert [row["section"] for row in rows] == ["vision", "vision", "text"]
+    assert [row["section"] for row in rows] == ["processes", "vision", "vision", "text"]
 
 
 def test_unknown_section():
