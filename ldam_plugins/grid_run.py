@@ -1,4 +1,4 @@
-"""The runs of a grid as processes of their own, here or on a Slurm cluster."""
+"""The runs of a grid as processes of their own."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from typing import IO, Any, NamedTuple
 import psutil
 import torch
 
-from ldam_plugins._checks import must_be
 from ldam_plugins.run_files import (
     COMMAND_FILE,
     METRICS_FILE,
@@ -123,46 +122,13 @@ def run_here(runs: Sequence[CellRun], jobs: int = 1) -> Generator[Outcome, None,
             time.sleep(_POLL_SECONDS if running else 0)
 
 
-def run_on_slurm(
-    runs: Sequence[CellRun],
-    jobs: int,
-    folder: str | os.PathLike[str],
-    parameters: Mapping[str, str | int],
-) -> Generator[Outcome, None, None]:
-    """Run cells as one Slurm job array, at most ``jobs`` of it at once; yields each as it ends.
-
-    Stopping the grid cancels the jobs that have not ended.
-
-    Args:
-        runs: What to run. Their folders must be seen by all nodes.
-        jobs: Array tasks at once.
-        folder: Where submitit keeps its files.
-        parameters: Of ``submitit.AutoExecutor.update_parameters``: ``timeout_min``,
-            ``gpus_per_node``, ``cpus_per_task``, ``mem_gb``, ``slurm_partition``, ...
-
-    Raises:
-        ModuleNotFoundError: submitit is not installed.
-    """
-    submitit = _import_submitit()
-    executor = submitit.AutoExecutor(folder=str(folder), cluster="slurm")
-    executor.update_parameters(slurm_array_parallelism=jobs, **parameters)
-    submitted = executor.map_array(run_cell, list(runs))
-    names = {id(job): run.name for job, run in zip(submitted, runs, strict=True)}
-    try:
-        for job in submitit.helpers.as_completed(submitted):
-            error = job.exception()
-            lost = Outcome(names[id(job)], "failed", str(error))
-            yield job.result() if error is None else lost
-    finally:
-        for job in submitted:
-            if not job.done():
-                job.cancel()
-
-
 def run_cell(run: CellRun) -> Outcome:
-    """Run one cell in a process of its own, and wait for it."""
+    """Run one cell in a process of its own, and wait for it; the process ends with the waiting."""
     begun = _begin(run, {})
-    return begun if isinstance(begun, Outcome) else _outcome(run, begun.wait())
+    if isinstance(begun, Outcome):
+        return begun
+    with _stopped_at_the_end({0: (run, begun)}):
+        return _outcome(run, begun.wait())
 
 
 def start_cell(run: CellRun, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
@@ -191,11 +157,17 @@ def start_cell(run: CellRun, environment: Mapping[str, str]) -> subprocess.Popen
 def _begin(run: CellRun, environment: Mapping[str, str]) -> subprocess.Popen[bytes] | Outcome:
     """The process of a cell, or how the cell ended without one."""
     try:
-        if is_finished(run):
-            return Outcome(run.name, "skipped")
-        return start_cell(run, environment)
+        return ended_before(run) or start_cell(run, environment)
     except BlockingIOError:
         return Outcome(run.name, "failed", f"another process is running it in {run.folder}")
+    except OSError as error:
+        return Outcome(run.name, "failed", f"{type(error).__name__}: {error}")
+
+
+def ended_before(run: CellRun) -> Outcome | None:
+    """How a cell ends without being run: skipped, or failed for what its folder holds."""
+    try:
+        return Outcome(run.name, "skipped") if is_finished(run) else None
     except (OSError, ValueError, KeyError) as error:
         return Outcome(run.name, "failed", f"{type(error).__name__}: {error}")
 
@@ -247,8 +219,8 @@ def _stopped_at_the_end(
 
 def _stop(started: Sequence[subprocess.Popen[bytes]]) -> None:
     """Ask processes to end; those that do not, and what they started, are ended by force."""
-    family = []
-    for parent in started:
+    family, alive = [], [process for process in started if process.poll() is None]
+    for parent in alive:
         with suppress(psutil.NoSuchProcess):
             process = psutil.Process(parent.pid)
             family += [process, *process.children(recursive=True)]
@@ -257,7 +229,7 @@ def _stop(started: Sequence[subprocess.Popen[bytes]]) -> None:
     for process in left:
         with suppress(psutil.NoSuchProcess):
             process.kill()
-    for parent in started:
+    for parent in alive:
         parent.wait()
 
 
@@ -267,13 +239,3 @@ def _lock(log: IO[bytes]) -> None:
         import fcntl
 
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def _import_submitit() -> Any:
-    try:
-        import submitit
-    except ModuleNotFoundError as error:
-        way_out = 'Run `pip install "ldam-plugins[slurm]"`, or leave --launcher at local.'
-        message = must_be("launcher", "one whose package is installed", "slurm", way_out)
-        raise ModuleNotFoundError(message) from error
-    return submitit

@@ -30,12 +30,13 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from ldam_plugins import ClassCounts
-from ldam_plugins._checks import check_int, must_be
+from ldam_plugins._checks import check_int
 from ldam_plugins.experiment_report import write_experiment
 from ldam_plugins.experiment_tables import interval_rows, markdown
 from ldam_plugins.experiments import collect_records
 from ldam_plugins.grid import Cell, Grid, expand, in_cell
-from ldam_plugins.grid_run import CellRun, Outcome, run_here, run_on_slurm
+from ldam_plugins.grid_run import CellRun, Outcome, run_here
+from ldam_plugins.grid_slurm import run_on_slurm, slurm_parameters
 
 GRIDS = Path(__file__).parent / "grids"
 RECIPES = {"vision": ("vision_lt", "VisionOptions"), "text": ("text_lt", "TextOptions")}
@@ -59,7 +60,7 @@ class BenchmarkOptions:
     baseline: str = option("erm", "method that others are compared with; */none: of the same loss")
     jobs: int = option(1, "cells at once")
     launcher: str = option("local", "where cells run", choices=("local", "slurm"))
-    slurm: list[str] = option([], "name=value for submitit, as timeout_min=60", action="extend")
+    slurm: list[str] = option([], "of submitit: timeout_min=60 partition=gpu ...", action="extend")
     dry_run: bool = option(False, "print the command of each cell and stop")
     report_only: bool = option(False, "run nothing; report on the cells that are finished")
 
@@ -161,16 +162,8 @@ def launch(options: BenchmarkOptions, runs: list[CellRun]) -> Generator[Outcome,
     """The cells on this machine or on a cluster."""
     if options.launcher == "local":
         return run_here(runs, options.jobs)
-    parameters = dict(slurm_parameter(entry) for entry in options.slurm)
+    parameters = slurm_parameters(options.slurm)
     return run_on_slurm(runs, options.jobs, Path(options.output_dir, "slurm"), parameters)
-
-
-def slurm_parameter(entry: str) -> tuple[str, str | int]:
-    """A parameter of submitit, a number where it looks like one."""
-    name, equals, value = entry.partition("=")
-    if not equals:
-        raise ValueError(must_be("slurm", "made of name=value", entry))
-    return name, int(value) if value.isdigit() else value
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ LAYERS = [
     {"losses", "schedules", "metrics", "tables"},
     {"samplers", "head_layers", "head_names", "evaluate_metric", "plots", "grid"},
     {"heads", "image_sources", "image_files", "reports", "docstrings", "grid_run", "probe"},
-    {"experiments"},
+    {"experiments", "grid_slurm"},
     {"experiment_tables", "experiment_plots"},
     {"experiment_report"},
     {"image_annotations", "image_tables"},
