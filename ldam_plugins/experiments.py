@@ -160,7 +160,7 @@ def tidy_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
     return [
         {
             "name": record["name"],
-            **{name: shown(option_value(record, name)) for name in names},
+            **{name: _scalar(option_value(record, name)) for name in names},
             "seed": record["options"]["seed"],
             **{metric: record["test"][metric] for metric in METRICS},
             "train_seconds": record["train_seconds"],
@@ -181,6 +181,16 @@ def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+def to_parquet(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Rows as Parquet, with the columns of :func:`to_csv`; null where a row has no value."""
+    from pyarrow import BufferOutputStream, parquet, table
+
+    columns = dict.fromkeys(name for row in rows for name in row)
+    content = BufferOutputStream()
+    parquet.write_table(table({n: [row.get(n) for row in rows] for n in columns}), content)
+    return content.getvalue().to_pybytes()
 
 
 def errors_of(runs: Iterable[Record]) -> list[float]:
@@ -215,6 +225,10 @@ def shown(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return " ".join(map(shown, value))
     return f"{value:.12g}" if isinstance(value, float) else str(value)
+
+
+def _scalar(value: Any) -> Any:
+    return shown(value) if isinstance(value, tuple) else value
 
 
 def _hashable(value: Any) -> Any:

@@ -11,8 +11,9 @@ settings of their own after colons: ``ldam_drw:max_margin=0.3``. Every cell is a
 ``--output_dir``: finished cells are skipped, so the same command goes on with a grid that was
 stopped, and adds what is new. Failed cells are listed and the exit code is 1.
 
-Left in ``--output_dir``: ``report.html``, ``results.md``, ``results.csv``, plots as PNG, and
-``results/`` with a small JSON a run, from which ``recipes/results_tables.py`` makes tables.
+Left in ``--output_dir``: ``report.html``, ``results.md``, ``results.csv`` and ``.parquet``, plots
+as PNG, and ``results/`` with a small JSON a run, from which ``recipes/results_tables.py`` makes
+tables.
 """
 
 from __future__ import annotations

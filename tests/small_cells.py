@@ -23,11 +23,11 @@ if mode == "fail":
 if mode.startswith("signal:") and not begun:
     _, number, pid = mode.split(":")
     os.kill(int(pid) or os.getppid(), int(number))
-    time.sleep(60)
+    time.sleep(300)
 if mode == "silent":
     sys.exit()
 if mode == "hang":
-    time.sleep(60)
+    time.sleep(300)
 if mode.startswith("meet:"):
     while not (out.parent / mode[5:] / "began.json").exists():
         time.sleep(0.01)

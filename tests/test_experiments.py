@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 from ldam_plugins.experiment_plots import PLOTS, digest, heat_map
 from ldam_plugins.experiment_report import write_experiment
@@ -24,6 +25,7 @@ from ldam_plugins.experiments import (
     read_records,
     tidy_rows,
     to_csv,
+    to_parquet,
     varying_options,
     write_record,
 )
@@ -165,6 +167,22 @@ def test_csv_has_a_row_a_run(records):
     assert float(row["train_seconds"]) == 60.0
 
 
+def test_parquet_holds_numbers_as_numbers(records):
+    other = record("ldam", "drw", 7, 20.0, mixup=0.2, max_margin=0.3)
+    other["versions"] = {"torch": "2.6", "peft": "0.17"}
+    tidy = tidy_rows([*records, other])
+    table = parquet.read_table(io.BytesIO(to_parquet(tidy))).to_pylist()
+    rows = {row["name"]: row for row in table}
+    assert len(rows) == 13
+    found = rows["ldam_drw_0.2_0.3_s7"]
+    assert (found["top1_error"], found["mixup"], found["max_margin"]) == (20.0, 0.2, 0.3)
+    assert (found["version_peft"], found["few"], found["seed"]) == ("0.17", None, 7)
+    assert (rows["ce_none__s1"]["max_margin"], rows["ce_none__s1"]["version_peft"]) == (None, None)
+    assert list(csv.DictReader(io.StringIO(to_csv(tidy)))) == [
+        {name: "" if value is None else str(value) for name, value in row.items()} for row in table
+    ]
+
+
 def test_records_are_read_as_they_were_written(records, tmp_path):
     for entry in records:
         write_record(tmp_path, entry)
@@ -189,7 +207,9 @@ def test_report_holds_everything_and_needs_nothing(records, tmp_path):
     assert "30.2 ± 1.9" in text
     left = sorted(path.name for path in tmp_path.iterdir())
     plots = [f"{name}.png" for name in PLOTS]
-    assert left == sorted([*plots, "report.html", "results", "results.csv", "results.md"])
+    assert left == sorted(
+        [*plots, "report.html", "results", "results.csv", "results.md", "results.parquet"]
+    )
     tables = (tmp_path / "results.md").read_text()
     assert "## Failed" in tables
     assert "| LDAM-DRW | LDAM " in tables
