@@ -30,12 +30,12 @@ from ldam_plugins.intervals import (
 )
 from ldam_plugins.schedules import KINDS
 
-# Name of a column: the metric, and what it is multiplied by.
+# Name of a column: the metric, what it is multiplied by, and decimal places.
 _COLUMNS = {
-    "top-1 error %": ("top1_error", 1.0),
-    "balanced accuracy %": ("balanced_accuracy", 100.0),
-    "worst class %": ("worst_class_accuracy", 100.0),
-    "ece": ("ece", 1.0),
+    "top-1 error %": ("top1_error", 1.0, 1),
+    "balanced accuracy %": ("balanced_accuracy", 100.0, 1),
+    "worst class %": ("worst_class_accuracy", 100.0, 1),
+    "ece": ("ece", 1.0, 3),
 }
 _TAIL_OPTIONS = ("dataset", "profile", "ratio", "subset_seed")
 
@@ -69,16 +69,16 @@ def range_rows(records: Sequence[Record]) -> list[Row]:
 
 def interval_rows(records: Sequence[Record]) -> list[Row]:
     """One row a setting: mean and 95 % t-interval over the seeds of the metrics."""
-    return _rows_of(records, lambda values: worded(mean_interval(values), _digits(values)))
+    return _rows_of(records, lambda values, digits: worded(mean_interval(values), digits))
 
 
-def _rows_of(records: Sequence[Record], summarise: Callable[[list[float]], str]) -> list[Row]:
+def _rows_of(records: Sequence[Record], summarise: Callable[[list[float], int], str]) -> list[Row]:
     names = varying_options(records)
     rows = []
     for setting, runs in by_setting(records).items():
         row = dict(zip(names, map(shown, setting), strict=True)) | {"seeds": str(len(runs))}
-        for title, (metric, factor) in _COLUMNS.items():
-            row[title] = summarise([factor * run["test"][metric] for run in runs])
+        for title, (metric, factor, digits) in _COLUMNS.items():
+            row[title] = summarise([factor * run["test"][metric] for run in runs], digits)
         rows.append(row)
     return rows
 
@@ -178,17 +178,12 @@ def worded(interval: Interval, digits: int = 1, sign: str = "") -> str:
     return mean if interval.half_width is None else f"{mean} ± {interval.half_width:.{digits}f}"
 
 
-def spread(values: list[float]) -> str:
+def spread(values: list[float], digits: int = 1) -> str:
     """Mean and range of the values of several seeds."""
-    digits = _digits(values)
     mean = f"{np.mean(values):.{digits}f}"
     if len(values) == 1:
         return mean
     return f"{mean} ({min(values):.{digits}f}..{max(values):.{digits}f})"
-
-
-def _digits(values: Sequence[float]) -> int:
-    return 3 if max(values) < 1 else 1
 
 
 def _matrix_cell(interval: Interval | None) -> str:

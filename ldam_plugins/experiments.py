@@ -24,6 +24,7 @@ from ldam_plugins.run_files import (
     read_metrics,
     write_atomic,
 )
+from ldam_plugins.schedules import KINDS
 
 Record = dict[str, Any]
 """``metrics.json`` of one run, with its ``name`` and the ``command`` that made it."""
@@ -126,6 +127,8 @@ def _loss_defaults(loss: str) -> dict[str, Any]:
 def by_setting(records: Sequence[Record]) -> dict[Setting, list[Record]]:
     """Runs by the values of :func:`varying_options`, sorted by them and then by the seed.
 
+    Schedules come in the order of :data:`~ldam_plugins.schedules.KINDS`, other text by letters.
+
     Raises:
         ValueError: two runs with the same options and seed.
     """
@@ -138,7 +141,12 @@ def by_setting(records: Sequence[Record]) -> dict[Setting, list[Record]]:
             same = [record["name"], found[setting][-1]["name"]]
             raise ValueError(must_be("results", "of different runs", same, "Remove one of them."))
         found[setting].append(record)
-    return dict(sorted(found.items(), key=lambda item: [_sort_key(v) for v in item[0]]))
+    return dict(sorted(found.items(), key=lambda item: _order(item[0])))
+
+
+def _order(setting: Setting) -> list[tuple[bool, bool, float, str]]:
+    loss, schedule, *others = setting
+    return [_sort_key(value) for value in (loss, KINDS.index(schedule), *others)]
 
 
 def method_title(names: Sequence[str], setting: Setting) -> str:

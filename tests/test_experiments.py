@@ -76,7 +76,7 @@ def test_varying_options_are_what_tells_the_methods_apart(records):
     records += method("ldam", "drw", [22.0], max_margin=0.3, mixup=0.2)
     assert varying_options(records) == ["loss", "schedule", "max_margin", "mixup"]
     runs = by_setting(records)
-    assert [len(group) for group in runs.values()] == [3, 3, 3, 1, 3]
+    assert [len(group) for group in runs.values()] == [3, 3, 3, 3, 1]
     assert ("ldam", "drw", 0.3, 0.2) in runs
 
 
@@ -104,7 +104,17 @@ def test_tables(records):
     assert title == ""
     assert matrix_rows(cells)[1]["drw"] == "20.2 ± 1.2 (n = 3)"
     assert spread([30.0, 32.04]) == "31.0 (30.0..32.0)"
-    assert spread([0.1234]) == "0.123"
+    assert spread([0.1234], 3) == "0.123"
+    for r in records:
+        r["test"]["worst_class_accuracy"] = 0.0
+    assert {row["worst class %"] for row in range_rows(records)} == {"0.0 (0.0..0.0)"}
+    assert {row["ece"] for row in interval_rows(records)} == {"0.100 ± 0.000"}
+
+
+def test_schedules_come_in_their_own_order(records):
+    records += method("ce", "rs", [28.0]) + method("ce", "rw", [28.0])
+    found = [row["schedule"] for row in range_rows(records)]
+    assert found == ["none", "rw", "rs", "drw", "none", "drw"]
 
 
 def test_matrices_are_where_there_is_something_to_compare(records):
@@ -118,7 +128,7 @@ def test_matrices_are_where_there_is_something_to_compare(records):
 
 def test_comparison_with_a_method_and_with_none_of_the_same_loss(records):
     found = {c.method: c for c in comparisons(records, "erm")}
-    assert list(found) == ["CE-DRW", "LDAM-DRW", "LDAM"]
+    assert list(found) == ["CE-DRW", "LDAM", "LDAM-DRW"]
     assert found["LDAM-DRW"].paired.difference.mean == pytest.approx(-9.9333, abs=1e-3)
     assert (found["LDAM-DRW"].verdict, found["LDAM"].verdict) == (
         "less error",
@@ -128,7 +138,7 @@ def test_comparison_with_a_method_and_with_none_of_the_same_loss(records):
     assert pairs == [("ERM", "CE-DRW"), ("LDAM", "LDAM-DRW")]
     pairs = [(c.baseline, c.method) for c in comparisons(records, "ldam/drw")]
     assert ("LDAM-DRW", "ERM") in pairs
-    worse = comparisons(records, "ldam_drw")[1]
+    worse = comparisons(records, "ldam_drw")[0]
     assert (worse.method, worse.verdict) == ("ERM", "more error")
     with pytest.raises(ValueError, match="`baseline`"):
         comparisons(records, "emr")
