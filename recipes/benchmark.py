@@ -58,7 +58,7 @@ class BenchmarkOptions:
     set: list[str] = option([], "option=value for all cells", action="extend")
     vary: list[str] = option([], "option=a,b,c: cells for each value", action="extend")
     output_dir: str = option("runs/benchmark", "folder of the grid")
-    baseline: str = option("erm", "method that others are compared with; */none: of the same loss")
+    baseline: str = option("erm", "what others are compared with: erm, */none, ldam_drw:start=80")
     jobs: int = option(1, "cells at once")
     launcher: str = option("local", "where cells run", choices=("local", "slurm"))
     slurm: list[str] = option([], "of submitit: timeout_min=60 partition=gpu ...", action="extend")

@@ -167,6 +167,18 @@ def test_baseline_with_the_same_other_options_is_taken_where_there_is_one(record
     assert sum(method == "LDAM-DRW, mixup 0.4" for _, method in pairs) == 2
 
 
+def test_options_choose_among_the_settings_of_a_baseline(records):
+    margins = [0.1, 0.3]
+    for margin in margins:
+        records += method("ldam", "drw", [22.0 + margin, 22.5, 21.8], max_margin=margin)
+    assert not [c for c in comparisons(records, "ldam_drw") if c.method.startswith("LDAM-DRW")]
+    pairs = {(c.baseline, c.method) for c in comparisons(records, "ldam_drw:max_margin=-:mixup=0")}
+    titles = ["LDAM-DRW, max_margin 0.1", "LDAM-DRW, max_margin 0.3", "ERM", "CE-DRW", "LDAM"]
+    assert pairs == {("LDAM-DRW", title) for title in titles}
+    with pytest.raises(ValueError, match=r"option in baseline.*Did you mean 'max_margin'"):
+        comparisons(records, "ldam_drw:max_margn=0.1")
+
+
 def test_csv_has_a_row_a_run(records):
     rows = list(csv.DictReader(io.StringIO(to_csv(tidy_rows(records)))))
     assert len(rows) == 12
