@@ -9,9 +9,10 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from heapq import heapify, heapreplace
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -86,7 +87,19 @@ def is_finished(run: CellRun) -> bool:
     return True
 
 
-def run_here(runs: Sequence[CellRun], jobs: int = 1) -> Generator[Outcome, None, None]:
+class _Begun(NamedTuple):
+    """A cell that runs, and since when on the monotonic clock."""
+
+    run: CellRun
+    process: subprocess.Popen[bytes]
+    since: float
+
+
+def run_here(
+    runs: Sequence[CellRun],
+    jobs: int = 1,
+    on_wait: Callable[[float | None], object] = lambda seconds: None,
+) -> Generator[Outcome, None, None]:
     """Run cells as processes on this machine, ``jobs`` at once; yields each as it ends.
 
     Each process gets an equal part of the cores (``OMP_NUM_THREADS``, unless it is set) and, where
@@ -97,11 +110,13 @@ def run_here(runs: Sequence[CellRun], jobs: int = 1) -> Generator[Outcome, None,
     Args:
         runs: What to run; finished cells are skipped, begun ones resumed.
         jobs: Processes at once, at least 1.
+        on_wait: Called several times a second with the seconds that are left, None as long as no
+            cell has finished; see :func:`seconds_left`.
 
     Raises:
         SystemExit: with the code ``PREEMPTED``, at SIGTERM.
     """
-    waiting, running = deque(runs), dict[int, tuple[CellRun, subprocess.Popen[bytes]]]()
+    waiting, running, took = deque(runs), dict[int, _Begun](), list[float]()
     free = deque(range(jobs))
     with noted_sigterm() as told, _stopped_at_the_end(running):
         while waiting or running:
@@ -113,13 +128,42 @@ def run_here(runs: Sequence[CellRun], jobs: int = 1) -> Generator[Outcome, None,
                 if isinstance(begun, Outcome):
                     yield begun
                 else:
-                    running[free.popleft()] = run, begun
-            for slot, (run, process) in list(running.items()):
+                    running[free.popleft()] = _Begun(run, begun, time.monotonic())
+            for slot, (run, process, since) in list(running.items()):
                 if process.poll() is not None:
                     del running[slot]
                     free.append(slot)
-                    yield _outcome(run, process.returncode)
+                    outcome = _outcome(run, process.returncode)
+                    took += [time.monotonic() - since] if outcome.status == "finished" else []
+                    yield outcome
+            ages = [time.monotonic() - cell.since for cell in running.values()]
+            on_wait(seconds_left(took, ages, len(waiting), jobs))
             time.sleep(_POLL_SECONDS if running else 0)
+
+
+def seconds_left(
+    took: Sequence[float], ages: Sequence[float], waiting: int, jobs: int
+) -> float | None:
+    """Time until all cells have ended, if each takes as long as those that finished did.
+
+    Args:
+        took: Seconds of each cell that finished; without one the answer is None.
+        ages: Seconds that each running cell has run for.
+        waiting: Cells that have not begun.
+        jobs: Cells at once.
+
+    Example:
+        >>> seconds_left([60.0], ages=[20.0], waiting=2, jobs=2)  # one waits for the running one
+        100.0
+    """
+    if not took:
+        return None
+    usual = sum(took) / len(took)
+    ends = [max(0.0, usual - age) for age in ages] + [0.0] * (jobs - len(ages))
+    heapify(ends)
+    for _ in range(waiting):
+        heapreplace(ends, ends[0] + usual)
+    return max(ends)
 
 
 def run_cell(run: CellRun) -> Outcome:
@@ -127,7 +171,7 @@ def run_cell(run: CellRun) -> Outcome:
     begun = _begin(run, {})
     if isinstance(begun, Outcome):
         return begun
-    with _stopped_at_the_end({0: (run, begun)}):
+    with _stopped_at_the_end({0: _Begun(run, begun, 0.0)}):
         return _outcome(run, begun.wait())
 
 
@@ -208,13 +252,11 @@ def usable_cores() -> int:
 
 
 @contextmanager
-def _stopped_at_the_end(
-    running: Mapping[int, tuple[CellRun, subprocess.Popen[bytes]]],
-) -> Iterator[None]:
+def _stopped_at_the_end(running: Mapping[int, _Begun]) -> Iterator[None]:
     try:
         yield
     finally:
-        _stop([process for _, process in running.values()])
+        _stop([cell.process for cell in running.values()])
 
 
 def _stop(started: Sequence[subprocess.Popen[bytes]]) -> None:

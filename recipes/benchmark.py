@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields
 from importlib import import_module
@@ -39,6 +39,7 @@ from ldam_plugins.grid import Cell, Grid, expand, in_cell
 from ldam_plugins.grid_run import CellRun, Outcome, run_here
 from ldam_plugins.grid_slurm import run_on_slurm, slurm_parameters
 
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} runs in {elapsed}"
 GRIDS = Path(__file__).parent / "grids"
 RECIPES = {"vision": ("vision_lt", "VisionOptions"), "text": ("text_lt", "TextOptions")}
 
@@ -146,8 +147,16 @@ def cells_folder(options: BenchmarkOptions) -> Path:
 def progress(options: BenchmarkOptions, runs: list[CellRun]) -> Iterator[Outcome]:
     """Outcomes as they come, under a bar that tells the time left for cells not finished before."""
     todo = len(runs)
-    bar = tqdm(total=todo, unit="run", smoothing=0)
-    with bar, closing(launch(options, runs)) as outcomes:
+    interval = 1 if sys.stderr.isatty() else 60
+    style = BAR if options.launcher == "local" else None  # a cluster's queue has its own time
+    bar = tqdm(total=todo, unit="run", bar_format=style, miniters=0, mininterval=interval)
+
+    def show(seconds: float | None) -> None:
+        left = "?" if seconds is None else bar.format_interval(seconds)
+        bar.set_description(f"{left} left", refresh=False)
+        bar.update(0)
+
+    with bar, closing(launch(options, runs, show)) as outcomes:
         for outcome in outcomes:
             if outcome.status == "skipped":
                 todo -= 1
@@ -159,10 +168,12 @@ def progress(options: BenchmarkOptions, runs: list[CellRun]) -> Iterator[Outcome
             yield outcome
 
 
-def launch(options: BenchmarkOptions, runs: list[CellRun]) -> Generator[Outcome, None, None]:
+def launch(
+    options: BenchmarkOptions, runs: list[CellRun], show: Callable[[float | None], None]
+) -> Generator[Outcome, None, None]:
     """The cells on this machine or on a cluster."""
     if options.launcher == "local":
-        return run_here(runs, options.jobs)
+        return run_here(runs, options.jobs, show)
     parameters = slurm_parameters(options.slurm)
     return run_on_slurm(runs, options.jobs, Path(options.output_dir, "slurm"), parameters)
 

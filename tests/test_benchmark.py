@@ -76,6 +76,25 @@ def test_jobs_run_at_the_same_time(cell):
     assert {outcome.status for outcome in run_here(runs, jobs=2)} == {"finished"}
 
 
+def test_time_left_counts_what_runs_and_what_waits():
+    left = grid_run.seconds_left
+    assert left([], [3.0, 3.0], 6, 2) is None
+    assert left([30.0], [], 0, 2) == 0
+    assert left([20.0, 40.0], [30.0], 0, 2) == 0  # the second of a pair, about to end
+    assert left([30.0], [29.0], 6, 2) == 31 + 60  # not 30 * 7: two at once
+    assert left([30.0], [10.0, 50.0], 1, 2) == 30  # one that takes longer is about to end
+    assert left([30.0], [], 3, 1) == 90
+
+
+def test_time_left_is_told_while_cells_run(cell):
+    told = []
+    list(run_here([cell(name="a"), cell("fail", "b"), cell(name="c")], on_wait=told.append))
+    known = [seconds for seconds in told if seconds is not None]
+    assert told[0] is None
+    assert known[-1] == 0
+    assert max(known) > 0
+
+
 def test_cells_share_the_cores_unless_told(cell, monkeypatch):
     monkeypatch.setattr(grid_run, "usable_cores", lambda: 8)
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
