@@ -16,7 +16,7 @@ LAYERS = [
     {"counts", "margin_cross_entropy", "chunked_cosines"},
     {"long_tail", "functional", "runtime", "run_files", "intervals", "pages", "preset_files"},
     {"losses", "schedules", "metrics", "tables"},
-    {"samplers", "head_layers", "head_names", "evaluate_metric", "plots", "grid"},
+    {"samplers", "combinations", "head_layers", "head_names", "evaluate_metric", "plots", "grid"},
     {"heads", "image_sources", "image_files", "reports", "docstrings", "grid_run", "probe"},
     {"experiments", "grid_slurm"},
     {"experiment_tables", "experiment_plots"},

@@ -1,0 +1,182 @@
+"""Compare losses and schedules on your imbalance: a grid of recipe runs, a process each.
+
+    python recipes/benchmark.py                                  # four methods on digits
+    python recipes/benchmark.py digits --seeds 0 1 2 --jobs 2
+    python recipes/benchmark.py cifar10_paper --set dataset=path/to/cifar10
+    python recipes/benchmark.py --recipe text --preset banking77_lt --methods erm ldam_drw
+
+A grid of ``recipes/grids`` (or a YAML or JSON file) may come first, flags after it override it;
+``--set`` and ``--vary`` add to it. Methods are names (``ldam_drw``) or ``loss/schedule``, with
+settings of their own after colons: ``ldam_drw:max_margin=0.3``. Every cell is a folder of
+``--output_dir``: finished cells are skipped, so the same command goes on with a grid that was
+stopped, and adds what is new. Failed cells are listed and the exit code is 1.
+
+Left in ``--output_dir``: ``report.html``, ``results.md``, ``results.csv`` and ``.parquet``, plots
+as PNG, and ``results/`` with a small JSON a run, from which ``recipes/results_tables.py`` makes
+tables.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass, fields
+from importlib import import_module
+from pathlib import Path
+
+from options import CoreOptions, as_flags, option, parse_options, read_file
+from tqdm import tqdm
+from transformers import HfArgumentParser
+
+from ldam_plugins import ClassCounts
+from ldam_plugins._checks import check_int
+from ldam_plugins.experiment_report import write_experiment
+from ldam_plugins.experiment_tables import interval_rows, markdown
+from ldam_plugins.experiments import collect_records
+from ldam_plugins.grid import Cell, Grid, expand, in_cell
+from ldam_plugins.grid_run import CellRun, Outcome, run_here
+from ldam_plugins.grid_slurm import run_on_slurm, slurm_parameters
+
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} runs in {elapsed}"
+GRIDS = Path(__file__).parent / "grids"
+RECIPES = {"vision": ("vision_lt", "VisionOptions"), "text": ("text_lt", "TextOptions")}
+
+
+@dataclass
+class BenchmarkOptions:
+    """What is compared, and where it runs."""
+
+    recipe: str = option("vision", "recipe of all cells", choices=tuple(RECIPES))
+    preset: str = option("", "preset of the recipe that all cells begin with")
+    methods: list[str] = option([], "method, loss/schedule, or either with :option=value")
+    losses: list[str] = option([], "losses, each with each of --schedules, beside --methods")
+    schedules: list[str] = option([], "schedules, each with each of --losses")
+    profiles: list[str] = option([], "long-tail profiles [the preset's]")
+    ratios: list[float] = option([], "imbalance ratios [the preset's]")
+    seeds: list[int] = option([0], "seeds of the training")
+    set: list[str] = option([], "option=value for all cells", action="extend")
+    vary: list[str] = option([], "option=a,b,c: cells for each value", action="extend")
+    output_dir: str = option("runs/benchmark", "folder of the grid")
+    baseline: str = option("erm", "what others are compared with: erm, */none, ldam_drw:start=80")
+    jobs: int = option(1, "cells at once")
+    launcher: str = option("local", "where cells run", choices=("local", "slurm"))
+    slurm: list[str] = option([], "of submitit: timeout_min=60 partition=gpu ...", action="extend")
+    dry_run: bool = option(False, "print the command of each cell and stop")
+    report_only: bool = option(False, "run nothing; report on the cells that are finished")
+
+
+def parse(arguments: list[str] | None = None) -> BenchmarkOptions:
+    """Options from flags, or from a grid file followed by flags."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    entries = {}
+    if arguments and not arguments[0].startswith("-"):
+        entries = read_file(BenchmarkOptions, arguments.pop(0), GRIDS)
+    elif not any(argument.split("=")[0] == "--preset" for argument in arguments):
+        entries = read_file(BenchmarkOptions, "digits_quick", GRIDS)
+    parser = HfArgumentParser(BenchmarkOptions, allow_abbrev=False)
+    (options,) = parser.parse_args_into_dataclasses([*as_flags(entries), *arguments])
+    return options
+
+
+def main(options: BenchmarkOptions) -> list[Outcome]:
+    """Run the grid and report on it; returns how each cell ended."""
+    check_int("jobs", options.jobs, low=1)
+    runs = make_runs(options)
+    if options.dry_run:
+        print(*(shlex.join(run.command()) for run in runs), sep="\n")
+        return []
+    outcomes = [] if options.report_only else list(progress(options, runs))
+    failed = {outcome.name: outcome.message for outcome in outcomes if outcome.status == "failed"}
+    records = collect_records(cells_folder(options), leave_out=failed)
+    for name, message in failed.items():
+        print(f"failed: {name}\n{message}\n", file=sys.stderr)
+    if records:
+        page = write_experiment(
+            options.output_dir, records, failed=failed, baseline=options.baseline
+        )
+        print(f"{markdown(interval_rows(records))}\n\n{page}")
+    return outcomes
+
+
+def make_runs(options: BenchmarkOptions) -> list[CellRun]:
+    """A run for each cell, after a check that the recipe takes its arguments."""
+    module, name = RECIPES[options.recipe]
+    kind: type[CoreOptions] = getattr(import_module(module), name)
+    grid = Grid(
+        preset=options.preset,
+        methods=options.methods,
+        losses=options.losses,
+        schedules=options.schedules,
+        profiles=options.profiles,
+        ratios=options.ratios,
+        seeds=options.seeds,
+        settings=options.set,
+        vary=options.vary,
+    )
+    cells = expand(grid, [field.name for field in fields(kind)])
+    return [make_run(options, kind, cell) for cell in cells]
+
+
+def make_run(options: BenchmarkOptions, kind: type[CoreOptions], cell: Cell) -> CellRun:
+    """The run of a cell, whose options are checked as far as they can be without the data."""
+    module, _ = RECIPES[options.recipe]
+    folder = cells_folder(options) / cell.name
+    with in_cell(cell.name):
+        parsed = parse_options(
+            kind, [*cell.arguments, "--output_dir", str(folder)], default=options.preset
+        )
+        parsed.make_schedule().start_step(parsed.epochs * 10**6, 10**6)
+        parsed.make_loss(ClassCounts([2, 1]))
+    return CellRun(
+        name=cell.name,
+        recipe=Path(__file__).with_name(f"{module}.py"),
+        arguments=cell.arguments,
+        folder=folder,
+        options=asdict(parsed),
+        defaults=asdict(kind()),
+    )
+
+
+def cells_folder(options: BenchmarkOptions) -> Path:
+    """Where the folders of the cells are."""
+    return Path(options.output_dir, "cells")
+
+
+def progress(options: BenchmarkOptions, runs: list[CellRun]) -> Iterator[Outcome]:
+    """Outcomes as they come, under a bar that tells the time left for cells not finished before."""
+    todo = len(runs)
+    interval = 1 if True else 60
+    style = BAR if options.launcher == "local" else None  # a cluster's queue has its own time
+    bar = tqdm(total=todo, unit="run", bar_format=style, miniters=0, mininterval=interval)
+
+    def show(seconds: float | None) -> None:
+        left = "?" if seconds is None else bar.format_interval(seconds)
+        bar.set_description(f"{left} left", refresh=False)
+        bar.update(0)
+
+    with bar, closing(launch(options, runs, show)) as outcomes:
+        for outcome in outcomes:
+            if outcome.status == "skipped":
+                todo -= 1
+                bar.total = todo
+            else:
+                bar.update()
+            bar.write(f"{outcome.status}: {outcome.name}", file=sys.stderr)
+            bar.refresh()
+            yield outcome
+
+
+def launch(
+    options: BenchmarkOptions, runs: list[CellRun], show: Callable[[float | None], None]
+) -> Generator[Outcome, None, None]:
+    """The cells on this machine or on a cluster."""
+    if options.launcher == "local":
+        return run_here(runs, options.jobs, show)
+    parameters = slurm_parameters(options.slurm)
+    return run_on_slurm(runs, options.jobs, Path(options.output_dir, "slurm"), parameters)
+
+
+if __name__ == "__main__":
+    sys.exit(any(outcome.status == "failed" for outcome in main(parse())))
