@@ -4,12 +4,16 @@
     python recipes/benchmark.py digits --seeds 0 1 2 --jobs 2
     python recipes/benchmark.py cifar10_paper --set dataset=path/to/cifar10
     python recipes/benchmark.py --recipe text --preset banking77_lt --methods erm ldam_drw
+    python recipes/benchmark.py digits --jobs 20 --launcher slurm --slurm partition=gpu mem_gb=8
 
 A grid of ``recipes/grids`` (or a YAML or JSON file) may come first, flags after it override it;
 ``--set`` and ``--vary`` add to it. Methods are names (``ldam_drw``) or ``loss/schedule``, with
 settings of their own after colons: ``ldam_drw:max_margin=0.3``. Every cell is a folder of
 ``--output_dir``: finished cells are skipped, so the same command goes on with a grid that was
 stopped, and adds what is new. Failed cells are listed and the exit code is 1.
+
+``--slurm`` takes the parameters of submitit (``pip install "ldam-plugins[slurm]"``), such as
+``timeout_min=60``; a grid file has them as ``slurm: {timeout_min: 60}``.
 
 Left in ``--output_dir``: ``report.html``, ``results.md``, ``results.csv`` and ``.parquet``, plots
 as PNG, and ``results/`` with a small JSON a run, from which ``recipes/results_tables.py`` makes

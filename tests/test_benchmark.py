@@ -15,6 +15,7 @@ from small_cells import began, calls, cells_in, gone  # noqa: E402
 
 from ldam_plugins import grid_run  # noqa: E402
 from ldam_plugins.grid_run import CellRun, run_cell, run_here, start_cell  # noqa: E402
+from ldam_plugins.grid_slurm import slurm_parameters  # noqa: E402
 from ldam_plugins.runtime import PREEMPTED  # noqa: E402
 
 
@@ -218,9 +219,14 @@ def test_flags_add_to_the_settings_of_a_file_and_override_the_rest(tmp_path):
     path.write_text(
         "preset: digits_lt\nmethods: [erm]\nseeds: [0, 1]\n"
         "set: {epochs: 5, decay_milestones: [3, 4], compile: true}\nvary: {mixup: [0, 0.2]}\n"
+        "launcher: slurm\nslurm: {timeout_min: 60, partition: gpu, exclusive: true}\n"
     )
     options = benchmark.parse([str(path), "--seeds", "7", "--set", "epochs=6"])
     assert options.seeds == [7]
+    assert (options.launcher, slurm_parameters(options.slurm)) == (
+        "slurm",
+        {"timeout_min": 60, "slurm_partition": "gpu", "slurm_exclusive": True},
+    )
     runs = benchmark.make_runs(options)
     assert [run.name for run in runs] == ["ce_none_mixup-0_s7", "ce_none_mixup-0.2_s7"]
     expected = {"epochs": 6, "decay_milestones": [3, 4], "compile": True, "mixup": 0.2}
