@@ -6,10 +6,12 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from textwrap import fill
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.markers import CARETLEFTBASE, CARETRIGHTBASE
 
 from ldam_plugins._checks import must_be
 from ldam_plugins.experiments import (
@@ -28,16 +30,27 @@ from ldam_plugins.schedules import KINDS
 
 _DIGEST_KEY = "Results"
 _COLUMNS = 3
+_TITLE_WIDTH = 30
 _STRETCHES = 25
 """With more classes than that, a curve shows the means of so many stretches of them."""
 
-# Okabe and Ito's palette, which the colour-blind can tell apart; the ink takes the place of black.
+# Okabe and Ito's palette, which the colour-blind can tell apart; lighter on a dark page. The ink
+# takes the place of black.
 _COLORS = {
-    "rw": "#e69f00",
-    "rs": "#56b4e9",
-    "drw": "#0072b2",
-    "drs": "#cc79a7",
-    "progressive": "#009e73",
+    False: {
+        "rw": "#e69f00",
+        "rs": "#56b4e9",
+        "drw": "#0072b2",
+        "drs": "#cc79a7",
+        "progressive": "#009e73",
+    },
+    True: {
+        "rw": "#f0b93a",
+        "rs": "#a5d8ff",
+        "drw": "#3f95e0",
+        "drs": "#e39cc4",
+        "progressive": "#2fc79a",
+    },
 }
 
 
@@ -107,16 +120,30 @@ def _draw_errors(records: Sequence[Record], dark: bool) -> Figure:
     axis.set_yticks(range(len(methods)), labels, parse_math=False, fontsize=8.5)
     axis.set_ylim(len(methods) - 0.4, -0.6)
     axis.grid(axis="x", linewidth=0.6)
-    _fit_to_values(axis, [error for method in methods for error in method[1]])
+    limits = _limits([error for method in methods for error in method[1]])
+    axis.set_xlim(*limits)
+    for place, (interval, _, _, setting) in enumerate(methods):
+        _mark_cut_ends(axis, place, interval, limits, _color(setting[1], dark))
     axis.set_xlabel("top-1 error, %: mean, 95 % interval over n seeds, and each seed")
     return figure
 
 
-def _fit_to_values(axis: Axes, values: Sequence[float]) -> None:
-    """Show the values; an interval of two or three seeds may be too wide to be shown whole."""
+def _limits(values: Sequence[float]) -> tuple[float, float]:
+    """What shows the values; an interval of two or three seeds may be too wide to be whole."""
     low, high = min(values), max(values)
     room = max(0.35 * (high - low), 1.0)
-    axis.set_xlim(max(0.0, low - room), min(100.0, high + room))
+    return max(0.0, low - room), min(100.0, high + room)
+
+
+def _mark_cut_ends(
+    axis: Axes, place: int, interval: Interval, limits: tuple[float, float], color: str
+) -> None:
+    """An arrowhead at each end of the plot past which an interval goes on."""
+    width = interval.half_width or 0.0
+    if interval.mean - width < limits[0]:
+        axis.plot(limits[0], place, marker=CARETLEFTBASE, color=color, clip_on=False)
+    if interval.mean + width > limits[1]:
+        axis.plot(limits[1], place, marker=CARETRIGHTBASE, color=color, clip_on=False)
 
 
 def _draw_curves(records: Sequence[Record], dark: bool) -> Figure:
@@ -166,7 +193,8 @@ def _draw_matrices(records: Sequence[Record], dark: bool) -> Figure:
     for axis, (title, cells) in zip(axes, matrices.items(), strict=False):
         _draw_matrix(axis, cells, losses, (min(means), max(means)))
         axis.set_title(title, parse_math=False)
-    figure.suptitle("mean ± half of the 95 % interval; lighter is less error", fontsize=9)
+    note = "top-1 error, %: mean ± half of the 95 % interval; lighter is less error"
+    figure.suptitle(note, fontsize=9)
     return figure
 
 
@@ -207,8 +235,9 @@ def _panels(count: int, height: float, columns: int = _COLUMNS) -> tuple[list[Ax
 
 def _panel_title(parts: Sequence[str], names: Sequence[str], others: Sequence[object]) -> str:
     given = zip(names[2:], others, strict=True)
-    return ", ".join([*parts, *(f"{name} {shown(v)}" for name, v in given if v is not None)])
+    title = ", ".join([*parts, *(f"{name}\u00a0{shown(v)}" for name, v in given if v is not None)])
+    return fill(title, _TITLE_WIDTH, break_long_words=False)
 
 
 def _color(schedule: str, dark: bool) -> str:
-    return _COLORS.get(schedule, INK[dark][1])
+    return _COLORS[dark].get(schedule, INK[dark][1])

@@ -1,4 +1,4 @@
-"""What an experiment leaves behind: records, one tidy CSV, tables, plots and a page."""
+"""What an experiment leaves behind: records, one tidy CSV and Parquet, tables, plots and a page."""
 
 from __future__ import annotations
 
@@ -20,18 +20,21 @@ from ldam_plugins.experiments import (
     shown,
     tidy_rows,
     to_csv,
+    to_parquet,
     varying_options,
     write_record,
 )
 from ldam_plugins.pages import Plot, render
 from ldam_plugins.run_files import MAY_CHANGE, write_atomic
 
-RECORDS, CSV_FILE, TABLES_FILE, PAGE_FILE = "results", "results.csv", "results.md", "report.html"
+RECORDS, TABLES_FILE, PAGE_FILE = "results", "results.md", "report.html"
+CSV_FILE, PARQUET_FILE = "results.csv", "results.parquet"
 
 _Section = tuple[str, str, list[Row]]
 _NOTE_ON_INTERVALS = (
     "Mean and 95 % interval (Student's t) over the seeds; one seed has none. A dash: the default."
 )
+_NOTE_ON_MATRIX = "Mean and 95 % interval (Student's t) over n seeds. A dash: not run."
 _NOTE_ON_PAIRS = (
     "Paired t-tests on the same seeds and samples; negative is less error than the baseline's. "
     "p (Holm) is corrected for the number of rows, and at 0.05 decides what the row says. "
@@ -49,8 +52,9 @@ def write_experiment(
 ) -> Path:
     """Write what the records say.
 
-    ``results/`` with one small JSON a run, to be kept; ``results.csv``, one row a run;
-    ``results.md``; ``report.html`` with its plots inside, and the plots as PNG.
+    ``results/`` with one small JSON a run, to be kept; ``results.csv`` and the same as
+    ``results.parquet``, one row a run; ``results.md``; ``report.html`` with its plots inside, and
+    the plots as PNG.
 
     Args:
         output_dir: Folder of the experiment.
@@ -65,7 +69,9 @@ def write_experiment(
     folder, failed = Path(output_dir), failed or {}
     for record in records:
         write_record(folder / RECORDS, record)
-    write_atomic(folder / CSV_FILE, to_csv(tidy_rows(records)).encode())
+    rows = tidy_rows(records)
+    write_atomic(folder / CSV_FILE, to_csv(rows).encode())
+    write_atomic(folder / PARQUET_FILE, to_parquet(rows))
     sections = _sections(records, baseline)
     write_atomic(folder / TABLES_FILE, _markdown_page(sections, failed).encode())
     plots = [
@@ -94,7 +100,7 @@ def _sections(records: Sequence[Record], baseline: str) -> list[_Section]:
     sections = [("Methods", _NOTE_ON_INTERVALS, interval_rows(records))]
     for title, cells in error_matrices(records).items():
         heading = ", ".join(filter(None, ["Top-1 error, %, by loss and schedule", title]))
-        sections.append((heading, _NOTE_ON_INTERVALS, matrix_rows(cells)))
+        sections.append((heading, _NOTE_ON_MATRIX, matrix_rows(cells)))
     pairs = comparison_rows(records, baseline)
     if pairs:
         sections.append((f"More than noise? Against {baseline}", _NOTE_ON_PAIRS, pairs))
@@ -110,8 +116,9 @@ def _markdown_page(sections: Sequence[_Section], failed: Mapping[str, str]) -> s
 
 
 def _subtitle(records: Sequence[Record], failed: Mapping[str, str]) -> str:
-    hours = sum(record["train_seconds"] for record in records) / 3600
-    parts = [f"{len(records)} runs", f"{hours:.2f} hours of training"]
+    minutes = sum(record["train_seconds"] for record in records) / 60
+    time = f"{minutes / 60:.1f} hours" if minutes >= 60 else f"{minutes:.1f} minutes"
+    parts = [f"{len(records)} runs", f"{time} of training"]
     parts += [f"{len(failed)} failed"] if failed else []
     return ", ".join([*parts, f"model {_values(records, 'model')}"])
 

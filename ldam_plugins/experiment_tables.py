@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ from ldam_plugins.experiments import (
     by_setting,
     errors_of,
     method_title,
+    option_value,
     shown,
     varying_options,
 )
@@ -30,12 +31,12 @@ from ldam_plugins.intervals import (
 )
 from ldam_plugins.schedules import KINDS
 
-# Name of a column: the metric, and what it is multiplied by.
+# Name of a column: the metric, what it is multiplied by, and decimal places.
 _COLUMNS = {
-    "top-1 error %": ("top1_error", 1.0),
-    "balanced accuracy %": ("balanced_accuracy", 100.0),
-    "worst class %": ("worst_class_accuracy", 100.0),
-    "ece": ("ece", 1.0),
+    "top-1 error %": ("top1_error", 1.0, 1),
+    "balanced accuracy %": ("balanced_accuracy", 100.0, 1),
+    "worst class %": ("worst_class_accuracy", 100.0, 1),
+    "ece": ("ece", 1.0, 3),
 }
 _TAIL_OPTIONS = ("dataset", "profile", "ratio", "subset_seed")
 
@@ -69,16 +70,16 @@ def range_rows(records: Sequence[Record]) -> list[Row]:
 
 def interval_rows(records: Sequence[Record]) -> list[Row]:
     """One row a setting: mean and 95 % t-interval over the seeds of the metrics."""
-    return _rows_of(records, lambda values: worded(mean_interval(values), _digits(values)))
+    return _rows_of(records, lambda values, digits: worded(mean_interval(values), digits))
 
 
-def _rows_of(records: Sequence[Record], summarise: Callable[[list[float]], str]) -> list[Row]:
+def _rows_of(records: Sequence[Record], summarise: Callable[[list[float], int], str]) -> list[Row]:
     names = varying_options(records)
     rows = []
     for setting, runs in by_setting(records).items():
         row = dict(zip(names, map(shown, setting), strict=True)) | {"seeds": str(len(runs))}
-        for title, (metric, factor) in _COLUMNS.items():
-            row[title] = summarise([factor * run["test"][metric] for run in runs])
+        for title, (metric, factor, digits) in _COLUMNS.items():
+            row[title] = summarise([factor * run["test"][metric] for run in runs], digits)
         rows.append(row)
     return rows
 
@@ -104,15 +105,17 @@ def comparisons(records: Sequence[Record], baseline: str = "erm") -> list[Compar
         baseline: A name of ``METHODS`` or ``loss/schedule``, in which ``*`` is the method's own:
             ``"*/none"`` compares each schedule with none under the same loss. Of several settings
             of the baseline the one with the method's other options is taken, if there is one,
-            else each.
+            else each; options after colons choose among them, a dash standing for the loss's
+            default: ``"ldam_drw:max_margin=-:start=80"``.
 
     Raises:
         ValueError: an unknown baseline.
     """
-    names, settings, wanted = varying_options(records), by_setting(records), _pattern(baseline)
+    names, settings = varying_options(records), by_setting(records)
+    wanted, chosen = _pattern(baseline), _chosen(settings, baseline)
     found = []
     for setting, runs in settings.items():
-        for base in _bases(settings, setting, wanted):
+        for base in _bases(chosen, setting, wanted):
             pairs = _pairs(settings[base], runs)
             if pairs:
                 paired = paired_comparison(*map(errors_of, zip(*pairs, strict=True)))
@@ -122,7 +125,20 @@ def comparisons(records: Sequence[Record], baseline: str = "erm") -> list[Compar
     return [entry._replace(corrected=p) for entry, p in zip(found, corrected, strict=True)]
 
 
+def _chosen(settings: Mapping[Setting, list[Record]], baseline: str) -> list[Setting]:
+    """Settings that have what a baseline says after its colons."""
+    entries = [entry.partition("=") for entry in baseline.split(":")[1:]]
+    known = next(iter(settings.values()))[0]["options"]
+    options = {check_choice("option in baseline", name, known): v for name, _, v in entries}
+
+    def fits(record: Record) -> bool:
+        return all(shown(option_value(record, name)) == options[name] for name in options)
+
+    return [setting for setting, runs in settings.items() if fits(runs[0])]
+
+
 def _pattern(baseline: str) -> tuple[str, str]:
+    baseline, _, _ = baseline.partition(":")
     if "/" in baseline:
         loss, _, schedule = baseline.partition("/")
         return loss, schedule
@@ -131,7 +147,7 @@ def _pattern(baseline: str) -> tuple[str, str]:
 
 
 def _bases(
-    settings: Mapping[Setting, list[Record]], setting: Setting, wanted: tuple[str, str]
+    settings: Collection[Setting], setting: Setting, wanted: tuple[str, str]
 ) -> list[Setting]:
     pattern = [own if want == "*" else want for want, own in zip(wanted, setting, strict=False)]
     bases = [base for base in settings if list(base[:2]) == pattern]
@@ -178,17 +194,12 @@ def worded(interval: Interval, digits: int = 1, sign: str = "") -> str:
     return mean if interval.half_width is None else f"{mean} ± {interval.half_width:.{digits}f}"
 
 
-def spread(values: list[float]) -> str:
+def spread(values: list[float], digits: int = 1) -> str:
     """Mean and range of the values of several seeds."""
-    digits = _digits(values)
     mean = f"{np.mean(values):.{digits}f}"
     if len(values) == 1:
         return mean
     return f"{mean} ({min(values):.{digits}f}..{max(values):.{digits}f})"
-
-
-def _digits(values: Sequence[float]) -> int:
-    return 3 if max(values) < 1 else 1
 
 
 def _matrix_cell(interval: Interval | None) -> str:

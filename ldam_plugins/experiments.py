@@ -24,6 +24,7 @@ from ldam_plugins.run_files import (
     read_metrics,
     write_atomic,
 )
+from ldam_plugins.schedules import KINDS
 
 Record = dict[str, Any]
 """``metrics.json`` of one run, with its ``name`` and the ``command`` that made it."""
@@ -126,6 +127,8 @@ def _loss_defaults(loss: str) -> dict[str, Any]:
 def by_setting(records: Sequence[Record]) -> dict[Setting, list[Record]]:
     """Runs by the values of :func:`varying_options`, sorted by them and then by the seed.
 
+    Schedules come in the order of :data:`~ldam_plugins.schedules.KINDS`, other text by letters.
+
     Raises:
         ValueError: two runs with the same options and seed.
     """
@@ -138,7 +141,12 @@ def by_setting(records: Sequence[Record]) -> dict[Setting, list[Record]]:
             same = [record["name"], found[setting][-1]["name"]]
             raise ValueError(must_be("results", "of different runs", same, "Remove one of them."))
         found[setting].append(record)
-    return dict(sorted(found.items(), key=lambda item: [_sort_key(v) for v in item[0]]))
+    return dict(sorted(found.items(), key=lambda item: _order(item[0])))
+
+
+def _order(setting: Setting) -> list[tuple[bool, bool, float, str]]:
+    loss, schedule, *others = setting
+    return [_sort_key(value) for value in (loss, KINDS.index(schedule), *others)]
 
 
 def method_title(names: Sequence[str], setting: Setting) -> str:
@@ -160,7 +168,7 @@ def tidy_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
     return [
         {
             "name": record["name"],
-            **{name: shown(option_value(record, name)) for name in names},
+            **{name: _scalar(option_value(record, name)) for name in names},
             "seed": record["options"]["seed"],
             **{metric: record["test"][metric] for metric in METRICS},
             "train_seconds": record["train_seconds"],
@@ -181,6 +189,16 @@ def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+def to_parquet(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Rows as Parquet, with the columns of :func:`to_csv`; null where a row has no value."""
+    from pyarrow import BufferOutputStream, parquet, table
+
+    columns = dict.fromkeys(name for row in rows for name in row)
+    content = BufferOutputStream()
+    parquet.write_table(table({n: [row.get(n) for row in rows] for n in columns}), content)
+    return content.getvalue().to_pybytes()
 
 
 def errors_of(runs: Iterable[Record]) -> list[float]:
@@ -215,6 +233,10 @@ def shown(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return " ".join(map(shown, value))
     return f"{value:.12g}" if isinstance(value, float) else str(value)
+
+
+def _scalar(value: Any) -> Any:
+    return shown(value) if isinstance(value, tuple) else value
 
 
 def _hashable(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The runs of a grid as processes of their own, here or on a Slurm cluster."""
+"""The runs of a grid as processes of their own."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from heapq import heapify, heapreplace
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import psutil
 import torch
 
-from ldam_plugins._checks import must_be
 from ldam_plugins.run_files import (
     COMMAND_FILE,
     METRICS_FILE,
@@ -87,7 +87,19 @@ def is_finished(run: CellRun) -> bool:
     return True
 
 
-def run_here(runs: Sequence[CellRun], jobs: int = 1) -> Generator[Outcome, None, None]:
+class _Begun(NamedTuple):
+    """A cell that runs, and since when on the monotonic clock."""
+
+    run: CellRun
+    process: subprocess.Popen[bytes]
+    since: float
+
+
+def run_here(
+    runs: Sequence[CellRun],
+    jobs: int = 1,
+    on_wait: Callable[[float | None], object] = lambda seconds: None,
+) -> Generator[Outcome, None, None]:
     """Run cells as processes on this machine, ``jobs`` at once; yields each as it ends.
 
     Each process gets an equal part of the cores (``OMP_NUM_THREADS``, unless it is set) and, where
@@ -98,11 +110,13 @@ def run_here(runs: Sequence[CellRun], jobs: int = 1) -> Generator[Outcome, None,
     Args:
         runs: What to run; finished cells are skipped, begun ones resumed.
         jobs: Processes at once, at least 1.
+        on_wait: Called several times a second with the seconds that are left, None as long as no
+            cell has finished; see :func:`seconds_left`.
 
     Raises:
         SystemExit: with the code ``PREEMPTED``, at SIGTERM.
     """
-    waiting, running = deque(runs), dict[int, tuple[CellRun, subprocess.Popen[bytes]]]()
+    waiting, running, took = deque(runs), dict[int, _Begun](), list[float]()
     free = deque(range(jobs))
     with noted_sigterm() as told, _stopped_at_the_end(running):
         while waiting or running:
@@ -114,55 +128,51 @@ def run_here(runs: Sequence[CellRun], jobs: int = 1) -> Generator[Outcome, None,
                 if isinstance(begun, Outcome):
                     yield begun
                 else:
-                    running[free.popleft()] = run, begun
-            for slot, (run, process) in list(running.items()):
+                    running[free.popleft()] = _Begun(run, begun, time.monotonic())
+            for slot, (run, process, since) in list(running.items()):
                 if process.poll() is not None:
                     del running[slot]
                     free.append(slot)
-                    yield _outcome(run, process.returncode)
+                    outcome = _outcome(run, process.returncode)
+                    took += [time.monotonic() - since] if outcome.status == "finished" else []
+                    yield outcome
+            ages = [time.monotonic() - cell.since for cell in running.values()]
+            on_wait(seconds_left(took, ages, len(waiting), jobs))
             time.sleep(_POLL_SECONDS if running else 0)
 
 
-def run_on_slurm(
-    runs: Sequence[CellRun],
-    jobs: int,
-    folder: str | os.PathLike[str],
-    parameters: Mapping[str, str | int],
-) -> Generator[Outcome, None, None]:
-    """Run cells as one Slurm job array, at most ``jobs`` of it at once; yields each as it ends.
-
-    Stopping the grid cancels the jobs that have not ended.
+def seconds_left(
+    took: Sequence[float], ages: Sequence[float], waiting: int, jobs: int
+) -> float | None:
+    """Time until all cells have ended, if each takes as long as those that finished did.
 
     Args:
-        runs: What to run. Their folders must be seen by all nodes.
-        jobs: Array tasks at once.
-        folder: Where submitit keeps its files.
-        parameters: Of ``submitit.AutoExecutor.update_parameters``: ``timeout_min``,
-            ``gpus_per_node``, ``cpus_per_task``, ``mem_gb``, ``slurm_partition``, ...
+        took: Seconds of each cell that finished; without one the answer is None.
+        ages: Seconds that each running cell has run for.
+        waiting: Cells that have not begun.
+        jobs: Cells at once.
 
-    Raises:
-        ModuleNotFoundError: submitit is not installed.
+    Example:
+        >>> seconds_left([60.0], ages=[20.0], waiting=2, jobs=2)  # one waits for the running one
+        100.0
     """
-    submitit = _import_submitit()
-    executor = submitit.AutoExecutor(folder=str(folder), cluster="slurm")
-    executor.update_parameters(slurm_array_parallelism=jobs, **parameters)
-    submitted = executor.map_array(run_cell, list(runs))
-    names = {id(job): run.name for job, run in zip(submitted, runs, strict=True)}
-    try:
-        for job in submitit.helpers.as_completed(submitted):
-            error = job.exception()
-            lost = Outcome(names[id(job)], "failed", str(error))
-            yield job.result() if error is None else lost
-    finally:
-        for job in submitted:
-            if not job.done():
-                job.cancel()
+    if not took:
+        return None
+    usual = sum(took) / len(took)
+    ends = [max(0.0, usual - age) for age in ages] + [0.0] * (jobs - len(ages))
+    heapify(ends)
+    for _ in range(waiting):
+        heapreplace(ends, ends[0] + usual)
+    return max(ends)
 
 
 def run_cell(run: CellRun) -> Outcome:
-    """Run one cell in a process of its own, and wait for it."""
+    """Run one cell in a process of its own, and wait for it; the process ends with the waiting."""
     begun = _begin(run, {})
-    return begun if isinstance(begun, Outcome) else _outcome(run, begun.wait())
+    if isinstance(begun, Outcome):
+        return begun
+    with _stopped_at_the_end({0: _Begun(run, begun, 0.0)}):
+        return _outcome(run, begun.wait())
 
 
 def start_cell(run: CellRun, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
@@ -191,11 +201,17 @@ def start_cell(run: CellRun, environment: Mapping[str, str]) -> subprocess.Popen
 def _begin(run: CellRun, environment: Mapping[str, str]) -> subprocess.Popen[bytes] | Outcome:
     """The process of a cell, or how the cell ended without one."""
     try:
-        if is_finished(run):
-            return Outcome(run.name, "skipped")
-        return start_cell(run, environment)
+        return ended_before(run) or start_cell(run, environment)
     except BlockingIOError:
         return Outcome(run.name, "failed", f"another process is running it in {run.folder}")
+    except OSError as error:
+        return Outcome(run.name, "failed", f"{type(error).__name__}: {error}")
+
+
+def ended_before(run: CellRun) -> Outcome | None:
+    """How a cell ends without being run: skipped, or failed for what its folder holds."""
+    try:
+        return Outcome(run.name, "skipped") if is_finished(run) else None
     except (OSError, ValueError, KeyError) as error:
         return Outcome(run.name, "failed", f"{type(error).__name__}: {error}")
 
@@ -236,19 +252,17 @@ def usable_cores() -> int:
 
 
 @contextmanager
-def _stopped_at_the_end(
-    running: Mapping[int, tuple[CellRun, subprocess.Popen[bytes]]],
-) -> Iterator[None]:
+def _stopped_at_the_end(running: Mapping[int, _Begun]) -> Iterator[None]:
     try:
         yield
     finally:
-        _stop([process for _, process in running.values()])
+        _stop([cell.process for cell in running.values()])
 
 
 def _stop(started: Sequence[subprocess.Popen[bytes]]) -> None:
     """Ask processes to end; those that do not, and what they started, are ended by force."""
-    family = []
-    for parent in started:
+    family, alive = [], [process for process in started if process.poll() is None]
+    for parent in alive:
         with suppress(psutil.NoSuchProcess):
             process = psutil.Process(parent.pid)
             family += [process, *process.children(recursive=True)]
@@ -257,7 +271,7 @@ def _stop(started: Sequence[subprocess.Popen[bytes]]) -> None:
     for process in left:
         with suppress(psutil.NoSuchProcess):
             process.kill()
-    for parent in started:
+    for parent in alive:
         parent.wait()
 
 
@@ -267,13 +281,3 @@ def _lock(log: IO[bytes]) -> None:
         import fcntl
 
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def _import_submitit() -> Any:
-    try:
-        import submitit
-    except ModuleNotFoundError as error:
-        way_out = 'Run `pip install "ldam-plugins[slurm]"`, or leave --launcher at local.'
-        message = must_be("launcher", "one whose package is installed", "slurm", way_out)
-        raise ModuleNotFoundError(message) from error
-    return submitit

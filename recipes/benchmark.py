@@ -4,6 +4,7 @@
     python recipes/benchmark.py digits --seeds 0 1 2 --jobs 2
     python recipes/benchmark.py cifar10_paper --set dataset=path/to/cifar10
     python recipes/benchmark.py --recipe text --preset banking77_lt --methods erm ldam_drw
+    python recipes/benchmark.py digits --jobs 20 --launcher slurm --slurm partition=gpu mem_gb=8
 
 A grid of ``recipes/grids`` (or a YAML or JSON file) may come first, flags after it override it;
 ``--set`` and ``--vary`` add to it. Methods are names (``ldam_drw``) or ``loss/schedule``, with
@@ -11,15 +12,19 @@ settings of their own after colons: ``ldam_drw:max_margin=0.3``. Every cell is a
 ``--output_dir``: finished cells are skipped, so the same command goes on with a grid that was
 stopped, and adds what is new. Failed cells are listed and the exit code is 1.
 
-Left in ``--output_dir``: ``report.html``, ``results.md``, ``results.csv``, plots as PNG, and
-``results/`` with a small JSON a run, from which ``recipes/results_tables.py`` makes tables.
+``--slurm`` takes the parameters of submitit (``pip install "ldam-plugins[slurm]"``), such as
+``timeout_min=60``; a grid file has them as ``slurm: {timeout_min: 60}``.
+
+Left in ``--output_dir``: ``report.html``, ``results.md``, ``results.csv`` and ``.parquet``, plots
+as PNG, and ``results/`` with a small JSON a run, from which ``recipes/results_tables.py`` makes
+tables.
 """
 
 from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields
 from importlib import import_module
@@ -30,13 +35,15 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from ldam_plugins import ClassCounts
-from ldam_plugins._checks import check_int, must_be
+from ldam_plugins._checks import check_int
 from ldam_plugins.experiment_report import write_experiment
 from ldam_plugins.experiment_tables import interval_rows, markdown
 from ldam_plugins.experiments import collect_records
 from ldam_plugins.grid import Cell, Grid, expand, in_cell
-from ldam_plugins.grid_run import CellRun, Outcome, run_here, run_on_slurm
+from ldam_plugins.grid_run import CellRun, Outcome, run_here
+from ldam_plugins.grid_slurm import run_on_slurm, slurm_parameters
 
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} runs in {elapsed}"
 GRIDS = Path(__file__).parent / "grids"
 RECIPES = {"vision": ("vision_lt", "VisionOptions"), "text": ("text_lt", "TextOptions")}
 
@@ -56,10 +63,10 @@ class BenchmarkOptions:
     set: list[str] = option([], "option=value for all cells", action="extend")
     vary: list[str] = option([], "option=a,b,c: cells for each value", action="extend")
     output_dir: str = option("runs/benchmark", "folder of the grid")
-    baseline: str = option("erm", "method that others are compared with; */none: of the same loss")
+    baseline: str = option("erm", "what others are compared with: erm, */none, ldam_drw:start=80")
     jobs: int = option(1, "cells at once")
     launcher: str = option("local", "where cells run", choices=("local", "slurm"))
-    slurm: list[str] = option([], "name=value for submitit, as timeout_min=60", action="extend")
+    slurm: list[str] = option([], "of submitit: timeout_min=60 partition=gpu ...", action="extend")
     dry_run: bool = option(False, "print the command of each cell and stop")
     report_only: bool = option(False, "run nothing; report on the cells that are finished")
 
@@ -144,8 +151,16 @@ def cells_folder(options: BenchmarkOptions) -> Path:
 def progress(options: BenchmarkOptions, runs: list[CellRun]) -> Iterator[Outcome]:
     """Outcomes as they come, under a bar that tells the time left for cells not finished before."""
     todo = len(runs)
-    bar = tqdm(total=todo, unit="run", smoothing=0)
-    with bar, closing(launch(options, runs)) as outcomes:
+    interval = 1 if sys.stderr.isatty() else 60
+    style = BAR if options.launcher == "local" else None  # a cluster's queue has its own time
+    bar = tqdm(total=todo, unit="run", bar_format=style, miniters=0, mininterval=interval)
+
+    def show(seconds: float | None) -> None:
+        left = "?" if seconds is None else bar.format_interval(seconds)
+        bar.set_description(f"{left} left", refresh=False)
+        bar.update(0)
+
+    with bar, closing(launch(options, runs, show)) as outcomes:
         for outcome in outcomes:
             if outcome.status == "skipped":
                 todo -= 1
@@ -157,20 +172,14 @@ def progress(options: BenchmarkOptions, runs: list[CellRun]) -> Iterator[Outcome
             yield outcome
 
 
-def launch(options: BenchmarkOptions, runs: list[CellRun]) -> Generator[Outcome, None, None]:
+def launch(
+    options: BenchmarkOptions, runs: list[CellRun], show: Callable[[float | None], None]
+) -> Generator[Outcome, None, None]:
     """The cells on this machine or on a cluster."""
     if options.launcher == "local":
-        return run_here(runs, options.jobs)
-    parameters = dict(slurm_parameter(entry) for entry in options.slurm)
+        return run_here(runs, options.jobs, show)
+    parameters = slurm_parameters(options.slurm)
     return run_on_slurm(runs, options.jobs, Path(options.output_dir, "slurm"), parameters)
-
-
-def slurm_parameter(entry: str) -> tuple[str, str | int]:
-    """A parameter of submitit, a number where it looks like one."""
-    name, equals, value = entry.partition("=")
-    if not equals:
-        raise ValueError(must_be("slurm", "made of name=value", entry))
-    return name, int(value) if value.isdigit() else value
 
 
 if __name__ == "__main__":

@@ -2,11 +2,8 @@ import csv
 import json
 import signal
 import sys
-import time
-import types
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
@@ -14,79 +11,17 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 sys.path.insert(0, str(RECIPES))
 
 import benchmark  # noqa: E402
+from small_cells import began, calls, cells_in, gone  # noqa: E402
 
 from ldam_plugins import grid_run  # noqa: E402
-from ldam_plugins.grid_run import CellRun, run_cell, run_here, run_on_slurm, start_cell  # noqa: E402
+from ldam_plugins.grid_run import CellRun, run_cell, run_here, start_cell  # noqa: E402
+from ldam_plugins.grid_slurm import slurm_parameters  # noqa: E402
 from ldam_plugins.runtime import PREEMPTED  # noqa: E402
-
-# A recipe that does what its --mode says, in a fraction of a second.
-RECIPE = """
-import json, os, pathlib, signal, sys, time
-words = dict(zip(sys.argv[1::2], sys.argv[2::2]))
-out, mode = pathlib.Path(words["--output_dir"]), words["--mode"]
-(out / "began.json").write_text(json.dumps({"pid": os.getpid(), "environment": dict(os.environ)}))
-with (out / "calls.txt").open("a") as calls:
-    calls.write(words["--resume"] + "\\n")
-if mode == "fail":
-    print("step 1\\rstep 2\\rstep 3", flush=True)
-    raise ValueError("`x` must be y")
-if mode == "terminate_parent":
-    os.kill(os.getppid(), signal.SIGTERM)
-if mode == "silent":
-    sys.exit()
-if mode in ("hang", "terminate_parent"):
-    time.sleep(60)
-if mode.startswith("meet:"):
-    while not (out.parent / mode[5:] / "began.json").exists():
-        time.sleep(0.01)
-options = {"mode": mode, "resume": "auto", "output_dir": str(out)}
-(out / "metrics.json").write_text(json.dumps({"options": options}))
-if mode == "late":
-    sys.exit(3)
-"""
 
 
 @pytest.fixture
 def cell(tmp_path):
-    """Make a run of the small recipe."""
-    recipe = tmp_path / "small.py"
-    recipe.write_text(RECIPE)
-
-    def make(mode="finish", name="a", **options):
-        return CellRun(
-            name=name,
-            recipe=recipe,
-            arguments=("--mode", mode),
-            folder=tmp_path / "cells" / name,
-            options={"mode": mode, "resume": "no", "output_dir": "elsewhere", **options},
-            defaults={"mode": "finish"},
-        )
-
-    return make
-
-
-def calls(run):
-    path = run.folder / "calls.txt"
-    return len(path.read_text().splitlines()) if path.exists() else 0
-
-
-def began(run):
-    path = run.folder / "began.json"
-    until = time.monotonic() + 60
-    while time.monotonic() < until:
-        if path.exists() and path.read_text():
-            return json.loads(path.read_text())
-        time.sleep(0.01)
-    raise AssertionError(f"{run} did not begin")
-
-
-def gone(pid):
-    until = time.monotonic() + 60
-    while time.monotonic() < until:
-        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
-            return True
-        time.sleep(0.01)
-    return False
+    return cells_in(tmp_path)
 
 
 def test_failed_cells_are_listed_with_the_end_of_their_log_and_others_finish(cell):
@@ -142,6 +77,25 @@ def test_jobs_run_at_the_same_time(cell):
     assert {outcome.status for outcome in run_here(runs, jobs=2)} == {"finished"}
 
 
+def test_time_left_counts_what_runs_and_what_waits():
+    left = grid_run.seconds_left
+    assert left([], [3.0, 3.0], 6, 2) is None
+    assert left([30.0], [], 0, 2) == 0
+    assert left([20.0, 40.0], [30.0], 0, 2) == 0  # the second of a pair, about to end
+    assert left([30.0], [29.0], 6, 2) == 31 + 60  # not 30 * 7: two at once
+    assert left([30.0], [10.0, 50.0], 1, 2) == 30  # one that takes longer is about to end
+    assert left([30.0], [], 3, 1) == 90
+
+
+def test_time_left_is_told_while_cells_run(cell):
+    told = []
+    list(run_here([cell(name="a"), cell("fail", "b"), cell(name="c")], on_wait=told.append))
+    known = [seconds for seconds in told if seconds is not None]
+    assert told[0] is None
+    assert known[-1] == 0
+    assert max(known) > 0
+
+
 def test_cells_share_the_cores_unless_told(cell, monkeypatch):
     monkeypatch.setattr(grid_run, "usable_cores", lambda: 8)
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
@@ -181,7 +135,7 @@ def test_a_stopped_grid_stops_its_cells_and_goes_on_later(cell):
 
 def test_sigterm_stops_the_cells(cell):
     before = signal.getsignal(signal.SIGTERM)
-    run = cell("terminate_parent")
+    run = cell(f"signal:{int(signal.SIGTERM)}:0")
     with pytest.raises(SystemExit, match=str(PREEMPTED)):
         list(run_here([run]))
     assert gone(began(run)["pid"])
@@ -198,81 +152,6 @@ def test_two_grids_do_not_run_one_cell_at_once(cell):
     process.kill()
     process.wait()
     assert run_cell(cell("finish")).status == "finished"
-
-
-class Job:
-    """What a job of submitit answers, run at once."""
-
-    def __init__(self, function, run):
-        self.cancelled, self.value, self.error = False, None, None
-        if run.name == "lost":
-            self.error = RuntimeError("node failed")
-        elif run.name != "queued":
-            self.value = function(run)
-
-    def done(self):
-        return bool(self.value or self.error)
-
-    def exception(self):
-        return self.error
-
-    def result(self):
-        return self.value
-
-    def cancel(self):
-        self.cancelled = True
-
-
-@pytest.fixture
-def submitit(monkeypatch):
-    """A stand-in for the package, with the part of its interface that is used."""
-    module = types.SimpleNamespace(parameters={}, jobs=[])
-
-    class AutoExecutor:
-        def __init__(self, folder, cluster):
-            module.parameters |= {"folder": folder, "cluster": cluster}
-
-        def update_parameters(self, **parameters):
-            module.parameters |= parameters
-
-        def map_array(self, function, runs):
-            module.jobs += [Job(function, run) for run in runs]
-            return module.jobs
-
-    module.AutoExecutor = AutoExecutor
-    module.helpers = types.SimpleNamespace(
-        as_completed=lambda jobs: (job for job in jobs if job.done())
-    )
-    monkeypatch.setitem(sys.modules, "submitit", module)
-    return module
-
-
-def test_slurm_jobs_are_an_array(cell, submitit, tmp_path):
-    runs = [cell("finish", "good"), cell("fail", "bad"), cell(name="lost"), cell(name="queued")]
-    parameters = dict(map(benchmark.slurm_parameter, ["timeout_min=60", "slurm_partition=gpu"]))
-    outcomes = list(run_on_slurm(runs, 3, tmp_path / "slurm", parameters))
-    assert [(o.name, o.status) for o in outcomes] == [
-        ("good", "finished"),
-        ("bad", "failed"),
-        ("lost", "failed"),
-    ]
-    assert outcomes[2].message == "node failed"
-    assert submitit.parameters == {
-        "folder": str(tmp_path / "slurm"),
-        "cluster": "slurm",
-        "slurm_array_parallelism": 3,
-        "timeout_min": 60,
-        "slurm_partition": "gpu",
-    }
-    assert [job.cancelled for job in submitit.jobs] == [False, False, False, True]
-
-
-def test_missing_submitit_is_named(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "submitit", None)
-    with pytest.raises(ModuleNotFoundError, match=r'pip install "ldam-plugins\[slurm\]"'):
-        list(run_on_slurm([], 1, tmp_path, {}))
-    with pytest.raises(ValueError, match="`slurm` must be made of name=value"):
-        benchmark.slurm_parameter("timeout_min")
 
 
 def tiny(tmp_path, *words):
@@ -340,9 +219,14 @@ def test_flags_add_to_the_settings_of_a_file_and_override_the_rest(tmp_path):
     path.write_text(
         "preset: digits_lt\nmethods: [erm]\nseeds: [0, 1]\n"
         "set: {epochs: 5, decay_milestones: [3, 4], compile: true}\nvary: {mixup: [0, 0.2]}\n"
+        "launcher: slurm\nslurm: {timeout_min: 60, partition: gpu, exclusive: true}\n"
     )
     options = benchmark.parse([str(path), "--seeds", "7", "--set", "epochs=6"])
     assert options.seeds == [7]
+    assert (options.launcher, slurm_parameters(options.slurm)) == (
+        "slurm",
+        {"timeout_min": 60, "slurm_partition": "gpu", "slurm_exclusive": True},
+    )
     runs = benchmark.make_runs(options)
     assert [run.name for run in runs] == ["ce_none_mixup-0_s7", "ce_none_mixup-0.2_s7"]
     expected = {"epochs": 6, "decay_milestones": [3, 4], "compile": True, "mixup": 0.2}

@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 from ldam_plugins.experiment_plots import PLOTS, digest, heat_map
 from ldam_plugins.experiment_report import write_experiment
@@ -24,6 +25,7 @@ from ldam_plugins.experiments import (
     read_records,
     tidy_rows,
     to_csv,
+    to_parquet,
     varying_options,
     write_record,
 )
@@ -74,7 +76,7 @@ def test_varying_options_are_what_tells_the_methods_apart(records):
     records += method("ldam", "drw", [22.0], max_margin=0.3, mixup=0.2)
     assert varying_options(records) == ["loss", "schedule", "max_margin", "mixup"]
     runs = by_setting(records)
-    assert [len(group) for group in runs.values()] == [3, 3, 3, 1, 3]
+    assert [len(group) for group in runs.values()] == [3, 3, 3, 3, 1]
     assert ("ldam", "drw", 0.3, 0.2) in runs
 
 
@@ -102,7 +104,17 @@ def test_tables(records):
     assert title == ""
     assert matrix_rows(cells)[1]["drw"] == "20.2 ± 1.2 (n = 3)"
     assert spread([30.0, 32.04]) == "31.0 (30.0..32.0)"
-    assert spread([0.1234]) == "0.123"
+    assert spread([0.1234], 3) == "0.123"
+    for r in records:
+        r["test"]["worst_class_accuracy"] = 0.0
+    assert {row["worst class %"] for row in range_rows(records)} == {"0.0 (0.0..0.0)"}
+    assert {row["ece"] for row in interval_rows(records)} == {"0.100 ± 0.000"}
+
+
+def test_schedules_come_in_their_own_order(records):
+    records += method("ce", "rs", [28.0]) + method("ce", "rw", [28.0])
+    found = [row["schedule"] for row in range_rows(records)]
+    assert found == ["none", "rw", "rs", "drw", "none", "drw"]
 
 
 def test_matrices_are_where_there_is_something_to_compare(records):
@@ -116,7 +128,7 @@ def test_matrices_are_where_there_is_something_to_compare(records):
 
 def test_comparison_with_a_method_and_with_none_of_the_same_loss(records):
     found = {c.method: c for c in comparisons(records, "erm")}
-    assert list(found) == ["CE-DRW", "LDAM-DRW", "LDAM"]
+    assert list(found) == ["CE-DRW", "LDAM", "LDAM-DRW"]
     assert found["LDAM-DRW"].paired.difference.mean == pytest.approx(-9.9333, abs=1e-3)
     assert (found["LDAM-DRW"].verdict, found["LDAM"].verdict) == (
         "less error",
@@ -126,7 +138,7 @@ def test_comparison_with_a_method_and_with_none_of_the_same_loss(records):
     assert pairs == [("ERM", "CE-DRW"), ("LDAM", "LDAM-DRW")]
     pairs = [(c.baseline, c.method) for c in comparisons(records, "ldam/drw")]
     assert ("LDAM-DRW", "ERM") in pairs
-    worse = comparisons(records, "ldam_drw")[1]
+    worse = comparisons(records, "ldam_drw")[0]
     assert (worse.method, worse.verdict) == ("ERM", "more error")
     with pytest.raises(ValueError, match="`baseline`"):
         comparisons(records, "emr")
@@ -155,6 +167,18 @@ def test_baseline_with_the_same_other_options_is_taken_where_there_is_one(record
     assert sum(method == "LDAM-DRW, mixup 0.4" for _, method in pairs) == 2
 
 
+def test_options_choose_among_the_settings_of_a_baseline(records):
+    margins = [0.1, 0.3]
+    for margin in margins:
+        records += method("ldam", "drw", [22.0 + margin, 22.5, 21.8], max_margin=margin)
+    assert not [c for c in comparisons(records, "ldam_drw") if c.method.startswith("LDAM-DRW")]
+    pairs = {(c.baseline, c.method) for c in comparisons(records, "ldam_drw:max_margin=-:mixup=0")}
+    titles = ["LDAM-DRW, max_margin 0.1", "LDAM-DRW, max_margin 0.3", "ERM", "CE-DRW", "LDAM"]
+    assert pairs == {("LDAM-DRW", title) for title in titles}
+    with pytest.raises(ValueError, match=r"option in baseline.*Did you mean 'max_margin'"):
+        comparisons(records, "ldam_drw:max_margn=0.1")
+
+
 def test_csv_has_a_row_a_run(records):
     rows = list(csv.DictReader(io.StringIO(to_csv(tidy_rows(records)))))
     assert len(rows) == 12
@@ -163,6 +187,22 @@ def test_csv_has_a_row_a_run(records):
     assert (row["version_torch"], row["version_timm"]) == ("2.6", "")
     assert row["command"] == "python recipes/vision_lt.py --seed 1"
     assert float(row["train_seconds"]) == 60.0
+
+
+def test_parquet_holds_numbers_as_numbers(records):
+    other = record("ldam", "drw", 7, 20.0, mixup=0.2, max_margin=0.3)
+    other["versions"] = {"torch": "2.6", "peft": "0.17"}
+    tidy = tidy_rows([*records, other])
+    table = parquet.read_table(io.BytesIO(to_parquet(tidy))).to_pylist()
+    rows = {row["name"]: row for row in table}
+    assert len(rows) == 13
+    found = rows["ldam_drw_0.2_0.3_s7"]
+    assert (found["top1_error"], found["mixup"], found["max_margin"]) == (20.0, 0.2, 0.3)
+    assert (found["version_peft"], found["few"], found["seed"]) == ("0.17", None, 7)
+    assert (rows["ce_none__s1"]["max_margin"], rows["ce_none__s1"]["version_peft"]) == (None, None)
+    assert list(csv.DictReader(io.StringIO(to_csv(tidy)))) == [
+        {name: "" if value is None else str(value) for name, value in row.items()} for row in table
+    ]
 
 
 def test_records_are_read_as_they_were_written(records, tmp_path):
@@ -189,7 +229,9 @@ def test_report_holds_everything_and_needs_nothing(records, tmp_path):
     assert "30.2 ± 1.9" in text
     left = sorted(path.name for path in tmp_path.iterdir())
     plots = [f"{name}.png" for name in PLOTS]
-    assert left == sorted([*plots, "report.html", "results", "results.csv", "results.md"])
+    assert left == sorted(
+        [*plots, "report.html", "results", "results.csv", "results.md", "results.parquet"]
+    )
     tables = (tmp_path / "results.md").read_text()
     assert "## Failed" in tables
     assert "| LDAM-DRW | LDAM " in tables

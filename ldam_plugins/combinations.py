@@ -1,0 +1,64 @@
+"""Losses and schedules that do not go together: one table, and the warning that it gives."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+
+from ldam_plugins.losses import ClassificationLoss, LogitAdjustedLoss, VectorScalingLoss
+from ldam_plugins.schedules import DeferredSchedule
+
+_TWICE = (
+    "the loss divides by the class prior at its optimum (tau={tau:g}) and the schedule does so "
+    "again, which favours the rare classes beyond a balanced classifier. Use schedule 'none' with "
+    "this loss, or this schedule with 'ce' or 'ldam'"
+)
+
+ADVICE: dict[tuple[type[ClassificationLoss], str], str] = {
+    # With class weights w and prior pi the optimum is f_y = log p(y | x) + log w_y - tau log pi_y
+    # (times the factors of vector scaling). tau = 1 alone is the balanced classifier; w ~ 1 / pi
+    # on top of it is as far from that one as plain cross-entropy is, on the other side.
+    key: _TWICE
+    for key in itertools.product(
+        (LogitAdjustedLoss, VectorScalingLoss), ("rw", "rs", "drw", "drs", "progressive")
+    )
+}
+"""Why a loss and a kind of schedule do not go together."""
+
+
+def combination_advice(loss: ClassificationLoss, schedule: DeferredSchedule) -> str | None:
+    """Why a loss and a schedule do not go together; None where nothing is known against it.
+
+    Nothing is corrected twice where the loss has ``tau=0``, or the schedule ``beta=0``.
+
+    Example:
+        >>> from ldam_plugins import create_loss
+        >>> combination_advice(create_loss("ldam", [90, 9]), DeferredSchedule("drw"))
+        >>> advice = combination_advice(create_loss("logit_adjusted", [90, 9]), DeferredSchedule())
+        >>> advice.partition(':')[0]
+        "loss LogitAdjustedLoss under schedule 'drw'"
+    """
+    tau = getattr(loss, "tau", 1.0)
+    acts = schedule.kind == "progressive" or schedule.beta > 0
+    why = ADVICE.get((type(loss), schedule.kind)) if tau > 0 and acts else None
+    if why is None:
+        return None
+    return f"loss {type(loss).__name__} under schedule {schedule.kind!r}: {why.format(tau=tau)}."
+
+
+def warn_of_combination(
+    loss: ClassificationLoss, schedule: DeferredSchedule, stacklevel: int = 2
+) -> None:
+    """Warn, once a place, where :func:`combination_advice` speaks against a combination.
+
+    Call it on one process of a training. Who means it filters the warning:
+    ``warnings.filterwarnings("ignore", "loss .* under schedule")``.
+
+    Args:
+        loss: What is trained.
+        schedule: What it is trained under.
+        stacklevel: Of ``warnings.warn``; 2 is the caller.
+    """
+    advice = combination_advice(loss, schedule)
+    if advice:
+        warnings.warn(advice, UserWarning, stacklevel=stacklevel)
