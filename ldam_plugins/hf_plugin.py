@@ -11,6 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.utils import logging
 
 from ldam_plugins._checks import check_int, check_real, must_be
+from ldam_plugins.combinations import warn_of_combination
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.hf_labels import count_labels
 from ldam_plugins.hf_loss_mapping import register
@@ -142,6 +143,8 @@ class DRWCallback(TrainerCallback):
             check_head(trainer.model, optimizer, self._scale)
         fold_when_saved(trainer.model)
         self.criterion = self._criterion_for(trainer, train_dataloader)
+        if state.is_world_process_zero:
+            warn_of_combination(self.criterion, self.schedule)
         data_seed = args.seed if args.data_seed is None else args.data_seed
         self._run = TrainingRun(
             trainer,

@@ -12,6 +12,7 @@ from timm.task import ClassificationTask
 from torch import Tensor, nn
 
 from ldam_plugins._checks import must_be
+from ldam_plugins.combinations import warn_of_combination
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.heads import use_cosine_head
 from ldam_plugins.losses import ClassificationLoss, create_loss
@@ -235,6 +236,7 @@ class LongTailTask(ClassificationTask):
             use_cosine_head(model, loss.scale)
         super().__init__(model, loss, device=device, dtype=dtype, verbose=verbose)
         self.schedule = schedule or DeferredSchedule()
+        warn_of_combination(self.criterion, self.schedule, stacklevel=3)
 
     def set_progress(self, progress: Progress) -> str:
         """Set the class weights of ``progress`` and return the name of its stage."""

@@ -51,6 +51,7 @@ from tqdm import trange
 from ldam_plugins import ClassCounts, fold_cosine_head, register, use_cosine_head
 from ldam_plugins._checks import check_choice, check_int, must_be
 from ldam_plugins.batches import InMemoryImages, RandomCropFlip, normalize
+from ldam_plugins.combinations import warn_of_combination
 from ldam_plugins.data import LabelledImages, load_images
 from ldam_plugins.heads import cosine_heads
 from ldam_plugins.long_tail import long_tail_indices
@@ -151,6 +152,8 @@ def main(options: VisionOptions) -> dict[str, Any]:
     set_seed(options.seed)
     train, test, counts = load_data(options, show=accelerator.is_main_process)
     criterion = options.make_loss(counts).to(accelerator.device)
+    if accelerator.is_main_process:
+        warn_of_combination(criterion, options.make_schedule())
     model = make_model(options, criterion)
     to_input = make_input(options, model)
     train_set, test_set = make_datasets(options, model, train, test)

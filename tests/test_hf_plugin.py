@@ -57,6 +57,11 @@ class TestOneArgument:
         torch.testing.assert_close(_losses(alone), _losses(pair), rtol=1e-6, atol=0)
         torch.testing.assert_close(_parameters(alone), _parameters(pair), rtol=1e-6, atol=1e-7)
 
+    def test_a_prior_corrected_twice_is_warned_about(self, tmp_path):
+        trainer = make_trainer(tmp_path, callbacks=[DRWCallback(loss="logit_adjusted")])
+        with pytest.warns(UserWarning, match="LogitAdjustedLoss under schedule 'drw'"):
+            trainer.train()
+
     def test_everything_can_be_given(self, tmp_path):
         criterion = LDAMLoss(COUNTS, max_margin=0.3, scale=10.0)
         callback = DRWCallback(criterion, class_counts=COUNTS, start=0.5, beta=0.99)

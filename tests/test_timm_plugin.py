@@ -121,6 +121,11 @@ class TestLongTailTask:
         stages = [task.set_progress(Progress(step, 10, 1)) for step in (7, 8)]
         assert stages == ["uniform", "reweighted"]
 
+    def test_a_prior_corrected_twice_is_warned_about(self):
+        with pytest.warns(UserWarning, match="LogitAdjustedLoss under schedule 'drw'") as caught:
+            LongTailTask(nn.Linear(3, 4), COUNTS, loss="logit_adjusted", verbose=False)
+        assert caught[0].filename == __file__
+
     def test_takes_a_ready_loss_and_other_heads(self):
         focal = create_loss("focal", COUNTS)
         task = LongTailTask(nn.Linear(3, 4), COUNTS, loss=focal)
