@@ -1,5 +1,6 @@
 """Updates of the vision recipe on a batch cut over processes and micro-batches; run by torchrun."""
 
+import gc
 import sys
 from pathlib import Path
 
@@ -97,6 +98,7 @@ def epochs(whole):
 
 def everything(micros, whole=False):
     accelerator = Accelerator(cpu=True)
+    gc.freeze()  # free_memory collects garbage after every case: let it look at the case's own
     results = {"processes": accelerator.num_processes}
     for micro in micros:
         for case in cases():
@@ -113,6 +115,7 @@ def everything(micros, whole=False):
     results["test"] = vision_lt.evaluate(
         accelerator, nn.Identity(), create_loss("ce", COUNTS), lambda x: x, loader
     )
+    gc.unfreeze()
     return results
 
 
