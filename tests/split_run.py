@@ -52,7 +52,7 @@ def train(accelerator, name, weighted, soft, micro, dtype):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-def train_epoch(accelerator, name, weighted, soft, rows, per_update, micro):
+def train_epoch(accelerator, name, weighted, soft, rows, micro):
     """Parameters after an epoch of the recipe's loop on samples that divide by nothing."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).double()
@@ -62,7 +62,7 @@ def train_epoch(accelerator, name, weighted, soft, rows, per_update, micro):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     images, target = data(False, rows=rows)
     samples = torch.utils.data.TensorDataset(images[0], target[0].sort(descending=True).values)
-    size = per_update // (accelerator.num_processes * micro)
+    size = 24 // (accelerator.num_processes * micro)
     loader = torch.utils.data.DataLoader(samples, batch_size=size)
     net, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     options = vision_lt.VisionOptions(batch_size=size, smoothing=0.1 if soft else 0.0)
@@ -89,10 +89,10 @@ def precisions(case):
 
 
 def epochs(whole):
-    """Cases of an epoch whose last update has 1 sample (37 rows) or 5 sixths of one (65)."""
+    """Cases of an epoch whose last update has 13 samples of 24 (37 rows) or only 1 (25)."""
     for name, weighted, soft in cases():
         if whole or (weighted and name in ("ce", "ldam")):
-            for rows in (37, 65) if whole else (37,):
+            for rows in (37, 25) if whole else (37,):
                 yield name, weighted, soft, rows
 
 
@@ -106,9 +106,7 @@ def everything(micros, whole=False):
                 results[(*case, micro, dtype)] = train(accelerator, *case, micro, dtype)
     for micro in micros:
         for case in epochs(whole):
-            results[("epoch", *case, micro)] = train_epoch(
-                accelerator, *case, 12 * len(micros), micro
-            )
+            results[("epoch", *case, micro)] = train_epoch(accelerator, *case, micro)
     logits = 3 * torch.randn(37, 4, generator=torch.Generator().manual_seed(2))
     images = torch.utils.data.TensorDataset(logits, torch.arange(37) % 4)
     loader = accelerator.prepare(torch.utils.data.DataLoader(images, batch_size=5))
