@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Value
+from hf_samples import text_hub
 from image_sets import write
 from kill_run import kill_after, launch
 from PIL import Image
@@ -25,19 +25,7 @@ TEXT += ["--embedding_size", 8, "--mixed_precision", "no", "--resume", "auto"]
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
-    """Two classes of 40 and 12 training texts in hub layout."""
-    path = tmp_path_factory.mktemp("texts")
-    features = Features({"text": Value("string"), "label": ClassLabel(names=["a", "b"])})
-    for split, counts in (("train", (40, 12)), ("test", (9, 9))):
-        texts = [
-            f"{'pear' if c else 'iron'} {'and ' * (i % 5)}"
-            for c in (0, 1)
-            for i in range(counts[c])
-        ]
-        labels = [c for c in (0, 1) for _ in range(counts[c])]
-        rows = Dataset.from_dict({"text": texts, "label": labels}, features=features)
-        rows.to_parquet(path / f"{split}-00000-of-00001.parquet")
-    return path
+    return text_hub(tmp_path_factory.mktemp("texts"))
 
 
 @pytest.fixture(scope="module")
