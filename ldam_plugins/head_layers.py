@@ -105,7 +105,7 @@ class CosineHead(nn.Module):
         entries = dict(state_dict)
         weight, moments = f"{prefix}weight", f"{prefix}cosine_moments"
         exact = entries.pop(f"{prefix}cosine_weight", None)
-        if exact is None or is_sharded(self.weight) and not is_sharded(exact):
+        if exact is None or (is_sharded(self.weight) and not is_sharded(exact)):
             exact = entries.get(weight)
         if exact is not None:
             entries[weight] = exact
@@ -271,6 +271,7 @@ def of_all_shards(moments: Tensor, weight: Tensor) -> Tensor:
         return moments
     from torch.distributed.tensor import DTensor, Partial
 
+    assert isinstance(weight, DTensor)
     mesh = weight.device_mesh
     local = moments.to(weight.device) / mesh.size()
     return DTensor.from_local(local, mesh, [Partial()] * mesh.ndim).full_tensor()

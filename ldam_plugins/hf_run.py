@@ -229,7 +229,8 @@ def _last_round(loader: Any) -> _LastRound | None:
         return None
     if shard.drop_last or not shard.even_batches or shard.batch_size is None:
         return None
-    samples, processes = len(shard.batch_sampler.sampler), shard.num_processes
+    sampler: Any = shard.batch_sampler.sampler
+    samples, processes = len(sampler), shard.num_processes
     size = shard.batch_size // (processes if shard.split_batches else 1)
     repeats = len(shard) * processes * size - samples
     own = own_rows(samples, len(shard) - 1, size, shard.process_index, processes)

@@ -214,7 +214,10 @@ class HistoryWriter:
         """
         check_int("epoch", epoch, low=self._last_epoch + 1)
         line = _csv_line((epoch, lr, stage, train_loss, test_error, seconds))
-        with disk_errors(self.path.parent), self.path.open("a", encoding="utf-8", newline="") as file:
+        with (
+            disk_errors(self.path.parent),
+            self.path.open("a", encoding="utf-8", newline="") as file,
+        ):
             file.write(line)
         self._last_epoch = epoch
 

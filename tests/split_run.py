@@ -38,7 +38,8 @@ def train(accelerator, name, weighted, soft, micro, dtype):
         criterion.weight.copy_(COUNTS.weights(0.99, dtype=torch.float64))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     net, optimizer = accelerator.prepare(model, optimizer)
-    images, target = data(soft)
+    criterion = criterion.to(accelerator.device)
+    images, target = (part.to(accelerator.device) for part in data(soft))
     target = target.to(dtype) if soft else target
     for batch, aims in zip(images.to(dtype), target, strict=True):
         parts = zip(
@@ -65,6 +66,7 @@ def train_epoch(accelerator, name, weighted, soft, rows, micro):
     size = 24 // (accelerator.num_processes * micro)
     loader = torch.utils.data.DataLoader(samples, batch_size=size)
     net, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    criterion = criterion.to(accelerator.device)
     options = vision_lt.VisionOptions(batch_size=size, smoothing=0.1 if soft else 0.0)
     mix = vision_lt.make_target(options, 4)
     batches = vision_lt.without_repeats(accelerator, loader, size, rows)

@@ -77,7 +77,7 @@ def test_a_disk_that_is_really_full(tmp_path):
         os.system(f"umount {disk}")
 
 
-@pytest.fixture()
+@pytest.fixture
 def disk(tmp_path):
     """A small file system of its own, which the test may fill or make read-only."""
     disk = tmp_path / "disk"

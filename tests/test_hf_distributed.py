@@ -103,7 +103,7 @@ def test_metrics_are_the_same_to_the_bit(alone, ranks):
 
 @pytest.mark.exhaustive
 def test_whole_matrix(tmp_path, capsys):
-    """1, 2 and 3 processes, accumulation 1, 2 and 4, every loss, both stages and kinds of targets."""
+    """1 to 3 processes, accumulation 1, 2 and 4, every loss, both stages and kinds of targets."""
     alone = matrix(tmp_path / "alone", 1, (1, 2, 4), True)
     worst = dict.fromkeys(BOUNDS, 0.0)
     compared = 0

@@ -58,8 +58,9 @@ def check_same(out, whole):
     assert not newest.name.startswith(".")
 
 
-def killed_at(recipe, moment, flags, tmp_path, number=signal.SIGKILL, **more):
+def killed_at(recipe, moment, flags, tmp_path, number=signal.SIGKILL, device=(), **more):
     environment = {"KILL_AT": f"{moment}:{int(number)}", "DRIVER": str(tmp_path / "driver.py")}
+    environment |= dict(device)
     return launch(recipe, flags, environment=environment, **more)
 
 

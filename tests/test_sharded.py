@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """State dicts of two processes (gloo), gathered."""
