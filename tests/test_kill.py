@@ -90,10 +90,32 @@ def test_text_run_killed_and_preempted(texts, tmp_path):
     preempted = killed_at("text", "step:3", flags, tmp_path, signal.SIGTERM)
     assert preempted.returncode == PREEMPTED
     (saved,) = (tmp_path / "broken" / "checkpoints").iterdir()
-    assert saved.name == "checkpoint-7"  # at the end of the epoch
+    assert saved.name == "checkpoint-3"  # of 7 updates an epoch
     assert killed_at("text", "checkpoint:2", flags, tmp_path).returncode == -signal.SIGKILL
     assert len(list((tmp_path / "broken" / "checkpoints").iterdir())) == 2
     finish("text", flags)
+    check_same(tmp_path / "broken", tmp_path / "whole")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("schedule", ["drw", "drs"])
+def test_text_run_preempted_inside_epochs(schedule, processes, texts, tmp_path):
+    """Inside the first epoch, inside the next one, and inside one that began with a resumed run."""
+    flags = [*TEXT, "--dataset", texts, "--schedule", schedule, "--batch_size", 4 // processes]
+    finish("text", [*flags, "--output_dir", tmp_path / "whole"], processes=processes)
+    flags += ["--output_dir", tmp_path / "broken"]
+    # 13 updates an epoch; several processes ask each other at updates 10, 20, 30.
+    moments = [("step:3", 3), ("step:15", 18), ("step:12", 26), ("step:4", 30)]
+    if processes > 1:
+        moments = [("step:3", 10), ("step:9", 20), ("step:10", 26), ("step:4", 30)]
+    for number, (moment, update) in enumerate(moments):
+        sort = signal.SIGKILL if number == 2 else signal.SIGTERM
+        stopped = killed_at("text", moment, flags, tmp_path, sort, processes=processes)
+        assert stopped.returncode != 0
+        newest = max(int(p.name.split("-")[1]) for p in (tmp_path / "broken/checkpoints").iterdir())
+        assert newest == update
+    finish("text", flags, processes=processes)
     check_same(tmp_path / "broken", tmp_path / "whole")
 
 
