@@ -30,6 +30,14 @@ class CosineHead(nn.Module):
     scale: float
     folded_bias: bool
 
+    @property
+    def cosine_weight(self) -> Tensor:
+        """The weight, by the name of its exact copy in a folded state dict.
+
+        The state dicts of sharded models are gathered name by name, each looked up on the module.
+        """
+        return self.weight
+
     def reset_parameters(self) -> None:
         """Draw class directions as the paper does: uniform in a cube, then of unit length."""
         weight = self.weight
@@ -89,10 +97,16 @@ class CosineHead(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Read its own form and that of `folded_state_dict`; moments may be missing (unknown)."""
+        """Read its own form and that of `folded_state_dict`; moments may be missing (unknown).
+
+        A sharded model that is loaded from whole tensors takes the folded weight, of the same
+        directions: torch deals out those it knows by name, the exact one stays on one process.
+        """
         entries = dict(state_dict)
         weight, moments = f"{prefix}weight", f"{prefix}cosine_moments"
-        exact = entries.pop(f"{prefix}cosine_weight", entries.get(weight))
+        exact = entries.pop(f"{prefix}cosine_weight", None)
+        if exact is None or (is_sharded(self.weight) and not is_sharded(exact)):
+            exact = entries.get(weight)
         if exact is not None:
             entries[weight] = exact
             entries.setdefault(moments, torch.zeros(2, device=exact.device))
@@ -235,12 +249,32 @@ def plain_layer(head: Cosine) -> nn.Linear | nn.Conv2d:
 def folded_weight(head: Cosine, weight: Tensor, moments: Tensor) -> Tensor:
     """Return ``k * w[c] / |w[c]|``, k from the moments or ``s / sqrt(H)`` where there are none."""
     rows = weight.flatten(1).to(torch.promote_types(weight.dtype, torch.float32))
-    first, second = moments.to(rows).unbind()
+    first, second = moments.to(rows.dtype).to(rows.device).unbind()
     unit = torch.full_like(first, head.scale / math.sqrt(rows.shape[1]))
     known = _plausible(moments) & (second > 0)
     factor = torch.where(known.to(first.device), head.scale * first / second, unit)
     unit_rows = rows / _lengths(rows).clamp_min(SMALLEST_LENGTH).unsqueeze(-1)
     return (factor * unit_rows).to(weight.dtype).view_as(weight)
+
+
+def is_sharded(weight: Tensor) -> bool:
+    """Whether it is a DTensor, whose import is slow."""
+    return hasattr(weight, "device_mesh")
+
+
+def of_all_shards(moments: Tensor, weight: Tensor) -> Tensor:
+    """Mean moments of the processes that share a sharded weight: each has met batches of its own.
+
+    Every shard must be scaled by the same k. Collective, as is all that gathers a sharded model.
+    """
+    if not is_sharded(weight):
+        return moments
+    from torch.distributed.tensor import DTensor, Partial
+
+    assert isinstance(weight, DTensor)
+    mesh = weight.device_mesh
+    local = moments.to(weight.device) / mesh.size()
+    return DTensor.from_local(local, mesh, [Partial()] * mesh.ndim).full_tensor()
 
 
 def _lengths(vectors: Tensor) -> Tensor:

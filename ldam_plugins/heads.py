@@ -22,6 +22,8 @@ from ldam_plugins.head_layers import (
     CosineLinear,
     cosine_layer,
     folded_weight,
+    is_sharded,
+    of_all_shards,
     plain_layer,
 )
 from ldam_plugins.head_names import find_head, refuse_adapted
@@ -132,8 +134,8 @@ def fold_cosine_head(
 
     Raises:
         TypeError: the model's output on ``inputs`` is neither a tensor nor holds ``logits``.
-        ValueError: no cosine head is there, an adapter sits on it, or ``inputs`` holds no example
-            or none with a finite, non-zero logit.
+        ValueError: no cosine head is there, an adapter sits on it, it is sharded (FSDP2), or
+            ``inputs`` holds no example or none with a finite, non-zero logit.
 
     Example:
         >>> model = use_cosine_head(nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 3)))
@@ -141,6 +143,7 @@ def fold_cosine_head(
         Linear(in_features=4, out_features=3, bias=True)
     """
     heads = _required_heads(model)
+    _check_whole(heads)
     layers = {head: plain_layer(head) for head in heads.values()}
     if inputs is not None:
         factor = _closest_factor(*_logits_of_both(model, layers, inputs))
@@ -159,6 +162,8 @@ def folded_state_dict(
     keys it does not know, as ``from_pretrained`` does, gets the folded model; a model with cosine
     heads takes back the exact tensors, bit for bit.
 
+    Of a sharded model (FSDP2) it is collective and gives sharded tensors.
+
     Args:
         model: A model with cosine heads.
         state_dict: Its tensors, where they were gathered elsewhere; ``model.state_dict()`` if not.
@@ -174,7 +179,9 @@ def folded_state_dict(
             continue
         exact = state[f"{prefix}weight"]
         state[f"{prefix}cosine_weight"] = exact
-        state[f"{prefix}weight"] = folded_weight(head, exact, state[f"{prefix}cosine_moments"])
+        moments = of_all_shards(state[f"{prefix}cosine_moments"], exact)
+        state[f"{prefix}cosine_moments"] = moments
+        state[f"{prefix}weight"] = folded_weight(head, exact, moments)
         if head.folded_bias:
             state[f"{prefix}bias"] = exact.new_zeros(len(exact))
     return state
@@ -234,6 +241,14 @@ def _required_heads(model: nn.Module) -> dict[str, Cosine]:
         raise ValueError(must_be("model", "one with a cosine head", type(model).__name__, way_out))
     refuse_adapted(heads)
     return heads
+
+
+def _check_whole(heads: Mapping[str, Cosine]) -> None:
+    for name, head in heads.items():
+        if is_sharded(head.weight):
+            way_out = "Gather folded_state_dict(model) and load it into the stock architecture."
+            wanted = f"whole on every process, its head {name!r} at least"
+            raise ValueError(must_be("model", wanted, "a sharded one", way_out))
 
 
 def _logits_of_both(

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from torch import Tensor
-from torch.utils.data import IterableDataset, Sampler
+from torch.utils.data import BatchSampler, IterableDataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.utils import logging
 
 from ldam_plugins._checks import must_be
 from ldam_plugins.hf_labels import IGNORED, read_labels
-from ldam_plugins.losses import ClassificationLoss
+from ldam_plugins.losses import ClassificationLoss, logits_of
+from ldam_plugins.runtime import own_rows
 from ldam_plugins.samplers import DeferredSampler
 from ldam_plugins.schedules import DeferredSchedule, Progress
 
@@ -27,6 +30,11 @@ logger = logging.get_logger(__name__)
 
 class TrainingRun:
     """Loss, class weights and sampling of one training.
+
+    Where several processes share an epoch that does not divide, Accelerate fills up the last
+    batches with examples that were dealt already. These have no part in the loss, so every example
+    counts once, however many processes there are. (Of such examples without a label, -100, the
+    loss of that one update is divided by as many items too few.)
 
     Args:
         trainer: Its Trainer; only a weak reference is kept.
@@ -61,6 +69,7 @@ class TrainingRun:
         self._in_backward = False
         self._steps_per_epoch = _steps_per_epoch(trainer, train_dataloader, total_steps)
         self._check_start(total_steps, train_dataloader)
+        self._last_round = _last_round(train_dataloader)
         self._sampler: DeferredSampler | None = None
         if schedule.kind in RESAMPLING:
             self._sampler = self._make_sampler(train_dataloader, total_steps, seed)
@@ -73,6 +82,10 @@ class TrainingRun:
             raise RuntimeError(
                 "the DRWCallback whose loss this Trainer uses was removed from its callbacks. "
                 "Add one, or write `trainer.compute_loss_func = None`."
+            )
+        if torch.is_grad_enabled() and labels is not None:
+            outputs, labels, num_items_in_batch = self._without_repeats(
+                outputs, labels, num_items_in_batch
             )
         loss = self.criterion.compute_loss_func(outputs, labels, num_items_in_batch)
         if loss.requires_grad:
@@ -113,6 +126,23 @@ class TrainingRun:
                 "compute_loss() return what super().compute_loss(...) returns, or remove it."
             )
         self._in_backward = False
+
+    def _without_repeats(
+        self, outputs: Any, labels: Tensor, items: Tensor | int | None
+    ) -> tuple[Any, Tensor, Tensor | int | None]:
+        """Leave the examples out that fill up the last batches of an epoch, and their count."""
+        progress = self._running_trainer().accelerator.gradient_state
+        if self._last_round is None or not progress.end_of_dataloader:
+            return outputs, labels, items
+        own = self._last_round.own_rows
+        if items is not None:  # counted over all micro-batches, of which the last is filled up
+            items = items - self._last_round.repeats * labels[0].numel()
+        if progress.sync_gradients and labels.ndim == 2:
+            return logits_of(outputs)[:own], labels[:own], items
+        if progress.sync_gradients:
+            ignored = torch.full_like(labels[own:], self.criterion.ignore_index)
+            labels = torch.cat([labels[:own], ignored])
+        return outputs, labels, items
 
     def _seen_in_backward(self, gradient: Tensor) -> None:
         self._in_backward = True
@@ -175,6 +205,36 @@ class _FixedOrder(Sampler[int]):
 
     def __len__(self) -> int:
         return len(self.order)
+
+
+@dataclass(frozen=True)
+class _LastRound:
+    """The last batches of an epoch, one a process, filled up with examples dealt already.
+
+    Attributes:
+        own_rows: Rows of this process's batch that are not such.
+        repeats: Rows of all processes that are.
+    """
+
+    own_rows: int
+    repeats: int
+
+
+def _last_round(loader: Any) -> _LastRound | None:
+    """None where nothing is filled up, or where it cannot be told."""
+    shard = getattr(loader, "batch_sampler", None)
+    if not isinstance(shard, BatchSamplerShard) or not isinstance(
+        shard.batch_sampler, BatchSampler
+    ):
+        return None
+    if shard.drop_last or not shard.even_batches or shard.batch_size is None:
+        return None
+    sampler: Any = shard.batch_sampler.sampler
+    samples, processes = len(sampler), shard.num_processes
+    size = shard.batch_size // (processes if shard.split_batches else 1)
+    repeats = len(shard) * processes * size - samples
+    own = own_rows(samples, len(shard) - 1, size, shard.process_index, processes)
+    return _LastRound(own, repeats) if processes > 1 and repeats else None
 
 
 def _has_length(loader: Any) -> bool:

@@ -144,6 +144,10 @@ def _check_arguments(trainer: Trainer, resampling: bool) -> None:
     if args.label_names is not None and "labels" not in args.label_names:
         way_out = 'Name the column so: `train_dataset.rename_column("...", "labels")`.'
         raise ValueError(must_be("label_names", "['labels'] or None", args.label_names, way_out))
+    if args.world_size > 1 and not args.average_tokens_across_devices:
+        way_out = "Else the update depends on which process gets which example."
+        wanted = "True where several processes train"
+        raise ValueError(must_be("average_tokens_across_devices", wanted, False, way_out))
     strategy = getattr(args, "train_sampling_strategy", "random")
     if resampling and strategy != "random":
         way_out = "The schedule re-samples the examples itself."

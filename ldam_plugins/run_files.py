@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import math
 import os
 import platform
+import re
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,7 @@ METRICS_KEYS = ("options", "versions", "class_counts", *_MEASURED)
 MAY_CHANGE = ("output_dir", "resume", "report_to", "keep_checkpoints")
 """Options that a resumed run may have otherwise than the run it goes on with."""
 
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
 _PACKAGES = ("ldam_plugins", "torch", "timm", "transformers", "accelerate", "datasets", "numpy")
 
 
@@ -139,6 +143,27 @@ def _stored_options(folder: Path) -> dict[str, Any]:
         raise ValueError(must_be("output_dir", wanted, str(folder), way_out)) from error
 
 
+@contextmanager
+def disk_errors(output_dir: str | os.PathLike[str]) -> Iterator[None]:
+    """Word the errors of a disk that is full, read-only or gone: what failed, and what to do.
+
+    Raises:
+        OSError: instead of such an error of the system, of safetensors or of torch, each of
+            which words it otherwise; all other errors pass.
+    """
+    try:
+        yield
+    except Exception as error:
+        number = getattr(error, "errno", None) if isinstance(error, OSError) else None
+        told = re.search(r"\(os error (\d+)\)", str(error))  # safetensors
+        number = int(told[1]) if told else number
+        if number not in _DISK_ERRORS and "PytorchStreamWriter failed" not in str(error):
+            raise
+        way_out = "Make room or mend the folder, then go on from the last checkpoint with --resume"
+        message = f"output_dir {str(output_dir)!r} cannot be written ({error}). {way_out}."
+        raise OSError(message) from error
+
+
 class HistoryWriter:
     """``history.csv``: one row an epoch, on disk as soon as it is appended.
 
@@ -184,11 +209,15 @@ class HistoryWriter:
         """Add the row of an epoch.
 
         Raises:
+            OSError: it cannot be written.
             ValueError: ``epoch`` is not after the last one.
         """
         check_int("epoch", epoch, low=self._last_epoch + 1)
         line = _csv_line((epoch, lr, stage, train_loss, test_error, seconds))
-        with self.path.open("a", encoding="utf-8", newline="") as file:
+        with (
+            disk_errors(self.path.parent),
+            self.path.open("a", encoding="utf-8", newline="") as file,
+        ):
             file.write(line)
         self._last_epoch = epoch
 

@@ -71,6 +71,7 @@ from ldam_plugins.reports import per_class_table, write_report
 from ldam_plugins.run_files import (
     claim_output_dir,
     device_name,
+    disk_errors,
     read_history,
     run_versions,
     write_metrics,
@@ -143,7 +144,8 @@ def main(options: TextOptions) -> dict[str, Any]:
     if arguments.process_index == 0:
         claim_output_dir(options.output_dir, asdict(options), resume=RESUME[options.resume])
     trainer = make_trainer(arguments, model, tokenizer, counts, train, test, callbacks)
-    trainer.train(resume_from_checkpoint=newest_trainer_checkpoint(arguments.output_dir))
+    with disk_errors(options.output_dir):
+        trainer.train(resume_from_checkpoint=newest_trainer_checkpoint(arguments.output_dir))
     prediction = trainer.predict(test)
     result = long_tail_metrics(prediction.predictions, prediction.label_ids, counts)
     metrics = {
@@ -156,6 +158,8 @@ def main(options: TextOptions) -> dict[str, Any]:
         "test": result,
         "class_errors": class_errors(result, counts),
     }
+    if trainer.is_fsdp_enabled:  # gathered from all processes, and folded as any model saved
+        trainer.save_model(model_folder(options))
     if trainer.is_world_process_zero():
         leave(options, trainer, metrics)
         print(per_class_table(result, counts))
@@ -170,6 +174,12 @@ def leave(options: TextOptions, trainer: Trainer, metrics: dict[str, Any]) -> No
     metrics["examples_per_second"] = sum(metrics["class_counts"]) * options.epochs / seconds
     write_metrics(options.output_dir, metrics)
     write_report(options.output_dir)
+    if not trainer.is_fsdp_enabled:
+        save_folded(options, trainer)
+
+
+def save_folded(options: TextOptions, trainer: Trainer) -> None:
+    """Write the model with its head folded to fit training texts, and the tokenizer."""
     model = trainer.model.merge_and_unload() if options.lora_rank else trainer.model
     if cosine_heads(model):
         loader = DataLoader(
@@ -180,9 +190,13 @@ def leave(options: TextOptions, trainer: Trainer, metrics: dict[str, Any]) -> No
         )
         batches = (batch.to(trainer.args.device) for batch in islice(loader, 8))
         fold_cosine_head(model, inputs=batches)
-    folder = str(Path(options.output_dir, "model"))
-    model.save_pretrained(folder)
-    trainer.processing_class.save_pretrained(folder)
+    model.save_pretrained(model_folder(options))
+    trainer.processing_class.save_pretrained(model_folder(options))
+
+
+def model_folder(options: TextOptions) -> str:
+    """Where the model is left."""
+    return str(Path(options.output_dir, "model"))
 
 
 def load_data(options: TextOptions) -> tuple[Dataset, Dataset, ClassCounts]:

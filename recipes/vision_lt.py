@@ -483,8 +483,10 @@ def update(
     for index, (images, target) in enumerate(batches):
         last = index + 1 == len(batches)
         with contextlib.nullcontext() if last else accelerator.no_sync(net):
-            # DDP averages the gradients over the processes; they are to be summed.
-            part = criterion(net(images)[: len(target)], target, whole / accelerator.num_processes)
+            part = criterion(net(images)[: len(target)], target, whole)
+            # DDP averages the gradients over the processes; they are to be summed. (A denominator
+            # divided by 3 would be rounded.)
+            part = part * accelerator.num_processes
             accelerator.backward(part)
         loss += part.detach()
     if clip_grad is not None:

@@ -2,7 +2,7 @@
 
 import torch
 import transformers
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features, Value
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 CLASSES = 3
@@ -72,6 +72,22 @@ def make_data(name="Bert", counts=COUNTS, *, seed=1):
     tokens[:, -1] = 2
     columns = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "label": labels}
     return Dataset.from_dict({key: column.tolist() for key, column in columns.items()})
+
+
+def text_hub(path):
+    """Two classes of 40 and 12 training texts in hub layout."""
+    path.mkdir(exist_ok=True)
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["a", "b"])})
+    for split, counts in (("train", (40, 12)), ("test", (9, 9))):
+        texts = [
+            f"{'pear' if c else 'iron'} {'and ' * (i % 5)}"
+            for c in (0, 1)
+            for i in range(counts[c])
+        ]
+        labels = [c for c in (0, 1) for _ in range(counts[c])]
+        rows = Dataset.from_dict({"text": texts, "label": labels}, features=features)
+        rows.to_parquet(path / f"{split}-00000-of-00001.parquet")
+    return path
 
 
 def tensors(data):

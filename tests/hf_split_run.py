@@ -1,11 +1,17 @@
-"""One process of a distributed run: ``python hf_split_run.py OUT``; see test_hf_distributed.py."""
+"""One process of a distributed run of the Trainer; see test_hf_distributed.py.
 
+``python hf_split_run.py OUT PROCESSES slice|whole``
+"""
+
+import gc
 import sys
 import tempfile
 
 import torch
 from hf_samples import logged, make_data, make_model, make_trainer
+from transformers import TrainerCallback, default_data_collator
 
+from ldam_plugins import LongTailMetrics, list_losses
 from ldam_plugins.hf_plugin import DRWCallback
 
 COUNTS = [45, 15, 4]
@@ -60,12 +66,104 @@ def runs(folder, processes):
     return found
 
 
+class Parameters(TrainerCallback):
+    """Note the parameters after every update."""
+
+    def __init__(self):
+        self.noted = []
+
+    def on_step_end(self, args, state, control, *, model, **kwargs):
+        self.noted.append(torch.cat([p.detach().flatten().clone() for p in model.parameters()]))
+
+
+def soft_labels(rows):
+    batch = default_data_collator(rows)
+    masses = torch.nn.functional.one_hot(batch["labels"], len(COUNTS)).double()
+    return {**batch, "labels": masses * 0.9 + 0.1 / len(COUNTS)}
+
+
+def cases(whole):
+    """Loss, soft targets, precision and counts; 24 samples an update, the last one has fewer."""
+    for loss in list_losses() if whole else ("ce", "ldam"):
+        for soft in (False, True):
+            for dtype in (torch.float64, torch.float32)[: 2 if loss in ("ce", "ldam") else 1]:
+                for counts in ((26, 8, 3), (18, 5, 2)) if whole else ((26, 8, 3),):  # 37 and 25
+                    yield loss, soft, dtype, counts
+
+
+def epochs(folder, case, parts, processes):
+    """Parameters after every update of an epoch before the switch and one after it."""
+    loss, soft, dtype, counts = case
+    noted = Parameters()
+    trainer = make_trainer(
+        folder,
+        make_model().to(dtype),
+        make_data(counts=counts),
+        [DRWCallback(loss=loss, class_counts=counts, start=1, beta=0.99), noted],
+        data_collator=soft_labels if soft else default_data_collator,
+        per_device_train_batch_size=24 // processes // parts,
+        gradient_accumulation_steps=parts,
+        num_train_epochs=2,
+        max_steps=-1,
+        optim="sgd",
+        max_grad_norm=0.0,
+    )
+    trainer.train()
+    return torch.stack(noted.noted)
+
+
+class Answers(torch.nn.Module):
+    """A model whose logits are its inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.unused = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, logits, labels=None):
+        return {"loss": logits.new_zeros(()), "logits": logits}
+
+
+def metrics(folder, rows=37):
+    """What LongTailMetrics makes of an evaluation by the Trainer."""
+    logits = 3 * torch.randn(rows, len(COUNTS), generator=torch.Generator().manual_seed(2))
+    data = make_data(counts=(rows - 3, 2, 1)).select_columns("label")
+    data = data.add_column("logits", logits.tolist())
+    trainer = make_trainer(
+        folder,
+        Answers(),
+        data,
+        compute_metrics=LongTailMetrics(COUNTS),
+        data_collator=default_data_collator,
+        per_device_eval_batch_size=5,
+    )
+    return {k: v for k, v in trainer.predict(data).metrics.items() if not _is_time(k)}
+
+
+def _is_time(key):
+    return any(word in key for word in ("runtime", "second", "time", "loss"))
+
+
+def matrix(folder, processes, accumulations, whole):
+    """Parameters by case and accumulation, and metrics."""
+    gc.freeze()  # the Trainer collects garbage after every run: let it look at the run's own
+    found = {
+        (case, parts): epochs(folder, case, parts, processes)
+        for case in cases(whole)
+        for parts in accumulations
+    }
+    gc.unfreeze()
+    return {"cases": found, "metrics": metrics(folder)}
+
+
 def main():
-    out = sys.argv[1]
+    out, extent = sys.argv[1], sys.argv[3]
     processes = int(sys.argv[2])
     folder = tempfile.mkdtemp() if processes == 1 else f"{out}.runs"
-    found = runs(folder, processes)
-    rank = next(iter(found.values()))["rank"]
+    if extent == "whole":
+        found = matrix(folder, processes, (1, 2, 4), True)
+    else:
+        found = runs(folder, processes) | {"matrix": matrix(folder, processes, (1, 4), False)}
+    rank = int(torch.distributed.get_rank()) if torch.distributed.is_initialized() else 0
     torch.save(found, f"{out}.{rank}")
     if processes > 1:  # one that ends with its threads of gloo running may be aborted
         torch.distributed.barrier()

@@ -72,9 +72,9 @@ def launch(recipe, flags, *, processes=1, environment=(), wait=True):
     return subprocess.CompletedProcess(command, running.returncode, output)
 
 
-def kill_after(recipe, flags, seconds, *, processes=1):
+def kill_after(recipe, flags, seconds, *, processes=1, environment=()):
     """SIGKILL the run and all its processes after a time; returns whether it was still running."""
-    running = launch(recipe, flags, processes=processes, wait=False)
+    running = launch(recipe, flags, processes=processes, environment=environment, wait=False)
     try:
         running.communicate(timeout=seconds)
         return False

@@ -1,5 +1,6 @@
 """Updates of the vision recipe on a batch cut over processes and micro-batches; run by torchrun."""
 
+import gc
 import sys
 from pathlib import Path
 
@@ -37,7 +38,8 @@ def train(accelerator, name, weighted, soft, micro, dtype):
         criterion.weight.copy_(COUNTS.weights(0.99, dtype=torch.float64))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     net, optimizer = accelerator.prepare(model, optimizer)
-    images, target = data(soft)
+    criterion = criterion.to(accelerator.device)
+    images, target = (part.to(accelerator.device) for part in data(soft))
     target = target.to(dtype) if soft else target
     for batch, aims in zip(images.to(dtype), target, strict=True):
         parts = zip(
@@ -51,21 +53,23 @@ def train(accelerator, name, weighted, soft, micro, dtype):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-def train_epoch(accelerator, name, soft, per_update, micro):
+def train_epoch(accelerator, name, weighted, soft, rows, micro):
     """Parameters after an epoch of the recipe's loop on samples that divide by nothing."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).double()
     criterion = create_loss(name, COUNTS).double()
-    criterion.weight.copy_(COUNTS.weights(0.99, dtype=torch.float64))
+    if weighted:
+        criterion.weight.copy_(COUNTS.weights(0.99, dtype=torch.float64))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    images, target = data(False, rows=37)
+    images, target = data(False, rows=rows)
     samples = torch.utils.data.TensorDataset(images[0], target[0].sort(descending=True).values)
-    size = per_update // (accelerator.num_processes * micro)
+    size = 24 // (accelerator.num_processes * micro)
     loader = torch.utils.data.DataLoader(samples, batch_size=size)
     net, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    criterion = criterion.to(accelerator.device)
     options = vision_lt.VisionOptions(batch_size=size, smoothing=0.1 if soft else 0.0)
     mix = vision_lt.make_target(options, 4)
-    batches = vision_lt.without_repeats(accelerator, loader, size, 37)
+    batches = vision_lt.without_repeats(accelerator, loader, size, rows)
     for group in vision_lt.grouped(batches, micro):
         parts = [mix(x, y) for x, y in group]
         parts = [(x, y.double() if soft else y) for x, y in parts]
@@ -86,29 +90,37 @@ def precisions(case):
     return (torch.float64, torch.float32) if case[0] in ("ce", "ldam") else (torch.float64,)
 
 
-def everything(micros):
+def epochs(whole):
+    """Cases of an epoch whose last update has 13 samples of 24 (37 rows) or only 1 (25)."""
+    for name, weighted, soft in cases():
+        if whole or (weighted and name in ("ce", "ldam")):
+            for rows in (37, 25) if whole else (37,):
+                yield name, weighted, soft, rows
+
+
+def everything(micros, whole=False):
     accelerator = Accelerator(cpu=True)
+    gc.freeze()  # free_memory collects garbage after every case: let it look at the case's own
     results = {"processes": accelerator.num_processes}
     for micro in micros:
         for case in cases():
             for dtype in precisions(case):
                 results[(*case, micro, dtype)] = train(accelerator, *case, micro, dtype)
     for micro in micros:
-        for name in ("ce", "ldam"):
-            for soft in (False, True):
-                key = ("epoch", name, soft, micro)
-                results[key] = train_epoch(accelerator, name, soft, 12 * len(micros), micro)
+        for case in epochs(whole):
+            results[("epoch", *case, micro)] = train_epoch(accelerator, *case, micro)
     logits = 3 * torch.randn(37, 4, generator=torch.Generator().manual_seed(2))
     images = torch.utils.data.TensorDataset(logits, torch.arange(37) % 4)
     loader = accelerator.prepare(torch.utils.data.DataLoader(images, batch_size=5))
     results["test"] = vision_lt.evaluate(
         accelerator, nn.Identity(), create_loss("ce", COUNTS), lambda x: x, loader
     )
+    gc.unfreeze()
     return results
 
 
 if __name__ == "__main__":
-    found = everything([int(micro) for micro in sys.argv[2].split(",")])
+    found = everything([int(micro) for micro in sys.argv[2].split(",")], sys.argv[3] == "whole")
     if int(torch.distributed.get_rank()) == 0:
         torch.save(found, sys.argv[1])
     # A process that ends with its threads of gloo running may be aborted.

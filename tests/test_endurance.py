@@ -3,6 +3,7 @@
 import errno
 import gc
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,9 +12,12 @@ import pytest
 import safetensors.torch
 import torch
 from accelerate.state import AcceleratorState
+from hf_samples import text_hub
 from image_sets import class_folders
 
 from ldam_plugins import ClassCounts, DeferredSchedule, create_loss, use_cosine_head
+from ldam_plugins.hf_text import newest_trainer_checkpoint, trainer_checkpoints
+from ldam_plugins.run_files import HistoryWriter
 from ldam_plugins.runtime import newest_checkpoint
 from ldam_plugins.schedules import Progress
 
@@ -21,6 +25,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 sys.path.insert(0, str(RECIPES))
 
 import options as recipe_options  # noqa: E402
+import text_lt  # noqa: E402
 import vision_lt  # noqa: E402
 
 TINY = ["--epochs", "3", "--start", "1", "--ratio", "100", "--mixed_precision", "no"]
@@ -70,6 +75,77 @@ def test_a_disk_that_is_really_full(tmp_path):
         safetensors.torch.load_file(held / "model.safetensors")
     finally:
         os.system(f"umount {disk}")
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A small file system of its own, which the test may fill or make read-only."""
+    disk = tmp_path / "disk"
+    if not mounted(disk, "64m"):
+        pytest.skip("needs the right to mount a small file system")
+    yield disk
+    os.system(f"umount {disk}")
+
+
+def make_read_only(disk):
+    assert os.system(f"mount -o remount,ro {disk}") == 0
+
+
+@pytest.mark.parametrize("moment", ["checkpoint", "history"])
+def test_a_folder_that_becomes_read_only(disk, moment, tmp_path, monkeypatch):
+    """Before the second checkpoint is written, or the row of the history before it."""
+    save, append, calls = vision_lt.save_epoch, HistoryWriter.append, []
+
+    def strike(name):
+        calls.append(name)
+        if name == moment and calls.count(name) == 2:
+            make_read_only(disk)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vision_lt, "save_epoch", lambda *a: (strike("checkpoint"), save(*a)))
+        patch.setattr(
+            HistoryWriter, "append", lambda self, **row: (strike("history"), append(self, **row))
+        )
+        with pytest.raises(OSError, match=r"cannot be written .*Read-only.*mend.*--resume"):
+            vision(disk / "run")
+    assert newest_checkpoint(disk / "run")[1] == 1
+    safetensors.torch.load_file(newest_checkpoint(disk / "run")[0] / "model.safetensors")
+    with pytest.raises(ValueError, match=r"`output_dir` must be .*can be written.*Read-only"):
+        vision(disk / "run", "--resume")
+    os.system(f"mount -o remount,rw {disk}")
+    assert vision(disk / "run", "--resume")["test"] == vision(tmp_path / "whole")["test"]
+
+
+@pytest.mark.parametrize("fault", ["read-only", "full"])
+def test_a_disk_that_fails_under_a_text_run(disk, fault, tmp_path, monkeypatch):
+    text_hub(tmp_path / "texts")
+    flags = ["--dataset", tmp_path / "texts", "--epochs", 3, "--start", 1, "--hidden_size", 8]
+    flags += ["--embedding_size", 8, "--mixed_precision", "no", "--output_dir", disk / "run"]
+
+    def run(*more):
+        given = list(map(str, [*flags, *more]))
+        return text_lt.main(recipe_options.parse_options(text_lt.TextOptions, given, default=""))
+
+    save, calls = text_lt.Trainer._save_checkpoint, []
+
+    def strike(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2 and fault == "read-only":
+            make_read_only(disk)
+        elif len(calls) == 2:
+            (disk / "other").write_bytes(bytes(shutil.disk_usage(disk).free - 8192))
+        save(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(text_lt.Trainer, "_save_checkpoint", strike)
+        with pytest.raises(OSError, match=r"`?output_dir.* cannot be written .*--resume"):
+            run()
+    kept = newest_trainer_checkpoint(disk / "run" / "checkpoints")
+    safetensors.torch.load_file(Path(kept) / "model.safetensors")
+    assert trainer_checkpoints(disk / "run" / "checkpoints").keys() == {1}
+    (disk / "other").unlink() if fault == "full" else os.system(f"mount -o remount,rw {disk}")
+    assert run("--resume")["test"]["top1_error"] >= 0
+    assert trainer_checkpoints(disk / "run" / "checkpoints").keys() == {3}
 
 
 def test_a_worker_that_dies_is_told(tmp_path, monkeypatch):

@@ -7,33 +7,38 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_split_run import runs
+from hf_split_run import cases, matrix, runs
 
 HERE = Path(__file__).parent
 
 
+def launched(out, processes, extent):
+    """Results of all processes."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    paths = [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
+    found = subprocess.run(
+        [sys.executable, *launch, str(HERE / "hf_split_run.py"), str(out), str(processes), extent],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        timeout=3600,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr[-3000:]
+    with torch.serialization.safe_globals([torch.dtype]):
+        return [torch.load(f"{out}.{rank}", weights_only=True) for rank in range(processes)]
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    return runs(tmp_path_factory.mktemp("alone"), 1)
+    folder = tmp_path_factory.mktemp("alone")
+    return runs(folder, 1) | {"matrix": matrix(folder, 1, (1, 4), False)}
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """Results of both processes."""
-    out = tmp_path_factory.mktemp("both") / "found"
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    paths = [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
-    found = subprocess.run(
-        [sys.executable, *launch, str(HERE / "hf_split_run.py"), str(out), "2"],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join(paths)},
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert found.returncode == 0, found.stderr[-3000:]
-    both = [torch.load(f"{out}.{rank}", weights_only=True) for rank in (0, 1)]
-    assert all(run["processes"] == 2 for rank in both for run in rank.values())
+    both = launched(tmp_path_factory.mktemp("both") / "found", 2, "slice")
+    assert all(rank["ldam", "whole"]["processes"] == 2 for rank in both)
     return both
 
 
@@ -71,6 +76,53 @@ def test_resuming_goes_on_to_the_bit(alone, ranks):
             resumed = found["drs", step]
             assert torch.equal(resumed["parameters"], straight["parameters"])
             assert resumed["seen"] == straight["seen"][-len(resumed["seen"]) :]
+
+
+BOUNDS = {torch.float32: 1e-6, torch.float64: 1e-12}
+
+
+def difference(found, reference):
+    """The largest relative difference of the parameters after any update."""
+    assert found.shape == reference.shape
+    return ((found - reference).norm(dim=1) / reference.norm(dim=1)).max().item()
+
+
+@pytest.mark.parametrize("case", list(cases(whole=False)), ids=str)
+def test_a_short_last_batch_counts_once(case, alone, ranks):
+    one = alone["matrix"]["cases"][case, 1]
+    assert len(one) == 4  # updates of 24 and 13 samples, before the switch and after it
+    for found in (alone, *ranks):
+        for parts in (1, 4):
+            assert difference(found["matrix"]["cases"][case, parts], one) <= BOUNDS[case[2]]
+
+
+def test_metrics_are_the_same_to_the_bit(alone, ranks):
+    assert len(alone["matrix"]["metrics"]) >= 5
+    assert all(rank["matrix"]["metrics"] == alone["matrix"]["metrics"] for rank in ranks)
+
+
+@pytest.mark.exhaustive
+def test_whole_matrix(tmp_path, capsys):
+    """1 to 3 processes, accumulation 1, 2 and 4, every loss, both stages and kinds of targets."""
+    alone = matrix(tmp_path / "alone", 1, (1, 2, 4), True)
+    worst = dict.fromkeys(BOUNDS, 0.0)
+    compared = 0
+    for processes in (1, 2, 3):
+        if processes == 1:
+            every = [alone]
+        else:
+            every = launched(tmp_path / f"found{processes}", processes, "whole")
+        for found in every:
+            assert found["metrics"] == alone["metrics"]
+            for (case, parts), parameters in found["cases"].items():
+                apart = difference(parameters, alone["cases"][case, 1])
+                assert apart <= BOUNDS[case[2]], (processes, case, parts)
+                worst[case[2]] = max(worst[case[2]], apart)
+                compared += 1
+    # Processes of all three launches, accumulations, targets and counts; losses and precisions.
+    assert compared == (1 + 2 + 3) * 3 * 2 * 2 * (8 + 2)
+    with capsys.disabled():
+        print(f"\n{compared} runs of 4 updates, largest difference {worst}")
 
 
 def _eights(labels):

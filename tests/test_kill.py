@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Value
+from hf_samples import text_hub
 from image_sets import write
 from kill_run import kill_after, launch
 from PIL import Image
@@ -25,19 +25,7 @@ TEXT += ["--embedding_size", 8, "--mixed_precision", "no", "--resume", "auto"]
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
-    """Two classes of 40 and 12 training texts in hub layout."""
-    path = tmp_path_factory.mktemp("texts")
-    features = Features({"text": Value("string"), "label": ClassLabel(names=["a", "b"])})
-    for split, counts in (("train", (40, 12)), ("test", (9, 9))):
-        texts = [
-            f"{'pear' if c else 'iron'} {'and ' * (i % 5)}"
-            for c in (0, 1)
-            for i in range(counts[c])
-        ]
-        labels = [c for c in (0, 1) for _ in range(counts[c])]
-        rows = Dataset.from_dict({"text": texts, "label": labels}, features=features)
-        rows.to_parquet(path / f"{split}-00000-of-00001.parquet")
-    return path
+    return text_hub(tmp_path_factory.mktemp("texts"))
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +58,9 @@ def check_same(out, whole):
     assert not newest.name.startswith(".")
 
 
-def killed_at(recipe, moment, flags, tmp_path, number=signal.SIGKILL, **more):
+def killed_at(recipe, moment, flags, tmp_path, number=signal.SIGKILL, device=(), **more):
     environment = {"KILL_AT": f"{moment}:{int(number)}", "DRIVER": str(tmp_path / "driver.py")}
+    environment |= dict(device)
     return launch(recipe, flags, environment=environment, **more)
 
 
@@ -101,10 +90,32 @@ def test_text_run_killed_and_preempted(texts, tmp_path):
     preempted = killed_at("text", "step:3", flags, tmp_path, signal.SIGTERM)
     assert preempted.returncode == PREEMPTED
     (saved,) = (tmp_path / "broken" / "checkpoints").iterdir()
-    assert saved.name == "checkpoint-7"  # at the end of the epoch
+    assert saved.name == "checkpoint-3"  # of 7 updates an epoch
     assert killed_at("text", "checkpoint:2", flags, tmp_path).returncode == -signal.SIGKILL
     assert len(list((tmp_path / "broken" / "checkpoints").iterdir())) == 2
     finish("text", flags)
+    check_same(tmp_path / "broken", tmp_path / "whole")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("schedule", ["drw", "drs"])
+def test_text_run_preempted_inside_epochs(schedule, processes, texts, tmp_path):
+    """Inside the first epoch, inside the next one, and inside one that began with a resumed run."""
+    flags = [*TEXT, "--dataset", texts, "--schedule", schedule, "--batch_size", 4 // processes]
+    finish("text", [*flags, "--output_dir", tmp_path / "whole"], processes=processes)
+    flags += ["--output_dir", tmp_path / "broken"]
+    # 13 updates an epoch; several processes ask each other at updates 10, 20, 30.
+    moments = [("step:3", 3), ("step:15", 18), ("step:12", 26), ("step:4", 30)]
+    if processes > 1:
+        moments = [("step:3", 10), ("step:9", 20), ("step:10", 26), ("step:4", 30)]
+    for number, (moment, update) in enumerate(moments):
+        sort = signal.SIGKILL if number == 2 else signal.SIGTERM
+        stopped = killed_at("text", moment, flags, tmp_path, sort, processes=processes)
+        assert stopped.returncode != 0
+        newest = max(int(p.name.split("-")[1]) for p in (tmp_path / "broken/checkpoints").iterdir())
+        assert newest == update
+    finish("text", flags, processes=processes)
     check_same(tmp_path / "broken", tmp_path / "whole")
 
 

@@ -1,0 +1,65 @@
+"""Models sharded by FSDP2 train, save and load as whole ones do."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sharded_run
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """State dicts of two processes (gloo), gathered."""
+    path = tmp_path_factory.mktemp("sharded") / "found.pt"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", "2", str(Path(sharded_run.__file__)), str(path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(path, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def whole():
+    accelerator = Accelerator(cpu=True)
+    return {name: sharded_run.train(accelerator, name, 1, shard=False) for name in ("ce", "ldam")}
+
+
+@pytest.mark.parametrize("micro", [1, 4])
+@pytest.mark.parametrize("name", ["ce", "ldam"])
+def test_updates_are_those_of_one_process(name, micro, found, whole):
+    expected, got = whole[name].state_dict(), found[name, micro]
+    assert got.keys() == expected.keys()
+    for key in ("0.weight", "0.bias", "2.cosine_weight"):
+        assert (got[key] - expected[key]).norm() <= 1e-6 * expected[key].norm()
+
+
+def test_the_gathered_model_is_a_folded_one(found, whole):
+    """Every shard is scaled by the same factor, though each process met its own batches."""
+    state = found["ldam", 1]
+    plain = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, len(sharded_run.COUNTS)))
+    plain.load_state_dict({k: v for k, v in state.items() if "cosine" not in k})
+    lengths = plain[2].weight.norm(dim=1)
+    torch.testing.assert_close(lengths, lengths[:1].expand_as(lengths))
+    inputs = torch.randn(500, 6)
+    same = plain(inputs).argmax(1) == whole["ldam"].eval()(inputs).argmax(1)
+    assert same.all()
+
+
+def test_a_sharded_model_takes_a_gathered_one_in(found):
+    state, loaded = found["ldam", 4], found["loaded"]
+    assert loaded.keys() == state.keys()
+    for key in ("0.weight", "0.bias", "2.weight"):
+        torch.testing.assert_close(loaded[key], state[key])
+    rows = nn.functional.normalize(state["2.cosine_weight"], dim=1)
+    torch.testing.assert_close(nn.functional.normalize(loaded["2.cosine_weight"], dim=1), rows)
+
+
+def test_a_sharded_head_is_not_folded_in_place(found):
+    assert "`model` must be whole on every process" in found["refusal"]
+    assert "folded_state_dict" in found["refusal"]
