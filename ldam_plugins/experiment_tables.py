@@ -29,6 +29,7 @@ from ldam_plugins.intervals import (
     mean_interval,
     paired_comparison,
 )
+from ldam_plugins.losses import list_losses
 from ldam_plugins.schedules import KINDS
 
 # Name of a column: the metric, what it is multiplied by, and decimal places.
@@ -112,7 +113,8 @@ def comparisons(records: Sequence[Record], baseline: str = "erm") -> list[Compar
         ValueError: an unknown baseline.
     """
     names, settings = varying_options(records), by_setting(records)
-    wanted, chosen = _pattern(baseline), _chosen(settings, baseline)
+    wanted, options = read_baseline(baseline, records[0]["options"])
+    chosen = [s for s, runs in settings.items() if _has(runs[0], options)]
     found = []
     for setting, runs in settings.items():
         for base in _bases(chosen, setting, wanted):
@@ -125,25 +127,31 @@ def comparisons(records: Sequence[Record], baseline: str = "erm") -> list[Compar
     return [entry._replace(corrected=p) for entry, p in zip(found, corrected, strict=True)]
 
 
-def _chosen(settings: Mapping[Setting, list[Record]], baseline: str) -> list[Setting]:
-    """Settings that have what a baseline says after its colons."""
-    entries = [entry.partition("=") for entry in baseline.split(":")[1:]]
-    known = next(iter(settings.values()))[0]["options"]
-    options = {check_choice("option in baseline", name, known): v for name, _, v in entries}
+def read_baseline(baseline: str, known: Collection[str]) -> tuple[tuple[str, str], dict[str, str]]:
+    """What a baseline, as of :func:`comparisons`, says: loss and schedule, and other options.
 
-    def fits(record: Record) -> bool:
-        return all(shown(option_value(record, name)) == options[name] for name in options)
+    Args:
+        baseline: To be read.
+        known: Names of the options it may choose by.
 
-    return [setting for setting, runs in settings.items() if fits(runs[0])]
+    Raises:
+        ValueError: it names no method, loss, schedule or option.
+    """
+    name, *entries = baseline.split(":")
+    if "/" in name:
+        loss, _, schedule = name.partition("/")
+        check_choice("loss in baseline", loss, [*list_losses(), "*"])
+        check_choice("schedule in baseline", schedule, [*KINDS, "*"])
+    else:
+        _, loss, schedule = METHODS[check_choice("baseline", name, METHODS)]
+    pairs = [entry.partition("=") for entry in entries]
+    options = {check_choice("option in baseline", name, known): value for name, _, value in pairs}
+    return (loss, schedule), options
 
 
-def _pattern(baseline: str) -> tuple[str, str]:
-    baseline, _, _ = baseline.partition(":")
-    if "/" in baseline:
-        loss, _, schedule = baseline.partition("/")
-        return loss, schedule
-    method = METHODS[check_choice("baseline", baseline, METHODS)]
-    return method.loss, method.schedule
+def _has(record: Record, options: Mapping[str, str]) -> bool:
+    """Whether a run has what a baseline says after its colons."""
+    return all(shown(option_value(record, name)) == value for name, value in options.items())
 
 
 def _bases(
@@ -181,6 +189,36 @@ def comparison_rows(records: Sequence[Record], baseline: str = "erm") -> list[Ro
         }
         for entry in comparisons(records, baseline)
     ]
+
+
+def ratio_rows(timings: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """One row for each timing of ``recipes/speed.py``: seconds, and their ratio."""
+    return [
+        {
+            "section": timing["section"],
+            "what": timing["what"],
+            "peer": timing["peer"],
+            "ours": f"{timing['ours_seconds']:.3g} s",
+            "theirs": f"{timing['peer_seconds']:.3g} s",
+            "ratio": _ratio(timing),
+            "note": timing["note"],
+        }
+        for timing in timings
+    ]
+
+
+def ratio_matrix(timings: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """Ratios of timings named ``"what, size, dtype"``: a row a size and dtype, a column a what."""
+    found: dict[str, Row] = {}
+    for timing in timings:
+        what, _, place = timing["what"].partition(", ")
+        found.setdefault(place, {"": place})[what] = _ratio(timing)
+    return list(found.values())
+
+
+def _ratio(timing: Mapping[str, Any]) -> str:
+    """Median, least and largest ratio over the turns."""
+    return "{ratio_median:.2f} ({ratio_min:.2f}..{ratio_max:.2f})".format_map(timing)
 
 
 def markdown(rows: Sequence[Row]) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -161,7 +162,7 @@ class CheckpointCallback(TrainerCallback):
         self._preempted = False
         self._told = self._handler.enter_context(noted_sigterm())
         saved = Path(args.output_dir, f"checkpoint-{state.global_step}", _order_file(args))
-        self._resumed = torch.load(saved, weights_only=True) if saved.exists() else None
+        self._resumed = load_file(saved)["rng_state"] if saved.exists() else None
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -197,7 +198,7 @@ class CheckpointCallback(TrainerCallback):
         newest.mkdir(exist_ok=True)
         if not _is_inside_epoch(state):
             self._order = torch.get_rng_state()
-        torch.save(self._order, newest / _order_file(args))
+        save_file({"rng_state": self._order}, newest / _order_file(args))
         if distributed.is_available() and distributed.is_initialized():
             distributed.barrier()
         if args.should_save:
@@ -278,7 +279,7 @@ def class_errors(test: Mapping[str, Any], class_counts: ClassCounts) -> dict[str
 
 
 def _order_file(args: TrainingArguments) -> str:
-    return f"order_{args.process_index}.pt"
+    return f"order_{args.process_index}.safetensors"
 
 
 def _is_inside_epoch(state: TrainerState) -> bool:

@@ -37,7 +37,7 @@ from transformers import HfArgumentParser
 from ldam_plugins import ClassCounts
 from ldam_plugins._checks import check_int
 from ldam_plugins.experiment_report import write_experiment
-from ldam_plugins.experiment_tables import interval_rows, markdown
+from ldam_plugins.experiment_tables import interval_rows, markdown, read_baseline
 from ldam_plugins.experiments import collect_records
 from ldam_plugins.grid import Cell, Grid, expand, in_cell
 from ldam_plugins.grid_run import CellRun, Outcome, run_here
@@ -108,6 +108,8 @@ def make_runs(options: BenchmarkOptions) -> list[CellRun]:
     """A run for each cell, after a check that the recipe takes its arguments."""
     module, name = RECIPES[options.recipe]
     kind: type[CoreOptions] = getattr(import_module(module), name)
+    known = [field.name for field in fields(kind)]
+    read_baseline(options.baseline, known)
     grid = Grid(
         preset=options.preset,
         methods=options.methods,
@@ -119,7 +121,7 @@ def make_runs(options: BenchmarkOptions) -> list[CellRun]:
         settings=options.set,
         vary=options.vary,
     )
-    cells = expand(grid, [field.name for field in fields(kind)])
+    cells = expand(grid, known)
     return [make_run(options, kind, cell) for cell in cells]
 
 

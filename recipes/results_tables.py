@@ -7,12 +7,15 @@ A folder of results is one experiment; each file in it is the record of one run,
 ``recipes/benchmark.py`` leaves it: ``cp -r runs/NAME/results recipes/results/NAME``. In README.md,
 what is between ``<!-- results: EXPERIMENT [KIND [BASELINE]] -->`` and ``<!-- end -->`` is made
 anew. Kinds are ``range`` (the default), ``intervals``, ``matrix`` and ``compare`` (with a
-baseline as of the benchmark), and the plots ``errors``, ``curves`` and ``heat_map``.
+baseline as of the benchmark), and the plots ``errors``, ``curves`` and ``heat_map``. After
+``<!-- timings: FILE SECTION ... -->`` come sections of a file that ``recipes/speed.py`` left
+under ``recipes/timings``.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -25,13 +28,17 @@ from ldam_plugins.experiment_tables import (
     markdown,
     matrix_rows,
     range_rows,
+    ratio_matrix,
+    ratio_rows,
 )
 from ldam_plugins.experiments import Record, error_matrices, read_records
 from ldam_plugins.run_files import write_atomic
 
 RESULTS = Path(__file__).parent / "results"
+TIMINGS = Path(__file__).parent / "timings"
 README = Path(__file__).parents[1] / "README.md"
 MARKED = r"(<!-- results: (\w+)(?: (\w+))?(?: (\S+))? -->)\n.*?(<!-- end -->)"
+TIMED = r"(<!-- timings: (\w+)((?: \w+)+) -->)\n.*?(<!-- end -->)"
 
 
 def matrices(records: list[Record]) -> str:
@@ -61,6 +68,16 @@ def content(experiment: str, kind: str | None = None, baseline: str | None = Non
     return TABLES[kind](records)
 
 
+def timings(name: str, sections: list[str]) -> str:
+    """The ratios of some sections of a file of timings; those of the losses as a matrix."""
+    kept = json.loads((TIMINGS / f"{name}.json").read_text(encoding="utf-8"))
+    known = {row["section"] for row in kept["rows"]}
+    for section in sections:
+        check_choice("section", section, known)
+    rows = [row for row in kept["rows"] if row["section"] in sections]
+    return markdown(ratio_matrix(rows) if sections == ["loss"] else ratio_rows(rows))
+
+
 def plot_path(experiment: str, kind: str) -> Path:
     """Where the plot of an experiment is kept."""
     return RESULTS / experiment / f"{kind}.png"
@@ -72,7 +89,11 @@ def fill(text: str) -> str:
     def fresh(match: re.Match[str]) -> str:
         return f"{match[1]}\n{content(match[2], match[3], match[4])}\n{match[5]}"
 
-    return re.sub(MARKED, fresh, text, flags=re.DOTALL)
+    def timed(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{timings(match[2], match[3].split())}\n{match[4]}"
+
+    text = re.sub(MARKED, fresh, text, flags=re.DOTALL)
+    return re.sub(TIMED, timed, text, flags=re.DOTALL)
 
 
 def plots_of(text: str) -> list[tuple[str, str]]:

@@ -43,7 +43,6 @@ from accelerate import Accelerator
 from options import option, parse_options
 from PIL import Image
 from sklearn.metrics import confusion_matrix
-from tabulate import tabulate
 from text_lt import TextOptions, make_arguments, make_trainer, tokenize
 from text_lt import load_data as load_texts
 from text_lt import make_model as make_text_model
@@ -76,6 +75,7 @@ from ldam_plugins import (
 )
 from ldam_plugins._checks import check_choice
 from ldam_plugins.batches import RandomCropFlip, normalize
+from ldam_plugins.experiment_tables import markdown, ratio_rows
 from ldam_plugins.metrics import MetricAccumulator
 from ldam_plugins.run_files import device_name, run_versions
 from ldam_plugins.samplers import DeferredSampler
@@ -125,7 +125,7 @@ def main(options: SpeedOptions) -> list[Row]:
         for row in SECTIONS[name](options):
             rows.append({"section": name, **row})
             print(f"{name}: {row['what']}: {row['ratio_median']:.2f}", file=sys.stderr)
-    print(table(rows))
+    print(markdown(ratio_rows(rows)))
     if options.json:
         found = {
             "options": asdict(options),
@@ -136,23 +136,6 @@ def main(options: SpeedOptions) -> list[Row]:
         }
         Path(options.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return rows
-
-
-def table(rows: list[Row]) -> str:
-    """The rows as Markdown."""
-    shown = [
-        {
-            "section": row["section"],
-            "what": row["what"],
-            "peer": row["peer"],
-            "ours": f"{row['ours_seconds']:.3g} s",
-            "theirs": f"{row['peer_seconds']:.3g} s",
-            "ratio": f"{row['ratio_median']:.2f} ({row['ratio_min']:.2f}..{row['ratio_max']:.2f})",
-            "note": row["note"],
-        }
-        for row in rows
-    ]
-    return tabulate(shown, headers="keys", tablefmt="github", disable_numparse=True)
 
 
 def compare(
@@ -314,10 +297,10 @@ def counts(options: SpeedOptions) -> Iterator[Row]:
     features = Features({"label": ClassLabel(num_classes=1000), "file": Value("int8")})
     columns = {"label": labels, "file": np.zeros(len(labels), np.int8)}
     column = Dataset.from_dict(columns, features=features)["label"]
-    for what, source in (("array", labels), ("dataset column", column)):
+    for what, source in (("an array", labels), ("a dataset column", column)):
         yield compare(
             options,
-            f"counting {len(labels)} labels of a {what}",
+            f"counting {len(labels)} labels of {what}",
             partial(ClassCounts.from_labels, source, 1000),
             lambda: np.bincount(labels),
             "np.bincount of the array",

@@ -197,6 +197,8 @@ def test_real_cells_finish_go_on_and_are_reported(tmp_path, capfd):
         (["--methods", "erm", "--jobs", "0"], r"`jobs` must be an integer >= 1, got 0"),
         (["--set", "lr=-1"], r"cell 'ce_rw_s0': `lr` must be"),
         (["--set", "mixup=2,3"], r"cell 'ce_rw_s0'.*'3'"),
+        (["--baseline", "emr"], r"`baseline` must be.*Did you mean 'erm'"),
+        (["--baseline", "erm:mixxup=0"], r"`option in baseline` must be.*Did you mean 'mixup'"),
     ],
 )
 def test_bad_grids_start_nothing(tmp_path, words, message):

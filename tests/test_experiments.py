@@ -140,8 +140,13 @@ def test_comparison_with_a_method_and_with_none_of_the_same_loss(records):
     assert ("LDAM-DRW", "ERM") in pairs
     worse = comparisons(records, "ldam_drw")[0]
     assert (worse.method, worse.verdict) == ("ERM", "more error")
-    with pytest.raises(ValueError, match="`baseline`"):
-        comparisons(records, "emr")
+    for baseline, message in {
+        "emr": "`baseline`.*Did you mean 'erm'",
+        "lda/none": "`loss in baseline`.*Did you mean 'ldam'",
+        "*/nonne": "`schedule in baseline`.*Did you mean 'none'",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            comparisons(records, baseline)
 
 
 def test_only_equal_seeds_and_long_tails_are_paired(records):

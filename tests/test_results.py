@@ -1,3 +1,4 @@
+import json
 import re
 import sys
 from pathlib import Path
@@ -22,6 +23,37 @@ def test_readme_holds_the_committed_results():
     assert results_tables.fill(TEXT) == TEXT
     shown = re.findall(r"<!-- results: (\w+)", TEXT)
     assert set(shown) == set(EXPERIMENTS)
+
+
+def test_readme_shows_every_file_of_timings():
+    shown = set(re.findall(r"<!-- timings: (\w+)", TEXT))
+    assert shown == {path.stem for path in results_tables.TIMINGS.iterdir()}
+
+
+def test_timings_are_chosen_by_section(monkeypatch, tmp_path):
+    row = {"peer": "theirs", "ours_seconds": 0.5, "peer_seconds": 1.0, "note": "5 MB"}
+    row |= {"ratio_median": 0.5, "ratio_min": 0.4, "ratio_max": 0.625}
+    losses = [
+        {"section": "loss", "what": f"LDAM {kind}, 8 x {classes}, float32", **row}
+        for classes in (2, 3)
+        for kind in ("plain", "soft")
+    ]
+    head = {"section": "head", "what": "a head", **row}
+    (tmp_path / "own.json").write_text(json.dumps({"rows": [*losses, head]}))
+    monkeypatch.setattr(results_tables, "TIMINGS", tmp_path)
+
+    def filled(marker):
+        lines = results_tables.fill(f"<!-- timings: {marker} -->\nold\n<!-- end -->\n").split("\n")
+        return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[1:-2]]
+
+    half = "0.50 (0.40..0.62)"
+    assert filled("own head")[2:] == [["head", "a head", "theirs", "0.5 s", "1 s", half, "5 MB"]]
+    titles, _, *rows = filled("own loss")
+    assert titles == ["", "LDAM plain", "LDAM soft"]
+    assert rows == [[f"8 x {classes}, float32", half, half] for classes in (2, 3)]
+    assert len(filled("own head loss")) == 7
+    with pytest.raises(ValueError, match=r"`section` must be.*Did you mean 'head'"):
+        filled("own heads")
 
 
 def check_plot(path, experiment):
