@@ -5,9 +5,10 @@
 
 A folder of results is one experiment; each file in it is the record of one run, as
 ``recipes/benchmark.py`` leaves it: ``cp -r runs/NAME/results recipes/results/NAME``. In README.md,
-what is between ``<!-- results: EXPERIMENT [KIND [BASELINE]] -->`` and ``<!-- end -->`` is made
-anew. Kinds are ``range`` (the default), ``intervals``, ``matrix`` and ``compare`` (with a
-baseline as of the benchmark), and the plots ``errors``, ``curves`` and ``heat_map``. After
+what is between ``<!-- results: EXPERIMENT [KIND [BASELINE]] [OPTION=VALUE,...] -->`` and
+``<!-- end -->`` is made anew, from the runs whose options have one of the values. Kinds are
+``range`` (the default), ``intervals``, ``matrix`` and ``compare`` (with a baseline as of the
+benchmark), and the plots ``errors``, ``curves`` and ``heat_map``, which are of all runs. After
 ``<!-- timings: FILE SECTION ... -->`` come sections of a file that ``recipes/speed.py`` left
 under ``recipes/timings``.
 """
@@ -17,10 +18,10 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ldam_plugins._checks import check_choice
+from ldam_plugins._checks import check_choice, must_be
 from ldam_plugins.experiment_plots import PLOTS
 from ldam_plugins.experiment_tables import (
     comparison_rows,
@@ -31,13 +32,13 @@ from ldam_plugins.experiment_tables import (
     ratio_matrix,
     ratio_rows,
 )
-from ldam_plugins.experiments import Record, error_matrices, read_records
+from ldam_plugins.experiments import Record, error_matrices, read_records, shown
 from ldam_plugins.run_files import write_atomic
 
 RESULTS = Path(__file__).parent / "results"
 TIMINGS = Path(__file__).parent / "timings"
 README = Path(__file__).parents[1] / "README.md"
-MARKED = r"(<!-- results: (\w+)(?: (\w+))?(?: (\S+))? -->)\n.*?(<!-- end -->)"
+MARKED = r"(<!-- results: (\w+)((?: \S+)*) -->)\n.*?(<!-- end -->)"
 TIMED = r"(<!-- timings: (\w+)((?: \w+)+) -->)\n.*?(<!-- end -->)"
 
 
@@ -57,14 +58,23 @@ TABLES: dict[str, Callable[[list[Record]], str]] = {
 }
 
 
-def content(experiment: str, kind: str | None = None, baseline: str | None = None) -> str:
-    """What belongs between the markers: a table, or the place of a plot."""
-    kind = check_choice("kind", kind or "range", [*TABLES, "compare", *PLOTS])
+def content(experiment: str, words: Sequence[str] = ()) -> str:
+    """What belongs between the markers, of which the words are: a table, or the place of a plot."""
+    filters = [word for word in words if re.fullmatch(r"\w+=[^=]+", word)]
+    kind, *baseline = [word for word in words if word not in filters] or ["range"]
+    check_choice("kind", kind, [*TABLES, "compare", *PLOTS])
+    if len(baseline) > (kind == "compare"):
+        raise ValueError(must_be("words", f"those of {kind!r}", words))
     if kind in PLOTS:
         return f"![{PLOTS[kind][0]}]({plot_path(experiment, kind).relative_to(README.parent)})"
     records = read_records(RESULTS / experiment)
+    for name, _, values in (word.partition("=") for word in filters):
+        check_choice("option", name, records[0]["options"])
+        records = [r for r in records if shown(r["options"][name]) in values.split(",")]
+    if not records:
+        raise ValueError(must_be("words", "of options that some runs have", words))
     if kind == "compare":
-        return markdown(comparison_rows(records, baseline or "erm"))
+        return markdown(comparison_rows(records, *baseline))
     return TABLES[kind](records)
 
 
@@ -87,7 +97,7 @@ def fill(text: str) -> str:
     """The text with everything between its markers made anew."""
 
     def fresh(match: re.Match[str]) -> str:
-        return f"{match[1]}\n{content(match[2], match[3], match[4])}\n{match[5]}"
+        return f"{match[1]}\n{content(match[2], match[3].split())}\n{match[4]}"
 
     def timed(match: re.Match[str]) -> str:
         return f"{match[1]}\n{timings(match[2], match[3].split())}\n{match[4]}"
@@ -99,7 +109,7 @@ def fill(text: str) -> str:
 def plots_of(text: str) -> list[tuple[str, str]]:
     """Experiment and kind of each plot that the text shows."""
     found = re.finditer(MARKED, text, flags=re.DOTALL)
-    return [(match[2], match[3]) for match in found if match[3] in PLOTS]
+    return [(match[2], match[3].strip()) for match in found if match[3].strip() in PLOTS]
 
 
 def main() -> None:
@@ -116,7 +126,7 @@ def main() -> None:
         README.write_text(text, encoding="utf-8")
     else:
         for folder in sorted(RESULTS.iterdir()):
-            print(f"{folder.name}\n\n{content(folder.name, 'intervals')}\n")
+            print(f"{folder.name}\n\n{content(folder.name, ['intervals'])}\n")
 
 
 if __name__ == "__main__":

@@ -84,8 +84,18 @@ def test_markers_choose_what_is_shown(monkeypatch, tmp_path):
     assert "| LDAM-DRW | ERM " in filled("digits_lt compare")
     assert "| ERM      | LDAM-DRW " in filled("digits_lt compare ldam_drw")
     assert "digits_lt/errors.png" in filled("digits_lt errors")
-    with pytest.raises(ValueError, match="Did you mean 'intervals'"):
-        filled("digits_lt interval")
+    assert "| ldam " not in filled("digits_lt schedule=none")
+    assert filled("digits_lt intervals seed=0,2 loss=ce").count("| 2 ") == 1
+    compared = filled("digits_lt compare loss=ldam,ce ldam_drw:beta=0.9999 seed=0,1")
+    assert re.search(r"\| ERM +\| LDAM-DRW +\| 2 ", compared)
+    for marker, message in {
+        "digits_lt interval": "Did you mean 'intervals'",
+        "digits_lt intervals erm": "those of 'intervals'",
+        "digits_lt sed=1": "Did you mean 'seed'",
+        "digits_lt seed=7": "options that some runs have",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            filled(marker)
 
 
 def test_write_draws_the_plots_a_text_shows(monkeypatch, tmp_path):
