@@ -9,13 +9,16 @@ what is between ``<!-- results: EXPERIMENT [KIND [BASELINE]] [OPTION=VALUE,...] 
 ``<!-- end -->`` is made anew, from the runs whose options have one of the values. Kinds are
 ``range`` (the default), ``intervals``, ``matrix`` and ``compare`` (with a baseline as of the
 benchmark), and the plots ``errors``, ``curves`` and ``heat_map``, which are of all runs. After
-``<!-- timings: FILE SECTION ... -->`` come sections of a file that ``recipes/speed.py`` left
-under ``recipes/timings``.
+``<!-- timings: FILE [SECTION ...] -->`` come sections of a file that ``recipes/speed.py`` left
+under ``recipes/timings``, after ``<!-- probes: FILE [SCHEDULE ...] -->`` the means of a file
+that ``recipes/probe.py`` left under ``recipes/probes``.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import itertools
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -31,15 +34,26 @@ from ldam_plugins.experiment_tables import (
     range_rows,
     ratio_matrix,
     ratio_rows,
+    spread,
 )
 from ldam_plugins.experiments import Record, error_matrices, read_records, shown
 from ldam_plugins.run_files import write_atomic
+from ldam_plugins.schedules import KINDS
 
 RESULTS = Path(__file__).parent / "results"
 TIMINGS = Path(__file__).parent / "timings"
+PROBES = Path(__file__).parent / "probes"
 README = Path(__file__).parents[1] / "README.md"
-MARKED = r"(<!-- results: (\w+)((?: \S+)*) -->)\n.*?(<!-- end -->)"
-TIMED = r"(<!-- timings: (\w+)((?: \w+)+) -->)\n.*?(<!-- end -->)"
+MARKED = r"(<!-- (results|timings|probes): (\w+)((?: \S+)*) -->)\n.*?(<!-- end -->)"
+
+# Column of a table of probes: the moment, the column of the file, and what it is multiplied by.
+PROBED = {
+    "probe before the switch, error %": ("before", "top1_error", 1.0),
+    "its few-shot accuracy %": ("before", "few", 100.0),
+    "probe at the end, error %": ("last", "top1_error", 1.0),
+    "few-shot accuracy at the end %": ("last", "few", 100.0),
+    "error % of the run itself": ("last", "top1_error_of_run", 1.0),
+}
 
 
 def matrices(records: list[Record]) -> str:
@@ -78,14 +92,36 @@ def content(experiment: str, words: Sequence[str] = ()) -> str:
     return TABLES[kind](records)
 
 
-def timings(name: str, sections: list[str]) -> str:
+def timings(name: str, sections: Sequence[str] = ()) -> str:
     """The ratios of some sections of a file of timings; those of the losses as a matrix."""
     kept = json.loads((TIMINGS / f"{name}.json").read_text(encoding="utf-8"))
     known = {row["section"] for row in kept["rows"]}
     for section in sections:
         check_choice("section", section, known)
-    rows = [row for row in kept["rows"] if row["section"] in sections]
+    rows = [row for row in kept["rows"] if row["section"] in (sections or known)]
     return markdown(ratio_matrix(rows) if sections == ["loss"] else ratio_rows(rows))
+
+
+def probes(name: str, schedules: Sequence[str] = KINDS) -> str:
+    """Linear probes before the switch and at the end, and the runs themselves; mean and range."""
+    with (PROBES / f"{name}.csv").open(encoding="utf-8", newline="") as file:
+        found = list(csv.DictReader(file))
+    last = max(int(row["epochs"]) for row in found)
+
+    def values(rows: list[dict[str, str]], moment: str, column: str) -> list[float]:
+        moments = ["last" if int(row["epochs"]) == last else row["when"] for row in rows]
+        return [float(row[column]) for row, at in zip(rows, moments, strict=True) if at == moment]
+
+    table = []
+    for loss, schedule in itertools.product(sorted({row["loss"] for row in found}), schedules):
+        rows = [row for row in found if (row["loss"], row["schedule"]) == (loss, schedule)]
+        if rows:
+            means = {
+                title: spread([scale * value for value in values(rows, moment, column)])
+                for title, (moment, column, scale) in PROBED.items()
+            }
+            table.append({"loss": loss, "schedule": schedule, **means})
+    return markdown(table)
 
 
 def plot_path(experiment: str, kind: str) -> Path:
@@ -95,21 +131,20 @@ def plot_path(experiment: str, kind: str) -> Path:
 
 def fill(text: str) -> str:
     """The text with everything between its markers made anew."""
+    makers = {"results": content, "timings": timings, "probes": probes}
 
     def fresh(match: re.Match[str]) -> str:
-        return f"{match[1]}\n{content(match[2], match[3].split())}\n{match[4]}"
+        marker, kind, name, words, end = match.groups()
+        made = makers[kind](name, words.split()) if words else makers[kind](name)
+        return f"{marker}\n{made}\n{end}"
 
-    def timed(match: re.Match[str]) -> str:
-        return f"{match[1]}\n{timings(match[2], match[3].split())}\n{match[4]}"
-
-    text = re.sub(MARKED, fresh, text, flags=re.DOTALL)
-    return re.sub(TIMED, timed, text, flags=re.DOTALL)
+    return re.sub(MARKED, fresh, text, flags=re.DOTALL)
 
 
 def plots_of(text: str) -> list[tuple[str, str]]:
     """Experiment and kind of each plot that the text shows."""
     found = re.finditer(MARKED, text, flags=re.DOTALL)
-    return [(match[2], match[3].strip()) for match in found if match[3].strip() in PLOTS]
+    return [(match[3], match[4].strip()) for match in found if match[4].strip() in PLOTS]
 
 
 def main() -> None:

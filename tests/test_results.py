@@ -25,9 +25,31 @@ def test_readme_holds_the_committed_results():
     assert set(shown) == set(EXPERIMENTS)
 
 
-def test_readme_shows_every_file_of_timings():
-    shown = set(re.findall(r"<!-- timings: (\w+)", TEXT))
-    assert shown == {path.stem for path in results_tables.TIMINGS.iterdir()}
+@pytest.mark.parametrize("kind", ["timings", "probes"])
+def test_readme_shows_every_file(kind):
+    shown = set(re.findall(rf"<!-- {kind}: (\w+)", TEXT))
+    assert shown == {path.stem for path in (results_tables.RESULTS.parent / kind).iterdir()}
+
+
+def test_probes_are_before_the_switch_and_at_the_end(monkeypatch, tmp_path):
+    lines = ["loss,schedule,epochs,when,top1_error,few,top1_error_of_run"]
+    lines += ["ce,drw,8,before,5,0.5,20", "ce,drw,9,after,4,0.6,20", "ce,drw,10,after,3,0.7,20"]
+    lines += ["ce,drw,8,before,7,0.5,22", "ce,drw,10,after,3.5,0.9,22", "ce,rw,10,after,9,0.1,30"]
+    lines += ["ce,rw,8,before,8,0.2,30"]
+    (tmp_path / "own.csv").write_text("\n".join(lines))
+    monkeypatch.setattr(results_tables, "PROBES", tmp_path)
+    reweighted, deferred = results_tables.probes("own").split("\n")[2:]
+    cells = [cell.strip() for cell in deferred.split("|")[1:-1]]
+    numbers = ["6.0 (5.0..7.0)", "50.0 (50.0..50.0)", "3.2 (3.0..3.5)", "80.0 (70.0..90.0)"]
+    assert cells == ["ce", "drw", *numbers, "21.0 (20.0..22.0)"]
+    assert [c.strip() for c in reweighted.split("|")[3:-1]] == [
+        "8.0",
+        "20.0",
+        "9.0",
+        "10.0",
+        "30.0",
+    ]
+    assert "| rw " not in results_tables.probes("own", ["drw"])
 
 
 def test_timings_are_chosen_by_section(monkeypatch, tmp_path):
