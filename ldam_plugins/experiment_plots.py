@@ -64,7 +64,7 @@ def digest(records: Sequence[Record]) -> str:
 
 
 def error_plot(records: Sequence[Record], *, dark: bool = False) -> bytes:
-    """Top-1 error of each method: mean, 95 % t-interval, and the seeds as small dots; PNG."""
+    """Balanced error of each method: mean, 95 % t-interval, and the seeds as small dots; PNG."""
     return _drawn(_draw_errors, records, dark)
 
 
@@ -77,7 +77,7 @@ def class_curves(records: Sequence[Record], *, dark: bool = False) -> bytes:
 
 
 def heat_map(records: Sequence[Record], *, dark: bool = False) -> bytes:
-    """Top-1 error by loss and schedule, a panel for each combination of other options; PNG.
+    """Balanced error by loss and schedule, a panel for each combination of other options; PNG.
 
     Raises:
         ValueError: the records make no such matrix.
@@ -89,9 +89,9 @@ def heat_map(records: Sequence[Record], *, dark: bool = False) -> bytes:
 
 
 PLOTS = {
-    "errors": ("Top-1 error by method", error_plot),
+    "errors": ("Balanced error by method", error_plot),
     "curves": ("Accuracy per class, from head to tail", class_curves),
-    "heat_map": ("Top-1 error, %, by loss and schedule", heat_map),
+    "heat_map": ("Balanced error, %, by loss and schedule", heat_map),
 }
 """Title and function of each plot."""
 
@@ -124,7 +124,7 @@ def _draw_errors(records: Sequence[Record], dark: bool) -> Figure:
     axis.set_xlim(*limits)
     for place, (interval, _, _, setting) in enumerate(methods):
         _mark_cut_ends(axis, place, interval, limits, _color(setting[1], dark))
-    axis.set_xlabel("top-1 error, %: mean, 95 % interval over n seeds, and each seed")
+    axis.set_xlabel("balanced error, %: mean, 95 % interval over n seeds, and each seed")
     return figure
 
 
@@ -193,7 +193,7 @@ def _draw_matrices(records: Sequence[Record], dark: bool) -> Figure:
     for axis, (title, cells) in zip(axes, matrices.items(), strict=False):
         _draw_matrix(axis, cells, losses, (min(means), max(means)))
         axis.set_title(title, parse_math=False)
-    note = "top-1 error, %: mean ± half of the 95 % interval; lighter is less error"
+    note = "balanced error, %: mean ± half of the 95 % interval; lighter is less error"
     figure.suptitle(note, fontsize=9)
     return figure
 

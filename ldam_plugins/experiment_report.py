@@ -34,7 +34,10 @@ _Section = tuple[str, str, list[Row]]
 _NOTE_ON_INTERVALS = (
     "Mean and 95 % interval (Student's t) over the seeds; one seed has none. A dash: the default."
 )
-_NOTE_ON_MATRIX = "Mean and 95 % interval (Student's t) over n seeds. A dash: not run."
+_NOTE_ON_MATRIX = (
+    "100 less the balanced accuracy, which is the top-1 error where the classes of the test set "
+    "are of one size. Mean and 95 % interval (Student's t) over n seeds. A dash: not run."
+)
 _NOTE_ON_PAIRS = (
     "Paired t-tests on the same seeds and samples; negative is less error than the baseline's. "
     "p (Holm) is corrected for the number of rows, and at 0.05 decides what the row says. "
@@ -99,7 +102,7 @@ def _sections(records: Sequence[Record], baseline: str) -> list[_Section]:
     """Title, note and rows of each table."""
     sections = [("Methods", _NOTE_ON_INTERVALS, interval_rows(records))]
     for title, cells in error_matrices(records).items():
-        heading = ", ".join(filter(None, ["Top-1 error, %, by loss and schedule", title]))
+        heading = ", ".join(filter(None, ["Balanced error, %, by loss and schedule", title]))
         sections.append((heading, _NOTE_ON_MATRIX, matrix_rows(cells)))
     pairs = comparison_rows(records, baseline)
     if pairs:

@@ -96,7 +96,7 @@ def matrix_rows(cells: Mapping[tuple[str, str], Interval]) -> list[Row]:
 
 
 def comparisons(records: Sequence[Record], baseline: str = "erm") -> list[Comparison]:
-    """Every method against a baseline on the same seeds and long tail, in top-1 error.
+    """Every method against a baseline on the same seeds and long tail, in balanced error.
 
     Negative differences are less error than the baseline's. P-values are corrected for the number
     of comparisons in the answer.
@@ -181,7 +181,7 @@ def comparison_rows(records: Sequence[Record], baseline: str = "erm") -> list[Ro
             "method": entry.method,
             "against": entry.baseline,
             "pairs": str(entry.paired.difference.n),
-            "difference in top-1 error, points": worded(entry.paired.difference, sign="+"),
+            "difference in balanced error, points": worded(entry.paired.difference, sign="+"),
             "p": _p_value(entry.paired.p_value),
             "p (Holm)": _p_value(entry.corrected),
             "detectable": _points(entry.paired.detectable),

@@ -202,12 +202,15 @@ def to_parquet(rows: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def errors_of(runs: Iterable[Record]) -> list[float]:
-    """Top-1 error in % of each run."""
-    return [run["test"]["top1_error"] for run in runs]
+    """Balanced error in % of each run: 100 less the mean accuracy of the classes.
+
+    On a test set whose classes are of one size that is the top-1 error.
+    """
+    return [100 * (1 - run["test"]["balanced_accuracy"]) for run in runs]
 
 
 def error_matrices(records: Sequence[Record]) -> dict[str, dict[tuple[str, str], Interval]]:
-    """Top-1 error in % by (loss, schedule), for each combination of the other options.
+    """Balanced error in % by (loss, schedule), for each combination of the other options.
 
     Combinations in which nothing can be compared along both ways are left out: they have one loss,
     or no loss with two schedules.
