@@ -106,19 +106,16 @@ def probes(name: str, schedules: Sequence[str] = KINDS) -> str:
     """Linear probes before the switch and at the end, and the runs themselves; mean and range."""
     with (PROBES / f"{name}.csv").open(encoding="utf-8", newline="") as file:
         found = list(csv.DictReader(file))
-    last = max(int(row["epochs"]) for row in found)
-
-    def values(rows: list[dict[str, str]], moment: str, column: str) -> list[float]:
-        moments = ["last" if int(row["epochs"]) == last else row["when"] for row in rows]
-        return [float(row[column]) for row, at in zip(rows, moments, strict=True) if at == moment]
-
+    last = max(found, key=lambda row: int(row["epochs"]))["epochs"]
+    for row in found:
+        row["when"] = "last" if row["epochs"] == last else row["when"]
     table = []
     for loss, schedule in itertools.product(sorted({row["loss"] for row in found}), schedules):
         rows = [row for row in found if (row["loss"], row["schedule"]) == (loss, schedule)]
         if rows:
             means = {
-                title: spread([scale * value for value in values(rows, moment, column)])
-                for title, (moment, column, scale) in PROBED.items()
+                title: spread([scale * float(row[column]) for row in rows if row["when"] == when])
+                for title, (when, column, scale) in PROBED.items()
             }
             table.append({"loss": loss, "schedule": schedule, **means})
     return markdown(table)
