@@ -18,14 +18,19 @@ def cell(tmp_path):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Run cells through submitit on this machine, without its wait for slow file systems."""
+    """Run cells through submitit on this machine, without its wait for slow file systems.
+
+    It cancels by SIGINT, which processes started in the background of a script would ignore.
+    """
     job = pytest.importorskip("submitit").Job
     monkeypatch.setattr(job, "_results_timeout_s", 0)
 
     def run(*runs):
         return run_on_slurm(runs, 2, tmp_path / "slurm", {"timeout_min": 5}, cluster="local")
 
-    return run
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield run
+    signal.signal(signal.SIGINT, before)
 
 
 def statuses(outcomes):
