@@ -62,6 +62,7 @@ from vision_lt import (
     make_loader,
     make_model,
     make_optimizer,
+    on_device,
     update,
 )
 
@@ -83,6 +84,7 @@ from ldam_plugins.samplers import DeferredSampler
 Row = dict[str, Any]
 Contender = Callable[[], Any]
 ROWS = 256
+DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 SEEN_BYTES = 1 << 26
 """Tensors from this size on go back to the system when freed, so their peaks can be seen."""
 QUICK = ["loss", "head", "counts", "sampler", "metrics", "import", "scaling"]
@@ -130,7 +132,7 @@ def main(options: SpeedOptions) -> list[Row]:
         found = {
             "options": asdict(options),
             "versions": run_versions(),
-            "device": device_name(torch.device("cpu")),
+            "device": device_name(DEVICE),
             "threads": torch.get_num_threads(),
             "rows": rows,
         }
@@ -181,11 +183,18 @@ def clock(run: Contender, calls: int) -> float:
     began = time.perf_counter()
     for _ in range(calls):
         run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return (time.perf_counter() - began) / calls
 
 
 def peak_memory(run: Contender) -> float:
-    """Largest growth of the process while ``run`` runs, in MB."""
+    """Largest growth of the process (on CUDA: of what it has on the device) in a run, in MB."""
+    if DEVICE.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
     process, done, peak = psutil.Process(), threading.Event(), [0]
 
     def watch() -> None:
@@ -215,12 +224,12 @@ def loss(options: SpeedOptions) -> Iterator[Row]:
     for classes in sizes:
         rows = min(ROWS, max(1, options.max_logits // classes))
         for dtype in (torch.float32, torch.bfloat16):
-            logits = (3 * torch.randn(rows, classes)).to(dtype).requires_grad_()
-            index = torch.randint(classes, (rows,))
-            criterion = LDAMLoss(torch.arange(1, classes + 1))
-            weight = torch.rand(classes) + 0.5
-            masses = nn.functional.normalize(torch.rand(rows, classes), p=1)
-            ignored = index.where(torch.arange(rows) % 4 > 0, -100)
+            logits = (3 * torch.randn(rows, classes)).to(DEVICE, dtype).requires_grad_()
+            index = torch.randint(classes, (rows,)).to(DEVICE)
+            criterion = LDAMLoss(torch.arange(1, classes + 1)).to(DEVICE)
+            weight = (torch.rand(classes) + 0.5).to(DEVICE)
+            masses = nn.functional.normalize(torch.rand(rows, classes), p=1).to(DEVICE)
+            ignored = index.where(torch.arange(rows, device=DEVICE) % 4 > 0, -100)
             kinds = {
                 "plain": (index, None),
                 "weighted": (index, weight),
@@ -277,14 +286,14 @@ def head(options: SpeedOptions) -> Iterator[Row]:
 
 def make_head(classes: int, *, chunked: bool) -> tuple[Any, LDAMLoss]:
     """A cosine head on 256 features, and its loss."""
-    layer = use_cosine_head(nn.Linear(256, classes), chunked=chunked)
-    return layer, LDAMLoss(torch.arange(1, classes + 1))
+    layer = use_cosine_head(nn.Linear(256, classes), chunked=chunked).to(DEVICE)
+    return layer, LDAMLoss(torch.arange(1, classes + 1)).to(DEVICE)
 
 
 def step_of(layer: Any, criterion: LDAMLoss) -> Contender:
     """Gradients of the weight and the features."""
-    features = torch.randn(ROWS, 256, requires_grad=True)
-    target = torch.randint(len(layer.weight), (ROWS,))
+    features = torch.randn(ROWS, 256, device=DEVICE, requires_grad=True)
+    target = torch.randint(len(layer.weight), (ROWS,), device=DEVICE)
     inputs = (layer.weight, features)
     return lambda: torch.autograd.grad(criterion(layer(features), target), inputs)
 
@@ -468,6 +477,7 @@ def vision_steps(accelerator: Accelerator, options: VisionOptions, steps: int) -
     model = make_model(options, criterion)
     to_input = make_input(options, model)
     train_set, _ = make_datasets(options, model, images, test.subset(range(1)))
+    train_set = on_device(accelerator, train_set)
     loader = make_loader(
         options, train_set, batch_size=options.batch_size, shuffle=True, drop_last=True
     )

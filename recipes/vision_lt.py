@@ -267,6 +267,14 @@ def make_input(options: VisionOptions, model: nn.Module) -> Callable[..., Tensor
     return to_input
 
 
+def on_device(accelerator: Accelerator, images: Any) -> Any:
+    """Images of memory on the device where they leave it room, all others as they are."""
+    if not isinstance(images, InMemoryImages) or accelerator.device.type != "cuda":
+        return images
+    free, _ = torch.cuda.mem_get_info(accelerator.device)
+    return images.to(accelerator.device) if images.pixels.nbytes <= free / 4 else images
+
+
 def make_loader(options: VisionOptions, images: Dataset, **order: Any) -> DataLoader:
     """A loader of whole batches from memory, or of single images by workers."""
     if isinstance(images, InMemoryImages):
@@ -349,6 +357,7 @@ def fit(
     """
     schedule, classes = options.make_schedule(), len(criterion.class_counts)
     sampler = make_sampler(accelerator, options, schedule, train_set, classes)
+    train_set, test_set = (on_device(accelerator, images) for images in (train_set, test_set))
     mixing = bool(options.mixup or options.cutmix)  # timm mixes even batches only
     loader = make_loader(
         options, train_set, sampler=sampler, batch_size=options.batch_size, drop_last=mixing
