@@ -12,6 +12,7 @@ multiplied by ``scale`` before they meet the logits.
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -119,6 +120,16 @@ def ldam_loss(
     if target.ndim == 2:
         target = target.to(margins.dtype)
         shifted = torch.addcmul(logits.to(margins.dtype), target, margins, value=-scale)
+    elif _in_one_kernel(logits, margins, weight):
+        from ldam_plugins import margin_cross_entropy_triton as triton
+
+        rows, row_weight = triton.margin_cross_entropy(
+            logits, target, margins, weight, scale, ignore_index
+        )
+        if reduction == "none":
+            return rows
+        divisor = row_weight.sum() if reduction == "mean" else None
+        return rows.sum() if divisor is None else rows.sum() / torch.where(divisor > 0, divisor, 1)
     elif _at_once(logits, margins, weight, reduction):
         index, coefficient = _terms(target, weight, ignore_index, margins.dtype)
         if reduction == "mean":
@@ -339,8 +350,19 @@ def _weigh(terms: Tensor, target: Tensor, weight: Tensor | None, ignore_index: i
 
 def _readable(logits: Tensor) -> bool:
     """Whether values may decide what is computed: on the CPU, neither traced nor transformed."""
-    transformed = torch._C._are_functorch_transforms_active()
-    return logits.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed
+    return logits.device.type == "cpu" and not _traced()
+
+
+def _traced() -> bool:
+    """Whether a compiler or a transform of torch.func looks on."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def _in_one_kernel(logits: Tensor, margins: Tensor, weight: Tensor | None) -> bool:
+    """Whether a kernel of Triton can do it."""
+    learned = margins.requires_grad or (weight is not None and weight.requires_grad)
+    plain = type(logits) in (Tensor, torch.nn.Parameter) and not _traced()
+    return logits.is_cuda and plain and not learned and find_spec("triton") is not None
 
 
 def _at_once(logits: Tensor, margins: Tensor, weight: Tensor | None, reduction: str) -> bool:

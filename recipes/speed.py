@@ -54,6 +54,7 @@ from torchvision import transforms
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 from vision_lt import (
     VisionOptions,
+    compiled,
     image_config,
     load_data,
     make_accelerator,
@@ -482,7 +483,7 @@ def vision_steps(accelerator: Accelerator, options: VisionOptions, steps: int) -
         options, train_set, batch_size=options.batch_size, shuffle=True, drop_last=True
     )
     optimizer, _ = make_optimizer(options, model)
-    net = torch.compile(model, dynamic=False) if options.compile else model
+    net = compiled(accelerator, model) if options.compile else model
     net, optimizer, loader = accelerator.prepare(net, optimizer, loader)
     batches, generator = endless(loader), torch.Generator()
 

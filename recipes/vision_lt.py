@@ -275,6 +275,13 @@ def on_device(accelerator: Accelerator, images: Any) -> Any:
     return images.to(accelerator.device) if images.pixels.nbytes <= free / 4 else images
 
 
+def compiled(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """The compiled model, on one GPU replayed as CUDA graphs: small steps wait for launches."""
+    graphs = accelerator.device.type == "cuda" and accelerator.num_processes == 1
+    net: Any = torch.compile(model, dynamic=False, mode="reduce-overhead" if graphs else None)
+    return net
+
+
 def make_loader(options: VisionOptions, images: Dataset, **order: Any) -> DataLoader:
     """A loader of whole batches from memory, or of single images by workers."""
     if isinstance(images, InMemoryImages):
@@ -365,7 +372,7 @@ def fit(
     test_loader = make_loader(options, test_set, batch_size=4 * options.batch_size)
     optimizer, lr_scheduler = make_optimizer(options, model)
     ema = make_average(accelerator, options, model)
-    net = torch.compile(model, dynamic=False) if options.compile else model
+    net = compiled(accelerator, model) if options.compile else model
     net, optimizer, loader, test_loader = accelerator.prepare(net, optimizer, loader, test_loader)
     way_out = f"Choose a smaller --batch_size; there are {len(sampler)} training images."
     batches = check_int("whole batches an epoch", len(loader), low=1, way_out=way_out)
