@@ -25,7 +25,12 @@ SMALLEST_LENGTH = 1e-12
 
 def autocasts(device: str) -> bool:
     """Whether autocast is on for this type of device."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return _has_autocast(device) and torch.is_autocast_enabled(device)
+
+
+@torch.compiler.assume_constant_result  # compilers before torch 2.12 stop at the question
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
 
 
 def full_precision(device: str) -> AbstractContextManager[Any]:

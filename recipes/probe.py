@@ -128,7 +128,7 @@ def open_vision(options: vision_lt.VisionOptions, fit_on: str) -> Subject:
     if fit_on == "all":
         train, _, _ = vision_lt.load_data(replace(options, profile="none"), show=False)
     model = vision_lt.make_model(options, options.make_loss(counts)).to(device())
-    to_input = vision_lt.make_input(options, model)
+    to_input = vision_lt.make_input(options, model, device())
     # The second of the pair is the one without augmentation.
     sets = {
         part: vision_lt.make_datasets(options, model, images, images)[1]

@@ -476,13 +476,13 @@ def vision_steps(accelerator: Accelerator, options: VisionOptions, steps: int) -
     images, test, class_counts = load_data(options, show=False)
     criterion = options.make_loss(class_counts).to(accelerator.device)
     model = make_model(options, criterion)
-    to_input = make_input(options, model)
+    to_input = make_input(options, model, accelerator.device)
     train_set, _ = make_datasets(options, model, images, test.subset(range(1)))
     train_set = on_device(accelerator, train_set)
     loader = make_loader(
         options, train_set, batch_size=options.batch_size, shuffle=True, drop_last=True
     )
-    optimizer, _ = make_optimizer(options, model)
+    optimizer, _ = make_optimizer(options, model, accelerator.device)
     net = compiled(accelerator, model) if options.compile else model
     net, optimizer, loader = accelerator.prepare(net, optimizer, loader)
     batches, generator = endless(loader), torch.Generator()
@@ -511,7 +511,7 @@ def usual_steps(accelerator: Accelerator, options: VisionOptions, steps: int) ->
         drop_last=True,
         persistent_workers=True,
     )
-    optimizer, _ = make_optimizer(options, model)
+    optimizer, _ = make_optimizer(options, model, accelerator.device)
     model = model.to(accelerator.device)
     batches = endless(loader)
 
@@ -545,7 +545,7 @@ def timm_steps(accelerator: Accelerator, options: VisionOptions, steps: int) -> 
         persistent_workers=True,
     )
     task = ClassificationTask(model, criterion, device=accelerator.device, verbose=False)
-    optimizer, _ = make_optimizer(options, model)
+    optimizer, _ = make_optimizer(options, model, accelerator.device)
     batches = endless(loader)
 
     def run() -> None:

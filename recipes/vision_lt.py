@@ -17,6 +17,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from inspect import signature
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ from safetensors.torch import load_model, save_model
 from timm.data import Mixup, create_transform, resolve_data_config
 from timm.data.mixup import mixup_target
 from timm.models import save_for_hf
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -155,7 +156,7 @@ def main(options: VisionOptions) -> dict[str, Any]:
     if accelerator.is_main_process:
         warn_of_combination(criterion, options.make_schedule())
     model = make_model(options, criterion)
-    to_input = make_input(options, model)
+    to_input = make_input(options, model, accelerator.device)
     train_set, test_set = make_datasets(options, model, train, test)
     model, result = fit(accelerator, options, model, criterion, to_input, train_set, test_set)
     metrics = {
@@ -253,15 +254,18 @@ def make_datasets(
     return train, test
 
 
-def make_input(options: VisionOptions, model: nn.Module) -> Callable[..., Tensor]:
+def make_input(
+    options: VisionOptions, model: nn.Module, device: torch.device
+) -> Callable[..., Tensor]:
     """What turns a batch of a loader into the model's input, augmented if given a generator."""
     config = image_config(options, model)
+    mean, std = (torch.tensor(config[name], device=device) for name in ("mean", "std"))
     augment = RandomCropFlip(options.padding, options.hflip)
 
     def to_input(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         if images.dtype == torch.uint8:  # from memory; else timm's transforms did it all
             images = images if generator is None else augment(images, generator)
-            images = normalize(images, config["mean"], config["std"])
+            images = normalize(images, mean, std)
         return images.contiguous(memory_format=torch.channels_last)
 
     return to_input
@@ -309,9 +313,13 @@ def make_sampler(
     )
 
 
-def make_optimizer(options: VisionOptions, model: nn.Module) -> tuple[Any, Any]:
-    """Timm's optimizer and its learning rate scheduler."""
+def make_optimizer(
+    options: VisionOptions, model: nn.Module, device: torch.device
+) -> tuple[Any, Any]:
+    """Timm's optimizer, in one kernel on a GPU where it can be, and its scheduler."""
     check_choice("opt", options.opt, list_optimizers())
+    known = signature(get_optimizer_class(options.opt, bind_defaults=False)).parameters
+    fused = device.type == "cuda" and "fused" in known
     optimizer = create_optimizer_v2(
         model,
         opt=options.opt,
@@ -319,6 +327,7 @@ def make_optimizer(options: VisionOptions, model: nn.Module) -> tuple[Any, Any]:
         weight_decay=options.weight_decay,
         momentum=options.momentum,
         filter_bias_and_bn=False,
+        **({"fused": True} if fused else {}),
     )
     scheduler, _ = create_scheduler_v2(
         optimizer,
@@ -370,7 +379,7 @@ def fit(
         options, train_set, sampler=sampler, batch_size=options.batch_size, drop_last=mixing
     )
     test_loader = make_loader(options, test_set, batch_size=4 * options.batch_size)
-    optimizer, lr_scheduler = make_optimizer(options, model)
+    optimizer, lr_scheduler = make_optimizer(options, model, accelerator.device)
     ema = make_average(accelerator, options, model)
     net = compiled(accelerator, model) if options.compile else model
     net, optimizer, loader, test_loader = accelerator.prepare(net, optimizer, loader, test_loader)

@@ -69,7 +69,7 @@ def test_exported_model_is_the_trained_one_without_its_head(run):
     images = vision_lt.InMemoryImages.from_images(test, 8)
     parsed = recipe_options.parse_options(vision_lt.VisionOptions, [], default="digits_lt")
     with torch.inference_mode():
-        logits = model(vision_lt.make_input(parsed, model)(images.pixels))
+        logits = model(vision_lt.make_input(parsed, model, images.pixels.device)(images.pixels))
     error = 100 * (logits.argmax(1) != images.labels).double().mean().item()
     assert error == pytest.approx(metrics["test"]["top1_error"])
 
@@ -129,7 +129,10 @@ def test_presets_parse_and_can_be_overridden():
 
 def test_paper_schedule_of_the_cifar_preset():
     parsed = recipe_options.parse_options(vision_lt.VisionOptions, ["cifar10_lt"], default="")
-    optimizer, scheduler = vision_lt.make_optimizer(parsed, torch.nn.Linear(2, 2))
+    optimizer, scheduler = vision_lt.make_optimizer(
+        parsed, torch.nn.Linear(2, 2), torch.device("cpu")
+    )
+    assert not optimizer.defaults["nesterov"]
     rates = []
     for epoch in range(200):
         scheduler.step(epoch)
