@@ -13,7 +13,7 @@ RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 # Every module may import those before it, none after it; names of one line are peers.
 LAYERS = [
     {"_checks"},
-    {"counts", "margin_cross_entropy", "chunked_cosines"},
+    {"counts", "margin_cross_entropy", "margin_cross_entropy_triton", "chunked_cosines"},
     {"long_tail", "functional", "runtime", "run_files", "intervals", "pages", "preset_files"},
     {"losses", "schedules", "metrics", "tables"},
     {"samplers", "combinations", "head_layers", "head_names", "evaluate_metric", "plots", "grid"},
