@@ -173,6 +173,7 @@ def tidy_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
             **{metric: record["test"][metric] for metric in METRICS},
             "train_seconds": record["train_seconds"],
             "device": record["device"],
+            "mixed_precision": record.get("mixed_precision"),
             **{f"version_{name}": version for name, version in record["versions"].items()},
             "command": record["command"],
         }

@@ -155,6 +155,7 @@ def main(options: TextOptions) -> dict[str, Any]:
         "class_names": counts.class_names,
         "device": device_name(arguments.device),
         "processes": arguments.world_size,
+        "mixed_precision": trainer.accelerator.mixed_precision,
         "test": result,
         "class_errors": class_errors(result, counts),
     }

@@ -166,6 +166,7 @@ def main(options: VisionOptions) -> dict[str, Any]:
         "class_names": counts.class_names,
         "device": device_name(accelerator.device),
         "processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
         "test": result,
     }
     if accelerator.is_main_process:

@@ -18,6 +18,8 @@ sys.path.insert(0, str(RECIPES))
 import options as recipe_options  # noqa: E402
 import vision_lt  # noqa: E402
 
+from ldam_plugins.runtime import choose_precision  # noqa: E402
+
 TINY = ["--epochs", "2", "--start", "1", "--ratio", "10", "--decay_milestones", "1"]
 
 
@@ -48,6 +50,7 @@ def test_leaves_what_is_promised(run, capsys):
     assert left["options"]["loss"] == "ldam"
     assert left["class_counts"] == [120, 92, 71, 55, 43, 33, 25, 20, 15, 12]
     assert {"versions", "device", "train_seconds", "examples_per_second"} <= set(left)
+    assert left["mixed_precision"] == choose_precision()
     test = left["test"]
     assert len(test["per_class_accuracy"]) == 10
     keys = {"top1_error", "balanced_accuracy", "worst_class_accuracy", "many", "medium", "few"}

@@ -24,6 +24,7 @@ import text_lt  # noqa: E402
 
 from ldam_plugins.hf_text import class_errors, newest_trainer_checkpoint  # noqa: E402
 from ldam_plugins.hf_tokenizer import train_tokenizer  # noqa: E402
+from ldam_plugins.runtime import choose_precision  # noqa: E402
 from ldam_plugins.text_data import load_texts  # noqa: E402
 
 WORDS = ("apple pear plum", "iron zinc lead", "oak elm birch")
@@ -85,6 +86,7 @@ def test_leaves_what_is_promised(run, capsys):
     assert left["options"]["loss"] == "ldam"
     assert (left["class_counts"], left["class_names"]) == ([24, 16, 8], ["a", "b", "c"])
     assert {"versions", "device", "train_seconds", "examples_per_second"} <= set(left)
+    assert left["mixed_precision"] == choose_precision()
     keys = {"top1_error", "balanced_accuracy", "worst_class_accuracy", "many", "medium", "few"}
     assert {*keys, "nll", "ece", "per_class_accuracy"} <= set(left["test"])
     assert list(left["class_errors"]) == ["a", "b", "c", "mean"]
