@@ -40,8 +40,8 @@ def check_real(
         TypeError: ``value`` is not a real number (a bool is not one).
         ValueError: ``value`` is not finite or lies outside the interval.
     """
-    interval = _worded_interval(low, high, low_open, high_open)
     if isinstance(value, bool) or not isinstance(value, Real):
+        interval = _worded_interval(low, high, low_open, high_open)
         raise TypeError(must_be(name, interval, value, way_out))
     try:
         number = float(value)
@@ -50,6 +50,7 @@ def check_real(
     above = number > low if low_open else number >= low
     below = number < high if high_open else number <= high
     if not (math.isfinite(number) and above and below):
+        interval = _worded_interval(low, high, low_open, high_open)
         raise ValueError(must_be(name, interval, value, way_out))
     return number
 

@@ -21,7 +21,11 @@ from torch import Tensor
 
 from ldam_plugins._checks import check_choice, check_logits, check_real, check_target, must_be
 from ldam_plugins.chunked_cosines import ChunkedCosines
-from ldam_plugins.margin_cross_entropy import FEWEST_ELEMENTS, margin_cross_entropy
+from ldam_plugins.margin_cross_entropy import (
+    FEWEST_ELEMENTS,
+    margin_cross_entropy,
+    margin_cross_entropy_of_masses,
+)
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -119,6 +123,10 @@ def ldam_loss(
     weight = None if weight is None else _per_class("weight", weight, logits)
     if target.ndim == 2:
         target = target.to(margins.dtype)
+        if _at_once(logits, reduction, target, margins, weight):
+            factors = margins.new_ones(1) if weight is None else weight
+            factors = factors / (-len(target) if reduction == "mean" else -1)
+            return margin_cross_entropy_of_masses(logits, target, margins * -scale, factors)
         shifted = torch.addcmul(logits.to(margins.dtype), target, margins, value=-scale)
     elif _in_one_kernel(logits, margins, weight):
         from ldam_plugins import margin_cross_entropy_triton as triton
@@ -130,7 +138,7 @@ def ldam_loss(
             return rows
         divisor = row_weight.sum() if reduction == "mean" else None
         return rows.sum() if divisor is None else rows.sum() / torch.where(divisor > 0, divisor, 1)
-    elif _at_once(logits, margins, weight, reduction):
+    elif _at_once(logits, reduction, margins, weight):
         index, coefficient = _terms(target, weight, ignore_index, margins.dtype)
         if reduction == "mean":
             coefficient /= coefficient.sum().item() or 1.0
@@ -312,7 +320,10 @@ def _per_class(name: str, values: Tensor, logits: Tensor | ChunkedCosines) -> Te
     if values.shape != logits.shape[1:]:
         wanted = f"of shape ({logits.shape[1]},), one value per logit"
         raise ValueError(must_be(name, wanted, tuple(values.shape)))
-    return values.to(device=logits.device, dtype=_wide(logits))
+    dtype = _wide(logits)
+    if values.dtype == dtype and values.device == logits.device:
+        return values
+    return values.to(device=logits.device, dtype=dtype)
 
 
 def _row_weights(
@@ -350,7 +361,7 @@ def _weigh(terms: Tensor, target: Tensor, weight: Tensor | None, ignore_index: i
 
 def _readable(logits: Tensor) -> bool:
     """Whether values may decide what is computed: on the CPU, neither traced nor transformed."""
-    return logits.device.type == "cpu" and not _traced()
+    return logits.is_cpu and not _traced()
 
 
 def _traced() -> bool:
@@ -360,16 +371,20 @@ def _traced() -> bool:
 
 def _in_one_kernel(logits: Tensor, margins: Tensor, weight: Tensor | None) -> bool:
     """Whether a kernel of Triton can do it."""
-    learned = margins.requires_grad or (weight is not None and weight.requires_grad)
-    plain = type(logits) in (Tensor, torch.nn.Parameter) and not _traced()
-    return logits.is_cuda and plain and not learned and find_spec("triton") is not None
+    if not logits.is_cuda or type(logits) not in (Tensor, torch.nn.Parameter) or _traced():
+        return False
+    return not _learned(margins, weight) and find_spec("triton") is not None
 
 
-def _at_once(logits: Tensor, margins: Tensor, weight: Tensor | None, reduction: str) -> bool:
-    """Whether :func:`margin_cross_entropy` can do it, and does it faster."""
-    learned = margins.requires_grad or (weight is not None and weight.requires_grad)
-    large = logits.numel() >= FEWEST_ELEMENTS and reduction != "none"
-    return large and not learned and _readable(logits)
+def _at_once(logits: Tensor, reduction: str, *others: Tensor | None) -> bool:
+    """Whether :mod:`~ldam_plugins.margin_cross_entropy` can do it, and does it faster."""
+    large = logits.numel() >= FEWEST_ELEMENTS and logits.dtype != torch.float16
+    return large and reduction != "none" and not _learned(*others) and _readable(logits)
+
+
+def _learned(*tensors: Tensor | None) -> bool:
+    """Whether one of them asks for a gradient."""
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _cross_entropy(

@@ -1,15 +1,16 @@
-"""Cross-entropy with a margin at the target entry, in one pass forward and one backward.
+"""Cross-entropy with margins at the target, in one pass forward and at most one backward.
 
 The definition, ``F.cross_entropy(z - shift * one_hot(y), y)``, reads and writes an (N, C) tensor
-more than plain cross-entropy does. Here what is kept for the backward pass is the gradient but for
-one factor a row, so it takes less time and memory than ``F.cross_entropy`` of the bare logits.
-Only for CPUs and for tensors whose values can be read: compilers fuse the definition themselves.
+more than plain cross-entropy does. Here the forward pass leaves the gradient itself, which takes
+less time and memory than ``F.cross_entropy`` of the bare logits. Only for CPUs and for tensors
+whose values can be read: compilers fuse the definition themselves. Not for float16, where a
+gradient may be too small to be kept before the scale of the loss is known.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -33,12 +34,27 @@ def margin_cross_entropy(
         addend: (N, 1) what is added to the target entry, in the dtype the loss is computed in.
         coefficient: (N,) in that dtype; where it is 0 the row is 0, whatever its logits are.
     """
-    loss: Tensor = _MarginCrossEntropy.apply(logits, index, addend, coefficient)[0]
+    loss: Tensor = _AtIndex.apply(logits, index, addend, coefficient)[0]
     return loss
 
 
-class _MarginCrossEntropy(torch.autograd.Function):
-    """The loss, and ``softmax(shifted z) - one_hot`` in the dtype of the logits.
+def margin_cross_entropy_of_masses(
+    logits: Tensor, masses: Tensor, addend: Tensor, factors: Tensor
+) -> Tensor:
+    """``sum(factors * q * log_softmax(z + addend * q))``, 0-d, with the masses q.
+
+    Args:
+        logits: (N, C) floating, on the CPU.
+        masses: (N, C) in the dtype the loss is computed in, without a gradient.
+        addend: (C,) what is added to an entry of mass 1, in that dtype.
+        factors: (C,) or (1,), negative, in that dtype.
+    """
+    loss: Tensor = _AtMasses.apply(logits, masses, addend, factors)[0]
+    return loss
+
+
+class _AtIndex(torch.autograd.Function):
+    """The loss, and its gradient with respect to the logits in their dtype.
 
     The second output is there to be kept: as an output it has a derivative of its own, which
     makes the backward pass differentiable without the logits.
@@ -48,32 +64,95 @@ class _MarginCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, index: Tensor, addend: Tensor, coefficient: Tensor
     ) -> tuple[Tensor, Tensor]:
-        residual = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        probability = _residual_into(residual, logits, index, addend)
-        loss = _loss(probability, logits, index, addend, coefficient)
-        ctx.save_for_backward(residual, index, coefficient)
-        ctx.save_for_forward(residual, index, coefficient)
-        ctx.set_materialize_grads(False)
-        return loss, residual
+        gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        total = coefficient.unsqueeze(1)
+        probability = _gradient_at_index(gradient, logits, index, addend, total)
+        _keep(ctx, gradient, index, total)
+        return _loss(probability, logits, index, addend, coefficient), gradient
 
     @staticmethod
-    def backward(
-        ctx: Any, loss_gradient: Tensor | None, residual_gradient: Tensor | None
-    ) -> tuple[Tensor | None, None, None, None]:
-        residual, index, coefficient = ctx.saved_tensors
-        gradient = None
-        if loss_gradient is not None:
-            gradient = _scaled(residual, (loss_gradient * coefficient).unsqueeze(1))
-        if residual_gradient is not None:
-            through = _softmax_product(residual, index, residual_gradient)
-            gradient = through if gradient is None else gradient + through
-        return gradient, None, None, None
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _chain(ctx.saved_tensors[0], _AtIndex.terms(ctx), *gradients), None, None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor, Tensor]:
-        residual, index, coefficient = ctx.saved_tensors
-        loss = (coefficient.unsqueeze(1) * residual * tangent).sum()
-        return loss, _softmax_product(residual, index, tangent)
+        gradient = ctx.saved_tensors[0]
+        return (gradient * tangent).sum(), _product(gradient, *_AtIndex.terms(ctx)(), tangent)
+
+    @staticmethod
+    def terms(ctx: Any) -> Terms:
+        gradient, index, total = ctx.saved_tensors
+        return lambda: (total, torch.zeros_like(gradient).to(total).scatter(1, index, total))
+
+
+class _AtMasses(torch.autograd.Function):
+    """As :class:`_AtIndex`, at masses."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, masses: Tensor, addend: Tensor, factors: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        _keep(ctx, gradient, masses, factors)
+        return _gradient_at_masses(gradient, logits, masses, addend, factors), gradient
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _chain(ctx.saved_tensors[0], _AtMasses.terms(ctx), *gradients), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor, Tensor]:
+        gradient = ctx.saved_tensors[0]
+        return (gradient * tangent).sum(), _product(gradient, *_AtMasses.terms(ctx)(), tangent)
+
+    @staticmethod
+    def terms(ctx: Any) -> Terms:
+        _, masses, factors = ctx.saved_tensors
+
+        def made() -> tuple[Tensor, Tensor]:
+            part = -factors * masses
+            return part.sum(1, keepdim=True), part
+
+        return made
+
+
+Terms = Callable[[], tuple[Tensor, Tensor]]
+"""Makes total (N, 1) and part (N, C) of a gradient ``total * softmax - part``."""
+
+
+def _keep(ctx: Any, *tensors: Tensor | None) -> None:
+    ctx.save_for_backward(*tensors)
+    ctx.save_for_forward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _chain(
+    gradient: Tensor, terms: Terms, of_loss: Tensor | None, of_gradient: Tensor | None
+) -> Tensor | None:
+    """Gradient with respect to the logits, from those with respect to both outputs."""
+    result = None
+    if of_loss is not None:
+        as_it_is = not torch.is_grad_enabled() and _is_one(of_loss)
+        result = gradient if as_it_is else gradient * of_loss
+    if of_gradient is not None:
+        through = _product(gradient, *terms(), of_gradient)
+        result = through if result is None else result + through
+    return result
+
+
+def _is_one(value: Tensor) -> bool:
+    """Whether it is the 1 that a backward pass usually begins with."""
+    try:
+        return value.item() == 1
+    except RuntimeError:  # vmap does not let one look
+        return False
+
+
+def _product(gradient: Tensor, total: Tensor, part: Tensor, vector: Tensor) -> Tensor:
+    """Derivative of the gradient times ``vector``."""
+    softmax = (gradient + part) / total.masked_fill(total == 0, 1)
+    product = softmax * vector
+    return (total * (product - softmax * product.sum(1, keepdim=True))).to(gradient.dtype)
 
 
 def _rows_at_once(logits: Tensor) -> int:
@@ -88,25 +167,45 @@ def _row_chunks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
 
 
 def _scratch(like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Room for a chunk of rows in another precision."""
+    """Room for a chunk of rows in some precision."""
     rows = min(_rows_at_once(like), len(like))
     return torch.empty((rows, like.shape[1]), dtype=dtype)
 
 
-def _residual_into(out: Tensor, logits: Tensor, index: Tensor, addend: Tensor) -> Tensor:
-    """Write ``softmax - one_hot`` of the shifted logits; return the target's softmax (N, 1)."""
+def _gradient_at_index(
+    out: Tensor, logits: Tensor, index: Tensor, addend: Tensor, total: Tensor
+) -> Tensor:
+    """Write ``total * (softmax - one_hot)`` of the shifted logits; return the target's softmax."""
     same = out.dtype == addend.dtype
     scratch = out if same else _scratch(logits, addend.dtype)
-    minus_one = torch.full_like(addend, -1)
     probabilities = []
-    for z, i, d, one, residual in _row_chunks(logits, index, addend, minus_one, out):
-        wide = residual if same else scratch[: len(z)]
+    for z, i, d, w, minus_w, place in _row_chunks(logits, index, addend, total, -total, out):
+        wide = place if same else scratch[: len(z)]
         torch.softmax(wide.copy_(z).scatter_add_(1, i, d), 1, out=wide)
         probabilities.append(wide.gather(1, i))
-        wide.scatter_add_(1, i, one)
+        wide.mul_(w).scatter_add_(1, i, minus_w)
         if not same:
-            residual.copy_(wide)
+            place.copy_(wide)
     return probabilities[0] if len(probabilities) == 1 else torch.cat(probabilities)
+
+
+def _gradient_at_masses(
+    out: Tensor, logits: Tensor, masses: Tensor, addend: Tensor, factors: Tensor
+) -> Tensor:
+    """Write the gradient of the loss with respect to the logits; return the loss."""
+    log_softmax, product = (_scratch(logits, masses.dtype) for _ in range(2))
+    loss = torch.zeros((), dtype=masses.dtype)
+    for z, q, place in _row_chunks(logits, masses, out):
+        log_p, of_log_p = log_softmax[: len(z)], product[: len(z)]
+        wide = z if z.dtype == q.dtype else log_p.copy_(z)
+        torch.log_softmax(torch.addcmul(wide, q, addend, out=log_p), 1, out=log_p)
+        torch.mul(q, factors, out=of_log_p)
+        loss += (log_p * of_log_p).sum()
+        made = place if place.dtype == q.dtype else of_log_p
+        torch._log_softmax_backward_data(of_log_p, log_p, 1, q.dtype, out=made)
+        if made is not place:
+            place.copy_(made)
+    return loss
 
 
 def _loss(
@@ -123,23 +222,3 @@ def _loss(
     if not math.isfinite(loss.item()):
         return (log_p * coefficient).masked_fill_(coefficient == 0, 0).sum().neg_()
     return loss
-
-
-def _scaled(residual: Tensor, factors: Tensor) -> Tensor:
-    """``residual * factors``, rounded once."""
-    if residual.dtype == factors.dtype:
-        return residual * factors
-    if torch.is_grad_enabled():
-        return (residual * factors).to(residual.dtype)
-    out = torch.empty_like(residual)
-    scratch = _scratch(residual, factors.dtype)  # torch is slow where the two dtypes differ
-    for part, factor, place in _row_chunks(residual, factors, out):
-        place.copy_(scratch[: len(part)].copy_(part).mul_(factor))
-    return out
-
-
-def _softmax_product(residual: Tensor, index: Tensor, vector: Tensor) -> Tensor:
-    """Derivative of the softmax times ``vector``."""
-    softmax = residual.scatter_add(1, index, torch.ones_like(index, dtype=residual.dtype))
-    product = softmax * vector
-    return product - softmax * product.sum(1, keepdim=True)

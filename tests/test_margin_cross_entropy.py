@@ -1,5 +1,7 @@
 """The fast path of ldam_loss against the definition it stands for."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -48,7 +50,7 @@ def test_value_and_gradient(reduction, weight, size):
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-13)
     ours, theirs = torch.autograd.grad(3 * got, pair[0]), torch.autograd.grad(3 * expected, pair[1])
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
-    assert "MarginCrossEntropy" in got.grad_fn.name()
+    assert "AtIndex" in got.grad_fn.name()
     assert torch.equal(logits, before)
 
 
@@ -88,17 +90,104 @@ def test_transforms_take_the_definition():
     torch.testing.assert_close(hessian, expected)
 
 
+def masses(rows=16):
+    """Mixed labels, one row of them without any mass."""
+    q = torch.rand(rows, CLASSES, dtype=torch.float64).softmax(1)
+    q[0] = 0
+    return q
+
+
+def definition_of_masses(logits, q, **options):
+    return F.cross_entropy(logits - SCALE * MARGINS * q, q, **options)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("weight", [None, WEIGHT], ids=["plain", "weighted"])
+@pytest.mark.parametrize("size", [0.01, 5.0, 300.0, 1e4])
+def test_value_and_gradient_at_masses(reduction, weight, size):
+    logits, q = batch(size=size)[0], masses()
+    before = logits.clone(), q.clone()
+    pair = [z.requires_grad_() for z in (logits, logits.clone())]
+    options = {"weight": weight, "reduction": reduction}
+    got, expected = loss(pair[0], q, **options), definition_of_masses(pair[1], q, **options)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-13)
+    ours, theirs = torch.autograd.grad(3 * got, pair[0]), torch.autograd.grad(3 * expected, pair[1])
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
+    assert "AtMasses" in got.grad_fn.name()
+    assert torch.equal(logits, before[0])
+    assert torch.equal(q, before[1])
+
+
+@scripted
+@pytest.mark.parametrize("weight", [None, WEIGHT], ids=["plain", "weighted"])
+def test_derivatives_of_every_order_at_masses(weight):
+    logits, q = batch(rows=4)[0].requires_grad_(), masses(4)
+    function = lambda z: loss(z, q, weight=weight)  # noqa: E731
+    assert torch.autograd.gradcheck(function, logits, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(function, logits)
+
+
+def test_learned_masses_get_gradients():
+    logits, q = batch()[0], masses().requires_grad_()
+    got = torch.autograd.grad(loss(logits, q), q)[0]
+    again = q.detach().requires_grad_()
+    expected = torch.autograd.grad(definition_of_masses(logits, again), again)[0]
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("kind", ["indices", "masses"])
+def test_gradients_of_several_factors_at_once(kind):
+    logits, target = batch()
+    logits.requires_grad_()
+    value = loss(logits, target if kind == "indices" else masses())
+    factors = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    (both,) = torch.autograd.grad(value, logits, factors, retain_graph=True, is_grads_batched=True)
+    (one,) = torch.autograd.grad(value, logits)
+    torch.testing.assert_close(both, factors[:, None, None] * one)
+
+
+@pytest.mark.parametrize("kind", ["indices", "masses"])
+def test_a_gradient_that_was_changed_is_not_given_again(kind):
+    """It is the kept one, so the second pass must notice."""
+    logits, target = batch()
+    logits.requires_grad_()
+    value = loss(logits, target if kind == "indices" else masses())
+    torch.autograd.grad(value, logits, retain_graph=True)[0].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(value, logits)
+
+
+@pytest.mark.parametrize("kind", ["indices", "masses"])
+def test_gradients_add_up_where_logits_are_a_leaf(kind):
+    logits, target = batch()
+    logits.requires_grad_()
+    target = target if kind == "indices" else masses()
+    (once,) = torch.autograd.grad(loss(logits, target), logits)
+    value = loss(logits, target)
+    value.backward(retain_graph=True)
+    value.backward()
+    torch.testing.assert_close(logits.grad, 2 * once)
+
+
+@pytest.mark.parametrize("kind", ["indices", "masses"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bit_gradient_is_rounded_from_float32(dtype):
+def test_16_bit_gradient_is_rounded_from_float32(dtype, kind):
     logits, target = batch(rows=64)
+    target = target if kind == "indices" else masses(64).float()
     low = logits.to(dtype).requires_grad_()
     wide = low.detach().float().requires_grad_()
     torch.testing.assert_close(loss(low, target), loss(wide, target), rtol=1e-6, atol=0)
     ours = torch.autograd.grad(loss(low, target), low)[0]
     theirs = torch.autograd.grad(loss(wide, target), wide)[0]
     assert ours.dtype == dtype
-    one_digit = 2 * torch.finfo(dtype).eps  # rounded when kept and when scaled
-    torch.testing.assert_close(ours.float(), theirs, rtol=one_digit, atol=1e-7)
+    torch.testing.assert_close(ours.float(), theirs, rtol=torch.finfo(dtype).eps / 2, atol=1e-7)
+
+
+def test_loss_scaling_keeps_small_gradients_of_float16():
+    logits = torch.tensor([[18.0, 0.0]], dtype=torch.float16, requires_grad=True)
+    value = LF.ldam_loss(logits, torch.tensor([0]), torch.tensor([0.0, 0.0]))
+    (gradient,) = torch.autograd.grad(value * 2**16, logits)
+    assert gradient[0, 1].item() == pytest.approx(2**16 / (1 + math.exp(18)), rel=1e-3)
 
 
 def test_learned_margins_get_gradients():
