@@ -422,7 +422,8 @@ def fit(
         if (epoch + 1) % options.eval_every == 0 or epoch + 1 == options.epochs:
             result = evaluate(accelerator, ema or net, criterion, to_input, test_loader)
             row["test_error"] = result["top1_error"]
-        epochs.set_postfix(loss=row["train_loss"], error=row["test_error"], stage=row["stage"])
+        shown = {"loss": row["train_loss"], "error": row["test_error"], "stage": row["stage"]}
+        epochs.set_postfix({key: value for key, value in shown.items() if value is not None})
         accelerator.log({k: v for k, v in row.items() if isinstance(v, float)}, step=epoch)
         if history is not None:
             history.append(**row)
