@@ -389,7 +389,7 @@ def fit(
     steps = math.ceil(batches / options.accumulation)
     mix = make_target(options, classes)
     first_epoch, history = begin(accelerator, options, ema)
-    result = None
+    result = stage = None
     epochs = trange(
         first_epoch, options.epochs, unit="epoch", disable=not accelerator.is_main_process
     )
@@ -406,7 +406,9 @@ def fit(
         samples = without_repeats(accelerator, loader, options.batch_size, len(sampler))
         for step, parts in enumerate(grouped(samples, options.accumulation), epoch * steps):
             progress = Progress(step, options.epochs * steps, steps)
-            criterion.weight.copy_(schedule.class_weights(criterion.class_counts, progress))
+            if schedule.stage(progress) != stage:
+                stage = schedule.stage(progress)
+                criterion.weight.copy_(schedule.class_weights(criterion.class_counts, progress))
             parts = [mix(to_input(images, generator), labels) for images, labels in parts]
             total += update(accelerator, net, criterion, optimizer, parts, options.clip_grad)
             if ema is not None:
@@ -414,7 +416,7 @@ def fit(
         row = {
             "epoch": epoch,
             "lr": optimizer.param_groups[0]["lr"],
-            "stage": schedule.stage(progress),
+            "stage": stage,
             "train_loss": total.item() / steps,
             "test_error": None,
             "seconds": time.perf_counter() - began,
