@@ -18,7 +18,7 @@ ADVICE: dict[tuple[type[ClassificationLoss], str], str] = {
     # With class weights w and prior pi the optimum is f_y = log p(y | x) + log w_y - tau log pi_y
     # (times the factors of vector scaling). tau = 1 alone is the balanced classifier; w ~ 1 / pi
     # on top of it is as far from that one as plain cross-entropy is, on the other side. Measured
-    # (README.md): no gain or more error. Sampling throughout was not found to hurt, so no warning.
+    # (README.md): more error, or no gain beyond noise. Sampling throughout was not found to hurt.
     key: _TWICE
     for key in itertools.product((LogitAdjustedLoss, VectorScalingLoss), ("rw", "drw", "drs"))
 }

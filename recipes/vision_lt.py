@@ -406,9 +406,7 @@ def fit(
         samples = without_repeats(accelerator, loader, options.batch_size, len(sampler))
         for step, parts in enumerate(grouped(samples, options.accumulation), epoch * steps):
             progress = Progress(step, options.epochs * steps, steps)
-            if schedule.stage(progress) != stage:
-                stage = schedule.stage(progress)
-                criterion.weight.copy_(schedule.class_weights(criterion.class_counts, progress))
+            stage = enter_stage(criterion, schedule, progress, stage)
             parts = [mix(to_input(images, generator), labels) for images, labels in parts]
             total += update(accelerator, net, criterion, optimizer, parts, options.clip_grad)
             if ema is not None:
@@ -475,6 +473,16 @@ def save_epoch(
         accelerator.wait_for_everyone()
 
     write_checkpoint(options.output_dir, epochs, save, options.keep_checkpoints)
+
+
+def enter_stage(
+    criterion: ClassificationLoss, schedule: DeferredSchedule, progress: Progress, last: str | None
+) -> str:
+    """The stage of the coming update; fills in the class weights where it is not the last one."""
+    stage = schedule.stage(progress)
+    if stage != last:
+        criterion.weight.copy_(schedule.class_weights(criterion.class_counts, progress))
+    return stage
 
 
 def without_repeats(
