@@ -1,4 +1,4 @@
-"""Losses and schedules that do not go together: one table, and the warning that it gives."""
+"""A loss under a schedule: the weights of its stages, and the pairs that do not go together."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import itertools
 import warnings
 
 from ldam_plugins.losses import ClassificationLoss, LogitAdjustedLoss, VectorScalingLoss
-from ldam_plugins.schedules import DeferredSchedule
+from ldam_plugins.schedules import DeferredSchedule, Progress
 
 _TWICE = (
     "the loss divides by the class prior at its optimum (tau={tau:g}) and the schedule does so "
@@ -23,6 +23,26 @@ ADVICE: dict[tuple[type[ClassificationLoss], str], str] = {
     for key in itertools.product((LogitAdjustedLoss, VectorScalingLoss), ("rw", "drw", "drs"))
 }
 """Why a loss and a kind of schedule do not go together."""
+
+
+def enter_stage(
+    loss: ClassificationLoss,
+    schedule: DeferredSchedule,
+    progress: Progress,
+    last: str | None = None,
+) -> str:
+    """The stage of the coming update; fills in the class weights where it is not the last one.
+
+    Args:
+        loss: What is trained; its ``weight`` (C,) is written.
+        schedule: What it is trained under.
+        progress: The coming update.
+        last: Stage whose weights the loss has; None: not known.
+    """
+    stage = schedule.stage(progress)
+    if stage != last:
+        loss.weight.copy_(schedule.class_weights(loss.class_counts, progress))
+    return stage
 
 
 def combination_advice(loss: ClassificationLoss, schedule: DeferredSchedule) -> str | None:

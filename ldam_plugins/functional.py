@@ -320,10 +320,7 @@ def _per_class(name: str, values: Tensor, logits: Tensor | ChunkedCosines) -> Te
     if values.shape != logits.shape[1:]:
         wanted = f"of shape ({logits.shape[1]},), one value per logit"
         raise ValueError(must_be(name, wanted, tuple(values.shape)))
-    dtype = _wide(logits)
-    if values.dtype == dtype and values.device == logits.device:
-        return values
-    return values.to(device=logits.device, dtype=dtype)
+    return values.to(device=logits.device, dtype=_wide(logits))
 
 
 def _row_weights(

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.utils import logging
 
 from ldam_plugins._checks import must_be
+from ldam_plugins.combinations import enter_stage
 from ldam_plugins.hf_labels import IGNORED, read_labels
 from ldam_plugins.losses import ClassificationLoss, logits_of
 from ldam_plugins.runtime import own_rows
@@ -105,13 +106,10 @@ class TrainingRun:
         progress = Progress(state.global_step, state.max_steps, self._steps_per_epoch)
         if self._sampler is not None:
             progress = self._sampler.progress  # sampling changes between epochs only
-        stage = self.schedule.stage(progress)
-        if stage == self.stage:
-            return
-        self.stage = stage
-        weights = self.schedule.class_weights(self.criterion.class_counts, progress)
-        self.criterion.weight.copy_(weights)
-        self._running_trainer().log({"drw_stage": stage})
+        stage = enter_stage(self.criterion, self.schedule, progress, self.stage)
+        if stage != self.stage:
+            self.stage = stage
+            self._running_trainer().log({"drw_stage": stage})
 
     def check_update(self) -> None:
         """Stop before the first update that gradients of another loss would make.

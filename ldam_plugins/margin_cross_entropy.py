@@ -53,13 +53,44 @@ def margin_cross_entropy_of_masses(
     return loss
 
 
-class _AtIndex(torch.autograd.Function):
+class _KeepsGradient(torch.autograd.Function):
     """The loss, and its gradient with respect to the logits in their dtype.
 
     The second output is there to be kept: as an output it has a derivative of its own, which
-    makes the backward pass differentiable without the logits.
+    makes the backward pass differentiable without the logits. A gradient is
+    ``total * softmax - part``; ``ctx.terms`` makes total (N, 1) and part (N, C) of what is kept.
     """
 
+    @staticmethod
+    def keep(ctx: Any, terms: Callable[..., tuple[Tensor, Tensor]], *tensors: Tensor) -> None:
+        """For the other passes: first of the tensors is the gradient."""
+        ctx.terms = terms
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(
+        ctx: Any, of_loss: Tensor | None, of_gradient: Tensor | None
+    ) -> tuple[Tensor | None, None, None, None]:
+        gradient = ctx.saved_tensors[0]
+        result = None
+        if of_loss is not None:
+            as_it_is = not torch.is_grad_enabled() and _is_one(of_loss)
+            result = gradient if as_it_is else gradient * of_loss
+        if of_gradient is not None:
+            through = _product(gradient, ctx.terms(*ctx.saved_tensors), of_gradient)
+            result = through if result is None else result + through
+        return result, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor, Tensor]:
+        gradient = ctx.saved_tensors[0]
+        derivative = _product(gradient, ctx.terms(*ctx.saved_tensors), tangent)
+        return (gradient * tangent).sum(), derivative
+
+
+class _AtIndex(_KeepsGradient):
     @staticmethod
     def forward(
         ctx: Any, logits: Tensor, index: Tensor, addend: Tensor, coefficient: Tensor
@@ -67,77 +98,27 @@ class _AtIndex(torch.autograd.Function):
         gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
         total = coefficient.unsqueeze(1)
         probability = _gradient_at_index(gradient, logits, index, addend, total)
-        _keep(ctx, gradient, index, total)
+        _AtIndex.keep(ctx, _terms_at_index, gradient, index, total)
         return _loss(probability, logits, index, addend, coefficient), gradient
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _chain(ctx.saved_tensors[0], _AtIndex.terms(ctx), *gradients), None, None, None
 
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor, Tensor]:
-        gradient = ctx.saved_tensors[0]
-        return (gradient * tangent).sum(), _product(gradient, *_AtIndex.terms(ctx)(), tangent)
-
-    @staticmethod
-    def terms(ctx: Any) -> Terms:
-        gradient, index, total = ctx.saved_tensors
-        return lambda: (total, torch.zeros_like(gradient).to(total).scatter(1, index, total))
-
-
-class _AtMasses(torch.autograd.Function):
-    """As :class:`_AtIndex`, at masses."""
-
+class _AtMasses(_KeepsGradient):
     @staticmethod
     def forward(
         ctx: Any, logits: Tensor, masses: Tensor, addend: Tensor, factors: Tensor
     ) -> tuple[Tensor, Tensor]:
         gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        _keep(ctx, gradient, masses, factors)
+        _AtMasses.keep(ctx, _terms_at_masses, gradient, masses, factors)
         return _gradient_at_masses(gradient, logits, masses, addend, factors), gradient
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _chain(ctx.saved_tensors[0], _AtMasses.terms(ctx), *gradients), None, None, None
 
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor, Tensor]:
-        gradient = ctx.saved_tensors[0]
-        return (gradient * tangent).sum(), _product(gradient, *_AtMasses.terms(ctx)(), tangent)
-
-    @staticmethod
-    def terms(ctx: Any) -> Terms:
-        _, masses, factors = ctx.saved_tensors
-
-        def made() -> tuple[Tensor, Tensor]:
-            part = -factors * masses
-            return part.sum(1, keepdim=True), part
-
-        return made
+def _terms_at_index(gradient: Tensor, index: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    return total, torch.zeros_like(gradient, dtype=total.dtype).scatter(1, index, total)
 
 
-Terms = Callable[[], tuple[Tensor, Tensor]]
-"""Makes total (N, 1) and part (N, C) of a gradient ``total * softmax - part``."""
-
-
-def _keep(ctx: Any, *tensors: Tensor | None) -> None:
-    ctx.save_for_backward(*tensors)
-    ctx.save_for_forward(*tensors)
-    ctx.set_materialize_grads(False)
-
-
-def _chain(
-    gradient: Tensor, terms: Terms, of_loss: Tensor | None, of_gradient: Tensor | None
-) -> Tensor | None:
-    """Gradient with respect to the logits, from those with respect to both outputs."""
-    result = None
-    if of_loss is not None:
-        as_it_is = not torch.is_grad_enabled() and _is_one(of_loss)
-        result = gradient if as_it_is else gradient * of_loss
-    if of_gradient is not None:
-        through = _product(gradient, *terms(), of_gradient)
-        result = through if result is None else result + through
-    return result
+def _terms_at_masses(_: Tensor, masses: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
+    part = -factors * masses
+    return part.sum(1, keepdim=True), part
 
 
 def _is_one(value: Tensor) -> bool:
@@ -148,8 +129,9 @@ def _is_one(value: Tensor) -> bool:
         return False
 
 
-def _product(gradient: Tensor, total: Tensor, part: Tensor, vector: Tensor) -> Tensor:
+def _product(gradient: Tensor, terms: tuple[Tensor, Tensor], vector: Tensor) -> Tensor:
     """Derivative of the gradient times ``vector``."""
+    total, part = terms
     softmax = (gradient + part) / total.masked_fill(total == 0, 1)
     product = softmax * vector
     return (total * (product - softmax * product.sum(1, keepdim=True))).to(gradient.dtype)

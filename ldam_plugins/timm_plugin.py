@@ -12,7 +12,7 @@ from timm.task import ClassificationTask
 from torch import Tensor, nn
 
 from ldam_plugins._checks import must_be
-from ldam_plugins.combinations import warn_of_combination
+from ldam_plugins.combinations import enter_stage, warn_of_combination
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.heads import use_cosine_head
 from ldam_plugins.losses import ClassificationLoss, create_loss
@@ -240,6 +240,4 @@ class LongTailTask(ClassificationTask):
 
     def set_progress(self, progress: Progress) -> str:
         """Set the class weights of ``progress`` and return the name of its stage."""
-        weights = self.schedule.class_weights(self.criterion.class_counts, progress)
-        self.criterion.weight.copy_(weights)
-        return self.schedule.stage(progress)
+        return enter_stage(self.criterion, self.schedule, progress)

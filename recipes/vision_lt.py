@@ -52,7 +52,7 @@ from tqdm import trange
 from ldam_plugins import ClassCounts, fold_cosine_head, register, use_cosine_head
 from ldam_plugins._checks import check_choice, check_int, must_be
 from ldam_plugins.batches import InMemoryImages, RandomCropFlip, normalize
-from ldam_plugins.combinations import warn_of_combination
+from ldam_plugins.combinations import enter_stage, warn_of_combination
 from ldam_plugins.data import LabelledImages, load_images
 from ldam_plugins.heads import cosine_heads
 from ldam_plugins.long_tail import long_tail_indices
@@ -473,16 +473,6 @@ def save_epoch(
         accelerator.wait_for_everyone()
 
     write_checkpoint(options.output_dir, epochs, save, options.keep_checkpoints)
-
-
-def enter_stage(
-    criterion: ClassificationLoss, schedule: DeferredSchedule, progress: Progress, last: str | None
-) -> str:
-    """The stage of the coming update; fills in the class weights where it is not the last one."""
-    stage = schedule.stage(progress)
-    if stage != last:
-        criterion.weight.copy_(schedule.class_weights(criterion.class_counts, progress))
-    return stage
 
 
 def without_repeats(

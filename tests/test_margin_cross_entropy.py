@@ -37,21 +37,25 @@ def loss(logits, target, **options):
     return LF.ldam_loss(logits, target, MARGINS, scale=SCALE, **options)
 
 
+def assert_agree(logits, target, defined, path, **options):
+    """The loss takes the path, and has the value and the gradient of the definition."""
+    before = logits.clone()
+    pair = [z.requires_grad_() for z in (logits, logits.clone())]
+    got, expected = loss(pair[0], target, **options), defined(pair[1], target, **options)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-13)
+    ours, theirs = torch.autograd.grad(3 * got, pair[0]), torch.autograd.grad(3 * expected, pair[1])
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
+    assert path in got.grad_fn.name()
+    assert torch.equal(logits, before)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("weight", [None, WEIGHT], ids=["plain", "weighted"])
 @pytest.mark.parametrize("size", [0.01, 5.0, 300.0, 1e4])
 def test_value_and_gradient(reduction, weight, size):
     logits, target = batch(size=size)
     target[::4] = -100
-    before = logits.clone()
-    pair = [z.requires_grad_() for z in (logits, logits.clone())]
-    options = {"weight": weight, "reduction": reduction}
-    got, expected = loss(pair[0], target, **options), definition(pair[1], target, **options)
-    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-13)
-    ours, theirs = torch.autograd.grad(3 * got, pair[0]), torch.autograd.grad(3 * expected, pair[1])
-    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
-    assert "AtIndex" in got.grad_fn.name()
-    assert torch.equal(logits, before)
+    assert_agree(logits, target, definition, "AtIndex", weight=weight, reduction=reduction)
 
 
 def test_confident_rows_keep_their_digits_in_float32():
@@ -106,16 +110,10 @@ def definition_of_masses(logits, q, **options):
 @pytest.mark.parametrize("size", [0.01, 5.0, 300.0, 1e4])
 def test_value_and_gradient_at_masses(reduction, weight, size):
     logits, q = batch(size=size)[0], masses()
-    before = logits.clone(), q.clone()
-    pair = [z.requires_grad_() for z in (logits, logits.clone())]
+    given = q.clone()
     options = {"weight": weight, "reduction": reduction}
-    got, expected = loss(pair[0], q, **options), definition_of_masses(pair[1], q, **options)
-    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-13)
-    ours, theirs = torch.autograd.grad(3 * got, pair[0]), torch.autograd.grad(3 * expected, pair[1])
-    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
-    assert "AtMasses" in got.grad_fn.name()
-    assert torch.equal(logits, before[0])
-    assert torch.equal(q, before[1])
+    assert_agree(logits, q, definition_of_masses, "AtMasses", **options)
+    assert torch.equal(q, given)
 
 
 @scripted
