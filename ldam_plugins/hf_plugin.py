@@ -15,6 +15,7 @@ from ldam_plugins.combinations import warn_of_combination
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.hf_labels import count_labels
 from ldam_plugins.hf_loss_mapping import register
+from ldam_plugins.hf_mixup import FeatureMixup, remove_mixup
 from ldam_plugins.hf_run import RESAMPLING, TrainingRun
 from ldam_plugins.hf_setup import (
     calling_trainer,
@@ -71,6 +72,8 @@ class DRWCallback(TrainerCallback):
             the directions of the head it replaces. One that
             :func:`~ldam_plugins.use_cosine_head` put on before stays.
         seed: Of re-sampling. Default: the Trainer's ``data_seed``, else its ``seed``.
+        mixup: Alpha of Mixup of the features that the head gets, as
+            :class:`~ldam_plugins.hf_mixup.FeatureMixup` describes it; 0: none.
         **options: Options of the loss, such as ``max_margin`` (LDAM) or ``gamma`` (focal).
 
     Raises:
@@ -91,12 +94,14 @@ class DRWCallback(TrainerCallback):
         scale: float | None = None,
         cosine_head: bool | None = None,
         seed: int | None = None,
+        mixup: float = 0.0,
         **options: Any,
     ) -> None:
         if class_counts is not None and not isinstance(class_counts, ClassCounts):
             class_counts = ClassCounts(class_counts)
         self.schedule = _schedule(schedule, start, beta)
         self.seed = None if seed is None else check_int("seed", seed, low=0)
+        self.mixup = check_real("mixup", mixup, low=0)
         self.class_counts = class_counts
         self.criterion = criterion
         self._given = criterion
@@ -154,9 +159,22 @@ class DRWCallback(TrainerCallback):
             total_steps=state.max_steps,
             train_dataloader=train_dataloader,
             seed=data_seed if self.seed is None else self.seed,
+            mixup=FeatureMixup(trainer, self.mixup) if self.mixup else None,
         )
         trainer.compute_loss_func = self._run.compute_loss
         self._untrained = False
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Leave nothing on the model but the head."""
+        remove_mixup(model)
 
     def on_epoch_begin(
         self,

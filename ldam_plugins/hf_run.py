@@ -18,6 +18,7 @@ from transformers.utils import logging
 from ldam_plugins._checks import must_be
 from ldam_plugins.combinations import enter_stage
 from ldam_plugins.hf_labels import IGNORED, read_labels
+from ldam_plugins.hf_mixup import FeatureMixup
 from ldam_plugins.losses import ClassificationLoss, logits_of
 from ldam_plugins.runtime import own_rows
 from ldam_plugins.samplers import DeferredSampler
@@ -45,6 +46,7 @@ class TrainingRun:
         total_steps: Optimizer updates of the whole training.
         train_dataloader: As the Trainer has prepared it.
         seed: Of re-sampling.
+        mixup: What mixes the features in the model, if anything does.
 
     Raises:
         ValueError: ``start`` past the end or in epochs nobody knows the length of, or examples
@@ -61,12 +63,14 @@ class TrainingRun:
         total_steps: int,
         train_dataloader: Any,
         seed: int,
+        mixup: FeatureMixup | None = None,
     ) -> None:
         self.criterion = criterion
         self.schedule = schedule
         self.stage: str | None = None
         self._trainer = weakref.ref(trainer)
         self._callback = callback
+        self.mixup = mixup
         self._in_backward = False
         self._steps_per_epoch = _steps_per_epoch(trainer, train_dataloader, total_steps)
         self._check_start(total_steps, train_dataloader)
@@ -85,6 +89,11 @@ class TrainingRun:
                 "Add one, or write `trainer.compute_loss_func = None`."
             )
         if torch.is_grad_enabled() and labels is not None:
+            if self.mixup is not None:
+                classes = len(self.criterion.class_counts)
+                if labels.ndim == 1 and num_items_in_batch is not None:
+                    num_items_in_batch = num_items_in_batch * classes  # of masses: the entries
+                labels = self.mixup.mixed_masses(labels, classes)
             outputs, labels, num_items_in_batch = self._without_repeats(
                 outputs, labels, num_items_in_batch
             )

@@ -13,12 +13,15 @@ from ldam_plugins._checks import must_be
 from ldam_plugins.heads import cosine_heads, folded_state_dict, use_cosine_head
 
 
-def calling_trainer() -> Trainer:
+def calling_trainer(method: str | None = None) -> Trainer:
     """The Trainer that fires an event: the nearest one on the stack of calls.
 
     Events hand over model, optimizer and data loader but not the Trainer (transformers 5.23),
     and only its ``compute_loss_func`` sees labels and item count for every model and every cut of
     the batch.
+
+    Args:
+        method: If given, only a Trainer that runs its method of this name counts.
 
     Raises:
         RuntimeError: no Trainer is running.
@@ -27,7 +30,7 @@ def calling_trainer() -> Trainer:
     try:
         while frame is not None:
             owner = frame.f_locals.get("self")
-            if isinstance(owner, Trainer):
+            if isinstance(owner, Trainer) and method in (None, frame.f_code.co_name):
                 return owner
             frame = frame.f_back
     finally:

@@ -98,6 +98,7 @@ class TextOptions(CoreOptions):
         "weight_decay": NOT_NEGATIVE,
         "warmup": SHARE_BELOW_1,
         "clip_grad": NOT_NEGATIVE,
+        "mixup": NOT_NEGATIVE,
     }
 
     dataset: str = option("stdlib_docstrings", "hub id, local folder, or stdlib_docstrings")
@@ -125,6 +126,7 @@ class TextOptions(CoreOptions):
     weight_decay: float = option(0.0, "decoupled weight decay")
     warmup: float = option(0.0, "share of the training with a rising learning rate")
     clip_grad: float = option(1.0, "largest gradient norm; 0: no limit")
+    mixup: float = option(0.0, "alpha of Mixup of the features that the classifier gets")
     lr_schedule: str = option("linear", "learning rate schedule of transformers")
     compile: bool = option(False, "compile the model")
     eval_every: int = option(1, "epochs between evaluations; the last is always evaluated")
@@ -337,7 +339,8 @@ def make_callbacks(options: TextOptions, criterion: ClassificationLoss) -> list[
     schedule = options.make_schedule()
     history = HistoryCallback(options.output_dir, schedule, options.eval_every)
     checkpoints = CheckpointCallback(options.keep_checkpoints)
-    return [DRWCallback(criterion, schedule=schedule), history, checkpoints]
+    drw = DRWCallback(criterion, schedule=schedule, mixup=options.mixup)
+    return [drw, history, checkpoints]
 
 
 def make_trainer(

@@ -27,7 +27,9 @@ LAYERS = [
     {"data"},
     {"batches"},
     {"timm_plugin", "hf_labels", "hf_loss_mapping", "hf_tokenizer"},
-    {"hf_bilstm", "hf_text", "hf_setup", "hf_run", "hf_trainer"},
+    {"hf_bilstm", "hf_text", "hf_setup"},
+    {"hf_mixup"},
+    {"hf_run"},
     {"hf_plugin"},
 ]
 

@@ -69,7 +69,7 @@ OUT_OF_RANGE = [
     (VISION, "decay_milestones", ["-4"], COUNT_OR_0),
     (VISION, "decay_rate", ["-1", "nan"], NOT_NEGATIVE),
     (VISION, "min_lr", ["-1"], NOT_NEGATIVE),
-    (VISION, "mixup", ["-1", "nan"], NOT_NEGATIVE),
+    (BOTH, "mixup", ["-1", "nan"], NOT_NEGATIVE),
     (VISION, "cutmix", ["-1"], NOT_NEGATIVE),
     (VISION, "smoothing", ["1", "-0.1", "nan"], SHARE_BELOW_1),
     (VISION, "ema_decay", ["1", "-1", "nan"], SHARE_BELOW_1),

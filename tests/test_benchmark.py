@@ -243,6 +243,7 @@ def test_flags_add_to_the_settings_of_a_file_and_override_the_rest(tmp_path):
         ("digits_mixup", 32),
         ("digits_sensitivity", 16),
         ("stdlib", 40),
+        ("stdlib_mixup", 16),
         ("imdb", 12),
         ("cifar10_paper", 10),
     ],

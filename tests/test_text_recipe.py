@@ -137,9 +137,9 @@ def weights(out):
     return load_file(Path(newest_trainer_checkpoint(out / "checkpoints")) / "model.safetensors")
 
 
-@pytest.mark.parametrize("schedule", ["drw", "drs"])
-def test_resumed_run_equals_the_undisturbed_one(run, monkeypatch, schedule):
-    flags = ("--epochs", 3, "--schedule", schedule)
+@pytest.mark.parametrize("more", [(), ("--schedule", "drs"), ("--mixup", 1)], ids=str)
+def test_resumed_run_equals_the_undisturbed_one(run, monkeypatch, more):
+    flags = ("--epochs", 3, *more)
     undisturbed, whole = run(*flags, out="whole")
     evaluate, calls = Trainer.evaluate, []
 
@@ -180,6 +180,7 @@ def test_checkpoint_that_was_cut_off_is_passed_over(tmp_path):
         ("--loss", "focal", "--schedule", "rw", "--gamma", "1"),
         ("--loss", "ce", "--schedule", "rs", "--profile", "exp", "--ratio", "3"),
         ("--accumulation", "2", "--mixed_precision", "bf16", "--clip_grad", "0"),
+        ("--mixup", "0.4", "--loss", "hinge", "--schedule", "drw"),
     ],
     ids=lambda flags: flags[1],
 )

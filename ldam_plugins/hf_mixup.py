@@ -1,0 +1,103 @@
+"""Mixup for models of transformers: of the features that the classifier gets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import Trainer
+
+from ldam_plugins._checks import must_be
+from ldam_plugins.heads import cosine_heads, find_head
+from ldam_plugins.hf_setup import calling_trainer
+
+
+class FeatureMixup:
+    """Mixup (Zhang et al., ICLR 2018) of the features of a text, its tokens having no mean.
+
+    Each training batch of a process gets one ``lam ~ Beta(alpha, alpha)`` and one permutation p of
+    its N rows; the head gets ``lam x_i + (1 - lam) x_p(i)`` for its features x (N, H), and the
+    class masses are mixed likewise. Only what a ``Trainer`` computes its loss from is mixed:
+    evaluation and every other call of the model go on as they were.
+
+    Source: "senMixup" of Guo, Mao and Zhang, 2019, arXiv 1905.08941.
+
+    Args:
+        trainer: Its model gets the hooks; those that an interrupted training left are removed.
+        alpha: Above 0; near 0 hardly anything is mixed, 1 draws ``lam`` uniformly.
+
+    Raises:
+        ValueError: the head of the model is not found, or replicas of one process share a batch.
+    """
+
+    def __init__(self, trainer: Trainer, alpha: float) -> None:
+        if trainer.args.n_gpu > 1:
+            way_out = "Start one process a GPU with `accelerate launch` or `torchrun`."
+            wanted = "0 where one process trains on several GPUs"
+            raise ValueError(must_be("mixup", wanted, alpha, way_out))
+        self.alpha = alpha
+        self._lam: float | None = None
+        self._partner: Tensor | None = None
+        model: Any = trainer.model
+        remove_mixup(model)
+        model.register_forward_pre_hook(self._begin)
+        for name in cosine_heads(model) or find_head(model):
+            model.get_submodule(name).register_forward_pre_hook(self._mix)
+
+    def mixed_masses(self, labels: Tensor, num_classes: int) -> Tensor:
+        """Class masses (N, C) of the features mixed last, from indices (N,) or masses (N, C).
+
+        Raises:
+            RuntimeError: no features were mixed: the model does not call its head.
+            ValueError: a label outside 0..C-1, such as -100, which has no masses.
+        """
+        lam, partner = self._lam, self._partner
+        self._lam = self._partner = None
+        if lam is None or partner is None:
+            raise RuntimeError("mixup: the model computed logits without its head; use mixup=0.")
+        if labels.ndim == 1:
+            if bool(((labels < 0) | (labels >= num_classes)).any()):
+                way_out = "Leave such examples out of the training set, or use mixup=0."
+                wanted = f"in 0..{num_classes - 1} for Mixup"
+                raise ValueError(must_be("labels", wanted, labels.tolist(), way_out))
+            labels = functional.one_hot(labels, num_classes).to(torch.get_default_dtype())
+        return labels.lerp(labels[partner.to(labels.device)], 1 - lam)
+
+    @torch.compiler.disable
+    def _begin(self, model: nn.Module, args: Any) -> None:
+        mixing = model.training and torch.is_grad_enabled() and self._is_called_for()
+        self._lam = float(np.random.beta(self.alpha, self.alpha)) if mixing else None
+        self._partner = None
+
+    @torch.compiler.disable
+    def _mix(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if self._lam is None:
+            return None
+        features, *others = args
+        if features.ndim != 2:
+            way_out = "Features of single tokens belong to no one place of another text."
+            wanted = f"0 for a head that gets features of shape {tuple(features.shape)}"
+            raise ValueError(must_be("mixup", wanted, self.alpha, way_out))
+        if self._partner is None:
+            self._partner = torch.randperm(len(features))
+        partner = features[self._partner.to(features.device)]
+        return features.lerp(partner, 1 - self._lam), *others
+
+    def _is_called_for(self) -> bool:
+        """Whether the caller is a Trainer whose loss then asks this object for the masses."""
+        try:
+            loss = calling_trainer("compute_loss").compute_loss_func
+        except RuntimeError:
+            return False
+        return getattr(getattr(loss, "__self__", None), "mixup", None) is self
+
+
+def remove_mixup(model: nn.Module) -> None:
+    """Take the hooks of every :class:`FeatureMixup` off ``model``."""
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(getattr(hook, "__self__", None), FeatureMixup):
+                del module._forward_pre_hooks[key]
