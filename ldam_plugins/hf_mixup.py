@@ -26,7 +26,7 @@ class FeatureMixup:
     Source: "senMixup" of Guo, Mao and Zhang, 2019, arXiv 1905.08941.
 
     Args:
-        trainer: Its model gets the hooks; those that an interrupted training left are removed.
+        trainer: Its model gets the hooks. Those that an interrupted training left do nothing.
         alpha: Above 0; near 0 hardly anything is mixed, 1 draws ``lam`` uniformly.
 
     Raises:
@@ -42,7 +42,6 @@ class FeatureMixup:
         self._lam: float | None = None
         self._partner: Tensor | None = None
         model: Any = trainer.model
-        remove_mixup(model)
         model.register_forward_pre_hook(self._begin)
         for name in cosine_heads(model) or find_head(model):
             model.get_submodule(name).register_forward_pre_hook(self._mix)

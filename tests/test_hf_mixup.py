@@ -101,7 +101,8 @@ def test_nothing_but_the_order_changes_where_nothing_is_mixed(tmp_path, monkeypa
 def test_evaluation_and_calls_by_hand_are_not_mixed(fixed, tmp_path):
     data = make_data()
     callback = DRWCallback(mixup=0.2)
-    trainer = make_trainer(tmp_path, data=data, callbacks=[callback], eval_dataset=data)
+    evaluating = {"eval_dataset": data, "eval_strategy": "steps", "eval_steps": 4}
+    trainer = make_trainer(tmp_path, data=data, callbacks=[callback], **evaluating)
     inputs, labels = tensors(data)
     noted = []
 
@@ -117,6 +118,7 @@ def test_evaluation_and_calls_by_hand_are_not_mixed(fixed, tmp_path):
         torch.testing.assert_close(inside, plain)
     logits = trainer.model.eval()(**inputs).logits
     stock = torch.nn.functional.cross_entropy(logits, labels)
+    assert logged(trainer, "eval_loss") == pytest.approx([stock.item()], rel=1e-5)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(stock.item(), rel=1e-5)
 
 
@@ -146,7 +148,8 @@ def test_hooks_left_by_an_error_do_nothing_and_go(fixed, tmp_path):
         module._forward_pre_hooks.clear()
     ends = []
     for one in (twin, model):
-        trainer = make_trainer(tmp_path, one, callbacks=[DRWCallback()], **ONE_BATCH)
+        callbacks = [DRWCallback(mixup=0.2)]
+        trainer = make_trainer(tmp_path, one, callbacks=callbacks, **ONE_BATCH)
         trainer.train()
         ends.append(logged(trainer, "loss"))
     assert ends[0] == ends[1]
