@@ -16,7 +16,8 @@ what else the machine does meets them alike. Sections:
 * processes: a training of ``vision_lt.py`` by two processes against one, a thread each;
 * vision: training steps of ``vision_lt.py`` against a DataLoader with two workers and PIL
   transforms in float32, and against timm's create_loader and ClassificationTask;
-* text: ``text_lt.py`` against a plain Trainer with padding to the full length in float32.
+* text: ``text_lt.py``, as it is and without dropout of attention, against a plain Trainer with
+  padding to the full length in float32.
 """
 
 from __future__ import annotations
@@ -574,11 +575,20 @@ def text(options: SpeedOptions) -> Iterator[Row]:
     train = train.shuffle(seed=0).select(range(min(examples, len(train))))
     with tempfile.TemporaryDirectory() as folder:
         preset = replace(preset, output_dir=folder)
-        ours = lambda: text_seconds(preset, train, class_counts)  # noqa: E731
-        peer = lambda: padded_seconds(preset, train, class_counts)  # noqa: E731
-        seconds = [(ours(), peer()) for _ in range(options.repeats + 1)][1:]
+        kinds = {"": preset}
+        if preset.model != "bilstm":
+            kinds[", no dropout of attention"] = replace(preset, attention_dropout=0.0)
+        turns = [
+            (
+                [text_seconds(kind, train, class_counts) for kind in kinds.values()],
+                padded_seconds(preset, train, class_counts),
+            )
+            for _ in range(options.repeats + 1)
+        ][1:]
     what = f"{len(train)} texts of {preset.max_length} tokens, {preset.model}"
-    yield summary(what, "Trainer, padding='max_length', float32", seconds)
+    for index, kind in enumerate(kinds):
+        seconds = [(ours[index], theirs) for ours, theirs in turns]
+        yield summary(what + kind, "Trainer, padding='max_length', float32", seconds)
 
 
 def text_seconds(options: TextOptions, train: Any, class_counts: ClassCounts) -> float:

@@ -35,6 +35,7 @@ from options import (
 )
 from torch.utils.data import DataLoader
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
@@ -54,6 +55,7 @@ from ldam_plugins import (
     long_tail_indices,
     use_cosine_head,
 )
+from ldam_plugins._checks import must_be
 from ldam_plugins.heads import cosine_heads, find_head
 from ldam_plugins.hf_bilstm import BiLSTMConfig, BiLSTMForSequenceClassification
 from ldam_plugins.hf_run import RESAMPLING
@@ -79,6 +81,8 @@ from ldam_plugins.run_files import (
 from ldam_plugins.runtime import check_processes, choose_precision
 from ldam_plugins.text_data import load_texts, thin_classes
 
+# What the configurations of transformers call the dropout of attention.
+_ATTENTION_DROPOUTS = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")
 _MODELS: dict[str, Callable[[], str]] = {"minilm": bundled_minilm}
 
 
@@ -93,6 +97,7 @@ class TextOptions(CoreOptions):
         "embedding_size": COUNT,
         "hidden_size": COUNT,
         "embedding_dropout": SHARE_BELOW_1,
+        "attention_dropout": SHARE_BELOW_1,
         "lora_rank": COUNT_OR_0,
         "lora_alpha": COUNT,
         "weight_decay": NOT_NEGATIVE,
@@ -120,6 +125,9 @@ class TextOptions(CoreOptions):
     embedding_size: int = option(100, "length of a bilstm's embeddings")
     hidden_size: int = option(64, "length of a bilstm's state in each direction")
     embedding_dropout: float = option(0.5, "dropout of a bilstm's embeddings")
+    attention_dropout: float | None = option(
+        None, "dropout of attention [the model's own]; with 0 a CPU computes it in one kernel"
+    )
     head: str = option("auto", "auto: cosine where the loss needs it", choices=("auto", "cosine"))
     lora_rank: int = option(0, "train low-rank adapters of this rank and the head; 0: everything")
     lora_alpha: int = option(16, "scale of the adapters, divided by the rank")
@@ -235,6 +243,9 @@ def make_model(
         "label2id": {name: label for label, name in enumerate(names)},
     }
     if options.model == "bilstm":
+        if options.attention_dropout is not None:
+            wanted = "None for a bilstm, which has no attention"
+            raise ValueError(must_be("attention_dropout", wanted, options.attention_dropout))
         tokenizer, model = make_bilstm(options, train, labels)
     else:
         folder = _MODELS.get(options.model, lambda: options.model)()
@@ -242,6 +253,7 @@ def make_model(
         model = AutoModelForSequenceClassification.from_pretrained(
             folder,
             **labels,
+            **attention_options(options, folder),
             problem_type="single_label_classification",
             trust_remote_code=False,
             dtype=torch.float32,
@@ -253,6 +265,19 @@ def make_model(
     if criterion.needs_cosine_head or options.head == "cosine":
         use_cosine_head(model, options.scale or 30.0)
     return tokenizer, add_adapters(options, model) if options.lora_rank else model
+
+
+def attention_options(options: TextOptions, folder: str) -> dict[str, float]:
+    """What ``--attention_dropout`` is called in the configuration of the model."""
+    if options.attention_dropout is None:
+        return {}
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    known = [name for name in _ATTENTION_DROPOUTS if hasattr(config, name)]
+    if not known:
+        way_out = "Leave --attention_dropout out."
+        wanted = f"None for a model of type {config.model_type!r}"
+        raise ValueError(must_be("attention_dropout", wanted, options.attention_dropout, way_out))
+    return dict.fromkeys(known, options.attention_dropout)
 
 
 def make_bilstm(

@@ -85,6 +85,7 @@ OUT_OF_RANGE = [
     (TEXT, "embedding_size", ["0"], COUNT),
     (TEXT, "hidden_size", ["0"], COUNT),
     (TEXT, "embedding_dropout", ["1", "-0.5"], SHARE_BELOW_1),
+    (TEXT, "attention_dropout", ["1", "-0.5"], SHARE_BELOW_1),
     (TEXT, "lora_rank", ["-2"], COUNT_OR_0),
     (TEXT, "lora_alpha", ["0"], COUNT),
     (TEXT, "warmup", ["1", "-0.1"], SHARE_BELOW_1),

@@ -9,6 +9,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from safetensors.torch import load_file
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
@@ -198,9 +199,11 @@ def test_rare_classes_lose_training_texts(run):
 
 
 @pytest.mark.filterwarnings(PEFT_WARNING)
-@pytest.mark.parametrize("rank", [0, 2])
-def test_pretrained_models_and_adapters(run, folder, bert, rank):
-    metrics, out = run("--model", bert, "--lora_rank", rank, "--epochs", 1, "--start", 0)
+@pytest.mark.parametrize(
+    "more", [(), ("--lora_rank", 2), ("--lora_rank", 2, "--mixup", 0.5, "--loss", "ce")], ids=str
+)
+def test_pretrained_models_and_adapters(run, folder, bert, more):
+    metrics, out = run("--model", bert, *more, "--epochs", 1, "--start", 0)
     names = set(os.listdir(out / "model"))
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
     assert "adapter_config.json" not in names
@@ -209,6 +212,14 @@ def test_pretrained_models_and_adapters(run, folder, bert, rank):
     assert type(model.classifier) is torch.nn.Linear
     error = 100 * (logits.argmax(1) != labels).double().mean().item()
     assert error == pytest.approx(metrics["test"]["top1_error"])
+
+
+@pytest.mark.parametrize(("flags", "dropout"), [((), 0.1), (("--attention_dropout", 0), 0)])
+def test_dropout_of_attention_is_the_models_own_or_as_asked_for(run, bert, flags, dropout):
+    _, out = run("--model", bert, *flags, "--epochs", 1, "--start", 0)
+    config = AutoConfig.from_pretrained(out / "model")
+    assert config.attention_probs_dropout_prob == dropout
+    assert config.hidden_dropout_prob == 0.1
 
 
 @pytest.mark.filterwarnings(PEFT_WARNING)
@@ -268,6 +279,7 @@ def test_class_errors_leave_out_classes_without_a_test_text():
         (["--rare_classes", "d"], ValueError, "`rare_classes` must be one of 'a', 'b', 'c'"),
         (["--ratio", "0.5", "--profile", "exp"], ValueError, "`ratio`"),
         (["--start", "7"], ValueError, "`start` must be before the end of the training"),
+        (["--attention_dropout", "0"], ValueError, "None for a bilstm, which has no attention"),
         (["--num_processes", "2"], RuntimeError, "must be 2, as asked for, got 1"),
         (["--eval_every", "0"], ValueError, "`eval_every` must be an integer >= 1, got 0"),
         (["--text_column", "body"], ValueError, "`text_column` must be one of 'text', 'label'"),
