@@ -1,10 +1,11 @@
-"""Write the tables and plots of README.md from the results under ``recipes/results``.
+"""Write the tables and plots of the documents from the results under ``recipes/results``.
 
     python recipes/results_tables.py            # print the tables
-    python recipes/results_tables.py --write    # put them into README.md, and draw its plots
+    python recipes/results_tables.py --write    # put them into the documents, and draw the plots
 
+Documents are README.md and the README.md of ``recipes/results``.
 A folder of results is one experiment; each file in it is the record of one run, as
-``recipes/benchmark.py`` leaves it: ``cp -r runs/NAME/results recipes/results/NAME``. In README.md,
+``recipes/benchmark.py`` leaves it: ``cp -r runs/NAME/results recipes/results/NAME``. In a document
 what is between ``<!-- results: EXPERIMENT [KIND [BASELINE]] [OPTION=VALUE,...] -->`` and
 ``<!-- end -->`` is made anew, from the runs whose options have one of the values. Kinds are
 ``range`` (the default), ``intervals``, ``matrix`` and ``compare`` (with a baseline as of the
@@ -20,8 +21,10 @@ import argparse
 import csv
 import itertools
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from ldam_plugins._checks import check_choice, must_be
@@ -43,7 +46,7 @@ from ldam_plugins.schedules import KINDS
 RESULTS = Path(__file__).parent / "results"
 TIMINGS = Path(__file__).parent / "timings"
 PROBES = Path(__file__).parent / "probes"
-README = Path(__file__).parents[1] / "README.md"
+DOCUMENTS = (Path(__file__).parents[1] / "README.md", RESULTS / "README.md")
 MARKED = r"(<!-- (results|timings|probes): (\w+)((?: \S+)*) -->)\n.*?(<!-- end -->)"
 
 # Column of a table of probes: the moment, the column of the file, and what it is multiplied by.
@@ -72,15 +75,22 @@ TABLES: dict[str, Callable[[list[Record]], str]] = {
 }
 
 
-def content(experiment: str, words: Sequence[str] = ()) -> str:
-    """What belongs between the markers, of which the words are: a table, or the place of a plot."""
+def content(experiment: str, words: Sequence[str] = (), folder: Path = RESULTS) -> str:
+    """What belongs between the markers, of which the words are: a table, or the place of a plot.
+
+    Args:
+        experiment: Folder of ``RESULTS``.
+        words: Kind, baseline and options.
+        folder: Of the document, which a plot's place is relative to.
+    """
     filters = [word for word in words if re.fullmatch(r"\w+=[^=]+", word)]
     kind, *baseline = [word for word in words if word not in filters] or ["range"]
     check_choice("kind", kind, [*TABLES, "compare", *PLOTS])
     if len(baseline) > (kind == "compare"):
         raise ValueError(must_be("words", f"those of {kind!r}", words))
     if kind in PLOTS:
-        return f"![{PLOTS[kind][0]}]({plot_path(experiment, kind).relative_to(README.parent)})"
+        place = os.path.relpath(plot_path(experiment, kind), folder)
+        return f"![{PLOTS[kind][0]}]({Path(place).as_posix()})"
     records = read_records(RESULTS / experiment)
     for name, _, values in (word.partition("=") for word in filters):
         check_choice("option", name, records[0]["options"])
@@ -126,9 +136,13 @@ def plot_path(experiment: str, kind: str) -> Path:
     return RESULTS / experiment / f"{kind}.png"
 
 
-def fill(text: str) -> str:
-    """The text with everything between its markers made anew."""
-    makers = {"results": content, "timings": timings, "probes": probes}
+def fill(text: str, folder: Path = RESULTS) -> str:
+    """The text of a document in ``folder`` with everything between its markers made anew."""
+    makers: dict[str, Callable[..., str]] = {
+        "results": partial(content, folder=folder),
+        "timings": timings,
+        "probes": probes,
+    }
 
     def fresh(match: re.Match[str]) -> str:
         marker, kind, name, words, end = match.groups()
@@ -145,20 +159,21 @@ def plots_of(text: str) -> list[tuple[str, str]]:
 
 
 def main() -> None:
-    """Print the tables, or write them and the plots of the README."""
+    """Print the tables, or write them and the plots of the documents."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--write", action="store_true", help="write into README.md")
-    if parser.parse_args().write:
-        text = fill(README.read_text(encoding="utf-8"))
+    parser.add_argument("--write", action="store_true", help="write into the documents")
+    if not parser.parse_args().write:
+        for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
+            print(f"{folder.name}\n\n{content(folder.name, ['intervals'])}\n")
+        return
+    for document in DOCUMENTS:
+        text = fill(document.read_text(encoding="utf-8"), document.parent)
         for experiment, kind in plots_of(text):
             _, draw = PLOTS[kind]
             write_atomic(plot_path(experiment, kind), draw(read_records(RESULTS / experiment)))
-        README.write_text(text, encoding="utf-8")
-    else:
-        for folder in sorted(RESULTS.iterdir()):
-            print(f"{folder.name}\n\n{content(folder.name, ['intervals'])}\n")
+        document.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -15,18 +15,32 @@ import results_tables  # noqa: E402
 from ldam_plugins.experiment_plots import digest  # noqa: E402
 from ldam_plugins.experiments import read_records  # noqa: E402
 
-EXPERIMENTS = [folder.name for folder in results_tables.RESULTS.iterdir()]
-TEXT = results_tables.README.read_text()
+EXPERIMENTS = [path.name for path in results_tables.RESULTS.iterdir() if path.is_dir()]
+TEXTS = {path: path.read_text() for path in results_tables.DOCUMENTS}
+TEXT = "\n".join(TEXTS.values())
 
 
-def test_readme_holds_the_committed_results():
-    assert results_tables.fill(TEXT) == TEXT
-    shown = re.findall(r"<!-- results: (\w+)", TEXT)
-    assert set(shown) == set(EXPERIMENTS)
+@pytest.mark.parametrize("document", TEXTS)
+def test_documents_hold_the_committed_results(document):
+    assert results_tables.fill(TEXTS[document], document.parent) == TEXTS[document]
+
+
+@pytest.mark.parametrize("document", TEXTS)
+def test_documents_point_to_what_is_there(document):
+    for place, _, anchor in re.findall(r"\]\((?!http)([^)#]+)(#([^)]+))?\)", TEXTS[document]):
+        path = document.parent / place
+        assert path.exists(), place
+        headings = re.findall(r"^#+ (.*)", path.read_text(), re.M) if anchor else []
+        slugs = [re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings]
+        assert not anchor or anchor in slugs, anchor
+
+
+def test_documents_show_every_experiment():
+    assert set(re.findall(r"<!-- results: (\w+)", TEXT)) == set(EXPERIMENTS)
 
 
 @pytest.mark.parametrize("kind", ["timings", "probes"])
-def test_readme_shows_every_file(kind):
+def test_documents_show_every_file(kind):
     shown = set(re.findall(rf"<!-- {kind}: (\w+)", TEXT))
     assert shown == {path.stem for path in (results_tables.RESULTS.parent / kind).iterdir()}
 
@@ -85,7 +99,7 @@ def check_plot(path, experiment):
     assert drawn_from == digest(records), f"{path} is of other results: run --write"
 
 
-def test_plots_of_the_readme_are_of_the_committed_results():
+def test_plots_of_the_documents_are_of_the_committed_results():
     for experiment, kind in results_tables.plots_of(TEXT):
         check_plot(results_tables.plot_path(experiment, kind), experiment)
 
@@ -105,7 +119,7 @@ def test_markers_choose_what_is_shown(monkeypatch, tmp_path):
     assert "27.2 ± 10.4" in filled("digits_lt intervals")
     assert "| LDAM-DRW | ERM " in filled("digits_lt compare")
     assert "| ERM      | LDAM-DRW " in filled("digits_lt compare ldam_drw")
-    assert "digits_lt/errors.png" in filled("digits_lt errors")
+    assert "](digits_lt/errors.png)" in filled("digits_lt errors")
     assert "| ldam " not in filled("digits_lt schedule=none")
     assert filled("digits_lt intervals seed=0,2 loss=ce").count("| 2 ") == 1
     compared = filled("digits_lt compare loss=ldam,ce ldam_drw:beta=0.9999 seed=0,1")
@@ -128,7 +142,7 @@ def test_write_draws_the_plots_a_text_shows(monkeypatch, tmp_path):
         (experiment / path.name).write_bytes(path.read_bytes())
     readme.write_text("<!-- results: digits_lt errors -->\n<!-- end -->\n")
     monkeypatch.setattr(results_tables, "RESULTS", results)
-    monkeypatch.setattr(results_tables, "README", readme)
+    monkeypatch.setattr(results_tables, "DOCUMENTS", [readme])
     monkeypatch.setattr(sys, "argv", ["results_tables.py", "--write"])
     results_tables.main()
     assert "(recipes/results/digits_lt/errors.png)" in readme.read_text()
