@@ -9,6 +9,7 @@ from accelerate.state import AcceleratorState
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
 import speed
+import speed_clock
 
 TINY = {
     "repeats": 1,
@@ -35,10 +36,10 @@ def whole(row):
 
 def test_small_sections(tmp_path, capsys):
     file = tmp_path / "speed.json"
-    rows = speed.main(speed.SpeedOptions(**TINY, json=str(file)))
+    rows = speed.main(speed_clock.SpeedOptions(**TINY, json=str(file)))
     for row in rows:
         whole(row)
-    assert [*dict.fromkeys(row["section"] for row in rows)] == speed.QUICK
+    assert [*dict.fromkeys(row["section"] for row in rows)] == speed_clock.QUICK
     kept = json.loads(file.read_text())
     assert kept["rows"] == json.loads(json.dumps(rows))
     assert kept["options"]["repeats"] == 1
@@ -53,7 +54,7 @@ def test_training():
     AcceleratorState._reset_state(reset_partial_state=True)
     more = {"compile": False, "dataset": "digits", "text_dataset": "stdlib_docstrings"}
     only = {"only": ["processes", "vision", "text"], "text_model": "bilstm", "max_length": 16}
-    rows = speed.main(speed.SpeedOptions(**TINY, **more, **only))
+    rows = speed.main(speed_clock.SpeedOptions(**TINY, **more, **only))
     for row in rows:
         whole(row)
     assert [row["section"] for row in rows] == ["processes", "vision", "vision", "text"]
@@ -61,4 +62,4 @@ def test_training():
 
 def test_unknown_section():
     with pytest.raises(ValueError, match=r"`only` must be one of .*Did you mean 'vision'"):
-        speed.main(speed.SpeedOptions(only=["vison"]))
+        speed.main(speed_clock.SpeedOptions(only=["vison"]))

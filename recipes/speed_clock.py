@@ -1,0 +1,113 @@
+"""How ``speed.py`` times: what it is told, and two contenders that take turns."""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from options import option
+
+Row = dict[str, Any]
+Contender = Callable[[], Any]
+DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+QUICK = ["loss", "head", "counts", "sampler", "metrics", "import", "scaling"]
+
+
+@dataclass
+class SpeedOptions:
+    """What is timed, and how large it gets."""
+
+    only: list[str] = option(QUICK, "sections to run: those above, processes, vision, text")
+    repeats: int = option(7, "turns of each contender")
+    seconds: float = option(0.1, "least seconds of a turn of the small things")
+    max_classes: int = option(1_000_000, "classes the loss and the head grow to")
+    max_logits: int = option(32_000_000, "entries of the largest (N, C) logits")
+    max_rows: int = option(10_000_000, "rows that counts and sampler grow to")
+    max_image: int = option(224, "pixels a side that images grow to")
+    steps: int = option(30, "training steps of a turn of vision and text")
+    epochs: int = option(100, "epochs of processes")
+    dataset: str = option("uoft-cs/cifar10", "images of vision, cut to the long tail of the paper")
+    compile: bool = option(True, "compile ours in vision, as --compile of vision_lt.py")
+    text_dataset: str = option("stanfordnlp/imdb", "texts of text")
+    text_model: str = option("minilm", "model of text")
+    max_length: int = option(256, "tokens a text is cut or padded to")
+    batch_size: int = option(128, "images a step")
+    text_batch_size: int = option(32, "texts a step")
+    threads: int = option(0, "threads of torch; 0: as torch decides")
+    json: str | None = option(None, "file for the rows, with versions and device")
+
+
+def compare(
+    options: SpeedOptions,
+    what: str,
+    ours: Contender,
+    peer: Contender,
+    peer_name: str,
+    *,
+    note: str = "",
+    once: bool = False,
+) -> Row:
+    """Let two contenders take turns; a turn is one call if ``once``, else as many as fill it."""
+    calls = 1 if once else max(calls_for(options.seconds, ours), calls_for(options.seconds, peer))
+    seconds = [(clock(ours, calls), clock(peer, calls)) for _ in range(options.repeats)]
+    return summary(what, peer_name, seconds, note)
+
+
+def summary(what: str, peer: str, seconds: list[tuple[float, float]], note: str = "") -> Row:
+    """The row of a comparison from the seconds of ours and of the peer in each turn."""
+    ratios = [mine / theirs for mine, theirs in seconds]
+    return {
+        "what": what,
+        "peer": peer,
+        "ours_seconds": statistics.median(mine for mine, _ in seconds),
+        "peer_seconds": statistics.median(theirs for _, theirs in seconds),
+        "ratio_median": statistics.median(ratios),
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+        "seconds": seconds,
+        "note": note,
+    }
+
+
+def calls_for(seconds: float, run: Contender) -> int:
+    """Calls that take so long, after one to warm up."""
+    run()
+    return max(1, round(seconds / clock(run, 1)))
+
+
+def clock(run: Contender, calls: int) -> float:
+    """Mean seconds of a call."""
+    began = time.perf_counter()
+    for _ in range(calls):
+        run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return (time.perf_counter() - began) / calls
+
+
+def peak_memory(run: Contender) -> float:
+    """Largest growth of the process (on CUDA: of what it has on the device) in a run, in MB."""
+    if DEVICE.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    process, done, peak = psutil.Process(), threading.Event(), [0]
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            peak[0] = max(peak[0], process.memory_info().rss)
+
+    before = process.memory_info().rss
+    thread = threading.Thread(target=watch)
+    thread.start()
+    run()
+    done.set()
+    thread.join()
+    return max(0, peak[0] - before) / 1e6

@@ -1,0 +1,246 @@
+"""Sections of ``speed.py`` that time training: processes, vision, text."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import chain, repeat
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from options import parse_options
+from speed_clock import Contender, Row, SpeedOptions, compare, summary
+from speed_parts import usual_transform
+from text_lt import TextOptions, make_arguments, make_trainer, tokenize
+from text_lt import load_data as load_texts
+from text_lt import make_model as make_text_model
+from timm.data import create_loader
+from timm.task import ClassificationTask
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+from vision_lt import (
+    VisionOptions,
+    compiled,
+    image_config,
+    load_data,
+    make_accelerator,
+    make_datasets,
+    make_input,
+    make_loader,
+    make_model,
+    make_optimizer,
+    on_device,
+    update,
+)
+
+from ldam_plugins import ClassCounts, DRWCallback
+
+
+def processes(options: SpeedOptions) -> Iterator[Row]:
+    """The same training on digits by two processes and by one, start-up not counted."""
+    seconds = [
+        (seconds_of_processes(options, 2), seconds_of_processes(options, 1))
+        for _ in range(options.repeats)
+    ]
+    what = f"{options.epochs} epochs of digits_lt by 2 processes"
+    yield summary(what, "1 process", seconds)
+
+
+def seconds_of_processes(options: SpeedOptions, count: int) -> float:
+    """Training seconds of so many processes with one thread each, the batch shared out."""
+    with tempfile.TemporaryDirectory() as folder:
+        preset = parse_options(VisionOptions, [], default="digits_lt")
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count)]
+        command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+        command += [str(Path(__file__).with_name("vision_lt.py")), "--output_dir", folder]
+        command += ["--schedule", "none", "--batch_size", str(preset.batch_size // count)]
+        command += ["--epochs", str(options.epochs), "--eval_every", str(options.epochs)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        if not torch.accelerator.is_available():
+            environment["ACCELERATE_USE_CPU"] = "true"
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)} failed: {done.stderr[-2000:]}")
+        found = json.loads((Path(folder) / "metrics.json").read_text(encoding="utf-8"))
+    if found["processes"] != count:
+        raise RuntimeError(f"{count} processes were asked for, {found['processes']} ran")
+    return found["train_seconds"]
+
+
+def vision(options: SpeedOptions) -> Iterator[Row]:
+    """Training steps, data included."""
+    flags = ["cifar10_lt", "--dataset", options.dataset, "--batch_size", str(options.batch_size)]
+    preset = parse_options(VisionOptions, flags, default="cifar10_lt")
+    accelerator = make_accelerator(preset)
+    ours = vision_steps(accelerator, replace(preset, compile=options.compile), options.steps)
+    peers = {"usual loop": usual_steps, "timm loader and task": timm_steps}
+    for name, peer in peers.items():
+        theirs = peer(accelerator, preset, options.steps)
+        ours()  # compiles, and starts the workers of the other
+        theirs()
+        what = f"{options.steps} steps of {preset.model}, batch {preset.batch_size}"
+        yield compare(options, what, ours, theirs, name, once=True)
+
+
+def vision_steps(accelerator: Accelerator, options: VisionOptions, steps: int) -> Contender:
+    """What ``vision_lt.py`` does in so many steps."""
+    images, test, class_counts = load_data(options, show=False)
+    criterion = options.make_loss(class_counts).to(accelerator.device)
+    model = make_model(options, criterion)
+    to_input = make_input(options, model, accelerator.device)
+    train_set, _ = make_datasets(options, model, images, test.subset(range(1)))
+    train_set = on_device(accelerator, train_set)
+    loader = make_loader(
+        options, train_set, batch_size=options.batch_size, shuffle=True, drop_last=True
+    )
+    optimizer, _ = make_optimizer(options, model, accelerator.device)
+    net = compiled(accelerator, model) if options.compile else model
+    net, optimizer, loader = accelerator.prepare(net, optimizer, loader)
+    batches, generator = endless(loader), torch.Generator()
+
+    def run() -> None:
+        net.train()
+        for _ in range(steps):
+            pixels, labels = next(batches)
+            batch = [(to_input(pixels, generator), labels)]
+            update(accelerator, net, criterion, optimizer, batch, options.clip_grad)
+
+    return run
+
+
+def usual_steps(accelerator: Accelerator, options: VisionOptions, steps: int) -> Contender:
+    """PIL transforms in a DataLoader with two workers, float32, eager."""
+    images, _, class_counts = load_data(options, show=False)
+    criterion = options.make_loss(class_counts).to(accelerator.device)
+    model = make_model(options, criterion).to(memory_format=torch.contiguous_format)
+    images.transform = usual_transform(image_config(options, model)["input_size"][-1])
+    loader = DataLoader(
+        images,
+        options.batch_size,
+        shuffle=True,
+        num_workers=2,
+        drop_last=True,
+        persistent_workers=True,
+    )
+    optimizer, _ = make_optimizer(options, model, accelerator.device)
+    model = model.to(accelerator.device)
+    batches = endless(loader)
+
+    def run() -> None:
+        model.train()
+        for _ in range(steps):
+            pixels, labels = (part.to(accelerator.device) for part in next(batches))
+            accelerator.backward(criterion(model(pixels), labels))
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return run
+
+
+def timm_steps(accelerator: Accelerator, options: VisionOptions, steps: int) -> Contender:
+    """The create_loader and ClassificationTask of timm, with the same model and loss."""
+    images, _, class_counts = load_data(options, show=False)
+    criterion = options.make_loss(class_counts).to(accelerator.device)
+    model = make_model(options, criterion).to(accelerator.device)
+    config = image_config(options, model)
+    loader = create_loader(
+        images,
+        config["input_size"],
+        options.batch_size,
+        is_training=True,
+        mean=config["mean"],
+        std=config["std"],
+        num_workers=2,
+        use_prefetcher=torch.cuda.is_available(),
+        device=accelerator.device,
+        persistent_workers=True,
+    )
+    task = ClassificationTask(model, criterion, device=accelerator.device, verbose=False)
+    optimizer, _ = make_optimizer(options, model, accelerator.device)
+    batches = endless(loader)
+
+    def run() -> None:
+        model.train()
+        for _ in range(steps):
+            pixels, labels = (part.to(accelerator.device) for part in next(batches))
+            accelerator.backward(task(pixels, labels)["loss"])
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return run
+
+
+def endless(loader: Any) -> Iterator[Any]:
+    """The batches of epoch after epoch."""
+    return chain.from_iterable(repeat(loader))
+
+
+def text(options: SpeedOptions) -> Iterator[Row]:
+    """Examples of one Trainer against those of another; set-up is not timed."""
+    flags = [f"--dataset={options.text_dataset}", f"--max_length={options.max_length}"]
+    flags += [f"--model={options.text_model}", f"--batch_size={options.text_batch_size}"]
+    preset = parse_options(TextOptions, [*flags, "--epochs=1"], default="imdb_lt")
+    examples = options.steps * preset.batch_size
+    train, _, class_counts = load_texts(preset)
+    train = train.shuffle(seed=0).select(range(min(examples, len(train))))
+    with tempfile.TemporaryDirectory() as folder:
+        preset = replace(preset, output_dir=folder)
+        kinds = {"": preset}
+        if preset.model != "bilstm":
+            kinds[", no dropout of attention"] = replace(preset, attention_dropout=0.0)
+        turns = [
+            (
+                [text_seconds(kind, train, class_counts) for kind in kinds.values()],
+                padded_seconds(preset, train, class_counts),
+            )
+            for _ in range(options.repeats + 1)
+        ][1:]
+    what = f"{len(train)} texts of {preset.max_length} tokens, {preset.model}"
+    for index, kind in enumerate(kinds):
+        seconds = [(ours[index], theirs) for ours, theirs in turns]
+        yield summary(what + kind, "Trainer, padding='max_length', float32", seconds)
+
+
+def text_seconds(options: TextOptions, train: Any, class_counts: ClassCounts) -> float:
+    """Seconds of one epoch the way of ``text_lt.py``."""
+    criterion = options.make_loss(class_counts)
+    tokenizer, model = make_text_model(options, train, criterion)
+    arguments = quiet(make_arguments(options))
+    tokens = tokenize(options, tokenizer, train)
+    callbacks = [DRWCallback(criterion, schedule=options.make_schedule())]
+    trainer = make_trainer(arguments, model, tokenizer, class_counts, tokens, tokens, callbacks)
+    return trainer.train().metrics["train_runtime"]
+
+
+def padded_seconds(options: TextOptions, train: Any, class_counts: ClassCounts) -> float:
+    """Seconds of one epoch of a plain Trainer on texts padded to the full length."""
+    plain = replace(options, loss="ce", max_margin=None, scale=None, gamma=None, tau=None)
+    tokenizer, model = make_text_model(plain, train, plain.make_loss(class_counts))
+    arguments = TrainingArguments(
+        output_dir=options.output_dir,
+        num_train_epochs=1,
+        per_device_train_batch_size=options.batch_size,
+        learning_rate=options.lr,
+        use_cpu=not torch.accelerator.is_available(),
+        dataloader_pin_memory=torch.accelerator.is_available(),
+        report_to="none",
+    )
+    length = {"max_length": options.max_length, "padding": "max_length", "truncation": True}
+    tokens = train.map(lambda batch: tokenizer(batch["text"], **length), batched=True)
+    trainer = Trainer(model=model, args=quiet(arguments), train_dataset=tokens)
+    return trainer.train().metrics["train_runtime"]
+
+
+def quiet(arguments: TrainingArguments) -> TrainingArguments:
+    """The same without evaluation, checkpoints and logs."""
+    off = type(arguments.eval_strategy)("no")
+    arguments.eval_strategy = arguments.save_strategy = arguments.logging_strategy = off
+    arguments.disable_tqdm = True
+    return arguments
