@@ -11,23 +11,34 @@ multiplied by ``scale`` before they meet the logits.
 
 from __future__ import annotations
 
-import math
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldam_plugins._checks import check_choice, check_logits, check_real, check_target, must_be
+from ldam_plugins._checks import check_choice, check_real, must_be
 from ldam_plugins.chunked_cosines import ChunkedCosines
 from ldam_plugins.margin_cross_entropy import (
     FEWEST_ELEMENTS,
     margin_cross_entropy,
     margin_cross_entropy_of_masses,
 )
-
-REDUCTIONS = ("mean", "sum", "none")
+from ldam_plugins.reduction import (
+    REDUCTIONS,
+    at_target,
+    check_arguments,
+    index_and_weight,
+    learned,
+    per_class,
+    prepare,
+    readable,
+    reduce_rows,
+    row_weights,
+    torch_cross_entropy,
+    traced,
+    weigh,
+)
 
 
 def cross_entropy(
@@ -46,8 +57,8 @@ def cross_entropy(
         TypeError: ``logits`` or ``target`` of a wrong dtype.
         ValueError: shapes that do not fit, or an unknown reduction.
     """
-    logits, target, weight = _prepare(logits, target, weight, reduction)
-    return _cross_entropy(logits, target, weight, ignore_index, reduction)
+    logits, target, weight = prepare(logits, target, weight, reduction)
+    return torch_cross_entropy(logits, target, weight, ignore_index, reduction)
 
 
 def focal_loss(
@@ -70,15 +81,15 @@ def focal_loss(
         ValueError: shapes that do not fit, negative ``gamma``, or an unknown reduction.
     """
     check_real("gamma", gamma, low=0)
-    logits, target, weight = _prepare(logits, target, weight, reduction)
+    logits, target, weight = prepare(logits, target, weight, reduction)
     log_p = F.log_softmax(logits, dim=1)
     if target.ndim == 1:
-        log_p = _at_target(log_p, target, ignore_index)
+        log_p = at_target(log_p, target, ignore_index)
     # 1 - p without cancellation; the clamp keeps the gradient of the power finite at p = 1.
     miss = -torch.expm1(log_p)
     terms = -(miss.clamp_min(torch.finfo(miss.dtype).tiny) ** gamma) * log_p
-    rows = _weigh(terms, target, weight, ignore_index)
-    return _reduce(rows, target, weight, ignore_index, reduction)
+    rows = weigh(terms, target, weight, ignore_index)
+    return reduce_rows(rows, target, weight, ignore_index, reduction)
 
 
 def ldam_loss(
@@ -118,9 +129,9 @@ def ldam_loss(
         tensor(0.6931)
     """
     check_real("scale", scale, low=0, low_open=True)
-    _check(logits, target, reduction)
-    margins = _per_class("margins", margins, logits)
-    weight = None if weight is None else _per_class("weight", weight, logits)
+    check_arguments(logits, target, reduction)
+    margins = per_class("margins", margins, logits)
+    weight = None if weight is None else per_class("weight", weight, logits)
     if target.ndim == 2:
         target = target.to(margins.dtype)
         if _at_once(logits, reduction, target, margins, weight):
@@ -139,7 +150,7 @@ def ldam_loss(
         divisor = row_weight.sum() if reduction == "mean" else None
         return rows.sum() if divisor is None else rows.sum() / torch.where(divisor > 0, divisor, 1)
     elif _at_once(logits, reduction, margins, weight):
-        index, coefficient = _terms(target, weight, ignore_index, margins.dtype)
+        index, coefficient = index_and_weight(target, weight, ignore_index, margins.dtype)
         if reduction == "mean":
             coefficient /= coefficient.sum().item() or 1.0
         addend = (margins.gather(0, index) * -scale).unsqueeze(1)
@@ -148,7 +159,7 @@ def ldam_loss(
         index = target.clamp(0, logits.shape[1] - 1)
         addend = (margins.gather(0, index) * -scale).unsqueeze(1)
         shifted = logits.to(margins.dtype).scatter_add(1, index.unsqueeze(1), addend)
-    return _cross_entropy(shifted, target, weight, ignore_index, reduction)
+    return torch_cross_entropy(shifted, target, weight, ignore_index, reduction)
 
 
 def hinge_loss(
@@ -174,8 +185,8 @@ def hinge_loss(
         ValueError: shapes that do not fit, ``scale`` not positive, or an unknown reduction.
     """
     check_real("scale", scale, low=0, low_open=True)
-    logits, target, weight = _prepare(logits, target, weight, reduction)
-    shift = _per_class("margins", margins, logits) * scale
+    logits, target, weight = prepare(logits, target, weight, reduction)
+    shift = per_class("margins", margins, logits) * scale
     if logits.shape[1] == 1:
         terms = logits * 0
     else:
@@ -186,9 +197,9 @@ def hinge_loss(
         rival = torch.where(is_best, runner_up, best)
         terms = (rival - logits + shift).clamp_min(0)
     if target.ndim == 1:
-        terms = _at_target(terms, target, ignore_index)
-    rows = _weigh(terms, target, weight, ignore_index)
-    return _reduce(rows, target, weight, ignore_index, reduction)
+        terms = at_target(terms, target, ignore_index)
+    rows = weigh(terms, target, weight, ignore_index)
+    return reduce_rows(rows, target, weight, ignore_index, reduction)
 
 
 def logit_adjusted_loss(
@@ -219,9 +230,9 @@ def logit_adjusted_loss(
         ValueError: shapes that do not fit, negative ``tau``, or an unknown reduction.
     """
     check_real("tau", tau, low=0)
-    logits, target, weight = _prepare(logits, target, weight, reduction)
-    adjusted = logits + tau * _per_class("prior", prior, logits).log()
-    return _cross_entropy(adjusted, target, weight, ignore_index, reduction)
+    logits, target, weight = prepare(logits, target, weight, reduction)
+    adjusted = logits + tau * per_class("prior", prior, logits).log()
+    return torch_cross_entropy(adjusted, target, weight, ignore_index, reduction)
 
 
 def vector_scaling_loss(
@@ -245,10 +256,10 @@ def vector_scaling_loss(
         TypeError: ``logits`` or ``target`` of a wrong dtype.
         ValueError: shapes that do not fit, or an unknown reduction.
     """
-    logits, target, weight = _prepare(logits, target, weight, reduction)
-    scaled = logits * _per_class("multiplicative", multiplicative, logits)
-    adjusted = scaled + _per_class("additive", additive, logits)
-    return _cross_entropy(adjusted, target, weight, ignore_index, reduction)
+    logits, target, weight = prepare(logits, target, weight, reduction)
+    scaled = logits * per_class("multiplicative", multiplicative, logits)
+    adjusted = scaled + per_class("additive", additive, logits)
+    return torch_cross_entropy(adjusted, target, weight, ignore_index, reduction)
 
 
 def chunked_cross_entropy(
@@ -275,149 +286,22 @@ def chunked_cross_entropy(
     if target.shape != cosines.shape[:1] or target.dtype != torch.int64:
         wanted = f"int64 class indices of shape ({cosines.shape[0]},) for a chunked head"
         raise ValueError(must_be("target", wanted, (target.dtype, tuple(target.shape))))
-    shift = None if margins is None else _per_class("margins", margins, cosines) * scale
+    shift = None if margins is None else per_class("margins", margins, cosines) * scale
     rows = cosines.cross_entropy(target.masked_fill(target == ignore_index, 0), shift)
-    weight = None if weight is None else _per_class("weight", weight, cosines)
-    coefficient = _row_weights(target, weight, ignore_index, cosines.dtype)
+    weight = None if weight is None else per_class("weight", weight, cosines)
+    coefficient = row_weights(target, weight, ignore_index, cosines.dtype)
     rows = torch.where(coefficient == 0, 0, coefficient * rows)
-    return _reduce(rows, target, weight, ignore_index, reduction)
-
-
-def mean_denominator(target: Tensor, weight: Tensor | None, ignore_index: int = -100) -> Tensor:
-    """What ``reduction="mean"`` divides by: ``sum(w_y)`` for indices, N for masses (0-d).
-
-    Sums over the parts of a batch to the denominator of the whole, so dividing the parts'
-    ``reduction="sum"`` losses by it gives one update however the batch is cut.
-    """
-    if target.ndim == 2:
-        return torch.full((), float(target.shape[0]), device=target.device)
-    return _row_weights(target, weight, ignore_index, torch.get_default_dtype()).sum()
-
-
-def _check(logits: Tensor, target: Tensor, reduction: str) -> None:
-    check_choice("reduction", reduction, REDUCTIONS)
-    check_logits(logits)
-    check_target(target, logits)
-
-
-def _prepare(
-    logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Checked arguments in the precision the loss is computed in."""
-    _check(logits, target, reduction)
-    logits = logits.to(_wide(logits))
-    if target.ndim == 2:
-        target = target.to(logits.dtype)
-    return logits, target, None if weight is None else _per_class("weight", weight, logits)
-
-
-def _wide(logits: Tensor | ChunkedCosines) -> torch.dtype:
-    """The precision the loss is computed in."""
-    return torch.float32 if logits.dtype.itemsize < 4 else logits.dtype
-
-
-def _per_class(name: str, values: Tensor, logits: Tensor | ChunkedCosines) -> Tensor:
-    if values.shape != logits.shape[1:]:
-        wanted = f"of shape ({logits.shape[1]},), one value per logit"
-        raise ValueError(must_be(name, wanted, tuple(values.shape)))
-    return values.to(device=logits.device, dtype=_wide(logits))
-
-
-def _row_weights(
-    target: Tensor, weight: Tensor | None, ignore_index: int, dtype: torch.dtype
-) -> Tensor:
-    """Weight of each row (N,): that of its class, or 0 where it is ignored."""
-    return _terms(target, weight, ignore_index, dtype)[1]
-
-
-def _terms(
-    target: Tensor, weight: Tensor | None, ignore_index: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Class of each row (N,), 0 where it is ignored, and its weight (N,), 0 there too."""
-    ignored = target == ignore_index
-    index = target.masked_fill(ignored, 0)
-    if weight is None:
-        return index, (~ignored).to(dtype)
-    return index, weight.gather(0, index).masked_fill(ignored, 0)
-
-
-def _at_target(values: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    index = torch.where(target == ignore_index, 0, target)
-    return values.gather(1, index.unsqueeze(1)).squeeze(1)
-
-
-def _weigh(terms: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
-    """Loss of each row (N,) from its terms: (N,) at the target, or (N, C) for masses."""
-    if target.ndim == 2:
-        return (terms * target * (1 if weight is None else weight)).sum(dim=1)
-    keep = target != ignore_index
-    if weight is not None:
-        terms = terms * weight[torch.where(keep, target, 0)]
-    return torch.where(keep, terms, 0)
-
-
-def _readable(logits: Tensor) -> bool:
-    """Whether values may decide what is computed: on the CPU, neither traced nor transformed."""
-    return logits.is_cpu and not _traced()
-
-
-def _traced() -> bool:
-    """Whether a compiler or a transform of torch.func looks on."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return reduce_rows(rows, target, weight, ignore_index, reduction)
 
 
 def _in_one_kernel(logits: Tensor, margins: Tensor, weight: Tensor | None) -> bool:
     """Whether a kernel of Triton can do it."""
-    if not logits.is_cuda or type(logits) not in (Tensor, torch.nn.Parameter) or _traced():
+    if not logits.is_cuda or type(logits) not in (Tensor, torch.nn.Parameter) or traced():
         return False
-    return not _learned(margins, weight) and find_spec("triton") is not None
+    return not learned(margins, weight) and find_spec("triton") is not None
 
 
 def _at_once(logits: Tensor, reduction: str, *others: Tensor | None) -> bool:
     """Whether :mod:`~ldam_plugins.margin_cross_entropy` can do it, and does it faster."""
     large = logits.numel() >= FEWEST_ELEMENTS and logits.dtype != torch.float16
-    return large and reduction != "none" and not _learned(*others) and _readable(logits)
-
-
-def _learned(*tensors: Tensor | None) -> bool:
-    """Whether one of them asks for a gradient."""
-    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
-def _cross_entropy(
-    logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str
-) -> Tensor:
-    """Torch's, but for the mean of nothing, which is 0."""
-    if target.ndim == 2 and weight is not None and _readable(logits) and _are_ones(weight):
-        weight = None  # torch would multiply (N, C) by it, twice
-    options: dict[str, Any] = {} if target.ndim == 2 else {"ignore_index": ignore_index}
-    if reduction == "mean" and not _readable(logits):
-        rows = F.cross_entropy(logits, target, weight, reduction="none", **options)
-        return _reduce(rows, target, weight, ignore_index, reduction)
-    loss = F.cross_entropy(logits, target, weight, reduction=reduction, **options)
-    if reduction == "mean" and math.isnan(loss.item()):
-        total = F.cross_entropy(logits, target, weight, reduction="sum", **options)
-        return total / _divisor(target, weight, ignore_index)
-    return loss
-
-
-def _are_ones(weight: Tensor) -> bool:
-    """Whether they change nothing, and ask for no gradient."""
-    return not weight.requires_grad and bool((weight == 1).all())
-
-
-def _reduce(
-    rows: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str
-) -> Tensor:
-    if reduction == "none":
-        return rows
-    total = rows.sum()
-    if reduction == "sum":
-        return total
-    return total / _divisor(target, weight, ignore_index)
-
-
-def _divisor(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
-    """The denominator of the mean, 1 where it is 0."""
-    divisor = mean_denominator(target, weight, ignore_index)
-    return torch.where(divisor > 0, divisor, 1)
+    return large and reduction != "none" and not learned(*others) and readable(logits)

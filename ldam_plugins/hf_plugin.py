@@ -25,7 +25,8 @@ from ldam_plugins.hf_setup import (
     fold_when_saved,
     put_head,
 )
-from ldam_plugins.losses import ClassificationLoss, create_loss, loss_options
+from ldam_plugins.loss_base import ClassificationLoss
+from ldam_plugins.losses import create_loss, loss_options
 from ldam_plugins.schedules import DeferredSchedule
 
 __all__ = ["DRWCallback", "register"]

@@ -19,7 +19,7 @@ from ldam_plugins._checks import must_be
 from ldam_plugins.combinations import enter_stage
 from ldam_plugins.hf_labels import IGNORED, read_labels
 from ldam_plugins.hf_mixup import FeatureMixup
-from ldam_plugins.losses import ClassificationLoss, logits_of
+from ldam_plugins.loss_base import ClassificationLoss, logits_of
 from ldam_plugins.runtime import own_rows
 from ldam_plugins.samplers import DeferredSampler
 from ldam_plugins.schedules import DeferredSchedule, Progress

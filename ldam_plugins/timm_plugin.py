@@ -15,7 +15,8 @@ from ldam_plugins._checks import must_be
 from ldam_plugins.combinations import enter_stage, warn_of_combination
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.heads import use_cosine_head
-from ldam_plugins.losses import ClassificationLoss, create_loss
+from ldam_plugins.loss_base import ClassificationLoss
+from ldam_plugins.losses import create_loss
 from ldam_plugins.schedules import DeferredSchedule, Progress
 
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)

@@ -67,7 +67,7 @@ from ldam_plugins.hf_text import (
     newest_trainer_checkpoint,
 )
 from ldam_plugins.hf_tokenizer import train_tokenizer
-from ldam_plugins.losses import ClassificationLoss
+from ldam_plugins.loss_base import ClassificationLoss
 from ldam_plugins.metrics import long_tail_metrics
 from ldam_plugins.reports import per_class_table, write_report
 from ldam_plugins.run_files import (

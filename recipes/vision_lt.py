@@ -56,7 +56,7 @@ from ldam_plugins.combinations import enter_stage, warn_of_combination
 from ldam_plugins.data import LabelledImages, load_images
 from ldam_plugins.heads import cosine_heads
 from ldam_plugins.long_tail import long_tail_indices
-from ldam_plugins.losses import ClassificationLoss
+from ldam_plugins.loss_base import ClassificationLoss
 from ldam_plugins.metrics import MetricAccumulator
 from ldam_plugins.reports import per_class_table, write_report
 from ldam_plugins.run_files import (

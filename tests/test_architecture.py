@@ -14,8 +14,10 @@ RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 LAYERS = [
     {"_checks"},
     {"counts", "margin_cross_entropy", "margin_cross_entropy_triton", "chunked_cosines"},
-    {"long_tail", "functional", "runtime", "run_files", "intervals", "pages", "preset_files"},
-    {"losses", "schedules", "metrics", "tables"},
+    {"long_tail", "reduction", "runtime", "run_files", "intervals", "pages", "preset_files"},
+    {"functional"},
+    {"loss_base", "schedules", "metrics", "tables"},
+    {"losses"},
     {"samplers", "combinations", "head_layers", "head_names", "evaluate_metric", "plots", "grid"},
     {"heads", "image_sources", "image_files", "reports", "docstrings", "grid_run", "probe"},
     {"experiments", "grid_slurm"},

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ldam_plugins import ClassCounts, create_loss, use_cosine_head
+from ldam_plugins import ClassCounts, create_loss, list_losses, use_cosine_head
 from ldam_plugins import chunked_cosines as chunked
 
 CLASSES, FEATURES, ROWS = 23, 6, 10
@@ -126,8 +126,13 @@ def test_evaluation_gives_logits():
 def test_other_uses_are_refused():
     _, twin = heads()
     features, target = batch()
-    with pytest.raises(TypeError, match=r"FocalLoss.*Only these losses.*ldam, uniform_margin"):
-        create_loss("focal", COUNTS)(twin(features), target)
+    losses = [create_loss(name, COUNTS) for name in list_losses()]
+    able = [n for n, loss in zip(list_losses(), losses, strict=True) if loss.takes_chunked_head]
+    for loss in losses:
+        if not loss.takes_chunked_head:
+            named = f"{type(loss).__name__}.*Only {', '.join(able[:-1])} and {able[-1]} do"
+            with pytest.raises(TypeError, match=named):
+                loss(twin(features), target)
     with pytest.raises(TypeError, match=r"input of cross_entropy.*chunked=False"):
         F.cross_entropy(twin(features), target)
     with pytest.raises(ValueError, match="`target` must be int64 class indices"):

@@ -1,0 +1,146 @@
+"""What the losses of :mod:`ldam_plugins.functional` share: checks, precision, weights, means."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ldam_plugins._checks import check_choice, check_logits, check_target, must_be
+from ldam_plugins.chunked_cosines import ChunkedCosines
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def mean_denominator(target: Tensor, weight: Tensor | None, ignore_index: int = -100) -> Tensor:
+    """What ``reduction="mean"`` divides by: ``sum(w_y)`` for indices, N for masses (0-d).
+
+    Sums over the parts of a batch to the denominator of the whole, so dividing the parts'
+    ``reduction="sum"`` losses by it gives one update however the batch is cut.
+    """
+    if target.ndim == 2:
+        return torch.full((), float(target.shape[0]), device=target.device)
+    return row_weights(target, weight, ignore_index, torch.get_default_dtype()).sum()
+
+
+def check_arguments(logits: Tensor, target: Tensor, reduction: str) -> None:
+    """Check what all losses are given; see :mod:`ldam_plugins.functional`."""
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_logits(logits)
+    check_target(target, logits)
+
+
+def prepare(
+    logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Checked arguments in the precision the loss is computed in."""
+    check_arguments(logits, target, reduction)
+    logits = logits.to(_wide(logits))
+    if target.ndim == 2:
+        target = target.to(logits.dtype)
+    return logits, target, None if weight is None else per_class("weight", weight, logits)
+
+
+def _wide(logits: Tensor | ChunkedCosines) -> torch.dtype:
+    """The precision the loss is computed in."""
+    return torch.float32 if logits.dtype.itemsize < 4 else logits.dtype
+
+
+def per_class(name: str, values: Tensor, logits: Tensor | ChunkedCosines) -> Tensor:
+    """Values (C,) on the device of the logits, in the precision the loss is computed in."""
+    if values.shape != logits.shape[1:]:
+        wanted = f"of shape ({logits.shape[1]},), one value per logit"
+        raise ValueError(must_be(name, wanted, tuple(values.shape)))
+    return values.to(device=logits.device, dtype=_wide(logits))
+
+
+def row_weights(
+    target: Tensor, weight: Tensor | None, ignore_index: int, dtype: torch.dtype
+) -> Tensor:
+    """Weight of each row (N,): that of its class, or 0 where it is ignored."""
+    return index_and_weight(target, weight, ignore_index, dtype)[1]
+
+
+def index_and_weight(
+    target: Tensor, weight: Tensor | None, ignore_index: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Class of each row (N,), 0 where it is ignored, and its weight (N,), 0 there too."""
+    ignored = target == ignore_index
+    index = target.masked_fill(ignored, 0)
+    if weight is None:
+        return index, (~ignored).to(dtype)
+    return index, weight.gather(0, index).masked_fill(ignored, 0)
+
+
+def at_target(values: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """The entries (N,) of ``values`` (N, C) at the target, of rows that are ignored at 0."""
+    index = torch.where(target == ignore_index, 0, target)
+    return values.gather(1, index.unsqueeze(1)).squeeze(1)
+
+
+def weigh(terms: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
+    """Loss of each row (N,) from its terms: (N,) at the target, or (N, C) for masses."""
+    if target.ndim == 2:
+        return (terms * target * (1 if weight is None else weight)).sum(dim=1)
+    keep = target != ignore_index
+    if weight is not None:
+        terms = terms * weight[torch.where(keep, target, 0)]
+    return torch.where(keep, terms, 0)
+
+
+def readable(logits: Tensor) -> bool:
+    """Whether values may decide what is computed: on the CPU, neither traced nor transformed."""
+    return logits.is_cpu and not traced()
+
+
+def traced() -> bool:
+    """Whether a compiler or a transform of torch.func looks on."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def learned(*tensors: Tensor | None) -> bool:
+    """Whether one of them asks for a gradient."""
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def torch_cross_entropy(
+    logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str
+) -> Tensor:
+    """Torch's, but for the mean of nothing, which is 0."""
+    if target.ndim == 2 and weight is not None and readable(logits) and _are_ones(weight):
+        weight = None  # torch would multiply (N, C) by it, twice
+    options: dict[str, Any] = {} if target.ndim == 2 else {"ignore_index": ignore_index}
+    if reduction == "mean" and not readable(logits):
+        rows = F.cross_entropy(logits, target, weight, reduction="none", **options)
+        return reduce_rows(rows, target, weight, ignore_index, reduction)
+    loss = F.cross_entropy(logits, target, weight, reduction=reduction, **options)
+    if reduction == "mean" and math.isnan(loss.item()):
+        total = F.cross_entropy(logits, target, weight, reduction="sum", **options)
+        return total / _divisor(target, weight, ignore_index)
+    return loss
+
+
+def _are_ones(weight: Tensor) -> bool:
+    """Whether they change nothing, and ask for no gradient."""
+    return not weight.requires_grad and bool((weight == 1).all())
+
+
+def reduce_rows(
+    rows: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str
+) -> Tensor:
+    """Sum or mean of the rows' losses (N,), or the rows as they are."""
+    if reduction == "none":
+        return rows
+    total = rows.sum()
+    if reduction == "sum":
+        return total
+    return total / _divisor(target, weight, ignore_index)
+
+
+def _divisor(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
+    """The denominator of the mean, 1 where it is 0."""
+    divisor = mean_denominator(target, weight, ignore_index)
+    return torch.where(divisor > 0, divisor, 1)
