@@ -45,6 +45,7 @@ class FeatureMixup:
         model.register_forward_pre_hook(self._begin)
         for name in cosine_heads(model) or find_head(model):
             model.get_submodule(name).register_forward_pre_hook(self._mix)
+        torch.compiler.reset()  # code compiled before would pass the hooks by
 
     def mixed_masses(self, labels: Tensor, num_classes: int) -> Tensor:
         """Class masses (N, C) of the features mixed last, from indices (N,) or masses (N, C).
@@ -96,7 +97,13 @@ class FeatureMixup:
 
 def remove_mixup(model: nn.Module) -> None:
     """Take the hooks of every :class:`FeatureMixup` off ``model``."""
-    for module in model.modules():
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(getattr(hook, "__self__", None), FeatureMixup):
-                del module._forward_pre_hooks[key]
+    found = [
+        (module._forward_pre_hooks, key)
+        for module in model.modules()
+        for key, hook in module._forward_pre_hooks.items()
+        if isinstance(getattr(hook, "__self__", None), FeatureMixup)
+    ]
+    for hooks, key in found:
+        del hooks[key]
+    if found:
+        torch.compiler.reset()

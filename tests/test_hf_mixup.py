@@ -122,6 +122,25 @@ def test_evaluation_and_calls_by_hand_are_not_mixed(fixed, tmp_path):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(stock.item(), rel=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # dynamo's own look at it
+def test_compiled_models_are_mixed_as_well(tmp_path):
+    ends = []
+    for mixup, compiled in ((0.0, True), (0.2, False), (0.2, True), (0.0, True)):
+        trainer = make_trainer(
+            tmp_path,
+            make_model(),
+            callbacks=[DRWCallback(mixup=mixup)],
+            torch_compile=compiled,
+            torch_compile_backend="eager" if compiled else None,
+        )
+        trainer.train()
+        ends.append(logged(trainer, "loss"))
+    plain, eager, mixed, again = ends
+    assert plain == pytest.approx(again)
+    assert eager == pytest.approx(mixed)
+    assert plain != pytest.approx(mixed, rel=0.01)
+
+
 def hooks(model):
     return [hook for m in model.modules() for hook in m._forward_pre_hooks.values()]
 
