@@ -97,13 +97,7 @@ class FeatureMixup:
 
 def remove_mixup(model: nn.Module) -> None:
     """Take the hooks of every :class:`FeatureMixup` off ``model``."""
-    found = [
-        (module._forward_pre_hooks, key)
-        for module in model.modules()
-        for key, hook in module._forward_pre_hooks.items()
-        if isinstance(getattr(hook, "__self__", None), FeatureMixup)
-    ]
-    for hooks, key in found:
-        del hooks[key]
-    if found:
-        torch.compiler.reset()
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(getattr(hook, "__self__", None), FeatureMixup):
+                del module._forward_pre_hooks[key]
