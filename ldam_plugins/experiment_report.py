@@ -25,7 +25,8 @@ from ldam_plugins.experiments import (
     write_record,
 )
 from ldam_plugins.pages import Plot, render
-from ldam_plugins.run_files import MAY_CHANGE, write_atomic
+from ldam_plugins.run_files import write_atomic
+from ldam_plugins.run_folder import MAY_CHANGE
 
 RECORDS, TABLES_FILE, PAGE_FILE = "results", "results.md", "report.html"
 CSV_FILE, PARQUET_FILE = "results.csv", "results.parquet"

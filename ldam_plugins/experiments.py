@@ -18,12 +18,12 @@ from ldam_plugins.intervals import Interval, mean_interval
 from ldam_plugins.losses import create_loss, loss_options
 from ldam_plugins.run_files import (
     COMMAND_FILE,
-    MAY_CHANGE,
     METRICS_FILE,
     METRICS_KEYS,
     read_metrics,
     write_atomic,
 )
+from ldam_plugins.run_folder import MAY_CHANGE
 from ldam_plugins.schedules import KINDS
 
 Record = dict[str, Any]

@@ -20,9 +20,9 @@ from torch import Tensor
 from ldam_plugins._checks import check_choice, check_real, must_be
 from ldam_plugins.chunked_cosines import ChunkedCosines
 from ldam_plugins.margin_cross_entropy import (
-    FEWEST_ELEMENTS,
     margin_cross_entropy,
     margin_cross_entropy_of_masses,
+    worthwhile,
 )
 from ldam_plugins.reduction import (
     REDUCTIONS,
@@ -32,7 +32,6 @@ from ldam_plugins.reduction import (
     learned,
     per_class,
     prepare,
-    readable,
     reduce_rows,
     row_weights,
     torch_cross_entropy,
@@ -134,7 +133,7 @@ def ldam_loss(
     weight = None if weight is None else per_class("weight", weight, logits)
     if target.ndim == 2:
         target = target.to(margins.dtype)
-        if _at_once(logits, reduction, target, margins, weight):
+        if worthwhile(logits, reduction, target, margins, weight):
             factors = margins.new_ones(1) if weight is None else weight
             factors = factors / (-len(target) if reduction == "mean" else -1)
             return margin_cross_entropy_of_masses(logits, target, margins * -scale, factors)
@@ -149,7 +148,7 @@ def ldam_loss(
             return rows
         divisor = row_weight.sum() if reduction == "mean" else None
         return rows.sum() if divisor is None else rows.sum() / torch.where(divisor > 0, divisor, 1)
-    elif _at_once(logits, reduction, margins, weight):
+    elif worthwhile(logits, reduction, margins, weight):
         index, coefficient = index_and_weight(target, weight, ignore_index, margins.dtype)
         if reduction == "mean":
             coefficient /= coefficient.sum().item() or 1.0
@@ -299,9 +298,3 @@ def _in_one_kernel(logits: Tensor, margins: Tensor, weight: Tensor | None) -> bo
     if not logits.is_cuda or type(logits) not in (Tensor, torch.nn.Parameter) or traced():
         return False
     return not learned(margins, weight) and find_spec("triton") is not None
-
-
-def _at_once(logits: Tensor, reduction: str, *others: Tensor | None) -> bool:
-    """Whether :mod:`~ldam_plugins.margin_cross_entropy` can do it, and does it faster."""
-    large = logits.numel() >= FEWEST_ELEMENTS and logits.dtype != torch.float16
-    return large and reduction != "none" and not learned(*others) and readable(logits)

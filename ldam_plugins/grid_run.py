@@ -19,13 +19,8 @@ from typing import IO, Any, NamedTuple
 import psutil
 import torch
 
-from ldam_plugins.run_files import (
-    COMMAND_FILE,
-    METRICS_FILE,
-    differing_options,
-    read_metrics,
-    write_atomic,
-)
+from ldam_plugins.run_files import COMMAND_FILE, METRICS_FILE, read_metrics, write_atomic
+from ldam_plugins.run_folder import differing_options
 from ldam_plugins.runtime import PREEMPTED, noted_sigterm
 
 LOG_FILE = "log.txt"

@@ -7,15 +7,14 @@ layer that was there before, which the host's own loader reads.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ldam_plugins._checks import check_choice, check_real, must_be
+from ldam_plugins.head_fit import closest_factor, logits_of_both
 from ldam_plugins.head_layers import (
     Cosine,
     CosineConv2d,
@@ -37,8 +36,6 @@ __all__ = [
     "folded_state_dict",
     "use_cosine_head",
 ]
-
-_WIDEST_FACTOR = 2.0**20
 
 
 def use_cosine_head(
@@ -146,7 +143,7 @@ def fold_cosine_head(
     _check_whole(heads)
     layers = {head: plain_layer(head) for head in heads.values()}
     if inputs is not None:
-        factor = _closest_factor(*_logits_of_both(model, layers, inputs))
+        factor = closest_factor(*logits_of_both(model, layers, inputs))
         for layer in layers.values():
             layer.weight.data.mul_(factor)
     return _replaced(model, layers)
@@ -249,68 +246,3 @@ def _check_whole(heads: Mapping[str, Cosine]) -> None:
             way_out = "Gather folded_state_dict(model) and load it into the stock architecture."
             wanted = f"whole on every process, its head {name!r} at least"
             raise ValueError(must_be("model", wanted, "a sharded one", way_out))
-
-
-def _logits_of_both(
-    model: nn.Module, layers: Mapping[Any, nn.Module], inputs: Iterable[Any]
-) -> tuple[Tensor, Tensor]:
-    """Run ``inputs`` through the cosine and the folded model; return both (N, C) logits."""
-    pairs = []
-    with _evaluating(model):
-        for batch in inputs:
-            cosine = _logits(model, batch)
-            hooks = [old.register_forward_hook(_answer_of(new)) for old, new in layers.items()]
-            try:
-                pairs.append((cosine, _logits(model, batch)))
-            finally:
-                for hook in hooks:
-                    hook.remove()
-    if not pairs:
-        raise ValueError(must_be("inputs", "at least one batch", inputs))
-    cosine, linear = (torch.cat(part).float() for part in zip(*pairs, strict=True))
-    if not (linear.isfinite().all() and cosine.isfinite().all() and linear.any()):
-        raise ValueError(must_be("inputs", "examples with finite logits, not all zero", inputs))
-    return cosine, linear
-
-
-def _answer_of(layer: nn.Module) -> Any:
-    return lambda module, args, output: layer(*args)
-
-
-def _logits(model: nn.Module, batch: Any) -> Tensor:
-    if isinstance(batch, Mapping):
-        output = model(**batch)
-    else:
-        output = model(batch if isinstance(batch, Tensor) else batch[0])
-    logits = output.get("logits") if isinstance(output, Mapping) else output
-    if not isinstance(logits, Tensor):
-        wanted = "batches on which the model gives a tensor or an output with `logits`"
-        raise TypeError(must_be("inputs", wanted, type(output).__name__))
-    return logits.flatten(0, -2)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def _closest_factor(cosine: Tensor, linear: Tensor) -> float:
-    """Return the f with the least mean KL(softmax(cosine) || softmax(f * linear)).
-
-    The divergence is convex in f; its slope is the difference of the mean logit under the two
-    distributions, whose zero is bracketed on a logarithmic scale.
-    """
-    wanted = (cosine.softmax(-1) * linear).sum(-1)
-    low, high = 1 / _WIDEST_FACTOR, _WIDEST_FACTOR
-    while high / low > 1 + 1e-6:
-        middle = math.sqrt(low * high)
-        slope = ((middle * linear).softmax(-1) * linear).sum(-1) - wanted
-        low, high = (low, middle) if slope.mean() >= 0 else (middle, high)
-    return math.sqrt(low * high)

@@ -23,7 +23,7 @@ from ldam_plugins.schedules import KINDS, UNITS
 PRESETS = Path(__file__).parent / "presets"
 LOSS_OPTIONS = ("max_margin", "scale", "gamma", "tau")
 RESUME: dict[str, bool | str] = {"no": False, "yes": True, "auto": "auto"}
-"""What ``--resume`` says to :func:`~ldam_plugins.run_files.claim_output_dir`."""
+"""What ``--resume`` says to :func:`~ldam_plugins.run_folder.claim_output_dir`."""
 
 Limits = Mapping[str, Any]
 POSITIVE: Limits = {"low": 0, "low_open": True}

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import text_lt
+import text_setup
 import torch
-import vision_lt
+import vision_setup
 from options import CoreOptions, option
 from safetensors.torch import load_file
 from tabulate import tabulate
@@ -122,37 +122,37 @@ def load_checkpoint(subject: Subject, epochs: int, run: Path) -> None:
     subject.model.load_state_dict({k.removeprefix(compiled): v for k, v in weights.items()})
 
 
-def open_vision(options: vision_lt.VisionOptions, fit_on: str) -> Subject:
+def open_vision(options: vision_setup.VisionOptions, fit_on: str) -> Subject:
     """A run of the vision recipe."""
-    train, test, counts = vision_lt.load_data(options, show=False)
+    train, test, counts = vision_setup.load_data(options, show=False)
     if fit_on == "all":
-        train, _, _ = vision_lt.load_data(replace(options, profile="none"), show=False)
-    model = vision_lt.make_model(options, options.make_loss(counts)).to(device())
-    to_input = vision_lt.make_input(options, model, device())
+        train, _, _ = vision_setup.load_data(replace(options, profile="none"), show=False)
+    model = vision_setup.make_model(options, options.make_loss(counts)).to(device())
+    to_input = vision_setup.make_input(options, model, device())
     # The second of the pair is the one without augmentation.
     sets = {
-        part: vision_lt.make_datasets(options, model, images, images)[1]
+        part: vision_setup.make_datasets(options, model, images, images)[1]
         for part, images in (("train", train), ("test", test))
     }
     labels = {"train": np.asarray(train.labels), "test": np.asarray(test.labels)}
 
     def features(part: str) -> tuple[np.ndarray, np.ndarray]:
-        loader = vision_lt.make_loader(options, sets[part], batch_size=4 * options.batch_size)
+        loader = vision_setup.make_loader(options, sets[part], batch_size=4 * options.batch_size)
         images = (to_input(batch[0].to(device())) for batch in loader)
         return head_inputs(model, images, lambda net, batch: net(batch)), labels[part]
 
     return Subject(model, counts, checkpoints(options.output_dir), features)
 
 
-def open_text(options: text_lt.TextOptions, fit_on: str) -> Subject:
+def open_text(options: text_setup.TextOptions, fit_on: str) -> Subject:
     """A run of the text recipe."""
-    train, test, counts = text_lt.load_data(options)
-    tokenizer, model = text_lt.make_model(options, train, options.make_loss(counts))
+    train, test, counts = text_setup.load_data(options)
+    tokenizer, model = text_setup.make_model(options, train, options.make_loss(counts))
     model.to(device())
     if fit_on == "all":
-        train, _, _ = text_lt.load_data(replace(options, profile="none", rare_classes=[]))
+        train, _, _ = text_setup.load_data(replace(options, profile="none", rare_classes=[]))
     sets = {"train": train, "test": test}
-    tokens = {k: text_lt.tokenize(options, tokenizer, texts) for k, texts in sets.items()}
+    tokens = {k: text_setup.tokenize(options, tokenizer, texts) for k, texts in sets.items()}
     collate = DataCollatorWithPadding(tokenizer)
 
     def features(part: str) -> tuple[np.ndarray, np.ndarray]:
@@ -171,8 +171,8 @@ def device() -> torch.device:
 
 
 RECIPES: dict[str, tuple[type[Any], Callable[[Any, str], Subject]]] = {
-    "vision": (vision_lt.VisionOptions, open_vision),
-    "text": (text_lt.TextOptions, open_text),
+    "vision": (vision_setup.VisionOptions, open_vision),
+    "text": (text_setup.TextOptions, open_text),
 }
 
 

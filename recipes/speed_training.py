@@ -18,14 +18,16 @@ from accelerate import Accelerator
 from options import parse_options
 from speed_clock import Contender, Row, SpeedOptions, compare, summary
 from speed_parts import usual_transform
-from text_lt import TextOptions, make_arguments, make_trainer, tokenize
-from text_lt import load_data as load_texts
-from text_lt import make_model as make_text_model
+from text_lt import make_arguments, make_trainer
+from text_setup import TextOptions, tokenize
+from text_setup import load_data as load_texts
+from text_setup import make_model as make_text_model
 from timm.data import create_loader
 from timm.task import ClassificationTask
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
-from vision_lt import (
+from vision_lt import update
+from vision_setup import (
     VisionOptions,
     compiled,
     image_config,
@@ -37,7 +39,6 @@ from vision_lt import (
     make_model,
     make_optimizer,
     on_device,
-    update,
 )
 
 from ldam_plugins import ClassCounts, DRWCallback

@@ -11,6 +11,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
 import vision_lt
+import vision_setup
 
 from ldam_plugins import ClassCounts, create_loss, list_losses
 
@@ -67,8 +68,8 @@ def train_epoch(accelerator, name, weighted, soft, rows, micro):
     loader = torch.utils.data.DataLoader(samples, batch_size=size)
     net, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     criterion = criterion.to(accelerator.device)
-    options = vision_lt.VisionOptions(batch_size=size, smoothing=0.1 if soft else 0.0)
-    mix = vision_lt.make_target(options, 4)
+    options = vision_setup.VisionOptions(batch_size=size, smoothing=0.1 if soft else 0.0)
+    mix = vision_setup.make_target(options, 4)
     batches = vision_lt.without_repeats(accelerator, loader, size, rows)
     for group in vision_lt.grouped(batches, micro):
         parts = [mix(x, y) for x, y in group]

@@ -17,7 +17,9 @@ sys.path.insert(0, str(RECIPES))
 
 import options as recipe_options  # noqa: E402
 import text_lt  # noqa: E402
+import text_setup  # noqa: E402
 import vision_lt  # noqa: E402
+import vision_setup  # noqa: E402
 
 from ldam_plugins import (  # noqa: E402
     ClassCounts,
@@ -30,7 +32,7 @@ from ldam_plugins import (  # noqa: E402
 )
 from ldam_plugins.metrics import MetricAccumulator  # noqa: E402
 from ldam_plugins.preset_files import read_preset  # noqa: E402
-from ldam_plugins.run_files import claim_output_dir  # noqa: E402
+from ldam_plugins.run_folder import claim_output_dir  # noqa: E402
 from ldam_plugins.runtime import write_checkpoint  # noqa: E402
 from ldam_plugins.samplers import DeferredSampler  # noqa: E402
 from ldam_plugins.schedules import Progress  # noqa: E402
@@ -91,8 +93,8 @@ OUT_OF_RANGE = [
     (TEXT, "warmup", ["1", "-0.1"], SHARE_BELOW_1),
 ]
 KINDS = {
-    "vision": (vision_lt, vision_lt.VisionOptions, "digits_lt"),
-    "text": (text_lt, text_lt.TextOptions, "stdlib_lt"),
+    "vision": (vision_lt, vision_setup.VisionOptions, "digits_lt"),
+    "text": (text_lt, text_setup.TextOptions, "stdlib_lt"),
 }
 
 
@@ -308,12 +310,12 @@ def test_presets_are_plain_data(case, tmp_path):
     with pytest.raises(ValueError, match=message):
         read_preset(path)
     with pytest.raises(ValueError, match=message):
-        recipe_options.parse_options(vision_lt.VisionOptions, [str(path)], default="")
+        recipe_options.parse_options(vision_setup.VisionOptions, [str(path)], default="")
 
 
 def test_presets_may_hold_truths_and_nothing(tmp_path):
     path = write(tmp_path / "preset.yaml", "resume: yes\ncompile: true\nimage_size: null\nlr: 1e-2")
-    parsed = recipe_options.parse_options(vision_lt.VisionOptions, [str(path)], default="")
+    parsed = recipe_options.parse_options(vision_setup.VisionOptions, [str(path)], default="")
     assert (parsed.resume, parsed.compile, parsed.image_size, parsed.lr) == (
         "yes",
         True,
@@ -377,7 +379,7 @@ def test_damaged_images_stop_the_recipe_before_it_writes(build, tmp_path):
 
 def test_a_folder_named_as_an_image_is_no_example(tmp_path):
     folder_in_place_of_image(tmp_path / "set")
-    train, _ = vision_lt.load_images(tmp_path / "set")
+    train, _ = vision_setup.load_images(tmp_path / "set")
     assert len(train) == 6
     assert train.find_corrupt() == []
 
@@ -385,4 +387,4 @@ def test_a_folder_named_as_an_image_is_no_example(tmp_path):
 def test_a_pipe_is_not_waited_for(tmp_path):
     pipe(tmp_path / "set")
     with pytest.raises(ValueError, match=r"9\.png is a pipe or device, not a file; remove it"):
-        vision_lt.load_images(tmp_path / "set")
+        vision_setup.load_images(tmp_path / "set")

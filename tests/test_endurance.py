@@ -26,7 +26,9 @@ sys.path.insert(0, str(RECIPES))
 
 import options as recipe_options  # noqa: E402
 import text_lt  # noqa: E402
+import text_setup  # noqa: E402
 import vision_lt  # noqa: E402
+import vision_setup  # noqa: E402
 
 TINY = ["--epochs", "3", "--start", "1", "--ratio", "100", "--mixed_precision", "no"]
 
@@ -34,7 +36,9 @@ TINY = ["--epochs", "3", "--start", "1", "--ratio", "100", "--mixed_precision", 
 def vision(out, *flags):
     AcceleratorState._reset_state(reset_partial_state=True)
     arguments = [*TINY, "--output_dir", str(out), *map(str, flags)]
-    parsed = recipe_options.parse_options(vision_lt.VisionOptions, arguments, default="digits_lt")
+    parsed = recipe_options.parse_options(
+        vision_setup.VisionOptions, arguments, default="digits_lt"
+    )
     return vision_lt.main(parsed)
 
 
@@ -124,7 +128,7 @@ def test_a_disk_that_fails_under_a_text_run(disk, fault, tmp_path, monkeypatch):
 
     def run(*more):
         given = list(map(str, [*flags, *more]))
-        return text_lt.main(recipe_options.parse_options(text_lt.TextOptions, given, default=""))
+        return text_lt.main(recipe_options.parse_options(text_setup.TextOptions, given, default=""))
 
     save, calls = text_lt.Trainer._save_checkpoint, []
 
@@ -153,21 +157,21 @@ def test_a_disk_that_fails_under_a_text_run(disk, fault, tmp_path, monkeypatch):
 def test_a_worker_that_dies_is_told(tmp_path, monkeypatch):
     class_folders(tmp_path / "set")
     here = os.getpid()
-    plain = vision_lt.LabelledImages.image
+    plain = vision_setup.LabelledImages.image
 
     def dies(self, index):
         if os.getpid() != here and self.source.root.endswith("set") and index == 4:
             os._exit(9)
         return plain(self, index)
 
-    monkeypatch.setattr(vision_lt.LabelledImages, "image", dies)
+    monkeypatch.setattr(vision_setup.LabelledImages, "image", dies)
     flags = ["--dataset", tmp_path / "set", "--in_memory", 0, "--workers", 1, "--profile", "none"]
     flags += ["--image_size", 16, "--model", "cifar_resnet20", "--batch_size", 2]
     with pytest.raises(RuntimeError, match=r"DataLoader worker .* exited unexpectedly"):
         vision(tmp_path / "run", *flags)
     gc.collect()  # what is left of the worker goes here, not in another test
     assert newest_checkpoint(tmp_path / "run") == (None, 0)
-    monkeypatch.setattr(vision_lt.LabelledImages, "image", plain)
+    monkeypatch.setattr(vision_setup.LabelledImages, "image", plain)
     vision(tmp_path / "run", *flags, "--resume")
 
 

@@ -4,6 +4,7 @@ The suite tries a few hundred cases; ``pytest -m exhaustive tests/test_fuzz.py``
 """
 
 import contextlib
+import dataclasses
 import functools
 import io
 import json
@@ -22,8 +23,8 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 sys.path.insert(0, str(RECIPES))
 
 import options as recipe_options  # noqa: E402
-import text_lt  # noqa: E402
-import vision_lt  # noqa: E402
+import text_setup  # noqa: E402
+import vision_setup  # noqa: E402
 
 from ldam_plugins import ClassCounts, DeferredSchedule  # noqa: E402
 from ldam_plugins.data import load_images  # noqa: E402
@@ -63,7 +64,7 @@ WORDS = st.one_of(
     st.floats().map(str),
     st.text(max_size=12),
 )
-NAMES = st.sampled_from([field.name for field in recipe_options.fields(vision_lt.VisionOptions)])
+NAMES = st.sampled_from([field.name for field in recipe_options.fields(vision_setup.VisionOptions)])
 PRESET = (RECIPES / "presets" / "cifar10_lt.yaml").read_bytes()
 PRESETS = st.one_of(
     damaged(PRESET),
@@ -72,7 +73,7 @@ PRESETS = st.one_of(
 
 
 def check_preset(content):
-    for kind in (vision_lt.VisionOptions, text_lt.TextOptions):
+    for kind in (vision_setup.VisionOptions, text_setup.TextOptions):
         with tempfile.TemporaryDirectory() as folder:
             path = write(Path(folder) / "preset.yaml", content)
             with contextlib.redirect_stderr(io.StringIO()):
@@ -81,7 +82,7 @@ def check_preset(content):
                 except (SystemExit, *REFUSED):
                     continue
             parsed.make_schedule()
-            json.dumps(vision_lt.asdict(parsed), allow_nan=False)
+            json.dumps(dataclasses.asdict(parsed), allow_nan=False)
 
 
 NUMBERS = st.one_of(

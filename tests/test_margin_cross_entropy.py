@@ -16,7 +16,7 @@ WEIGHT = torch.linspace(0.5, 2, CLASSES, dtype=torch.float64)
 
 @pytest.fixture(autouse=True, params=[1 << 18, 3 * CLASSES], ids=["whole", "chunks"])
 def _fast_at_any_size(request, monkeypatch):
-    monkeypatch.setattr(LF, "FEWEST_ELEMENTS", 0)
+    monkeypatch.setattr(fast, "FEWEST_ELEMENTS", 0)
     monkeypatch.setattr(fast, "CHUNK_ELEMENTS", request.param)
 
 

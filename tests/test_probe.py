@@ -15,7 +15,9 @@ sys.path.insert(0, str(RECIPES))
 import options as recipe_options  # noqa: E402
 import probe as recipe  # noqa: E402
 import text_lt  # noqa: E402
+import text_setup  # noqa: E402
 import vision_lt  # noqa: E402
+import vision_setup  # noqa: E402
 
 from ldam_plugins import ClassCounts, DeferredSchedule, use_cosine_head  # noqa: E402
 from ldam_plugins.probe import head_inputs, linear_probe  # noqa: E402
@@ -95,7 +97,7 @@ def test_vision_run_is_probed_around_its_switch(tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)
     flags = ["--epochs", "3", "--start", "1", "--ratio", "10", "--keep_checkpoints", "3"]
     flags += ["--eval_every", "3", "--output_dir", str(tmp_path / "run"), "--ema_decay", "0"]
-    parsed = recipe_options.parse_options(vision_lt.VisionOptions, flags, default="digits_lt")
+    parsed = recipe_options.parse_options(vision_setup.VisionOptions, flags, default="digits_lt")
     vision_lt.main(parsed)
     output = tmp_path / "deep" / "probe.csv"
     options = recipe.ProbeOptions(runs=[str(tmp_path / "run")], output=str(output))
@@ -126,7 +128,7 @@ def test_text_run_is_probed_around_its_switch(tmp_path):
     flags += ["--epochs", "2", "--start", "1", "--keep_checkpoints", "2", "--hidden_size", "8"]
     flags += ["--embedding_size", "8", "--batch_size", "4", "--rare_classes", "b"]
     flags += ["--rare_fraction", "0.5"]
-    parsed = recipe_options.parse_options(text_lt.TextOptions, flags, default="stdlib_lt")
+    parsed = recipe_options.parse_options(text_setup.TextOptions, flags, default="stdlib_lt")
     text_lt.main(parsed)
     output = tmp_path / "probe.csv"
     options = recipe.ProbeOptions(runs=[str(tmp_path / "run")], recipe="text", output=str(output))

