@@ -9,7 +9,6 @@ gradient may be too small to be kept before the scale of the loss is known.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -171,7 +170,11 @@ def _gradient_at_index(
     probabilities = []
     for z, i, d, w, minus_w, place in _row_chunks(logits, index, addend, total, -total, out):
         wide = place if same else scratch[: len(z)]
-        torch.softmax(wide.copy_(z).scatter_add_(1, i, d), 1, out=wide)
+        if same:
+            torch.scatter_add(z, 1, i, d, out=wide)
+        else:
+            wide.copy_(z).scatter_add_(1, i, d)
+        torch.softmax(wide, 1, out=wide)
         probabilities.append(wide.gather(1, i))
         wide.mul_(w).scatter_add_(1, i, minus_w)
         if not same:
@@ -204,11 +207,9 @@ def _loss(
     """``-sum(coefficient * log(probability))``."""
     log_p = probability.squeeze(1).log()
     smallest = 2**20 * torch.finfo(log_p.dtype).tiny
-    if not probability.min().item() >= smallest:  # underflow loses digits, and there may be nan
-        lost = ~(probability.squeeze(1) >= smallest)
-        shifted = logits[lost].to(log_p.dtype).scatter_add_(1, index[lost], addend[lost])
-        log_p[lost] = -F.cross_entropy(shifted, index[lost, 0], reduction="none")
-    loss = (log_p * coefficient).sum().neg_()
-    if not math.isfinite(loss.item()):
-        return (log_p * coefficient).masked_fill_(coefficient == 0, 0).sum().neg_()
-    return loss
+    if probability.min().item() >= smallest:
+        return (log_p * coefficient).sum().neg_()
+    lost = ~(probability.squeeze(1) >= smallest)  # underflow has lost digits, and there may be nan
+    shifted = logits[lost].to(log_p.dtype).scatter_add_(1, index[lost], addend[lost])
+    log_p[lost] = -F.cross_entropy(shifted, index[lost, 0], reduction="none")
+    return (log_p * coefficient).masked_fill_(coefficient == 0, 0).sum().neg_()

@@ -69,10 +69,12 @@ def index_and_weight(
 ) -> tuple[Tensor, Tensor]:
     """Class of each row (N,), 0 where it is ignored, and its weight (N,), 0 there too."""
     ignored = target == ignore_index
-    index = target.masked_fill(ignored, 0)
+    some = not readable(target) or bool(ignored.any())  # if none, two operations are saved
+    index = target.masked_fill(ignored, 0) if some else target
     if weight is None:
         return index, (~ignored).to(dtype)
-    return index, weight.gather(0, index).masked_fill(ignored, 0)
+    rows = weight.gather(0, index)
+    return index, rows.masked_fill(ignored, 0) if some else rows
 
 
 def at_target(values: Tensor, target: Tensor, ignore_index: int) -> Tensor:
