@@ -69,12 +69,12 @@ def index_and_weight(
 ) -> tuple[Tensor, Tensor]:
     """Class of each row (N,), 0 where it is ignored, and its weight (N,), 0 there too."""
     ignored = target == ignore_index
-    some = not readable(target) or bool(ignored.any())  # if none, two operations are saved
-    index = target.masked_fill(ignored, 0) if some else target
+    any_ignored = not readable(target) or bool(ignored.any())
+    index = target.masked_fill(ignored, 0) if any_ignored else target
     if weight is None:
         return index, (~ignored).to(dtype)
     rows = weight.gather(0, index)
-    return index, rows.masked_fill(ignored, 0) if some else rows
+    return index, rows.masked_fill(ignored, 0) if any_ignored else rows
 
 
 def at_target(values: Tensor, target: Tensor, ignore_index: int) -> Tensor:

@@ -16,7 +16,7 @@ from ldam_plugins.image_loaders import TEST_SPLITS
 from ldam_plugins.image_tables import open_tables, read_labels
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, Features
 
 EMBEDDED = "stdlib_docstrings"
 TEXT, LABEL = "text", "label"
@@ -82,7 +82,8 @@ def load_texts(
         _check_columns(table.features, split, text, label)
         table = _with_texts(table, text, split, skip_empty)
         labels, names = read_labels(table, label, split, names)
-        parts.append(_dataset(table[text][:], labels, names))
+        part = _columns_of(table, text, label, names)
+        parts.append(_dataset(table[text][:], labels, names) if part is None else part)
     return parts[0], parts[1]
 
 
@@ -133,11 +134,34 @@ def thin_classes(
     return np.flatnonzero(~removed)
 
 
-def _dataset(texts: Sequence[str], labels: np.ndarray, class_names: Sequence[str]) -> Dataset:
-    from datasets import ClassLabel, Dataset, Features, Value
+def _columns_of(table: Any, text: str, label: str, class_names: Sequence[str]) -> Dataset | None:
+    """The two columns of a table of the cache, where they need no change.
 
-    features = Features({TEXT: Value("string"), LABEL: ClassLabel(names=list(class_names))})
-    return Dataset.from_dict({TEXT: list(texts), LABEL: labels}, features=features)
+    They stay on disk, and ``map`` keeps beside them what it makes of them. None for other tables,
+    those of ``save_to_disk`` among them: ``map`` would write into the user's folder.
+    """
+    from datasets.config import HF_DATASETS_CACHE
+
+    cache = Path(HF_DATASETS_CACHE).resolve()
+    files = [Path(file["filename"]).resolve() for file in table.cache_files]
+    if not files or any(cache not in file.parents for file in files):
+        return None
+    kept = table.select_columns([text, label])
+    if [text, label] != [TEXT, LABEL]:
+        kept = kept.rename_columns({text: TEXT, label: LABEL})
+    return kept if kept.features == _features(class_names) else None
+
+
+def _dataset(texts: Sequence[str], labels: np.ndarray, class_names: Sequence[str]) -> Dataset:
+    from datasets import Dataset
+
+    return Dataset.from_dict({TEXT: list(texts), LABEL: labels}, features=_features(class_names))
+
+
+def _features(class_names: Sequence[str]) -> Features:
+    from datasets import ClassLabel, Features, Value
+
+    return Features({TEXT: Value("string"), LABEL: ClassLabel(names=list(class_names))})
 
 
 def _refuse_columns(given: Mapping[str, object]) -> None:

@@ -66,7 +66,8 @@ def main(options: TextOptions) -> dict[str, Any]:
     train, test, counts = load_data(options)
     criterion = options.make_loss(counts)
     tokenizer, model = make_model(options, train, criterion)
-    train, test = (tokenize(options, tokenizer, texts) for texts in (train, test))
+    with arguments.main_process_first(desc="tokenize"):  # the others read what it has kept
+        train, test = (tokenize(options, tokenizer, texts) for texts in (train, test))
     check_start(options, arguments, train)
     callbacks = make_callbacks(options, criterion)
     if arguments.process_index == 0:

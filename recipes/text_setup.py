@@ -190,7 +190,10 @@ def add_adapters(options: TextOptions, model: PreTrainedModel) -> PreTrainedMode
 
 
 def tokenize(options: TextOptions, tokenizer: PreTrainedTokenizerBase, texts: Dataset) -> Dataset:
-    """The texts as token ids, cut to ``max_length``; batches are padded as they are made."""
+    """The texts as token ids, cut to ``max_length``; batches are padded as they are made.
+
+    Of texts that lie in the cache of ``datasets`` the token ids are kept there for the next run.
+    """
     length = min(options.max_length, tokenizer.model_max_length)
     return texts.map(
         lambda batch: tokenizer(batch["text"], truncation=True, max_length=length),

@@ -46,6 +46,26 @@ def test_saved_dataset(tmp_path):
     assert contents(test) == (ROWS["text"], [1, 0, 1], ["neg", "pos"])
 
 
+def lengths(batch):
+    return {"length": [len(text) for text in batch["text"]]}
+
+
+def test_what_is_made_of_a_hub_folder_is_kept(hub_folder):
+    folder = hub_folder(features=NAMED)
+    first, again = (load_texts(folder)[0].map(lengths, batched=True) for _ in range(2))
+    assert first.cache_files == again.cache_files != []
+    assert again["length"][:] == [len(text) for text in ROWS["text"]]
+
+
+def test_nothing_is_left_in_a_saved_dataset(tmp_path):
+    part = Dataset.from_dict(ROWS, features=NAMED)
+    DatasetDict({"train": part, "test": part}).save_to_disk(tmp_path / "saved")
+    before = sorted(tmp_path.rglob("*"))
+    train, _ = load_texts(tmp_path / "saved")
+    assert len(train.map(lengths, batched=True)) == len(ROWS["text"])
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_labels_as_strings_become_classes_in_sorted_order(hub_folder):
     train = {"text": ["a", "b", "c"], "label": ["zoo", "bar", "zoo"]}
     test = {"text": ["d"], "label": ["zoo"]}
