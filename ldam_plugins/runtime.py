@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
+import platform
 import re
 import shutil
 import signal
@@ -24,6 +26,9 @@ PREEMPTED = 128 + signal.SIGTERM
 """Exit code, 143, of a run that SIGTERM ended after its state was saved: ``--resume`` goes on."""
 _CHECKPOINT = "epoch_"
 _PARTIAL = ".partial"
+# Parameters of glibc's mallopt (malloc.h), and what they grow to by themselves.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
+_GROWN = {_MMAP_MAX: 65_536, _MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20}
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +51,29 @@ def choose_precision(requested: str = "auto") -> str:
         return "no"
     units = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return "bf16" if units.get("amx_bf16") or units.get("avx512_bf16") else "no"
+
+
+@contextmanager
+def keep_freed_memory(device: torch.device | str) -> Iterator[None]:
+    """Keep what a training step on a CPU frees for the next step, until the end of the block.
+
+    The C library of Linux gives large blocks back to the system, which must clear them page by
+    page before it lends them again: a fifth of the time of a compiled ResNet-32 and a third of
+    MiniLM's. The price is that the process stays as large as it ever was in the block. Nothing
+    changes on other devices and with other C libraries.
+    """
+    if torch.device(device).type != "cpu" or platform.libc_ver()[0] != "glibc":
+        yield
+        return
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_MMAP_MAX, 0)
+    libc.mallopt(_TRIM_THRESHOLD, -1)
+    try:
+        yield
+    finally:
+        for parameter, value in _GROWN.items():
+            libc.mallopt(parameter, value)
+        libc.malloc_trim(0)
 
 
 def check_processes(running: int, wanted: int | None = None) -> None:

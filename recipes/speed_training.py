@@ -42,6 +42,7 @@ from vision_setup import (
 )
 
 from ldam_plugins import ClassCounts, DRWCallback
+from ldam_plugins.runtime import keep_freed_memory
 
 
 def processes(options: SpeedOptions) -> Iterator[Row]:
@@ -108,10 +109,11 @@ def vision_steps(accelerator: Accelerator, options: VisionOptions, steps: int) -
 
     def run() -> None:
         net.train()
-        for _ in range(steps):
-            pixels, labels = next(batches)
-            batch = [(to_input(pixels, generator), labels)]
-            update(accelerator, net, criterion, optimizer, batch, options.clip_grad)
+        with keep_freed_memory(accelerator.device):
+            for _ in range(steps):
+                pixels, labels = next(batches)
+                batch = [(to_input(pixels, generator), labels)]
+                update(accelerator, net, criterion, optimizer, batch, options.clip_grad)
 
     return run
 
@@ -217,7 +219,8 @@ def text_seconds(options: TextOptions, train: Any, class_counts: ClassCounts) ->
     tokens = tokenize(options, tokenizer, train)
     callbacks = [DRWCallback(criterion, schedule=options.make_schedule())]
     trainer = make_trainer(arguments, model, tokenizer, class_counts, tokens, tokens, callbacks)
-    return trainer.train().metrics["train_runtime"]
+    with keep_freed_memory(arguments.device):
+        return trainer.train().metrics["train_runtime"]
 
 
 def padded_seconds(options: TextOptions, train: Any, class_counts: ClassCounts) -> float:

@@ -55,7 +55,7 @@ from ldam_plugins.run_files import (
     write_metrics,
 )
 from ldam_plugins.run_folder import claim_output_dir
-from ldam_plugins.runtime import check_processes, choose_precision
+from ldam_plugins.runtime import check_processes, choose_precision, keep_freed_memory
 
 
 def main(options: TextOptions) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def main(options: TextOptions) -> dict[str, Any]:
     if arguments.process_index == 0:
         claim_output_dir(options.output_dir, asdict(options), resume=RESUME[options.resume])
     trainer = make_trainer(arguments, model, tokenizer, counts, train, test, callbacks)
-    with disk_errors(options.output_dir):
+    with disk_errors(options.output_dir), keep_freed_memory(arguments.device):
         trainer.train(resume_from_checkpoint=newest_trainer_checkpoint(arguments.output_dir))
     prediction = trainer.predict(test)
     result = long_tail_metrics(prediction.predictions, prediction.label_ids, counts)

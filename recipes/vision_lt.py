@@ -63,6 +63,7 @@ from ldam_plugins.run_files import (
 from ldam_plugins.run_folder import claim_output_dir
 from ldam_plugins.runtime import (
     drop_partial_checkpoints,
+    keep_freed_memory,
     newest_checkpoint,
     own_rows,
     until_preempted,
@@ -85,7 +86,8 @@ def main(options: VisionOptions) -> dict[str, Any]:
     model = make_model(options, criterion)
     to_input = make_input(options, model, accelerator.device)
     train_set, test_set = make_datasets(options, model, train, test)
-    model, result = fit(accelerator, options, model, criterion, to_input, train_set, test_set)
+    with keep_freed_memory(accelerator.device):
+        model, result = fit(accelerator, options, model, criterion, to_input, train_set, test_set)
     metrics = {
         "options": asdict(options),
         "versions": run_versions(),

@@ -1,4 +1,5 @@
 import os
+import platform
 import subprocess
 import sys
 
@@ -53,6 +54,35 @@ def test_processes_must_be_as_many_as_asked_for(monkeypatch):
     check_processes(2)
     with pytest.raises(RuntimeError, match="must be 2"):
         check_processes(1)
+
+
+FAULTS = """
+import resource, sys, torch
+from ldam_plugins.runtime import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(1 << 24)  # 64 MiB, 16,384 pages
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 10
+
+found = [faults()]
+with keep_freed_memory(sys.argv[1]):
+    faults()  # the heap grows once
+    found.append(faults())
+print(*found, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc is meant")
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_freed_memory_is_kept(device):
+    command = [sys.executable, "-c", FAULTS, device]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    before, within, after = map(float, done.stdout.split())
+    assert before > 10_000
+    assert after > 1_000  # part of the heap may serve again
+    assert within < 1_000 if device == "cpu" else within > 10_000
 
 
 def write(folder, text):
