@@ -65,7 +65,8 @@ class HistoryWriter:
             was stopped after its last checkpoint, are dropped.
 
     Example:
-        >>>         >>> folder = tempfile.mkdtemp()
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
         >>> history = HistoryWriter(folder)
         >>> history.append(
         ...     epoch=0, lr=0.1, stage="uniform", train_loss=2.5, test_error=80.0, seconds=3.0
