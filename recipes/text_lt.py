@@ -37,6 +37,7 @@ from transformers import (
 
 from ldam_plugins import ClassCounts, DRWCallback, LongTailMetrics, fold_cosine_head
 from ldam_plugins.heads import cosine_heads
+from ldam_plugins.hf_dropout import use_fast_dropout
 from ldam_plugins.hf_run import RESAMPLING
 from ldam_plugins.hf_text import (
     CheckpointCallback,
@@ -184,6 +185,8 @@ def make_trainer(
     callbacks: list[TrainerCallback],
 ) -> Trainer:
     """A stock Trainer; the loss, the schedule and the history are its callbacks' matter."""
+    if arguments.device.type == "cpu":
+        use_fast_dropout(model)
     return Trainer(
         model=model,
         args=arguments,

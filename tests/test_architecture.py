@@ -30,7 +30,7 @@ LAYERS = [
     {"image_loaders", "text_data"},
     {"data"},
     {"batches"},
-    {"timm_plugin", "hf_labels", "hf_loss_mapping", "hf_tokenizer"},
+    {"timm_plugin", "hf_dropout", "hf_labels", "hf_loss_mapping", "hf_tokenizer"},
     {"hf_bilstm", "hf_text", "hf_setup"},
     {"hf_mixup"},
     {"hf_run"},

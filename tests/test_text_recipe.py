@@ -24,6 +24,7 @@ import options as recipe_options  # noqa: E402
 import text_lt  # noqa: E402
 import text_setup  # noqa: E402
 
+from ldam_plugins.hf_dropout import ATTENTION  # noqa: E402
 from ldam_plugins.hf_text import class_errors, newest_trainer_checkpoint  # noqa: E402
 from ldam_plugins.hf_tokenizer import train_tokenizer  # noqa: E402
 from ldam_plugins.runtime import choose_precision  # noqa: E402
@@ -223,6 +224,19 @@ def test_dropout_of_attention_is_the_models_own_or_as_asked_for(run, bert, flags
     config = AutoConfig.from_pretrained(out / "model")
     assert config.attention_probs_dropout_prob == dropout
     assert config.hidden_dropout_prob == 0.1
+
+
+@pytest.mark.filterwarnings(PEFT_WARNING)
+@pytest.mark.parametrize("rank", ["0", "2"])
+def test_dropout_is_drawn_fast_on_a_cpu(folder, bert, tmp_path, rank):
+    flags = ["--dataset", str(folder), "--model", bert, "--lora_rank", rank]
+    flags += ["--output_dir", str(tmp_path)]
+    parsed = recipe_options.parse_options(text_setup.TextOptions, flags, default="")
+    train, _, counts = text_setup.load_data(parsed)
+    arguments = text_lt.make_arguments(parsed)
+    tokenizer, model = text_setup.make_model(parsed, train, parsed.make_loss(counts))
+    text_lt.make_trainer(arguments, model, tokenizer, counts, train, train, [])
+    assert (model.config._attn_implementation == ATTENTION) == (arguments.device.type == "cpu")
 
 
 @pytest.mark.filterwarnings(PEFT_WARNING)
