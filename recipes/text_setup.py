@@ -72,9 +72,7 @@ class TextOptions(CoreOptions):
     embedding_size: int = option(100, "length of a bilstm's embeddings")
     hidden_size: int = option(64, "length of a bilstm's state in each direction")
     embedding_dropout: float = option(0.5, "dropout of a bilstm's embeddings")
-    attention_dropout: float | None = option(
-        None, "dropout of attention [the model's own]; with 0 a CPU computes it in one kernel"
-    )
+    attention_dropout: float | None = option(None, "dropout of attention [the model's own]")
     head: str = option("auto", "auto: cosine where the loss needs it", choices=("auto", "cosine"))
     lora_rank: int = option(0, "train low-rank adapters of this rank and the head; 0: everything")
     lora_alpha: int = option(16, "scale of the adapters, divided by the rank")
