@@ -218,7 +218,8 @@ def text_seconds(options: TextOptions, train: Any, class_counts: ClassCounts) ->
     arguments = quiet(make_arguments(options))
     tokens = tokenize(options, tokenizer, train)
     callbacks = [DRWCallback(criterion, schedule=options.make_schedule())]
-    trainer = make_trainer(arguments, model, tokenizer, class_counts, tokens, tokens, callbacks)
+    parts = (model, tokenizer, class_counts, tokens, tokens, callbacks)
+    trainer = make_trainer(options, arguments, *parts)
     with keep_freed_memory(arguments.device):
         return trainer.train().metrics["train_runtime"]
 

@@ -73,7 +73,7 @@ def main(options: TextOptions) -> dict[str, Any]:
     callbacks = make_callbacks(options, criterion)
     if arguments.process_index == 0:
         claim_output_dir(options.output_dir, asdict(options), resume=RESUME[options.resume])
-    trainer = make_trainer(arguments, model, tokenizer, counts, train, test, callbacks)
+    trainer = make_trainer(options, arguments, model, tokenizer, counts, train, test, callbacks)
     with disk_errors(options.output_dir), keep_freed_memory(arguments.device):
         trainer.train(resume_from_checkpoint=newest_trainer_checkpoint(arguments.output_dir))
     prediction = trainer.predict(test)
@@ -176,6 +176,7 @@ def make_callbacks(options: TextOptions, criterion: ClassificationLoss) -> list[
 
 
 def make_trainer(
+    options: TextOptions,
     arguments: TrainingArguments,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -185,7 +186,7 @@ def make_trainer(
     callbacks: list[TrainerCallback],
 ) -> Trainer:
     """A stock Trainer; the loss, the schedule and the history are its callbacks' matter."""
-    if arguments.device.type == "cpu":
+    if options.fast_dropout and arguments.device.type == "cpu":
         use_fast_dropout(model)
     return Trainer(
         model=model,

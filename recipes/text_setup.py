@@ -82,6 +82,7 @@ class TextOptions(CoreOptions):
     mixup: float = option(0.0, "alpha of Mixup of the features that the classifier gets")
     lr_schedule: str = option("linear", "learning rate schedule of transformers")
     compile: bool = option(False, "compile the model")
+    fast_dropout: bool = option(True, "draw dropout from fewer random bits on a CPU")
     eval_every: int = option(1, "epochs between evaluations; the last is always evaluated")
 
 

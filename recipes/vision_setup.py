@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ldam_plugins import ClassCounts, use_cosine_head
 from ldam_plugins._checks import check_choice, must_be
+from ldam_plugins.batch_norm import use_fast_batch_norm
 from ldam_plugins.batches import InMemoryImages, RandomCropFlip, normalize
 from ldam_plugins.data import LabelledImages, load_images
 from ldam_plugins.long_tail import long_tail_indices
@@ -205,6 +206,8 @@ def on_device(accelerator: Accelerator, images: Any) -> Any:
 
 def compiled(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     """The compiled model, on one GPU replayed as CUDA graphs: small steps wait for launches."""
+    if accelerator.device.type == "cpu":
+        use_fast_batch_norm(model)
     graphs = accelerator.device.type == "cuda" and accelerator.num_processes == 1
     net: Any = torch.compile(model, dynamic=False, mode="reduce-overhead" if graphs else None)
     return net

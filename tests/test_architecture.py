@@ -29,7 +29,7 @@ LAYERS = [
     {"image_layouts"},
     {"image_loaders", "text_data"},
     {"data"},
-    {"batches"},
+    {"batches", "batch_norm"},
     {"timm_plugin", "hf_dropout", "hf_labels", "hf_loss_mapping", "hf_tokenizer"},
     {"hf_bilstm", "hf_text", "hf_setup"},
     {"hf_mixup"},

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
@@ -19,6 +20,7 @@ import options as recipe_options  # noqa: E402
 import vision_lt  # noqa: E402
 import vision_setup  # noqa: E402
 
+from ldam_plugins.batch_norm import FastBatchNorm2d  # noqa: E402
 from ldam_plugins.runtime import choose_precision  # noqa: E402
 
 TINY = ["--epochs", "2", "--start", "1", "--ratio", "10", "--decay_milestones", "1"]
@@ -144,6 +146,13 @@ def test_paper_schedule_of_the_cifar_preset():
     assert rates[:6] == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1, 0.1])
     assert [rates[e] for e in (159, 160, 179, 180)] == pytest.approx([0.1, 1e-3, 1e-3, 1e-5])
     assert parsed.make_schedule().start_step(200, 1) == 160
+
+
+def test_batch_norm_is_compiled_fast_on_a_cpu():
+    accelerator, model = Accelerator(), timm.create_model("cifar_resnet20")
+    vision_setup.compiled(accelerator, model)
+    fast = [isinstance(layer, FastBatchNorm2d) for layer in model.modules()]
+    assert sum(fast) == (19 if accelerator.device.type == "cpu" else 0)
 
 
 def small_folder(root, corrupt=()):

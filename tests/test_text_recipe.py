@@ -227,16 +227,19 @@ def test_dropout_of_attention_is_the_models_own_or_as_asked_for(run, bert, flags
 
 
 @pytest.mark.filterwarnings(PEFT_WARNING)
-@pytest.mark.parametrize("rank", ["0", "2"])
-def test_dropout_is_drawn_fast_on_a_cpu(folder, bert, tmp_path, rank):
-    flags = ["--dataset", str(folder), "--model", bert, "--lora_rank", rank]
-    flags += ["--output_dir", str(tmp_path)]
+@pytest.mark.parametrize(
+    ("flags", "fast"),
+    [([], True), (["--lora_rank", "2"], True), (["--no_fast_dropout"], False)],
+)
+def test_dropout_is_drawn_fast_on_a_cpu_unless_told_otherwise(folder, bert, tmp_path, flags, fast):
+    flags = ["--dataset", str(folder), "--model", bert, "--output_dir", str(tmp_path), *flags]
     parsed = recipe_options.parse_options(text_setup.TextOptions, flags, default="")
     train, _, counts = text_setup.load_data(parsed)
     arguments = text_lt.make_arguments(parsed)
     tokenizer, model = text_setup.make_model(parsed, train, parsed.make_loss(counts))
-    text_lt.make_trainer(arguments, model, tokenizer, counts, train, train, [])
-    assert (model.config._attn_implementation == ATTENTION) == (arguments.device.type == "cpu")
+    text_lt.make_trainer(parsed, arguments, model, tokenizer, counts, train, train, [])
+    drawn_fast = model.config._attn_implementation == ATTENTION
+    assert drawn_fast == (fast and arguments.device.type == "cpu")
 
 
 @pytest.mark.filterwarnings(PEFT_WARNING)
