@@ -235,10 +235,10 @@ def make_sampler(
 def make_optimizer(
     options: VisionOptions, model: nn.Module, device: torch.device
 ) -> tuple[Any, Any]:
-    """Timm's optimizer, in one kernel on a GPU where it can be, and its scheduler."""
+    """Timm's optimizer, in one kernel where it can be, and its scheduler."""
     check_choice("opt", options.opt, list_optimizers())
     known = signature(get_optimizer_class(options.opt, bind_defaults=False)).parameters
-    fused = device.type == "cuda" and "fused" in known
+    fused = device.type in ("cpu", "cuda") and "fused" in known
     optimizer = create_optimizer_v2(
         model,
         opt=options.opt,
