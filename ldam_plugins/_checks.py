@@ -40,6 +40,8 @@ def check_real(
         TypeError: ``value`` is not a real number (a bool is not one).
         ValueError: ``value`` is not finite or lies outside the interval.
     """
+    if type(value) is float and low < value < high:
+        return value  # what losses are called with, over and over
     if isinstance(value, bool) or not isinstance(value, Real):
         interval = _worded_interval(low, high, low_open, high_open)
         raise TypeError(must_be(name, interval, value, way_out))
@@ -138,15 +140,14 @@ def check_target(target: Tensor, logits: Tensor) -> None:
         TypeError: dtype is neither int64 (indices) nor floating (masses).
         ValueError: the shape fits neither form.
     """
-    rows, classes = logits.shape
-    if tuple(target.shape) == (rows,):
+    if target.shape == logits.shape[:1]:
         if target.dtype != torch.int64:
             way_out = "Class indices are int64: use `target.long()`."
             raise TypeError(must_be("target", "an int64 tensor of indices", target.dtype, way_out))
-    elif tuple(target.shape) == (rows, classes):
+    elif target.shape == logits.shape:
         if not target.is_floating_point():
             way_out = "Class masses are floats (mixup, label smoothing): use `target.float()`."
             raise TypeError(must_be("target", "floating-point", target.dtype, way_out))
     else:
-        wanted = f"of shape ({rows},) or ({rows}, {classes})"
+        wanted = f"of shape ({len(logits)},) or {tuple(logits.shape)}"
         raise ValueError(must_be("target", wanted, tuple(target.shape)))

@@ -156,7 +156,7 @@ def ldam_loss(
         return margin_cross_entropy(logits, index.unsqueeze(1), addend, coefficient)
     else:
         index = target.clamp(0, logits.shape[1] - 1)
-        addend = (margins.gather(0, index) * -scale).unsqueeze(1)
+        addend = margins.gather(0, index).mul_(-scale).unsqueeze(1)
         shifted = logits.to(margins.dtype).scatter_add(1, index.unsqueeze(1), addend)
     return torch_cross_entropy(shifted, target, weight, ignore_index, reduction)
 
