@@ -49,10 +49,9 @@ def use_fast_dropout(model: PreTrainedModel) -> bool:
         >>> use_fast_dropout(BertModel(BertConfig(vocab_size=9, num_hidden_layers=1, **sizes)))
         True
     """
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if type(child) is nn.Dropout:
-                setattr(module, name, FastDropout(child.p, child.inplace).train(child.training))
+    for module in model.modules():
+        if type(module) is nn.Dropout:
+            module.__class__ = FastDropout
     if model.config._attn_implementation == "sdpa":
         AttentionInterface.register(ATTENTION, attention_forward)
         AttentionMaskInterface.register(ATTENTION, sdpa_mask)

@@ -54,10 +54,7 @@ def per_class(name: str, values: Tensor, logits: Tensor | ChunkedCosines) -> Ten
     if values.shape != logits.shape[1:]:
         wanted = f"of shape ({logits.shape[1]},), one value per logit"
         raise ValueError(must_be(name, wanted, tuple(values.shape)))
-    wide = _wide(logits)
-    if values.dtype == wide and values.device == logits.device:
-        return values
-    return values.to(device=logits.device, dtype=wide)
+    return values.to(device=logits.device, dtype=_wide(logits))
 
 
 def row_weights(
