@@ -1,5 +1,6 @@
 """Updates of the vision recipe on a model sharded by FSDP2 over CPU processes; run by torchrun."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -94,3 +95,6 @@ def main(path):
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    # Caches of DTensor keep the process group alive, and its threads abort an interpreter that
+    # ends while one of them frees the tensors of a collective.
+    os._exit(0)
