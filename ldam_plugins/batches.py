@@ -98,7 +98,7 @@ class InMemoryImages(Dataset[tuple[Tensor, Any]]):
         return self.pixels[index], int(self.labels[index])
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        rows = torch.as_tensor(indices, device=self.pixels.device)
+        rows = _sent(torch.as_tensor(indices), self.pixels.device)
         return self.pixels.index_select(0, rows), self.labels.index_select(0, rows)
 
     @staticmethod
@@ -169,9 +169,7 @@ class CropFlip:
         _check_images("images", images)
         if len(images) != len(self):
             raise ValueError(must_be("images", f"as many as the {len(self)} draws", len(images)))
-        top, left, flip = (
-            draw.to(images.device, non_blocking=True) for draw in (self.top, self.left, self.flip)
-        )
+        top, left, flip = (_sent(draw, images.device) for draw in (self.top, self.left, self.flip))
         return crop_flip(images, top, left, flip, padding=self.padding)
 
 
@@ -249,6 +247,12 @@ def normalize(
     scale = 1 / (255 * _per_channel("std", std, images))
     values = images.to(torch.float32).sub_(shift).mul_(scale)
     return values.to(dtype).contiguous(memory_format=memory_format)
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on the device, to a GPU without waiting for what that is doing."""
+    pinned = tensor.pin_memory() if device.type == "cuda" and tensor.is_cpu else tensor
+    return pinned.to(device, non_blocking=True)
 
 
 def _per_channel(name: str, values: Sequence[float] | Tensor, images: Tensor) -> Tensor:

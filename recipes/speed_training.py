@@ -26,7 +26,6 @@ from timm.data import create_loader
 from timm.task import ClassificationTask
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
-from vision_lt import update
 from vision_setup import (
     VisionOptions,
     compiled,
@@ -43,6 +42,7 @@ from vision_setup import (
 
 from ldam_plugins import ClassCounts, DRWCallback
 from ldam_plugins.runtime import keep_freed_memory
+from ldam_plugins.updates import Update
 
 
 def processes(options: SpeedOptions) -> Iterator[Row]:
@@ -106,6 +106,7 @@ def vision_steps(accelerator: Accelerator, options: VisionOptions, steps: int) -
     net = compiled(accelerator, model) if options.compile else model
     net, optimizer, loader = accelerator.prepare(net, optimizer, loader)
     batches, generator = endless(loader), torch.Generator()
+    update = Update(accelerator, clip_grad=options.clip_grad, replay=options.compile)
 
     def run() -> None:
         net.train()
@@ -113,7 +114,7 @@ def vision_steps(accelerator: Accelerator, options: VisionOptions, steps: int) -
             for _ in range(steps):
                 pixels, labels = next(batches)
                 batch = [(to_input(pixels, generator), labels)]
-                update(accelerator, net, criterion, optimizer, batch, options.clip_grad)
+                update(net, criterion, optimizer, batch)
 
     return run
 

@@ -12,7 +12,6 @@ otherwise. Everything a run leaves is in ``--output_dir``.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -70,6 +69,7 @@ from ldam_plugins.runtime import (
     write_checkpoint,
 )
 from ldam_plugins.schedules import Progress
+from ldam_plugins.updates import Update
 
 AVERAGE_FILE = "average.safetensors"
 
@@ -148,6 +148,7 @@ def fit(
     batches = check_int("whole batches an epoch", len(loader), low=1, way_out=way_out)
     steps = math.ceil(batches / options.accumulation)
     mix = make_target(options, classes)
+    update = Update(accelerator, clip_grad=options.clip_grad, replay=options.compile)
     first_epoch, history = begin(accelerator, options, ema)
     result = stage = None
     epochs = trange(
@@ -168,7 +169,7 @@ def fit(
             progress = Progress(step, options.epochs * steps, steps)
             stage = enter_stage(criterion, schedule, progress, stage)
             parts = [mix(to_input(images, generator), labels) for images, labels in parts]
-            total += update(accelerator, net, criterion, optimizer, parts, options.clip_grad)
+            total += update(net, criterion, optimizer, parts)
             if ema is not None:
                 ema.update(model)
         row = {
@@ -242,38 +243,7 @@ def grouped(loader: Iterable[Any], size: int) -> Iterator[list[Any]]:
         yield group
 
 
-def update(
-    accelerator: Accelerator,
-    net: nn.Module,
-    criterion: ClassificationLoss,
-    optimizer: torch.optim.Optimizer,
-    batches: list[tuple[Tensor, Tensor]],
-    clip_grad: float | None,
-) -> Tensor:
-    """One update from micro-batches of all processes; returns its loss.
-
-    Every part is divided by the denominator of the whole, so the update does not depend on how
-    the batch was cut: it is the mean over the whole batch that one process would compute. Images
-    past the last target are repeats and have no part in it.
-    """
-    whole = accelerator.reduce(sum(criterion.denominator(y) for _, y in batches), "sum")
-    loss = torch.zeros((), device=accelerator.device)
-    for index, (images, target) in enumerate(batches):
-        last = index + 1 == len(batches)
-        with contextlib.nullcontext() if last else accelerator.no_sync(net):
-            part = criterion(net(images)[: len(target)], target, whole)
-            # DDP averages the gradients over the processes; they are to be summed. (A denominator
-            # divided by 3 would be rounded.)
-            part = part * accelerator.num_processes
-            accelerator.backward(part)
-        loss += part.detach()
-    if clip_grad is not None:
-        accelerator.clip_grad_norm_(net.parameters(), clip_grad)
-    optimizer.step()
-    optimizer.zero_grad()
-    return accelerator.reduce(loss, "mean")
-
-
+@torch.compiler.set_stance("force_eager")  # two more shapes are not worth two more compilations
 @torch.inference_mode()
 def evaluate(
     accelerator: Accelerator,

@@ -108,6 +108,7 @@ class VisionOptions(CoreOptions):
 def make_accelerator(options: VisionOptions) -> Accelerator:
     """Accelerate on whatever was launched, after a check that it is what was asked for."""
     check_tracker(options.report_to)
+    torch.backends.cudnn.benchmark = True  # batches have one shape: the fastest kernels are kept
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),
         mixed_precision=choose_precision(options.mixed_precision),
@@ -205,14 +206,10 @@ def on_device(accelerator: Accelerator, images: Any) -> Any:
 
 
 def compiled(accelerator: Accelerator, model: nn.Module) -> nn.Module:
-    """The compiled model, on one GPU replayed as CUDA graphs: small steps wait for launches.
-
-    On a CPU its batch normalisation is changed to one that compiles to less.
-    """
+    """The compiled model; on a CPU its batch normalisation becomes one that compiles to less."""
     if accelerator.device.type == "cpu":
         use_fast_batch_norm(model)
-    graphs = accelerator.device.type == "cuda" and accelerator.num_processes == 1
-    net: Any = torch.compile(model, dynamic=False, mode="reduce-overhead" if graphs else None)
+    net: Any = torch.compile(model, dynamic=False)
     return net
 
 

@@ -2,7 +2,6 @@
 
 import os
 import sys
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -15,14 +14,11 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-
-import vision_lt
-
 from ldam_plugins import ClassCounts, DeferredSchedule, create_loss, use_cosine_head
 from ldam_plugins.heads import fold_cosine_head
 from ldam_plugins.hf_setup import fold_when_saved
 from ldam_plugins.schedules import Progress
+from ldam_plugins.updates import Update
 
 COUNTS = ClassCounts([400, 60, 9, 2, 1])
 UPDATES = 6
@@ -45,6 +41,7 @@ def make_model(shard):
 def train(accelerator, name, micro, shard):
     """The model after three updates before the switch and three after it."""
     model, criterion = make_model(shard), create_loss(name, COUNTS)
+    update = Update(accelerator)
     schedule = DeferredSchedule("drw", start=0.5, beta=0.99)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     generator = torch.Generator().manual_seed(0)
@@ -56,7 +53,7 @@ def train(accelerator, name, micro, shard):
         mine = list(parts)[accelerator.process_index :: accelerator.num_processes]
         progress = Progress(step, UPDATES, UPDATES // 2)
         criterion.weight.copy_(schedule.class_weights(COUNTS, progress))
-        vision_lt.update(accelerator, model, criterion, optimizer, mine, None)
+        update(model, criterion, optimizer, mine)
     return model
 
 

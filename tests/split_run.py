@@ -14,6 +14,7 @@ import vision_lt
 import vision_setup
 
 from ldam_plugins import ClassCounts, create_loss, list_losses
+from ldam_plugins.updates import Update
 
 COUNTS = ClassCounts([400, 60, 9, 2])
 BATCHES = 3
@@ -42,6 +43,7 @@ def train(accelerator, name, weighted, soft, micro, dtype):
     criterion = criterion.to(accelerator.device)
     images, target = (part.to(accelerator.device) for part in data(soft))
     target = target.to(dtype) if soft else target
+    update = Update(accelerator)
     for batch, aims in zip(images.to(dtype), target, strict=True):
         parts = zip(
             batch.tensor_split(accelerator.num_processes * micro),
@@ -49,7 +51,7 @@ def train(accelerator, name, weighted, soft, micro, dtype):
             strict=True,
         )
         mine = list(parts)[accelerator.process_index :: accelerator.num_processes]
-        vision_lt.update(accelerator, net, criterion, optimizer, mine, None)
+        update(net, criterion, optimizer, mine)
     accelerator.free_memory()
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
@@ -71,10 +73,11 @@ def train_epoch(accelerator, name, weighted, soft, rows, micro):
     options = vision_setup.VisionOptions(batch_size=size, smoothing=0.1 if soft else 0.0)
     mix = vision_setup.make_target(options, 4)
     batches = vision_lt.without_repeats(accelerator, loader, size, rows)
+    update = Update(accelerator)
     for group in vision_lt.grouped(batches, micro):
         parts = [mix(x, y) for x, y in group]
         parts = [(x, y.double() if soft else y) for x, y in parts]
-        vision_lt.update(accelerator, net, criterion, optimizer, parts, None)
+        update(net, criterion, optimizer, parts)
     accelerator.free_memory()
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 

@@ -20,7 +20,7 @@ LAYERS = [
     {"loss_base", "schedules", "metrics", "tables"},
     {"losses"},
     {"samplers", "combinations", "head_layers", "head_names", "evaluate_metric", "plots", "grid"},
-    {"head_fit"},
+    {"head_fit", "updates"},
     {"heads", "image_sources", "image_files", "reports", "docstrings", "grid_run", "probe"},
     {"experiments", "grid_slurm"},
     {"experiment_tables", "experiment_plots"},
