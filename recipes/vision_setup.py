@@ -101,7 +101,9 @@ class VisionOptions(CoreOptions):
     smoothing: float = option(0.0, "label smoothing")
     ema_decay: float = option(0.0, "decay of the weight average that is evaluated; 0: none")
     clip_grad: float | None = option(None, "largest gradient norm")
-    compile: bool = option(False, "compile the model")
+    compile: bool = option(
+        False, "compile the model; on one GPU, replay its passes as a CUDA graph"
+    )
     eval_every: int = option(1, "epochs between evaluations; the last is always evaluated")
 
 
