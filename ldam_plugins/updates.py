@@ -29,16 +29,28 @@ class Update:
 
     Args:
         accelerator: Where the model trains.
+        net: The prepared model.
+        criterion: Its loss.
+        optimizer: The prepared optimizer of its parameters.
         clip_grad: Largest norm of the gradient; None: any.
         replay: On one GPU, capture the forward and the backward pass once as a CUDA graph and
             replay it from then on: the kernels of small steps take less time than their launches.
-            Every update must then have the same model and loss.
     """
 
     def __init__(
-        self, accelerator: Accelerator, *, clip_grad: float | None = None, replay: bool = False
+        self,
+        accelerator: Accelerator,
+        net: nn.Module,
+        criterion: ClassificationLoss,
+        optimizer: torch.optim.Optimizer,
+        *,
+        clip_grad: float | None = None,
+        replay: bool = False,
     ) -> None:
         self.accelerator = accelerator
+        self.net = net
+        self.criterion = criterion
+        self.optimizer = optimizer
         self.clip_grad = clip_grad
         alone = accelerator.distributed_type == DistributedType.NO
         self._replays = replay and alone and accelerator.device.type == "cuda"
@@ -46,13 +58,7 @@ class Update:
         self._seen: Counter[Shapes] = Counter()
         self._passes: dict[Shapes, CapturedPass] = {}
 
-    def __call__(
-        self,
-        net: nn.Module,
-        criterion: ClassificationLoss,
-        optimizer: torch.optim.Optimizer,
-        batches: list[Batch],
-    ) -> Tensor:
+    def __call__(self, batches: list[Batch]) -> Tensor:
         """One update from micro-batches of all processes; returns its loss.
 
         Every part is divided by the denominator of the whole, so the update does not depend on how
@@ -65,30 +71,29 @@ class Update:
         shapes = tuple((images.shape, target.shape, target.dtype) for images, target in batches)
         self._whole = self._whole or shapes
         if shapes == self._whole:
-            loss = self._gradients(shapes, net, criterion, batches)
+            loss = self._gradients(shapes, batches)
         else:
             with torch.compiler.set_stance("force_eager"):
-                loss = self._gradients(shapes, net, criterion, batches)
+                loss = self._gradients(shapes, batches)
         if self.clip_grad is not None:
-            self.accelerator.clip_grad_norm_(net.parameters(), self.clip_grad)
-        optimizer.step()
-        optimizer.zero_grad()
+            self.accelerator.clip_grad_norm_(self.net.parameters(), self.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         return self.accelerator.reduce(loss, "mean")
 
-    def _gradients(
-        self, shapes: Shapes, net: nn.Module, criterion: ClassificationLoss, batches: list[Batch]
-    ) -> Tensor:
+    def _gradients(self, shapes: Shapes, batches: list[Batch]) -> Tensor:
         """Gradients by a pass as it is, the first ones before a capture, or a replay."""
+        trained = self.accelerator, self.net, self.criterion
         if not self._replays:
-            return add_gradients(self.accelerator, net, criterion, batches)
+            return add_gradients(*trained, batches)
         self._seen[shapes] += 1
         if self._seen[shapes] <= WARM_UP:
             with _side_stream():
-                return add_gradients(self.accelerator, net, criterion, batches)
+                return add_gradients(*trained, batches)
         if shapes not in self._passes:
             # One pool: what a pass leaves is used up before the next one begins.
             pool = next((known.pool for known in self._passes.values()), None)
-            self._passes[shapes] = CapturedPass(self.accelerator, net, criterion, batches, pool)
+            self._passes[shapes] = CapturedPass(*trained, batches, pool)
         return self._passes[shapes](batches)
 
 

@@ -37,12 +37,12 @@ from vision_setup import (
     make_loader,
     make_model,
     make_optimizer,
+    make_update,
     on_device,
 )
 
 from ldam_plugins import ClassCounts, DRWCallback
 from ldam_plugins.runtime import keep_freed_memory
-from ldam_plugins.updates import Update
 
 
 def processes(options: SpeedOptions) -> Iterator[Row]:
@@ -106,15 +106,14 @@ def vision_steps(accelerator: Accelerator, options: VisionOptions, steps: int) -
     net = compiled(accelerator, model) if options.compile else model
     net, optimizer, loader = accelerator.prepare(net, optimizer, loader)
     batches, generator = endless(loader), torch.Generator()
-    update = Update(accelerator, clip_grad=options.clip_grad, replay=options.compile)
+    update = make_update(accelerator, options, net, criterion, optimizer)
 
     def run() -> None:
         net.train()
         with keep_freed_memory(accelerator.device):
             for _ in range(steps):
                 pixels, labels = next(batches)
-                batch = [(to_input(pixels, generator), labels)]
-                update(net, criterion, optimizer, batch)
+                update([(to_input(pixels, generator), labels)])
 
     return run
 

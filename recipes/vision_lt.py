@@ -42,6 +42,7 @@ from vision_setup import (
     make_optimizer,
     make_sampler,
     make_target,
+    make_update,
     on_device,
 )
 
@@ -69,7 +70,6 @@ from ldam_plugins.runtime import (
     write_checkpoint,
 )
 from ldam_plugins.schedules import Progress
-from ldam_plugins.updates import Update
 
 AVERAGE_FILE = "average.safetensors"
 
@@ -148,7 +148,7 @@ def fit(
     batches = check_int("whole batches an epoch", len(loader), low=1, way_out=way_out)
     steps = math.ceil(batches / options.accumulation)
     mix = make_target(options, classes)
-    update = Update(accelerator, clip_grad=options.clip_grad, replay=options.compile)
+    update = make_update(accelerator, options, net, criterion, optimizer)
     first_epoch, history = begin(accelerator, options, ema)
     result = stage = None
     epochs = trange(
@@ -169,7 +169,7 @@ def fit(
             progress = Progress(step, options.epochs * steps, steps)
             stage = enter_stage(criterion, schedule, progress, stage)
             parts = [mix(to_input(images, generator), labels) for images, labels in parts]
-            total += update(net, criterion, optimizer, parts)
+            total += update(parts)
             if ema is not None:
                 ema.update(model)
         row = {

@@ -39,6 +39,7 @@ from ldam_plugins.loss_base import ClassificationLoss
 from ldam_plugins.runtime import check_processes, check_tracker, choose_precision
 from ldam_plugins.samplers import DeferredSampler
 from ldam_plugins.schedules import DeferredSchedule
+from ldam_plugins.updates import Update
 
 SCHEDULERS = ("cosine", "multistep", "step", "poly", "tanh", "constant")
 
@@ -262,6 +263,18 @@ def make_optimizer(
         min_lr=options.min_lr,
     )
     return optimizer, scheduler
+
+
+def make_update(
+    accelerator: Accelerator,
+    options: VisionOptions,
+    net: nn.Module,
+    criterion: ClassificationLoss,
+    optimizer: torch.optim.Optimizer,
+) -> Update:
+    """What turns micro-batches into an update, of all that Accelerate has prepared."""
+    clip, replay = options.clip_grad, options.compile
+    return Update(accelerator, net, criterion, optimizer, clip_grad=clip, replay=replay)
 
 
 def make_average(

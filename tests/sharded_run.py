@@ -41,9 +41,9 @@ def make_model(shard):
 def train(accelerator, name, micro, shard):
     """The model after three updates before the switch and three after it."""
     model, criterion = make_model(shard), create_loss(name, COUNTS)
-    update = Update(accelerator)
     schedule = DeferredSchedule("drw", start=0.5, beta=0.99)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    update = Update(accelerator, model, criterion, optimizer)
     generator = torch.Generator().manual_seed(0)
     for step in range(UPDATES):
         images = torch.randn(48, 6, generator=generator)
@@ -53,7 +53,7 @@ def train(accelerator, name, micro, shard):
         mine = list(parts)[accelerator.process_index :: accelerator.num_processes]
         progress = Progress(step, UPDATES, UPDATES // 2)
         criterion.weight.copy_(schedule.class_weights(COUNTS, progress))
-        update(model, criterion, optimizer, mine)
+        update(mine)
     return model
 
 

@@ -37,6 +37,10 @@ class Training:
         self.criterion = create_loss("ldam", COUNTS)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
 
+    def update(self, net=None, **options):
+        net = self.model if net is None else net
+        return Update(self.accelerator, net, self.criterion, self.optimizer, **options)
+
     def parameters(self):
         return torch.cat([p.detach().flatten() for p in self.model.parameters()])
 
@@ -59,11 +63,11 @@ def test_whole_batches_alone_are_compiled(compilations):
     backend, shapes = compilations
     training, plain = Training(), Training()
     net = torch.compile(training.model, backend=backend, dynamic=False)
-    update, plainly = Update(training.accelerator), Update(plain.accelerator)
+    update, plainly = training.update(net), plain.update()
     for step, rows in enumerate([12, 12, 5, 12, 7]):
         parts = batches(rows, seed=step)
-        loss = update(net, training.criterion, training.optimizer, parts)
-        assert loss == plainly(plain.model, plain.criterion, plain.optimizer, parts)
+        loss = update(parts)
+        assert loss == plainly(parts)
     assert shapes == [(12, 6)]
     assert torch.equal(training.parameters(), plain.parameters())
 
@@ -86,8 +90,7 @@ def test_the_norm_of_the_gradient_is_cut():
     training = Training()
     before = training.parameters()
     training.optimizer = torch.optim.SGD(training.model.parameters(), lr=1.0)
-    update = Update(training.accelerator, clip_grad=1e-3)
-    update(training.model, training.criterion, training.optimizer, batches(12))
+    training.update(clip_grad=1e-3)(batches(12))
     assert (training.parameters() - before).norm() == pytest.approx(1e-3, rel=1e-3)
 
 
@@ -117,13 +120,13 @@ def captures(monkeypatch):
 
 def test_a_pass_is_captured_for_each_shape_after_three_updates(captures):
     training, plain = Training(), Training()
-    update, plainly = Update(training.accelerator, replay=True), Update(plain.accelerator)
+    update, plainly = training.update(replay=True), plain.update()
     assert not update._replays  # a CPU
     update._replays = True
     for step, rows in enumerate([12, 12, 5, 12, 12, 5, 5, 12, 5]):
         parts = batches(rows, count=2, seed=step)
-        loss = update(training.model, training.criterion, training.optimizer, parts)
-        assert loss == plainly(plain.model, plain.criterion, plain.optimizer, parts)
+        loss = update(parts)
+        assert loss == plainly(parts)
     whole, short = [12, 12], [5, 5]
     expected = ["warm-up"] * 4 + [("capture", whole, None), ("replay", whole)]
     expected += ["warm-up", "warm-up", ("replay", whole)]
@@ -148,7 +151,7 @@ def test_replayed_updates_are_those_of_a_plain_run(name):
         criterion = create_loss(name, COUNTS).to(accelerator.device)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
         net, optimizer = accelerator.prepare(model, optimizer)
-        update = Update(accelerator, clip_grad=5.0, replay=replay)
+        update = Update(accelerator, net, criterion, optimizer, clip_grad=5.0, replay=replay)
         generator = torch.Generator().manual_seed(0)
         losses = []
         for step in range(24):
@@ -158,7 +161,7 @@ def test_replayed_updates_are_those_of_a_plain_run(name):
             if step == 16:
                 criterion.weight.copy_(COUNTS.weights(0.99))
             parts = [(images.to(accelerator.device), target.to(accelerator.device))]
-            losses.append(update(net, criterion, optimizer, parts).item())
+            losses.append(update(parts).item())
         assert len(update._passes) == (2 if replay else 0)
         state = torch.cat([value.flatten().double() for value in model.state_dict().values()])
         found.append((state, torch.tensor(losses)))
