@@ -14,7 +14,13 @@ def _fixed_seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _no_accelerator_of_another_module():
+@pytest.fixture(autouse=True)
+def _no_accelerator_is_left():
     """Accelerate keeps the device and the precision of the first accelerator of a process."""
+    yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")

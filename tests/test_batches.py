@@ -300,7 +300,6 @@ def test_accelerate_changes_nothing(held):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_device_does_not_matter(held):
     augment = RandomCropFlip(2)
     on_cpu = augment(held.pixels, torch.Generator().manual_seed(0))

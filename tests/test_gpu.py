@@ -6,7 +6,6 @@ import pytest
 import split_run
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from kill_run import kill_after
 from test_hf_distributed import BOUNDS
 from test_kill import TEXT, VISION, finish, killed_at, result
@@ -14,18 +13,13 @@ from test_numerics import RELATIVE, exact_row, few, given, make, problems
 
 from ldam_plugins import list_losses
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 ON_GPU = {"ACCELERATE_USE_CPU": "false"}
 
 
 @pytest.fixture
 def accelerator():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield Accelerator()
-    AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator()
 
 
 @pytest.mark.parametrize("case", list(split_run.cases()), ids=str)

@@ -129,7 +129,6 @@ def test_no_rows():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
 @pytest.mark.parametrize("reduction", functional.REDUCTIONS)
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 def test_ldam_loss_uses_it_on_a_gpu(reduction, weighted, monkeypatch):
@@ -145,7 +144,6 @@ def test_ldam_loss_uses_it_on_a_gpu(reduction, weighted, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
 def test_the_mean_of_nothing_is_0_on_a_gpu():
     logits, target, margins, _ = problem(4, 6, torch.float32, False)
     loss = functional.ldam_loss(logits, torch.full_like(target, IGNORED), margins)

@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from datasets import ClassLabel, Dataset, Features, Value
 from torch import nn
 
@@ -94,7 +93,6 @@ def rows_of(path):
 
 
 def test_vision_run_is_probed_around_its_switch(tmp_path):
-    AcceleratorState._reset_state(reset_partial_state=True)
     flags = ["--epochs", "3", "--start", "1", "--ratio", "10", "--keep_checkpoints", "3"]
     flags += ["--eval_every", "3", "--output_dir", str(tmp_path / "run"), "--ema_decay", "0"]
     parsed = recipe_options.parse_options(vision_setup.VisionOptions, flags, default="digits_lt")

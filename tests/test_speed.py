@@ -4,7 +4,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
@@ -51,7 +50,6 @@ def test_small_sections(tmp_path, capsys):
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_training():
-    AcceleratorState._reset_state(reset_partial_state=True)
     more = {"compile": False, "dataset": "digits", "text_dataset": "stdlib_docstrings"}
     only = {"only": ["processes", "vision", "text"], "text_model": "bilstm", "max_length": 16}
     rows = speed.main(speed_clock.SpeedOptions(**TINY, **more, **only))

@@ -135,11 +135,7 @@ def test_a_pass_is_captured_for_each_shape_after_three_updates(captures):
     assert torch.equal(training.parameters(), plain.parameters())
 
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("name", ["ce", "focal", "ldam", "ldam_hinge", "logit_adjusted"])
 def test_replayed_updates_are_those_of_a_plain_run(name):
     accelerator = Accelerator()
@@ -175,7 +171,6 @@ class Reading(nn.Linear):
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_what_cannot_be_captured_is_told():
     accelerator = Accelerator()
     model = Reading(6, 4).to(accelerator.device)
