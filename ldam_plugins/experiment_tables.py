@@ -168,7 +168,8 @@ def _pairs(first: Sequence[Record], second: Sequence[Record]) -> list[tuple[Reco
     """Runs of the two that saw the same training samples and the same seed."""
 
     def same(record: Record) -> tuple[Any, ...]:
-        return tuple(record["options"].get(name) for name in (*_TAIL_OPTIONS, "seed"))
+        options = (record["options"].get(name) for name in (*_TAIL_OPTIONS, "seed"))
+        return (*options, *record["class_counts"])
 
     others = {same(record): record for record in second}
     return [(record, others[same(record)]) for record in first if same(record) in others]

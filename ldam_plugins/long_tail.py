@@ -1,4 +1,4 @@
-"""Long-tail profiles, and which samples of a balanced set are kept under one."""
+"""Long-tail profiles, and which samples of a set are kept under one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from ldam_plugins._checks import check_choice, check_int, check_real, must_be
 from ldam_plugins.counts import check_label_range, label_array
 
 PROFILES = ("exp", "step", "none")
+CLASS_ORDERS = ("size", "index")
+"""What the head of a long tail is: the largest class, or class 0."""
 
 
 def long_tail_counts(
@@ -59,27 +61,38 @@ def long_tail_indices(
     profile: str = "exp",
     seed: int = 0,
     num_classes: int | None = None,
+    class_order: str = "size",
 ) -> np.ndarray:
     """Indices of the samples a long-tailed version of a set keeps, in class order.
 
-    Class c keeps ``long_tail_counts(n_max, C, ratio, profile)[c]`` samples with
-    ``n_max = N // C``: one shuffle a class, in class order, of that class's indices by NumPy's
-    legacy generator seeded with ``seed``, of which the first are kept. This is the choice the
-    paper's authors make, index for index. A set that was not balanced to begin with keeps what
-    its class has where that is less than the profile asks for.
+    Classes are ranked by size, the largest first and equal ones by index. The class of rank r
+    keeps ``min(n, long_tail_counts(n_max, C, ratio, profile)[r])`` of its n samples, n_max being
+    those of the largest class: the first of one shuffle a class, in class order, of that class's
+    indices by NumPy's legacy generator seeded with ``seed``. Of a balanced set this is the choice
+    that the paper's authors make, index for index.
+
+    On other sets their code ranks classes by index and takes the mean class size ``N // C`` for
+    n_max, whatever the classes have; ``class_order="index"`` does as it does.
 
     Args:
-        labels: Class indices (N,) of the balanced set; see :meth:`ClassCounts.from_labels`.
+        labels: Class indices (N,); see :meth:`ClassCounts.from_labels`.
         ratio: Imbalance ratio, at least 1.
         profile: ``"exp"``, ``"step"`` or ``"none"`` (keeps everything, in its own order).
         seed: Seed of the generator, in 0..2**32 - 1.
         num_classes: C. Default: the largest label + 1.
+        class_order: ``"size"`` or ``"index"``, which differ for unbalanced sets only.
 
     Raises:
-        ValueError: bad ratio, profile or label, or a class that would keep nothing.
+        ValueError: bad ratio, profile, order or label, or a class that would keep nothing.
+
+    Example:
+        >>> labels = [0] * 20 + [1] * 400 + [2] * 100
+        >>> np.bincount(np.array(labels)[long_tail_indices(labels, ratio=100)])
+        array([  4, 400,  40])
     """
     array = label_array(labels)
     check_choice("profile", profile, PROFILES)
+    check_choice("class_order", class_order, CLASS_ORDERS)
     check_int("seed", seed, low=0, high=2**32 - 1)
     if len(array) == 0:
         raise ValueError(must_be("labels", "at least one label", "none"))
@@ -89,14 +102,17 @@ def long_tail_indices(
         check_real("ratio", ratio, low=1)
         return np.arange(len(array))
     available = np.bincount(array, minlength=classes)
-    wanted = long_tail_counts(max(len(array) // classes, 1), classes, ratio, profile)
-    kept = np.minimum(wanted, available)
-    if kept.min() == 0:
+    if available.min() == 0:
         empty = int(np.argmin(available))
         raise ValueError(f"no training sample in class {empty}: nothing of it can be kept")
+    by_size = class_order == "size"
+    order = np.argsort(-available, kind="stable") if by_size else np.arange(classes)
+    n_max = int(available.max()) if by_size else len(array) // classes
+    wanted = np.empty(classes, dtype=np.int64)
+    wanted[order] = long_tail_counts(n_max, classes, ratio, profile)
     generator = np.random.RandomState(seed)
     chosen = []
-    for label, count in enumerate(kept):
+    for label, count in enumerate(np.minimum(wanted, available)):
         members = np.flatnonzero(array == label)
         generator.shuffle(members)
         chosen.append(members[:count])

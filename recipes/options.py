@@ -13,7 +13,7 @@ from transformers import HfArgumentParser
 
 from ldam_plugins import ClassCounts, DeferredSchedule, create_loss, list_losses
 from ldam_plugins._checks import check_choice, check_int, check_real, must_be
-from ldam_plugins.long_tail import PROFILES
+from ldam_plugins.long_tail import CLASS_ORDERS, PROFILES
 from ldam_plugins.loss_base import ClassificationLoss
 from ldam_plugins.losses import loss_options
 from ldam_plugins.preset_files import read_preset
@@ -76,6 +76,9 @@ class CoreOptions:
     profile: str = option("exp", "long-tail profile", choices=PROFILES)
     ratio: float = option(100.0, "imbalance ratio n_max / n_min of the kept training samples")
     subset_seed: int = option(0, "seed of the choice of the kept training samples")
+    class_order: str = option(
+        "size", "head of the long tail: the largest class, or class 0", choices=CLASS_ORDERS
+    )
     loss: str = option("ldam", f"one of {', '.join(list_losses())}")
     max_margin: float | None = option(None, "margin of the rarest class, in cosines [0.5]")
     scale: float | None = option(None, "scale of the cosine head and the margin [30]")

@@ -103,7 +103,12 @@ def load_data(options: TextOptions) -> tuple[Dataset, Dataset, ClassCounts]:
         )
     )
     keep = long_tail_indices(
-        train["label"], options.ratio, options.profile, options.subset_seed, len(names)
+        train["label"],
+        options.ratio,
+        options.profile,
+        options.subset_seed,
+        len(names),
+        options.class_order,
     )
     train = train.select(keep)
     return train, test, ClassCounts.from_labels(train["label"], class_names=names)

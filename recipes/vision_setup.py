@@ -138,7 +138,12 @@ def load_data(
         train, test = (part.without(part.find_corrupt(progress=show)) for part in (train, test))
     classes = len(train.class_names)
     keep = long_tail_indices(
-        train.labels, options.ratio, options.profile, options.subset_seed, classes
+        train.labels,
+        options.ratio,
+        options.profile,
+        options.subset_seed,
+        classes,
+        options.class_order,
     )
     train = train.subset(keep)
     return train, test, ClassCounts.from_labels(train.labels, class_names=train.class_names)
