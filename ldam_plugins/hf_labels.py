@@ -35,6 +35,7 @@ IGNORED = -100
 GIVE_COUNTS = "Write DRWCallback(class_counts=[...]), one count per class."
 
 logger = logging.get_logger(__name__)
+_SECONDS_BEFORE_A_BAR = 1.0
 _SECONDS_BETWEEN_PARTS = 20.0
 _BATCHES_COMPARED = 4
 _FORMATS = {None, "python", "numpy", "torch", "tensorflow", "jax", "arrow", "pandas", "polars"}
@@ -60,8 +61,8 @@ class TrainingLabels:
     sends the labels to the others. Every process ends with the same labels, or the same error.
 
     Args:
-        loader: The Trainer's data loader. Its collator is asked on a few whole batches whether it
-            leaves the labels as they are.
+        loader: The Trainer's data loader. Its collator is not called, but for examples that do not
+            name their label, such as ``(image, label)``: these are compared in a few batches.
         args: The Trainer's: size of a batch, processes, and whether progress is shown.
         ignored: Label of the examples that count nowhere, also given to those that are None.
         way_out: What to write where the labels cannot be read.
@@ -81,6 +82,7 @@ class TrainingLabels:
         self.ignored = ignored
         self.way_out = way_out
         self._labels: np.ndarray | None = None
+        self._unnamed = False
 
     def read(self) -> np.ndarray:
         """Label of every example, (N,) int64, in the order of the data set.
@@ -166,7 +168,8 @@ class TrainingLabels:
             for part in parts:
                 held.append(part)
                 yield part
-            self._check_collator(np.concatenate(held))
+            if self._unnamed:
+                self._check_collator(np.concatenate(held))
 
     def _loaded(self) -> Iterator[np.ndarray]:
         """Labels read off the examples; a part every few seconds, so that no process times out."""
@@ -174,9 +177,11 @@ class TrainingLabels:
         logger.info(f"Reading the labels of {total} examples. {self.way_out}")
         batches = BatchSampler(SequentialSampler(self.dataset), self.args.train_batch_size, False)
         first, held, began = 0, [], time.monotonic()
-        quiet = bool(self.args.disable_tqdm)
-        with tqdm(total=total, desc="Reading labels", delay=1.0, disable=quiet) as bar:
-            for rows, found in self._batches(batches, partial(_labels_of, self.ignored)):
+        show = {"delay": _SECONDS_BEFORE_A_BAR, "disable": bool(self.args.disable_tqdm)}
+        with tqdm(total=total, desc="Reading labels", **show) as bar:
+            for rows, examples in self._batches(batches, partial(_labels_of, self.ignored)):
+                found, unnamed = examples
+                self._unnamed |= unnamed
                 unknown = next((label for label in found if isinstance(label, _Unknown)), None)
                 if unknown is not None or len(found) != len(rows):
                     wanted = "a dataset whose examples hold one label"
@@ -229,14 +234,12 @@ class TrainingLabels:
         return f"{rows[0]}..{rows[-1]}", error
 
     def _check_collator(self, labels: np.ndarray) -> None:
-        """Refuse a collator that makes other labels than the examples have.
+        """Refuse a collator that takes something else for the label of an example.
 
         It gets whole batches, as in training, with the first example of each class, the rarest
         first. What it says in an error, or in class masses, is left to the training.
         """
-        collate = getattr(self.loader, "collate_fn", None)
-        if collate is None or _is_of(getattr(collate, "data_collator", collate), "transformers."):
-            return
+        collate = self.loader.collate_fn
         batches = _rows_of_every_class(labels, self.args.train_batch_size)
         for rows, found in self._batches(batches, partial(_collated_labels, collate)):
             if found is None:
@@ -244,7 +247,7 @@ class TrainingLabels:
             made, kept = found
             own = labels[rows] if len(made) == len(rows) else labels[rows][kept]
             if len(own) == len(made) and not np.array_equal(own, made):
-                wanted = f"one that leaves the labels {own.tolist()} as they are"
+                wanted = f"one that takes the integers of the examples, {own.tolist()}, for labels"
                 raise ValueError(must_be("data_collator", wanted, made, self.way_out))
 
 
@@ -335,7 +338,7 @@ def class_names(dataset: Any) -> list[str] | None:
     """Names that the ``ClassLabel`` column of a ``datasets.Dataset`` gives the classes."""
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
-    features = getattr(dataset, "features", None)
+    features: Any = getattr(dataset, "features", None)
     for name in LABEL_COLUMNS if isinstance(features, Mapping) else ():
         names = getattr(features.get(name), "names", None)
         if names is not None:
@@ -494,11 +497,6 @@ def _method_of(dataset: Any) -> str:
     return name
 
 
-def _is_of(collate: Any, package: str) -> bool:
-    """Whether a collator is defined in ``package``."""
-    return (getattr(collate, "__module__", None) or "").startswith(package)
-
-
 @dataclass(frozen=True)
 class _Unknown:
     """An example whose label is not certain, in words."""
@@ -506,15 +504,19 @@ class _Unknown:
     example: str
 
 
-def _labels_of(ignored: int, examples: list[Any]) -> list[Any]:
-    """Label of each example; ``ignored`` for None, which no collator can make a row of."""
-    return [ignored if example is None else _label_of(example) for example in examples]
+def _labels_of(ignored: int, examples: list[Any]) -> tuple[list[Any], bool]:
+    """Label of each example, and whether one is not named so.
+
+    None, of which no collator can make a row, gets ``ignored``.
+    """
+    labels = [ignored if example is None else _label_of(example) for example in examples]
+    return labels, any(_is_unnamed(example) for example in examples)
 
 
 def _label_of(example: Any) -> Any:
     if isinstance(example, Mapping):
         found = {name: example[name] for name in LABEL_COLUMNS if name in example}
-    elif isinstance(example, tuple | list) and not hasattr(example, "_fields"):
+    elif _is_unnamed(example):
         whole = [part for part in example if _is_index(part)]
         if len(whole) != 1:
             kinds = ", ".join(type(part).__name__ for part in example)
@@ -523,10 +525,14 @@ def _label_of(example: Any) -> Any:
     else:
         found = {name: getattr(example, name) for name in LABEL_COLUMNS if hasattr(example, name)}
     labels = [_plain(label) for label in found.values() if label is not None]
-    if not found or any(label != labels[0] for label in labels):
+    if not found or any(label != labels[0] for label in labels[1:]):
         shown = list(example) if isinstance(example, Mapping) else type(example).__name__
         return _Unknown(f"different {quoted(found)}" if found else str(shown))
     return labels[0] if labels else None
+
+
+def _is_unnamed(example: Any) -> bool:
+    return isinstance(example, tuple | list) and not hasattr(example, "_fields")
 
 
 def _is_index(part: Any) -> bool:

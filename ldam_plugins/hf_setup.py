@@ -165,7 +165,7 @@ def _check_arguments(trainer: Trainer, resampling: bool) -> None:
         value = args.label_smoothing_factor
         raise ValueError(must_be("label_smoothing_factor", "0 with DRWCallback", value, way_out))
     if args.label_names is not None and "labels" not in args.label_names:
-        way_out = 'Name the column so: `train_dataset.rename_column("...", "labels")`.'
+        way_out = 'Leave it out, and write `train_dataset.rename_column("...", "label")`.'
         raise ValueError(must_be("label_names", "['labels'] or None", args.label_names, way_out))
     if args.world_size > 1 and not args.average_tokens_across_devices:
         way_out = "Else the update depends on which process gets which example."

@@ -121,7 +121,11 @@ class ClassificationLoss(nn.Module):
                 predict something else, or as for a call.
         """
         if labels is None:
-            way_out = 'Name the label column "label" or "labels": the Trainer hands on no other.'
+            way_out = (
+                'Name the label column "label" or "labels": the Trainer hands on no other. Of a '
+                "model whose `forward` has no argument `labels` it drops that one, too, but for "
+                'TrainingArguments(label_names=["labels"]).'
+            )
             raise ValueError(must_be("labels", "a tensor", None, way_out))
         labels = one_label_a_row(labels)
         logits = find_logits(outputs, len(labels), len(self.class_counts))

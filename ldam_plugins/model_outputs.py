@@ -45,7 +45,7 @@ def refuse_lost_logits(outputs: Any, logits: Any) -> None:
     """Refuse an output of which the calling Trainer would not predict the ``logits``.
 
     Where the loss is given, ``Trainer.prediction_step`` takes the first item of every output that
-    is no dict for the loss of the model and drops it (transformers 5.0 to 5.23): of logits that
+    is no dict for the loss of the model and drops it (transformers 5.23): of logits that
     are a tensor the first row, of a tuple that begins with the logits all of them. One whose
     ``compute_loss`` or ``prediction_step`` is its user's own may do otherwise; nothing is said
     then, nor where no Trainer calls.
@@ -103,9 +103,10 @@ def _trainer_drops_first() -> bool:
     frame = inspect.currentframe()
     try:
         while frame is not None:
-            owner = frame.f_locals.get("self")
+            owner: Any = frame.f_locals.get("self")
             if frame.f_code.co_name == "compute_loss" and hasattr(owner, "prediction_step"):
-                steps = (type(owner).compute_loss, type(owner).prediction_step)
+                kind: Any = type(owner)
+                steps = (kind.compute_loss, kind.prediction_step)
                 return all(step.__module__.startswith("transformers.") for step in steps)
             frame = frame.f_back
     finally:
