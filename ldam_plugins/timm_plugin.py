@@ -3,6 +3,7 @@
 Annotations are not postponed here: torch.fx hands them to TorchScript, which knows no strings.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,12 +17,16 @@ from timm.models import (
 )
 from timm.models._features import feature_take_indices
 from timm.task import ClassificationTask
+from timm.utils import unwrap_model
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from ldam_plugins._checks import check_choice, check_int, must_be
+from ldam_plugins._checks import check_choice, check_int, must_be, quoted
+from ldam_plugins.chunked_cosines import ChunkedCosines
 from ldam_plugins.combinations import enter_stage, warn_of_combination
 from ldam_plugins.counts import ClassCounts
-from ldam_plugins.heads import use_cosine_head
+from ldam_plugins.head_layers import is_sharded
+from ldam_plugins.heads import cosine_heads, find_head, folded_state_dict, use_cosine_head
 from ldam_plugins.loss_base import ClassificationLoss
 from ldam_plugins.losses import create_loss
 from ldam_plugins.schedules import DeferredSchedule, Progress
@@ -317,13 +322,20 @@ class LongTailTask(ClassificationTask):
     :meth:`set_progress` before an update (or once an epoch) and the class weights follow the
     schedule, in place.
 
+    What timm's ``CheckpointSaver`` writes of it (``task=task``) is the stock model, cosine head
+    folded: ``timm.create_model(..., checkpoint_path=...)`` loads it and needs nothing of this
+    package. The exact head is beside it in ``task_state`` (and ``task_state_ema``), from which
+    ``resume_task_checkpoint`` and ``load_task_ema_checkpoint`` go on to the bit.
+
     Args:
-        model: A timm model, or any module whose classifier :func:`use_cosine_head` finds.
+        model: A timm model, or any module whose classifier :func:`use_cosine_head` finds. Of a
+            lone ``nn.Linear`` the task trains another layer: ``task.get_trainable_module()``.
         class_counts: :class:`ClassCounts` of the training set, or the bare counts.
         loss: One of :func:`list_losses`, or a :class:`ClassificationLoss` of one's own.
         schedule: When classes are re-weighted; the sampling of ``rs`` and ``drs`` is the
             loader's (:class:`ldam_plugins.samplers.DeferredSampler`).
-        device: Device of the loss buffers.
+        head: Dotted names of the classifier's layers, where the search does not find them.
+        device: Device of the loss buffers. Default: that of the model.
         dtype: As in timm's task.
         verbose: As in timm's task.
         **loss_options: Options of :func:`create_loss`, such as ``max_margin`` and ``scale``.
@@ -332,7 +344,8 @@ class LongTailTask(ClassificationTask):
 
     Raises:
         TypeError: ``loss_options`` beside a ready loss, or an option the loss does not have.
-        ValueError: unknown loss, bad counts, or a classifier that cannot be found.
+        ValueError: unknown loss, bad counts or other counts than a ready loss has, or a
+            classifier that cannot be found.
 
     Example:
         >>> import timm
@@ -348,10 +361,11 @@ class LongTailTask(ClassificationTask):
     def __init__(
         self,
         model: nn.Module,
-        class_counts: ClassCounts,
+        class_counts: ClassCounts | Sequence[int],
         *,
         loss: str | ClassificationLoss = "ldam",
         schedule: DeferredSchedule | None = None,
+        head: str | Sequence[str] | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
         verbose: bool = True,
@@ -361,12 +375,178 @@ class LongTailTask(ClassificationTask):
             loss = create_loss(loss, class_counts, **loss_options)
         elif loss_options:
             raise TypeError(must_be("loss_options", "empty beside a ready loss", loss_options))
+        else:
+            _check_same_counts(class_counts, loss)
         if loss.needs_cosine_head:
-            use_cosine_head(model, loss.scale)
+            model = use_cosine_head(model, loss.scale, head=head)
+        elif head is not None:
+            find_head(model, head)
+        device = _device_of(model) if device is None else device
         super().__init__(model, loss, device=device, dtype=dtype, verbose=verbose)
         self.schedule = schedule or DeferredSchedule()
+        self._head_names = head
+        self._heads = cosine_heads(unwrap_model(model)) if loss.needs_cosine_head else {}
+        self._entered: tuple[Any, ...] = ()
         warn_of_combination(self.criterion, self.schedule, stacklevel=3)
 
     def set_progress(self, progress: Progress) -> str:
-        """Set the class weights of ``progress`` and return the name of its stage."""
-        return enter_stage(self.criterion, self.schedule, progress)
+        """Set the class weights of ``progress`` and return the name of its stage.
+
+        They are written at a change of stage only, so call it before every update if you like.
+        """
+        weight = self.criterion.weight
+        # The version counts every write, so weights that were loaded or set by hand are noticed.
+        known = (self.schedule, weight, weight._version)
+        last = self._entered[0] if self._entered and _same(self._entered[1:], known) else None
+        stage = enter_stage(self.criterion, self.schedule, progress, last)
+        self._entered = (stage, self.schedule, weight, weight._version)
+        return stage
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Loss and logits of one batch.
+
+        Args:
+            input: What the model takes, images (N, in_chans, H, W).
+            target: As the loss takes it: indices (N,) int64 or masses (N, C) floating.
+
+        Raises:
+            TypeError: the model returns something else than one tensor.
+            ValueError: the cosine head that the loss needs is no longer there.
+        """
+        self._check_heads()
+        output = self.trainable_module(input)
+        if not isinstance(output, Tensor | ChunkedCosines):
+            raise TypeError(_one_output(output))
+        return {"loss": self.criterion(output, target), "output": output}
+
+    def prepare_distributed(
+        self, device_ids: list[int] | None = None, **ddp_options: Any
+    ) -> "LongTailTask":
+        """As in timm's task: wrap the model in ``DistributedDataParallel``.
+
+        Raises:
+            ValueError: the cosine head that the loss needs is no longer there.
+        """
+        self._check_heads()
+        return super().prepare_distributed(device_ids, **ddp_options)
+
+    def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
+        """Parameters whose gradients are clipped: all, or all but those of the classifier.
+
+        Adaptive clipping (timm's ``clip_mode="agc"``) leaves out the classifier. timm takes it for
+        the last two parameters; here it is the layers themselves, however many they are.
+
+        Raises:
+            ValueError: ``exclude_head``, and the classifier is not found (see ``head``).
+        """
+        model = self.get_trainable_module()
+        if not exclude_head:
+            return list(model.parameters())
+        inner = unwrap_model(model)
+        names = tuple(cosine_heads(inner)) or find_head(inner, self._head_names)
+        head = {id(p) for name in names for p in inner.get_submodule(name).parameters()}
+        return [p for p in model.parameters() if id(p) not in head]
+
+    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
+        """Weight and moments of each cosine head, of which the model's state holds the fold."""
+        model = unwrap_model(self.get_eval_model(module, ema=ema))
+        exact: dict[str, Tensor] = {}
+        for name, head in cosine_heads(model).items():
+            prefix = f"{name}." if name else ""
+            exact[f"{prefix}cosine_weight"] = head.weight.detach()
+            exact[f"{prefix}cosine_moments"] = head.cosine_moments
+        return {"cosine_heads": exact} if exact else {}
+
+    def get_checkpoint_state(
+        self, ema: bool = False, unwrap_fn: Callable[[nn.Module], nn.Module] = unwrap_model
+    ) -> dict[str, Any]:
+        """As in timm's task; of a model with cosine heads the model's state is the folded one."""
+        state = super().get_checkpoint_state(ema, unwrap_fn)
+        exact = state.get("task_state_ema" if ema else "task_state", {})
+        if exact:
+            key = "state_dict_ema" if ema else "state_dict"
+            folded = folded_state_dict(unwrap_fn(self.get_eval_model(ema=ema)), state[key])
+            state[key] = {k: v for k, v in folded.items() if k not in exact["cosine_heads"]}
+        return state
+
+    def load_checkpoint_state(
+        self,
+        state_dict: dict[str, Any],
+        task_state: dict[str, Any] | None = None,
+        ema: bool = False,
+        strict: bool = True,
+    ) -> None:
+        """As in timm's task; cosine heads take their exact tensors out of ``task_state``.
+
+        Without it they take the class directions of the folded weight.
+        """
+        model = self.get_eval_model(ema=ema)
+        heads = cosine_heads(unwrap_model(model)) if model is not None else {}
+        for name, tensor in ((task_state or {}).get("cosine_heads") or {}).items():
+            if name.rpartition(".")[0] in heads:  # a task without them goes on from the fold
+                state_dict = {**state_dict, name: tensor}
+        super().load_checkpoint_state(state_dict, task_state, ema=ema, strict=strict)
+
+    def _check_heads(self) -> None:
+        """Raise if the model lost a cosine head since the last call, or has another one."""
+        model = unwrap_model(self.trainable_module)
+        if all(_part(model, name) is head for name, head in self._heads.items()):
+            return
+        now = cosine_heads(model)
+        known = {id(head) for head in self._heads.values()}
+        found = {id(head) for head in now.values()}
+        fitting = len(now) == len(self._heads)
+        fitting = fitting and all(head.scale == self.criterion.scale for head in now.values())
+        if not known <= found and not (fitting and not _is_distributed(self.trainable_module)):
+            raise ValueError(_lost_head(self._heads, model, self.criterion))
+        self._heads = now
+
+
+def _check_same_counts(class_counts: Any, loss: ClassificationLoss) -> None:
+    given = class_counts if isinstance(class_counts, ClassCounts) else ClassCounts(class_counts)
+    if given != loss.class_counts:
+        wanted = f"those of the ready loss, {loss.class_counts!r}"
+        raise ValueError(must_be("class_counts", wanted, given))
+
+
+def _device_of(model: nn.Module) -> torch.device | None:
+    """Where the first parameter is; None where it is nowhere yet."""
+    device = next((p.device for p in model.parameters()), None)
+    return None if device is None or device.type == "meta" else device
+
+
+def _same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    """Whether two records of schedule, tensor and version are of the same ones."""
+    return one[0] == other[0] and one[1] is other[1] and one[2] == other[2]
+
+
+def _part(model: nn.Module, name: str) -> nn.Module | None:
+    """The submodule of that dotted name, if there is one."""
+    part: Any = model
+    for step in name.split(".") if name else ():
+        part = getattr(part, step, None)
+    return part
+
+
+def _is_distributed(model: nn.Module) -> bool:
+    """Whether something shares gradients of the parameters that were there when it was made."""
+    wrapped = any(isinstance(part, DistributedDataParallel) for part in model.modules())
+    return wrapped or any(is_sharded(parameter) for parameter in model.parameters())
+
+
+def _lost_head(heads: dict[str, Any], model: nn.Module, loss: ClassificationLoss) -> str:
+    shown = ", ".join(f"{name!r}: {type(_part(model, name)).__name__}" for name in heads)
+    wanted = f"one with the cosine heads it had, {quoted(heads)}, of scale {loss.scale:g}"
+    way_out = f"{type(loss).__name__} has its margins in cosines, so make a new task (and then the"
+    way_out += " optimizer) after a head was replaced; before the model is distributed"
+    way_out += f" use_cosine_head(model, {loss.scale:g}) will do."
+    return must_be("model", wanted, shown, way_out)
+
+
+def _one_output(output: Any) -> str:
+    shown = type(output).__name__
+    shown += f" of {len(output)}" if isinstance(output, tuple | list | dict) else ""
+    way_out = "Auxiliary outputs would need a loss of their own: build the model without them"
+    way_out += " (`aux_logits=False`), switch them off (`model.set_distilled_training(False)`), or"
+    way_out += " wrap the model in a module that returns the logits alone."
+    return must_be("output of the model", "one tensor of logits, (N, C)", shown, way_out)
