@@ -178,12 +178,21 @@ def any_process(flag: bool) -> bool:
     """Whether ``flag`` is true on any of the processes that train together; all must call it."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return flag
-    on_gpu = "nccl" in distributed.get_backend()
-    count = torch.tensor(
-        int(flag), device=torch.accelerator.current_device_index() if on_gpu else "cpu"
-    )
+    device = device_of_collectives(distributed.get_backend_config())
+    count = torch.tensor(int(flag), device=device)
     distributed.all_reduce(count)
     return bool(count.item())
+
+
+def device_of_collectives(config: str) -> str:
+    """Type of a device on which processes can talk: the CPU where a backend serves it.
+
+    Example:
+        >>> device_of_collectives("cpu:gloo,cuda:nccl"), device_of_collectives("xpu:xccl")
+        ('cpu', 'xpu')
+    """
+    devices = [entry.partition(":")[0] for entry in config.split(",")]
+    return "cpu" if "cpu" in devices else devices[0]
 
 
 def until_preempted(epochs: Iterable[int]) -> Iterator[int]:

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "ldam_plugins"
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 # Every module may import those before it, none after it; names of one line are peers.
 LAYERS = [
-    {"_checks"},
+    {"_checks", "tensors"},
     {"counts", "chunked_cosines"},
     {"long_tail", "reduction", "runtime", "run_files", "intervals", "pages", "preset_files"}
     | {"model_outputs"},
