@@ -14,6 +14,7 @@ from ldam_plugins._checks import check_choice, check_int, must_be
 from ldam_plugins.chunked_cosines import ChunkedCosines
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.functional import cross_entropy
+from ldam_plugins.host_updates import check_item_count
 from ldam_plugins.reduction import REDUCTIONS, mean_denominator
 
 
@@ -115,11 +116,14 @@ class ClassificationLoss(nn.Module):
                 the Trainer counts them; None: this batch alone.
 
         Raises:
-            ValueError: ``labels`` is None, or as for a call.
+            ValueError: ``labels`` is None; ``ignore_index`` is not -100, the only label that the
+                Trainer leaves out of its count; a Trainer with several micro-batches or processes
+                does not hand its count on; or as for a call.
         """
         if labels is None:
             way_out = 'Name the label column "label" or "labels": the Trainer hands on no other.'
             raise ValueError(must_be("labels", "a tensor", None, way_out))
+        check_item_count(num_items_in_batch, self.ignore_index)
         logits = logits_of(outputs)
         items, replicas = self._items(labels, num_items_in_batch)
         if not torch.is_grad_enabled():
