@@ -14,6 +14,7 @@ from ldam_plugins._checks import check_choice, check_int, must_be
 from ldam_plugins.chunked_cosines import ChunkedCosines
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.functional import cross_entropy
+from ldam_plugins.host_updates import check_item_count
 from ldam_plugins.model_outputs import find_logits, one_label_a_row, refuse_lost_logits
 from ldam_plugins.reduction import (
     REDUCTIONS,
@@ -176,8 +177,10 @@ class ClassificationLoss(nn.Module):
                 the Trainer counts them; None: this batch alone.
 
         Raises:
-            ValueError: ``labels`` is None, no logits are found, the Trainer that calls would
-                predict something else, or as for a call.
+            ValueError: ``labels`` is None; ``ignore_index`` is not -100, the only label that the
+                Trainer leaves out of its count; a Trainer with several micro-batches or processes
+                does not hand its count on; no logits are found, or the Trainer that calls would
+                predict something else; or as for a call.
         """
         if labels is None:
             way_out = (
@@ -186,6 +189,7 @@ class ClassificationLoss(nn.Module):
                 'TrainingArguments(label_names=["labels"]).'
             )
             raise ValueError(must_be("labels", "a tensor", None, way_out))
+        check_item_count(num_items_in_batch, self.ignore_index)
         labels = one_label_a_row(labels)
         logits = find_logits(outputs, len(labels), len(self.class_counts))
         refuse_lost_logits(outputs, logits)

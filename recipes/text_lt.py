@@ -43,6 +43,7 @@ from ldam_plugins.hf_text import (
     CheckpointCallback,
     HistoryCallback,
     class_errors,
+    drop_partial_trainer_checkpoints,
     newest_trainer_checkpoint,
 )
 from ldam_plugins.loss_base import ClassificationLoss
@@ -56,9 +57,11 @@ from ldam_plugins.run_files import (
     write_metrics,
 )
 from ldam_plugins.run_folder import claim_output_dir
+from ldam_plugins.run_lock import folders_held
 from ldam_plugins.runtime import check_processes, choose_precision, keep_freed_memory
 
 
+@folders_held()
 def main(options: TextOptions) -> dict[str, Any]:
     """Train and evaluate once; returns what ``metrics.json`` holds."""
     set_seed(options.seed)
@@ -73,6 +76,7 @@ def main(options: TextOptions) -> dict[str, Any]:
     callbacks = make_callbacks(options, criterion)
     if arguments.process_index == 0:
         claim_output_dir(options.output_dir, asdict(options), resume=RESUME[options.resume])
+        drop_partial_trainer_checkpoints(arguments.output_dir)
     trainer = make_trainer(options, arguments, model, tokenizer, counts, train, test, callbacks)
     with disk_errors(options.output_dir), keep_freed_memory(arguments.device):
         trainer.train(resume_from_checkpoint=newest_trainer_checkpoint(arguments.output_dir))
