@@ -33,7 +33,7 @@ LAYERS = [
     {"data"},
     {"batches", "batch_norm"},
     {"timm_plugin", "hf_dropout", "hf_labels", "hf_loss_mapping", "hf_tokenizer"},
-    {"hf_bilstm", "hf_text", "hf_setup"},
+    {"hf_bilstm", "hf_text", "hf_setup", "hf_saved_model"},
     {"hf_mixup", "hf_updates"},
     {"hf_run"},
     {"hf_plugin"},
