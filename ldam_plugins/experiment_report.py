@@ -40,10 +40,11 @@ _NOTE_ON_MATRIX = (
     "are of one size. Mean and 95 % interval (Student's t) over n seeds. A dash: not run."
 )
 _NOTE_ON_PAIRS = (
-    "Paired t-tests on the same seeds and samples; negative is less error than the baseline's. "
-    "p (Holm) is corrected for the number of rows, and at 0.05 decides what the row says. "
-    "Detectable is the difference that so few pairs would show in 80 % of such experiments: "
-    "smaller ones may be there and are not told from noise."
+    "Paired t-tests on the same seeds and samples; negative is less error than the baseline's. The "
+    "interval and p are of the row alone. "
+    "p (Holm) is corrected for the number of tests, and at 0.05 decides what the row says. "
+    "Detectable is the difference that a row, so corrected, would tell from noise in 80 % of such "
+    "experiments, were the spread the one seen: smaller ones may be there and are not told."
 )
 
 

@@ -98,8 +98,8 @@ def matrix_rows(cells: Mapping[tuple[str, str], Interval]) -> list[Row]:
 def comparisons(records: Sequence[Record], baseline: str = "erm") -> list[Comparison]:
     """Every method against a baseline on the same seeds and long tail, in balanced error.
 
-    Negative differences are less error than the baseline's. P-values are corrected for the number
-    of comparisons in the answer.
+    Negative differences are less error than the baseline's. P-values and detectable differences are
+    corrected for the number of tests in the answer.
 
     Args:
         records: Of one experiment.
@@ -120,11 +120,14 @@ def comparisons(records: Sequence[Record], baseline: str = "erm") -> list[Compar
         for base in _bases(chosen, setting, wanted):
             pairs = _pairs(settings[base], runs)
             if pairs:
-                paired = paired_comparison(*map(errors_of, zip(*pairs, strict=True)))
                 titles = (method_title(names, base), method_title(names, setting))
-                found.append(Comparison(*titles, paired, None))
-    corrected = holm([entry.paired.p_value for entry in found])
-    return [entry._replace(corrected=p) for entry, p in zip(found, corrected, strict=True)]
+                found.append((titles, [errors_of(part) for part in zip(*pairs, strict=True)]))
+    p_values = [paired_comparison(*errors).p_value for _, errors in found]
+    tests = sum(p is not None for p in p_values) or 1
+    return [
+        Comparison(*titles, paired_comparison(*errors, tests), corrected)
+        for (titles, errors), corrected in zip(found, holm(p_values), strict=True)
+    ]
 
 
 def read_baseline(baseline: str, known: Collection[str]) -> tuple[tuple[str, str], dict[str, str]]:
