@@ -60,8 +60,9 @@ class PairedComparison(NamedTuple):
         difference: Mean difference with its 95 % interval; ``n`` is the number of pairs.
         p_value: Of the two-sided paired t-test; None where none can be made: one pair, or pairs
             that all differ by the same amount, whose spread is then unknown and not zero.
-        detectable: Difference that is found in 80 % of such experiments or more, were the spread the
-            one seen here; None where there is no test. Found is what :func:`holm` leaves below 5 %.
+        detectable: Difference that is found in 80 % of such experiments or more, were the spread
+            the one seen here; None where there is no test. Found is what is below 5 % after
+            :func:`holm`.
     """
 
     difference: Interval
