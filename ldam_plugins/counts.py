@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -73,7 +74,8 @@ class ClassCounts:
 
         Raises:
             TypeError: labels are not integers (strings, floats, rows of several labels).
-            ValueError: no labels, a label outside 0..C-1, or a class without a sample.
+            ValueError: no labels, a missing one, a label outside 0..C-1, classes not numbered from
+                0, or a class without a sample.
 
         Example:
             >>> ClassCounts.from_labels([0, 0, 1, 0, 2]).counts
@@ -86,7 +88,9 @@ class ClassCounts:
             num_classes = int(array.max()) + 1 if class_names is None else len(class_names)
         check_int("num_classes", num_classes, low=1)
         check_label_range(array, num_classes)
-        return cls(np.bincount(array, minlength=num_classes), class_names)
+        counts = np.bincount(array, minlength=num_classes)
+        _refuse_other_numbering(counts, None if class_names is None else list(class_names))
+        return cls(counts, class_names)
 
     def __len__(self) -> int:
         return len(self.counts)
@@ -171,12 +175,89 @@ def label_array(labels: Any) -> np.ndarray:
 
     Raises:
         TypeError: labels are not integers, or a row holds more than one.
-        ValueError: labels are not one-dimensional.
+        ValueError: labels are not one-dimensional, or one is missing.
     """
     source, column = getattr(labels, "source", None), getattr(labels, "column_name", None)
     if source is not None and hasattr(source, "select_columns"):
-        labels = source.select_columns([column]).with_format("arrow")[:][column].to_numpy()
-    return _as_integers("labels", labels)
+        table = source.select_columns([column]).with_format("arrow")[:][column]
+        labels = table.to_pylist() if table.null_count else table.to_numpy()
+    array = _plain_array(labels)
+    if array is not None and array.ndim == 0:
+        raise ValueError(must_be("labels", "one-dimensional", labels))
+    if array is not None and array.ndim == 1 and (array.dtype.kind in "iu" or not array.size):
+        return _as_integers("labels", array)
+    fault, row, value = label_fault(labels if array is None else array)
+    wanted, way_out = _LABEL_FAULTS[fault]
+    shown = value if row in (None, 0) else f"{value} in row {row}"
+    error = ValueError if fault in ("missing", "column") else TypeError
+    raise error(must_be("labels", wanted, shown, way_out))
+
+
+_LABEL_FAULTS = {
+    "missing": ("given for every row", "Leave out the rows without a label."),
+    "column": (
+        "one-dimensional",
+        "Drop the second axis: `labels.squeeze(-1)`, `np.ravel(labels)`.",
+    ),
+    "masses": ("integers, one a row", "Soft labels have no counts: give those of the classes."),
+    "several": ("integers, one a row", "Give the index of one class, not several labels, a row."),
+    "bool": ("integers", "Write `np.asarray(labels).astype(int)`."),
+    "whole": ("integers", "Map floats to class indices: `np.asarray(labels).astype(int)`."),
+    "other": ("integers", "Map class names or floats to class indices 0..C-1 first."),
+}
+
+
+def label_fault(values: Any) -> tuple[str, int | None, Any]:
+    """What keeps labels from being class indices (N,), where, and the value there.
+
+    Args:
+        values: Labels that are no integers (N,): an array, a tensor or a sequence.
+
+    Returns:
+        The fault, the row that shows it (None: all do), and the label of that row. Faults:
+        ``"missing"`` (None or NaN), ``"column"`` (N, 1), ``"masses"`` (rows of floats),
+        ``"several"`` (rows of several labels), ``"bool"``, ``"whole"`` (floats without a
+        fraction), ``"other"`` (names, fractions).
+    """
+    rows = [v.tolist() if isinstance(v, Tensor | np.ndarray | np.generic) else v for v in values]
+    missing = next((row for row, value in enumerate(rows) if _is_missing(value)), None)
+    if missing is not None:
+        return "missing", missing, rows[missing]
+    first = rows[0] if rows else None
+    if any(isinstance(row, list | tuple) for row in rows):
+        lists = [row if isinstance(row, list | tuple) else [row] for row in rows]
+        if all(len(row) == 1 for row in lists):
+            return "column", None, f"shape ({len(rows)}, 1)"
+        floats = any(isinstance(value, float) for value in lists[0])
+        return "masses" if floats else "several", None, first
+    if all(isinstance(row, bool) for row in rows):
+        return "bool", None, first
+    broken = (row for row, value in enumerate(rows) if not _is_whole(value))
+    row = next(broken, None)
+    return ("whole", None, first) if row is None else ("other", row, rows[row])
+
+
+def _is_missing(value: Any) -> bool:
+    if value is None or type(value).__name__ in ("NAType", "NaTType"):  # those of pandas
+        return True
+    return isinstance(value, float) and math.isnan(value)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, float) and value.is_integer()
+
+
+def _plain_array(values: Any) -> np.ndarray | None:
+    """``values`` as an array, None where they have no common shape."""
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        return (values.double() if values.is_floating_point() else values).numpy()
+    if isinstance(values, list | tuple) and values and isinstance(values[0], Tensor):
+        values = [v.tolist() if isinstance(v, Tensor) else v for v in values]  # from any device
+    try:
+        return np.asarray(values)
+    except ValueError:
+        return None
 
 
 def check_label_range(labels: np.ndarray, num_classes: int) -> None:
@@ -188,7 +269,31 @@ def check_label_range(labels: np.ndarray, num_classes: int) -> None:
     if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
         row = int(np.flatnonzero((labels < 0) | (labels >= num_classes))[0])
         wanted = f"class indices in 0..{num_classes - 1}"
-        raise ValueError(must_be("labels", wanted, f"{labels[row]} in row {row}"))
+        way_out = ""
+        if labels.min() > 0 and labels.max() - labels.min() < num_classes:
+            way_out = _first_label(int(labels.min()))
+        raise ValueError(must_be("labels", wanted, f"{labels[row]} in row {row}", way_out))
+
+
+def _first_label(first: int) -> str:
+    return (
+        f"Labels count from 0 and the smallest of these is {first}: subtract {first} where they "
+        "begin there."
+    )
+
+
+def _refuse_other_numbering(counts: np.ndarray, names: list[str] | None) -> None:
+    """Refuse classes without a sample, with the way out of labels numbered in another way."""
+    found = np.flatnonzero(counts)
+    if len(found) == len(counts):
+        return
+    named = quoted(int(c) if names is None else names[c] for c in np.flatnonzero(counts == 0))
+    if found[0] > 0:
+        why = _first_label(int(found[0]))
+    else:
+        why = "Number classes without gaps: `np.unique(labels, return_inverse=True)[1]` does."
+    way_out = "Every class needs a training sample: else remove the class or add samples to it."
+    raise ValueError(f"no training sample in class {named}. {why} {way_out}")
 
 
 def _as_integers(name: str, values: Any) -> np.ndarray:

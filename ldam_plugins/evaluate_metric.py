@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 from ldam_plugins._checks import must_be, quoted
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.metrics import MetricAccumulator, long_tail_metrics
+from ldam_plugins.model_outputs import find_logits, one_label_a_row
 
 _DESCRIPTION = """
 Accuracy under a long tail: per class, mean of the many/medium/few groups of training classes,
@@ -48,7 +50,9 @@ class LongTailMetrics(evaluate.Metric):
     As ``Trainer(compute_metrics=LongTailMetrics(counts))`` it returns floats only, which every
     tracker can log: ``top1_error`` (%), ``balanced_accuracy``, ``worst_class_accuracy``, ``many``,
     ``medium``, ``few``, ``nll``, ``ece``. A group that no evaluated class belongs to is left out.
-    ``batch_eval_metrics=True`` of the training arguments works and keeps no logits.
+    ``batch_eval_metrics=True`` of the training arguments works and keeps no logits. The batches of
+    an evaluation that broke off are not counted in the next one; in a loop of your own call
+    :meth:`reset` before it.
 
     Args:
         class_counts: *Training* samples per class, (C).
@@ -77,37 +81,63 @@ class LongTailMetrics(evaluate.Metric):
         keep_in_memory: bool = True,
         **options: Any,
     ) -> None:
-        self._accumulator = MetricAccumulator(class_counts)
-        self.class_counts = self._accumulator.class_counts
+        accumulator = MetricAccumulator(class_counts)
+        self.class_counts = accumulator.class_counts
         self.per_class = per_class
+        self._running: dict[int | None, MetricAccumulator] = {}
         if per_class:
             _check_distinct(self._class_keys())
         super().__init__(keep_in_memory=keep_in_memory, **options)
 
-    def __call__(self, eval_pred: Any, compute_result: bool = True) -> dict[str, float]:
+    def __call__(self, eval_pred: Any, compute_result: bool | None = None) -> dict[str, float]:
         """``Trainer``'s ``compute_metrics``.
 
         Args:
-            eval_pred: ``EvalPrediction``, or a pair (predictions, labels). Of a tuple of model
-                outputs the first is taken as the logits; a list holds batches
-                (``eval_do_concat_batches=False``).
-            compute_result: False while batches are still to come (``batch_eval_metrics=True``);
-                the answer is empty then.
+            eval_pred: ``EvalPrediction``, or a pair (predictions, labels). Of several model
+                outputs the one of shape (N, C) is taken as the logits, as
+                :func:`~ldam_plugins.model_outputs.find_logits` does for the loss; a list holds
+                batches (``eval_do_concat_batches=False``). Labels are (N,) or (N, 1).
+            compute_result: Under ``batch_eval_metrics=True`` False while batches are still to come
+                (the answer is empty then), True with the last. Left out: ``eval_pred`` is, or
+                completes, the whole evaluation.
 
         Raises:
             TypeError: ``logits`` are not floats or ``labels`` not integers.
-            ValueError: as :func:`~ldam_plugins.metrics.long_tail_metrics`.
+            ValueError: no output, or several, of the logits' shape, or as
+                :func:`~ldam_plugins.metrics.long_tail_metrics`.
         """
-        done = False
+        loops = _evaluations()
+        own, begins = loops[0] if loops else (None, False)
+        accumulator = None if begins else self._running.get(own)
+        if accumulator is None:
+            accumulator = MetricAccumulator(self.class_counts)
+        # Evaluations that are not on the stack any more broke off; this one must not fail.
+        around = {None, *(loop for loop, _ in loops)} - {own}
+        self._running = {loop: part for loop, part in self._running.items() if loop in around}
+        for logits, labels in _batches(eval_pred[0], eval_pred[1], len(self.class_counts)):
+            accumulator.update(logits, labels)
+        if compute_result is False:
+            self._running[own] = accumulator
+            return {}
+        return self._flat(accumulator.compute())
+
+    def compute(self, **kwargs: Any) -> dict[str, Any] | None:
+        """The metrics of all rows added, as ``evaluate.Metric.compute``; forgets them.
+
+        Raises:
+            ValueError: as :func:`~ldam_plugins.metrics.long_tail_metrics`, or rows that do not have
+                the form of the metric. The rows are forgotten then, too.
+        """
         try:
-            for logits, labels in _batches(eval_pred[0], eval_pred[1]):
-                self._accumulator.update(logits, labels)
-            result = self._flat(self._accumulator.compute()) if compute_result else {}
-            done = not compute_result
-        finally:
-            if not done:
-                self._accumulator.reset()
-        return result
+            return super().compute(**kwargs)
+        except BaseException:
+            self.reset()
+            raise
+
+    def reset(self) -> None:
+        """Forget the rows of evaluations that are not complete."""
+        self._running = {}
+        self.writer = self.buf_writer = self.data = None
 
     def _info(self) -> evaluate.MetricInfo:
         features = {
@@ -135,14 +165,46 @@ class LongTailMetrics(evaluate.Metric):
         return [f"accuracy_{name}" for name in names]
 
 
-def _batches(predictions: Any, labels: Any) -> Iterator[tuple[Any, Any]]:
+def _batches(predictions: Any, labels: Any, classes: int) -> Iterator[tuple[Any, Any]]:
     parts = zip(predictions, labels, strict=True) if isinstance(predictions, list) else None
     for outputs, target in parts or [(predictions, labels)]:
         if isinstance(target, tuple):
             wanted = "one array of class indices"
             way_out = "Keep one name in `label_names` of the training arguments."
             raise ValueError(must_be("labels", wanted, f"{len(target)} of them", way_out))
-        yield (outputs[0] if isinstance(outputs, tuple) else outputs), target
+        yield _logits(outputs, len(target), classes), one_label_a_row(target)
+
+
+def _logits(outputs: Any, rows: int, classes: int) -> Any:
+    way_out = (
+        "Of a model that returns no dict the Trainer drops the first item: let `forward` return "
+        '{"logits": logits}. Of several outputs of one shape, choose with '
+        "`Trainer(preprocess_logits_for_metrics=lambda outputs, labels: outputs[0])`."
+    )
+    logits = find_logits(outputs, rows, classes, way_out)
+    if tuple(logits.shape[:1]) != (rows,):
+        wanted = f"of shape ({rows}, {classes}), a row for each label"
+        raise ValueError(must_be("predictions", wanted, tuple(logits.shape), way_out))
+    return logits
+
+
+def _evaluations() -> list[tuple[int, bool]]:
+    """The evaluations of Trainers that run, the innermost first, and whether each begins.
+
+    A Trainer does not say where an evaluation begins, and one may break off anywhere. But each has
+    a frame of its own on the stack of calls, and numbers its batches from 0.
+    """
+    found = []
+    frame = inspect.currentframe()
+    try:
+        while frame is not None:
+            if frame.f_code.co_name == "evaluation_loop" and "step" in frame.f_locals:
+                batches = frame.f_locals["self"].args.batch_eval_metrics
+                found.append((id(frame), not batches or frame.f_locals["step"] == 0))
+            frame = frame.f_back
+    finally:
+        del frame  # a frame that refers to itself would keep its locals alive
+    return found
 
 
 def _check_distinct(keys: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,12 +14,13 @@ from transformers.utils import logging
 from ldam_plugins._checks import check_int, check_real, must_be
 from ldam_plugins.combinations import warn_of_combination
 from ldam_plugins.counts import ClassCounts
-from ldam_plugins.hf_labels import count_labels
+from ldam_plugins.hf_labels import GIVE_COUNTS, IGNORED, TrainingLabels
 from ldam_plugins.hf_loss_mapping import register
 from ldam_plugins.hf_mixup import FeatureMixup, remove_mixup
 from ldam_plugins.hf_run import RESAMPLING, TrainingRun
 from ldam_plugins.hf_setup import (
     calling_trainer,
+    check_forward,
     check_head,
     check_setup,
     class_count,
@@ -61,8 +63,11 @@ class DRWCallback(TrainerCallback):
     Args:
         criterion: The loss to use. Default: ``loss`` made for the training labels.
         loss: One of :func:`~ldam_plugins.list_losses`. Default: ``"ldam"``.
-        class_counts: Training samples of each class. Default: the labels of ``train_dataset``.
-            Must be given where those cannot be read, as from an iterable dataset.
+        class_counts: Training samples of each class. Default: the labels of ``train_dataset``, of
+            which every example is loaded once if it is neither a ``datasets.Dataset`` without
+            transform nor one of torchvision's or timm's own; with counts given none is. They must
+            be given where labels cannot be read, as from an iterable dataset. Counts that differ
+            from labels which are known without loading are used, with a warning.
         schedule: Kind of :class:`~ldam_plugins.DeferredSchedule`, or one made already (with
             ``unit="step"``, say).
         start: When the second stage begins: a float is a share of the training (default 0.8), an
@@ -145,10 +150,12 @@ class DRWCallback(TrainerCallback):
         """Make the loss, give it to the Trainer and work out the schedule."""
         trainer = calling_trainer()
         self._check(trainer)
+        check_forward(trainer.model)
         if self._cosine_head:
             check_head(trainer.model, optimizer, self._scale)
         fold_when_saved(trainer.model)
-        self.criterion = self._criterion_for(trainer, train_dataloader)
+        labels = self._labels(args, train_dataloader)
+        self.criterion = self._criterion_for(trainer, labels)
         if state.is_world_process_zero:
             warn_of_combination(self.criterion, self.schedule)
         data_seed = args.seed if args.data_seed is None else args.data_seed
@@ -159,9 +166,14 @@ class DRWCallback(TrainerCallback):
             self.schedule,
             total_steps=state.max_steps,
             train_dataloader=train_dataloader,
+            labels=labels,
             seed=data_seed if self.seed is None else self.seed,
             mixup=FeatureMixup(trainer, self.mixup) if self.mixup else None,
         )
+        if state.is_world_process_zero:
+            difference = labels.difference(self.criterion.class_counts)
+            if difference is not None:
+                warnings.warn(difference, stacklevel=2)
         trainer.compute_loss_func = self._run.compute_loss
         self._untrained = False
 
@@ -236,13 +248,22 @@ class DRWCallback(TrainerCallback):
             wanted = "that of the callback's criterion, or None"
             raise ValueError(must_be("compute_loss_func", wanted, loss, way_out))
 
-    def _criterion_for(self, trainer: Trainer, train_dataloader: Any) -> ClassificationLoss:
+    def _labels(self, args: TrainingArguments, train_dataloader: Any) -> TrainingLabels:
+        """The labels of the training set, not read yet."""
+        way_out = GIVE_COUNTS
+        if self.schedule.kind in RESAMPLING:
+            way_out = "Use schedule='drw' and class_counts=[...]: re-sampling needs every label."
+        ignored = self._options.get("ignore_index", IGNORED)
+        if self._given is not None:
+            ignored = self._given.ignore_index
+        return TrainingLabels(train_dataloader, args, ignored=ignored, way_out=way_out)
+
+    def _criterion_for(self, trainer: Trainer, labels: TrainingLabels) -> ClassificationLoss:
         """The loss given, or one made for the counts given, or for the training labels."""
         classes = class_count(trainer.model)
         counts = self.class_counts if self._given is None else self._given.class_counts
         if counts is None:
-            collate = train_dataloader.collate_fn
-            counts = count_labels(train_dataloader.dataset, classes, collate)
+            counts = labels.count(classes)
         if classes is not None and len(counts) != classes:
             way_out = f"Create the model with num_labels={len(counts)}, or give its counts."
             raise ValueError(must_be("class_counts", f"{classes} counts", len(counts), way_out))

@@ -17,9 +17,10 @@ from transformers.utils import logging
 
 from ldam_plugins._checks import must_be
 from ldam_plugins.combinations import enter_stage
-from ldam_plugins.hf_labels import IGNORED, read_labels
+from ldam_plugins.hf_labels import TrainingLabels
 from ldam_plugins.hf_mixup import FeatureMixup
-from ldam_plugins.loss_base import ClassificationLoss, logits_of
+from ldam_plugins.loss_base import ClassificationLoss
+from ldam_plugins.model_outputs import find_logits, one_label_a_row
 from ldam_plugins.runtime import own_rows
 from ldam_plugins.samplers import DeferredSampler
 from ldam_plugins.schedules import DeferredSchedule, Progress
@@ -45,6 +46,7 @@ class TrainingRun:
         schedule: What to re-weight or re-sample when.
         total_steps: Optimizer updates of the whole training.
         train_dataloader: As the Trainer has prepared it.
+        labels: Of the training set, asked for where examples are re-sampled.
         seed: Of re-sampling.
         mixup: What mixes the features in the model, if anything does.
 
@@ -62,6 +64,7 @@ class TrainingRun:
         *,
         total_steps: int,
         train_dataloader: Any,
+        labels: TrainingLabels,
         seed: int,
         mixup: FeatureMixup | None = None,
     ) -> None:
@@ -77,7 +80,7 @@ class TrainingRun:
         self._last_round = _last_round(train_dataloader)
         self._sampler: DeferredSampler | None = None
         if schedule.kind in RESAMPLING:
-            self._sampler = self._make_sampler(train_dataloader, total_steps, seed)
+            self._sampler = self._make_sampler(train_dataloader, labels, total_steps, seed)
 
     def compute_loss(
         self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None
@@ -89,6 +92,7 @@ class TrainingRun:
                 "Add one, or write `trainer.compute_loss_func = None`."
             )
         if torch.is_grad_enabled() and labels is not None:
+            labels = one_label_a_row(labels)
             if self.mixup is not None:
                 classes = len(self.criterion.class_counts)
                 if labels.ndim == 1 and num_items_in_batch is not None:
@@ -145,7 +149,8 @@ class TrainingRun:
         if items is not None:  # counted over all micro-batches, of which the last is filled up
             items = items - self._last_round.repeats * labels[0].numel()
         if progress.sync_gradients and labels.ndim == 2:
-            return logits_of(outputs)[:own], labels[:own], items
+            logits = find_logits(outputs, len(labels), len(self.criterion.class_counts))
+            return {"logits": logits[:own]}, labels[:own], items
         if progress.sync_gradients:
             ignored = torch.full_like(labels[own:], self.criterion.ignore_index)
             labels = torch.cat([labels[:own], ignored])
@@ -180,17 +185,19 @@ class TrainingRun:
                 f"start={schedule.start} of {total_steps} updates: the second stage never begins."
             )
 
-    def _make_sampler(self, loader: Any, total_steps: int, seed: int) -> DeferredSampler:
+    def _make_sampler(
+        self, loader: Any, known: TrainingLabels, total_steps: int, seed: int
+    ) -> DeferredSampler:
         dataset = loader.dataset
         if isinstance(dataset, IterableDataset) or not hasattr(loader, "set_sampler"):
             way_out = "Use schedule='drw', which needs no sampler."
             wanted = "map-style, in the Trainer's own data loader, for re-sampling"
             raise ValueError(must_be("train_dataset", wanted, type(dataset).__name__, way_out))
-        labels = read_labels(dataset, loader.collate_fn)
-        if (labels == IGNORED).any():
-            way_out = "Leave them out: `train_dataset.filter(...)`."
+        labels = known.read()
+        if (labels == known.ignored).any():
+            way_out = "Leave them out: `train_dataset.filter(...)`, `torch.utils.data.Subset(...)`."
             wanted = "given for every example where examples are re-sampled"
-            raise ValueError(must_be("labels", wanted, IGNORED, way_out))
+            raise ValueError(must_be("labels", wanted, known.ignored, way_out))
         return DeferredSampler(
             labels,
             self.schedule,

@@ -112,6 +112,26 @@ def check_head(model: nn.Module, optimizer: Any, scale: float) -> None:
         raise ValueError(must_be("optimizer", "one that holds the head", list(heads), before))
 
 
+def check_forward(model: nn.Module) -> None:
+    """Check that the model can be called without labels, which the Trainer gives to the loss.
+
+    Raises:
+        ValueError: its ``forward`` asks for them.
+    """
+    called: Any = getattr(model, "_orig_mod", model)  # of torch.compile
+    kinds = {parameter.kind for parameter in inspect.signature(called.forward).parameters.values()}
+    if kinds <= {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
+        called = called.get_base_model() if hasattr(called, "get_base_model") else called  # PEFT's
+    labels = inspect.signature(called.forward).parameters.get("labels")
+    if labels is not None and labels.default is labels.empty:
+        way_out = (
+            "Write `labels=None` there, and return no loss where they are None: the Trainer gives "
+            "the labels to the loss of DRWCallback, not to the model."
+        )
+        wanted = "one whose `forward` works without labels"
+        raise ValueError(must_be("model", wanted, type(called).__name__, way_out))
+
+
 def class_count(model: nn.Module) -> int | None:
     """Classes the model tells apart, by its cosine head or its config; None if neither says."""
     sizes = [len(head.weight) for head in cosine_heads(model).values()]
@@ -145,7 +165,7 @@ def _check_arguments(trainer: Trainer, resampling: bool) -> None:
         value = args.label_smoothing_factor
         raise ValueError(must_be("label_smoothing_factor", "0 with DRWCallback", value, way_out))
     if args.label_names is not None and "labels" not in args.label_names:
-        way_out = 'Name the column so: `train_dataset.rename_column("...", "labels")`.'
+        way_out = 'Leave it out, and write `train_dataset.rename_column("...", "label")`.'
         raise ValueError(must_be("label_names", "['labels'] or None", args.label_names, way_out))
     if args.world_size > 1 and not args.average_tokens_across_devices:
         way_out = "Else the update depends on which process gets which example."
@@ -168,5 +188,5 @@ def _check_config(config: Any) -> None:
         way_out = "Create the model with num_labels=2 for two classes."
         raise ValueError(must_be("config.num_labels", ">= 2", config.num_labels, way_out))
     if getattr(config, "return_dict", True) is False:
-        way_out = "The Trainer drops the logits of tuple outputs where the loss is given."
+        way_out = "The Trainer drops the first item of tuple outputs where the loss is given."
         raise ValueError(must_be("config.return_dict", "True", False, way_out))

@@ -14,6 +14,7 @@ from ldam_plugins._checks import check_choice, check_int, must_be
 from ldam_plugins.chunked_cosines import ChunkedCosines
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.functional import cross_entropy
+from ldam_plugins.model_outputs import find_logits, one_label_a_row, refuse_lost_logits
 from ldam_plugins.reduction import REDUCTIONS, mean_denominator
 
 
@@ -109,18 +110,26 @@ class ClassificationLoss(nn.Module):
         how the batch was cut. While they are off (evaluation): plain cross-entropy.
 
         Args:
-            outputs: Model output with ``logits`` (attribute, key or first item).
-            labels: (N,) int64 or (N, C) floating.
+            outputs: Model output, of which :func:`~ldam_plugins.model_outputs.find_logits` takes
+                the logits.
+            labels: (N,) or (N, 1) int64, or (N, C) floating.
             num_items_in_batch: Labels in the whole batch over all micro-batches and processes, as
                 the Trainer counts them; None: this batch alone.
 
         Raises:
-            ValueError: ``labels`` is None, or as for a call.
+            ValueError: ``labels`` is None, no logits are found, the Trainer that calls would
+                predict something else, or as for a call.
         """
         if labels is None:
-            way_out = 'Name the label column "label" or "labels": the Trainer hands on no other.'
+            way_out = (
+                'Name the label column "label" or "labels": the Trainer hands on no other. Of a '
+                "model whose `forward` has no argument `labels` it drops that one, too, but for "
+                'TrainingArguments(label_names=["labels"]).'
+            )
             raise ValueError(must_be("labels", "a tensor", None, way_out))
-        logits = logits_of(outputs)
+        labels = one_label_a_row(labels)
+        logits = find_logits(outputs, len(labels), len(self.class_counts))
+        refuse_lost_logits(outputs, logits)
         items, replicas = self._items(labels, num_items_in_batch)
         if not torch.is_grad_enabled():
             self._check_classes(logits)
@@ -160,7 +169,9 @@ class ClassificationLoss(nn.Module):
     def _check_classes(self, logits: Tensor | ChunkedCosines) -> None:
         if logits.ndim != 2 or logits.shape[1] != len(self.class_counts):
             wanted = f"of shape (N, {len(self.class_counts)}), one column per class count"
-            raise ValueError(must_be("logits", wanted, tuple(logits.shape)))
+            way_out = "The loss is for one class an example, not one a token or pixel."
+            shape = tuple(logits.shape)
+            raise ValueError(must_be("logits", wanted, shape, way_out if len(shape) > 2 else ""))
 
     def _register_exact(self, name: str, values: Tensor) -> None:
         """Keep float64 ``values`` and a buffer of them in the default dtype."""
@@ -194,12 +205,3 @@ def option_names(loss: type[ClassificationLoss]) -> tuple[str, ...]:
     own = inspect.signature(loss).parameters
     shared = inspect.signature(ClassificationLoss).parameters
     return tuple(n for n in dict.fromkeys((*own, *shared)) if n not in ("class_counts", "common"))
-
-
-def logits_of(outputs: Any) -> Any:
-    """Logits of a model's output: attribute, key or first item."""
-    if isinstance(outputs, Tensor | ChunkedCosines):
-        return outputs
-    if isinstance(outputs, dict):
-        return outputs["logits"]
-    return outputs.logits if hasattr(outputs, "logits") else outputs[0]

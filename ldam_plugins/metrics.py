@@ -233,7 +233,12 @@ def _check_labels(labels: Any, logits: Tensor, ignore_index: int) -> np.ndarray:
     """Labels as an int64 array (N,) on the CPU, each 0..C-1 or ``ignore_index``."""
     shape = tuple(np.shape(labels))
     if len(shape) == 2:
-        way_out = "One-hot or soft labels have no class index: give `labels.argmax(-1)`."
+        if shape[1] == 1:
+            way_out = "Drop the second axis: `labels.squeeze(-1)`."
+        elif shape == tuple(logits.shape):
+            way_out = "One-hot or soft labels have no class index: give `labels.argmax(-1)`."
+        else:
+            way_out = "The metrics are for one class a row, not one a token or pixel."
         raise ValueError(must_be("labels", "class indices of shape (N,)", shape, way_out))
     target = label_array(labels)
     if len(target) != len(logits):

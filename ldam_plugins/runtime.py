@@ -6,6 +6,7 @@ import ctypes
 import logging
 import os
 import platform
+import random
 import re
 import shutil
 import signal
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import psutil
 import torch
 from torch import distributed
@@ -36,8 +38,9 @@ logger = logging.getLogger(__name__)
 def choose_precision(requested: str = "auto") -> str:
     """Mixed precision for Accelerate and the Trainer: ``"no"``, ``"bf16"`` or ``"fp16"``.
 
-    ``"auto"`` is bf16 where the hardware computes in it (AMX or AVX512-BF16 on a CPU, compute
-    capability 8 on a CUDA device), else float32: without such units bf16 is slower than float32.
+    ``"auto"`` is bf16 where the hardware has units that multiply matrices in it (AMX on a CPU,
+    compute capability 8 on a CUDA device), else float32. AVX512-BF16 alone is not enough: with it
+    bf16 was measured slower than float32.
 
     Raises:
         ValueError: an unknown precision.
@@ -50,7 +53,31 @@ def choose_precision(requested: str = "auto") -> str:
     if torch.accelerator.is_available():
         return "no"
     units = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return "bf16" if units.get("amx_bf16") or units.get("avx512_bf16") else "no"
+    return "bf16" if units.get("amx_bf16") and units.get("amx_tile") else "no"
+
+
+def seed_epoch(seed: int, epoch: int, process: int = 0) -> torch.Generator:
+    """Seed all that a process draws in an epoch: Python, NumPy, and torch on every device.
+
+    Each of them, for each seed, epoch and process, has a stream of its own (NumPy's
+    ``SeedSequence``), so that no process repeats another's draws in any epoch, and a resumed
+    training draws what it would have drawn.
+
+    Args:
+        seed: Seed of the training, at least 0.
+        epoch: 0-based epoch.
+        process: 0-based process.
+
+    Returns:
+        A generator on the CPU with one more such stream.
+    """
+    for name, value in (("seed", seed), ("epoch", epoch), ("process", process)):
+        check_int(name, value, low=0)
+    children = np.random.SeedSequence(seed, spawn_key=(epoch, process)).spawn(4)
+    random.seed(children[0].generate_state(8).tobytes())
+    np.random.seed(children[1].generate_state(8))
+    torch.manual_seed(int(children[2].generate_state(1, np.uint64)[0]))
+    return torch.Generator().manual_seed(int(children[3].generate_state(1, np.uint64)[0]))
 
 
 @contextmanager
@@ -172,6 +199,25 @@ def until_preempted(epochs: Iterable[int]) -> Iterator[int]:
             if any_process(told.is_set()):
                 logger.warning(f"SIGTERM: ended after epoch {epoch}; --resume goes on from there.")
                 raise SystemExit(PREEMPTED)
+
+
+def epoch_batches(
+    samples: int, batch_size: int, processes: int = 1, *, drop_last: bool = False
+) -> int:
+    """Batches of each process in an epoch, as Accelerate deals them; see :func:`own_rows`.
+
+    Args:
+        samples: Samples of the epoch, over all processes.
+        batch_size: Rows of a batch.
+        processes: Processes that share the epoch.
+        drop_last: Whether only whole batches are dealt, the same number to each process.
+
+    Example:
+        >>> epoch_batches(10, 4, 2), epoch_batches(10, 4, 2, drop_last=True)
+        (2, 1)
+    """
+    turn = batch_size * processes
+    return samples // turn if drop_last else -(-samples // turn)
 
 
 def own_rows(samples: int, batch: int, batch_size: int, process: int, processes: int) -> int:

@@ -64,7 +64,7 @@ def main(options: TextOptions) -> dict[str, Any]:
     set_seed(options.seed)
     arguments = make_arguments(options)
     check_processes(arguments.world_size, options.num_processes)
-    train, test, counts = load_data(options)
+    train, test, counts = load_data(options, show=arguments.process_index == 0)
     criterion = options.make_loss(counts)
     tokenizer, model = make_model(options, train, criterion)
     with arguments.main_process_first(desc="tokenize"):  # the others read what it has kept

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
-from options import COUNT, COUNT_OR_0, NOT_NEGATIVE, SHARE_BELOW_1, CoreOptions, option
+from options import COUNT, COUNT_OR_0, NOT_NEGATIVE, SHARE_BELOW_1, CoreOptions, option, tell_kept
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -55,7 +56,6 @@ class TextOptions(CoreOptions):
 
     dataset: str = option("stdlib_docstrings", "hub id, local folder, or stdlib_docstrings")
     model: str = option("bilstm", "bilstm, minilm (in a package), hub id or local folder")
-    profile: str = option("none", "long-tail profile", choices=("exp", "step", "none"))
     epochs: int = option(3, "epochs of training")
     batch_size: int = option(32, "texts a process and micro-batch")
     lr: float = option(5e-5, "learning rate of Adam")
@@ -86,8 +86,8 @@ class TextOptions(CoreOptions):
     eval_every: int = option(1, "epochs between evaluations; the last is always evaluated")
 
 
-def load_data(options: TextOptions) -> tuple[Dataset, Dataset, ClassCounts]:
-    """The long-tailed training texts, the test texts, and the training texts per class."""
+def load_data(options: TextOptions, show: bool = False) -> tuple[Dataset, Dataset, ClassCounts]:
+    """The training texts, cut to a long tail if asked for, the test texts, and texts per class."""
     train, test = load_texts(
         options.dataset,
         text_column=options.text_column,
@@ -97,6 +97,7 @@ def load_data(options: TextOptions) -> tuple[Dataset, Dataset, ClassCounts]:
         skip_empty=options.skip_empty,
     )
     names = train.features["label"].names
+    labels = np.asarray(train["label"])
     train = train.select(
         thin_classes(
             train["label"], names, options.rare_classes, options.rare_fraction, options.subset_seed
@@ -111,7 +112,10 @@ def load_data(options: TextOptions) -> tuple[Dataset, Dataset, ClassCounts]:
         options.class_order,
     )
     train = train.select(keep)
-    return train, test, ClassCounts.from_labels(train["label"], class_names=names)
+    counts = ClassCounts.from_labels(train["label"], class_names=names)
+    if show:
+        tell_kept(options, ClassCounts(np.bincount(labels, minlength=len(names))), counts)
+    return train, test, counts
 
 
 def make_model(

@@ -14,7 +14,8 @@ RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 LAYERS = [
     {"_checks"},
     {"counts", "chunked_cosines"},
-    {"long_tail", "reduction", "runtime", "run_files", "intervals", "pages", "preset_files"},
+    {"long_tail", "reduction", "runtime", "run_files", "intervals", "pages", "preset_files"}
+    | {"model_outputs"},
     {"margin_cross_entropy", "margin_cross_entropy_triton", "run_folder"},
     {"functional"},
     {"loss_base", "schedules", "metrics", "tables"},

@@ -112,7 +112,7 @@ def test_resumed_run_equals_the_undisturbed_one(run, monkeypatch, flags):
         ("--loss", "vector_scaling", "--schedule", "drs", "--accumulation", 3),
         ("--loss", "ce", "--head", "cosine", "--clip_grad", 1, "--mixed_precision", "bf16"),
         ("--profile", "step", "--report_to", "tensorboard", "--opt", "adamw", "--lr", 1e-3),
-        ("--in_memory", 0, "--workers", 1, "--model", "test_vit", "--image_size", 160),
+        ("--memory_limit", 0, "--workers", 1, "--model", "test_vit", "--image_size", 160),
     ],
     ids=lambda flags: flags[1],
 )
@@ -178,7 +178,11 @@ def small_folder(root, corrupt=()):
         (["--start", "7"], ValueError, "`start` must be before the end of the training"),
         (["--start", "soon"], ValueError, "`start` must be a share .*got 'soon'"),
         (["--num_processes", "2"], RuntimeError, "must be 2, as asked for, got 1"),
-        (["--dataset", "no/such-set"], (ValueError, ConnectionError), "no/such-set"),
+        (
+            ["--dataset", "no/such-set", "--profile", "exp"],
+            (ValueError, ConnectionError),
+            "no/such-set",
+        ),
         (["--mixed_precision", "fp8"], SystemExit, None),
         (["--schedule", "dwr"], SystemExit, None),
         (["--no_such_flag", "1"], ValueError, "no_such_flag"),
