@@ -100,7 +100,7 @@ def _machine(metrics: Mapping[str, Any]) -> dict[str, str]:
     versions = {name: version or "not installed" for name, version in metrics["versions"].items()}
     return {
         "device": metrics["device"],
-        "mixed precision": metrics.get("mixed_precision", "not recorded"),
+        "mixed precision": metrics.get("mixed_precision", "unknown"),
         "training time": f"{minutes} min {seconds} s",
         "training speed": f"{metrics['examples_per_second']:.4g} examples/s",
         **versions,
