@@ -133,7 +133,7 @@ class TrainingRun:
             progress = self._sampler.progress  # sampling changes between epochs only
         if getattr(self.criterion, "weighted_by", None) != id(self):
             self.stage = None  # another training has used the loss since, inside this one perhaps
-            self.criterion.weighted_by = id(self)  # type: ignore[assignment]
+            self.criterion.weighted_by = id(self)
         stage = enter_stage(self.criterion, self.schedule, progress, self.stage)
         if stage != self.stage:
             self.stage = stage
