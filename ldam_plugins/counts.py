@@ -258,9 +258,12 @@ def _plain_array(values: Any) -> np.ndarray | None:
     if isinstance(values, list | tuple) and values and isinstance(values[0], Tensor):
         values = [v.tolist() if isinstance(v, Tensor) else v for v in values]  # from any device
     try:
-        return np.asarray(values)
+        array = np.asarray(values)
     except ValueError:
         return None
+    if array.dtype == object and all(type(value) is int for value in array.flat):
+        return array.astype(np.int64)
+    return array
 
 
 def check_label_range(labels: np.ndarray, num_classes: int) -> None:

@@ -169,7 +169,7 @@ class DRWCallback(TrainerCallback):
         """Make the loss, give it to the Trainer and work out the schedule."""
         trainer = calling_trainer()
         self._check(trainer)
-        check_forward(trainer.model)
+        check_forward(trainer)
         if self._cosine_head:
             check_head(trainer.model, optimizer, self._scale)
         fold_when_saved(trainer.model)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -112,24 +114,53 @@ def check_head(model: nn.Module, optimizer: Any, scale: float) -> None:
         raise ValueError(must_be("optimizer", "one that holds the head", list(heads), before))
 
 
-def check_forward(model: nn.Module) -> None:
+def check_forward(trainer: Trainer) -> None:
     """Check that the model can be called without labels, which the Trainer gives to the loss.
 
+    A ``forward`` that asks for them is refused now; one that uses them all the same is when it is
+    called for the first time and fails, before any update.
+
     Raises:
-        ValueError: its ``forward`` asks for them.
+        ValueError: it cannot; the message says what to write.
     """
-    called: Any = getattr(model, "_orig_mod", model)  # of torch.compile
+    model: Any = trainer.model
+    called = getattr(model, "_orig_mod", model)  # of torch.compile
     kinds = {parameter.kind for parameter in inspect.signature(called.forward).parameters.values()}
     if kinds <= {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
         called = called.get_base_model() if hasattr(called, "get_base_model") else called  # PEFT's
     labels = inspect.signature(called.forward).parameters.get("labels")
     if labels is not None and labels.default is labels.empty:
-        way_out = (
-            "Write `labels=None` there, and return no loss where they are None: the Trainer gives "
-            "the labels to the loss of DRWCallback, not to the model."
-        )
-        wanted = "one whose `forward` works without labels"
-        raise ValueError(must_be("model", wanted, type(called).__name__, way_out))
+        raise ValueError(_needs_labels(called))
+    compiled = called is not model or getattr(model, "_compiled_call_impl", None) is not None
+    of_a_host = type(model).__module__.startswith(("transformers.", "peft."))
+    if not (compiled or trainer.args.torch_compile or of_a_host or "forward" in vars(model)):
+        model.forward = MethodType(_explained(type(model).forward), model)
+
+
+def _explained(forward: Any) -> Any:
+    """``forward`` for one call, that words the error of missing labels."""
+
+    @functools.wraps(forward)
+    def first_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        del self.forward  # the class's own from now on
+        try:
+            return forward(self, *args, **kwargs)
+        except (AttributeError, KeyError, TypeError) as error:
+            if "labels" in str(error) or "NoneType" in str(error):
+                raise ValueError(f"{_needs_labels(self)} ({error!r})") from error
+            raise
+
+    return first_forward
+
+
+def _needs_labels(model: nn.Module) -> str:
+    way_out = (
+        "Write `labels=None` there, and return no loss where they are None: the Trainer gives the "
+        "labels to the loss of DRWCallback, not to the model."
+    )
+    return must_be(
+        "model", "one whose `forward` works without labels", type(model).__name__, way_out
+    )
 
 
 def class_count(model: nn.Module) -> int | None:

@@ -91,8 +91,9 @@ def test_counts_cannot_be_changed_from_outside():
         np.array([0, 1, 1, 2], dtype=np.uint8),
         torch.tensor([0, 1, 1, 2]),
         Dataset.from_dict({"label": [0, 1, 1, 2]})["label"],
+        np.array([0, 1, 1, 2], dtype=object),
     ],
-    ids=["list", "tuple", "array", "tensor", "column"],
+    ids=["list", "tuple", "array", "tensor", "column", "objects"],
 )
 def test_from_labels_of_every_kind(labels):
     assert ClassCounts.from_labels(labels).counts.tolist() == [1, 2, 1]

@@ -9,13 +9,15 @@ import pandas as pd
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
+from hf_samples import COUNTS, logged, make_data, make_model, make_trainer
 from PIL import Image
 from timm.data.dataset import ImageDataset
 from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset, random_split
 from torch.utils.data import Dataset as TorchDataset
 from torchvision.datasets import CIFAR10, MNIST, ImageFolder
-from transformers import BatchEncoding, default_data_collator
+from transformers import BatchEncoding, TrainerCallback, default_data_collator
 
+from ldam_plugins import DRWCallback
 from ldam_plugins.hf_labels import TrainingLabels, class_indices, count_labels, known_labels
 
 LABELS = [2, 0, 1, 0, 0, 1]
@@ -464,3 +466,83 @@ def test_bad_data_says_what_to_write(data, message):
     loader = SimpleNamespace(dataset=data, collate_fn=default_data_collator)
     with pytest.raises(ValueError, match=message):
         TrainingLabels(loader, _arguments()).read()
+
+
+class _Rounds(TorchDataset):
+    """Rows of a table whose labels a ``__getitem__`` looks up, beside an attribute or two."""
+
+    def __init__(self, table, **attributes):
+        self.table, self.loaded = table, 0
+        vars(self).update(attributes)
+
+    def __len__(self):
+        return len(self.table)
+
+    def __getitem__(self, index):
+        self.loaded += 1
+        return self.table[index]
+
+
+class _LoadedBeforeTheFirstUpdate(TrainerCallback):
+    def on_train_begin(self, args, state, control, *, train_dataloader, **kwargs):
+        self.loaded = train_dataloader.dataset.loaded
+
+
+class TestInATraining:
+    def _counts(self, tmp_path, data, **options):
+        callback, told = DRWCallback(schedule="rs"), _LoadedBeforeTheFirstUpdate()
+        trainer = make_trainer(
+            tmp_path, make_model(), data, [callback, told], max_steps=2, **options
+        )
+        trainer.train()
+        assert told.loaded == len(data)  # once, though counted and sampled by
+        return callback.criterion.class_counts.counts.tolist()
+
+    @pytest.mark.parametrize("name", ["labels", "targets"])
+    @pytest.mark.parametrize("kind", ["dict", "series", "other order"])
+    def test_no_attribute_is_taken_for_the_labels(self, name, kind, tmp_path):
+        table = make_data()
+        values = {
+            "dict": dict(enumerate(table["label"], start=100)),
+            "series": pd.Series(table["label"], index=range(7, 31)),
+            "other order": [0, 1, 2] * 8,
+        }[kind]
+        assert self._counts(tmp_path, _Rounds(table, **{name: values})) == COUNTS
+
+    def test_labels_that_a_column_is_mapped_to(self, tmp_path):
+        table = make_data(counts=[12, 8, 4])  # transformed to 12, 4 and 8
+        table = table.with_transform(
+            lambda rows: {"input_ids": rows["input_ids"], "label": [-y % 3 for y in rows["label"]]}
+        )
+        callback = DRWCallback()
+        make_trainer(tmp_path, make_model(), table, [callback], max_steps=1).train()
+        assert callback.criterion.class_counts.counts.tolist() == [12, 4, 8]
+
+    def test_examples_that_the_collator_drops(self, tmp_path):
+        rows = [*make_data(), None]
+
+        def whole(batch):
+            return default_data_collator([row for row in batch if row is not None])
+
+        callback = DRWCallback()
+        options = {"data_collator": whole, "max_steps": 4}
+        trainer = make_trainer(tmp_path, make_model(), rows, [callback], **options)
+        trainer.train()
+        assert callback.criterion.class_counts.counts.tolist() == COUNTS
+
+    def test_a_collator_that_mixes_gets_the_same_batches_as_with_given_counts(self, tmp_path):
+        rows = [(row["input_ids"], row["label"]) for row in make_data()]
+
+        def mix(batch):
+            tokens, labels = (torch.tensor(part) for part in zip(*batch, strict=True))
+            masses = torch.nn.functional.one_hot(labels, 3).float()
+            share = float(torch.rand(()))
+            return {"input_ids": tokens, "labels": masses.lerp(masses.roll(1, 0), share)}
+
+        losses = []
+        for given in (None, COUNTS):
+            callback = DRWCallback(class_counts=given)
+            trainer = make_trainer(tmp_path, make_model(), rows, [callback], data_collator=mix)
+            trainer.train()
+            losses.append(logged(trainer, "loss"))
+        assert losses[0] == losses[1]

@@ -197,6 +197,37 @@ class TestLabels:
             trainer.train()
         _trainer(tmp_path, _Net()).train()  # which is what the error asks for
 
+    @pytest.mark.parametrize("by_key", [False, True])
+    def test_a_forward_that_uses_them_unasked_is_told_so(self, by_key, tmp_path):
+        class Uses(_Net):
+            def forward(self, input_ids, labels=None):
+                outputs = super().forward(input_ids)
+                return {"loss": nn.functional.cross_entropy(outputs["logits"], labels), **outputs}
+
+        class UsesByKey(_Net):
+            def forward(self, **batch):
+                outputs = super().forward(batch["input_ids"])
+                return {"loss": outputs["logits"].mean() * batch["labels"].sum(), **outputs}
+
+        model = UsesByKey() if by_key else Uses()
+        options = {
+            "remove_unused_columns": False,
+            "data": make_data().remove_columns("attention_mask"),
+        }
+        trainer = _trainer(tmp_path, model, **options)
+        with pytest.raises(ValueError, match=r"works without labels.*labels=None") as caught:
+            trainer.train()
+        assert isinstance(caught.value.__cause__, KeyError if by_key else TypeError)
+        assert "forward" not in vars(model)
+
+    def test_another_error_of_a_forward_stays_its_own(self, tmp_path):
+        class Wrong(_Net):
+            def forward(self, input_ids, labels=None):
+                raise TypeError("an own one")
+
+        with pytest.raises(TypeError, match=r"^an own one$"):
+            _trainer(tmp_path, Wrong()).train()
+
     def test_a_forward_without_them_drops_a_column(self, tmp_path):
         class Without(_Net):
             def forward(self, input_ids):
