@@ -177,8 +177,10 @@ class TrainingLabels:
         logger.info(f"Reading the labels of {total} examples. {self.way_out}")
         batches = BatchSampler(SequentialSampler(self.dataset), self.args.train_batch_size, False)
         first, held, began = 0, [], time.monotonic()
-        show = {"delay": _SECONDS_BEFORE_A_BAR, "disable": bool(self.args.disable_tqdm)}
-        with tqdm(total=total, desc="Reading labels", **show) as bar:
+        hidden = bool(self.args.disable_tqdm)
+        with tqdm(
+            total=total, desc="Reading labels", delay=_SECONDS_BEFORE_A_BAR, disable=hidden
+        ) as bar:
             for rows, examples in self._batches(batches, partial(_labels_of, self.ignored)):
                 found, unnamed = examples
                 self._unnamed |= unnamed

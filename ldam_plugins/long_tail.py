@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,8 @@ from ldam_plugins.counts import check_label_range, label_array
 PROFILES = ("exp", "step", "none")
 CLASS_ORDERS = ("size", "index")
 """What the head of a long tail is: the largest class, or class 0."""
+_ROUNDING = 1e-13
+"""Relative error that a power in double precision stays below."""
 
 
 def long_tail_counts(
@@ -41,18 +45,36 @@ def long_tail_counts(
     check_int("num_classes", num_classes, low=1)
     check_choice("profile", profile, PROFILES)
     ratio = check_real("ratio", ratio, low=1)
-    shares = [1.0] * num_classes
+    kept = np.full(num_classes, n_max)
     if profile == "exp" and num_classes > 1:
-        shares = [ratio ** -(c / (num_classes - 1)) for c in range(num_classes)]
+        last = num_classes - 1
+        kept = np.array([_share(n_max, ratio, c, last) for c in range(num_classes)])
     elif profile == "step":
-        tail = num_classes - num_classes // 2
-        shares = [1.0] * (num_classes // 2) + [1 / ratio] * tail
-    kept = np.array([int(n_max * share) for share in shares], dtype=np.int64)
+        kept[num_classes // 2 :] = _share(n_max, ratio, 1, 1)
     if kept.min() == 0:
         way_out = f"Use a ratio of at most {n_max}."
         wanted = f"small enough that every class keeps a sample of {n_max}"
         raise ValueError(must_be("ratio", wanted, ratio, way_out))
     return kept
+
+
+def _share(n_max: int, ratio: float, numerator: int, denominator: int) -> int:
+    """``int(n_max * ratio ** -(numerator / denominator))`` without an error of rounding.
+
+    Floating point has 4900 / 49 a little below 100. Where it is so near to an integer that rounding
+    could decide, integers do: ``whole <= n_max * ratio ** -(p / q)`` if and only if
+    ``whole ** q * ratio ** p <= n_max ** q``.
+    """
+    if ratio == 1:
+        return n_max
+    share = n_max * ratio ** -(numerator / denominator)
+    whole = round(share)
+    if abs(share - whole) > _ROUNDING * share:
+        return int(share)
+    exact = Fraction(str(ratio))  # 1.1 is meant as 11/10
+    common = math.gcd(numerator, denominator)
+    p, q = numerator // common, denominator // common
+    return whole if Fraction(whole) ** q * exact**p <= n_max**q else whole - 1
 
 
 def long_tail_indices(

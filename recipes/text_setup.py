@@ -147,6 +147,8 @@ def make_model(
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
             model.config.pad_token_id = tokenizer.pad_token_id
+    # Saved with the tokenizer, so that `truncation=True` cuts texts as in training.
+    tokenizer.model_max_length = min(options.max_length, tokenizer.model_max_length)
     if criterion.needs_cosine_head or options.head == "cosine":
         use_cosine_head(model, options.scale or 30.0)
     return tokenizer, add_adapters(options, model) if options.lora_rank else model
@@ -178,6 +180,7 @@ def make_bilstm(
         hidden_size=options.hidden_size,
         embedding_dropout=options.embedding_dropout,
         pad_token_id=tokenizer.pad_token_id,
+        problem_type="single_label_classification",
         **labels,
     )
     return tokenizer, BiLSTMForSequenceClassification(config)
@@ -202,9 +205,8 @@ def tokenize(options: TextOptions, tokenizer: PreTrainedTokenizerBase, texts: Da
 
     Of texts that lie in the cache of ``datasets`` the token ids are kept there for the next run.
     """
-    length = min(options.max_length, tokenizer.model_max_length)
     return texts.map(
-        lambda batch: tokenizer(batch["text"], truncation=True, max_length=length),
+        lambda batch: tokenizer(batch["text"], truncation=True),
         batched=True,
         remove_columns=["text"],
         desc="tokenize",

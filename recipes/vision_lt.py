@@ -65,6 +65,7 @@ from ldam_plugins.run_files import (
     write_metrics,
 )
 from ldam_plugins.run_folder import claim_output_dir
+from ldam_plugins.run_lock import folders_held
 from ldam_plugins.runtime import (
     drop_partial_checkpoints,
     keep_freed_memory,
@@ -79,6 +80,7 @@ from ldam_plugins.schedules import Progress
 AVERAGE_FILE = "average.safetensors"
 
 
+@folders_held()
 def main(options: VisionOptions) -> dict[str, Any]:
     """Train and evaluate once; returns what ``metrics.json`` holds."""
     register()

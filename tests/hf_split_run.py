@@ -9,6 +9,7 @@ import tempfile
 
 import torch
 from hf_samples import logged, make_data, make_model, make_trainer
+from torch.utils.data import Dataset
 from transformers import TrainerCallback, default_data_collator
 
 from ldam_plugins import LongTailMetrics, list_losses
@@ -53,7 +54,7 @@ def run(folder, *, loss="ldam", schedule="drw", start=1, size=64, parts=1, resum
 
 def runs(folder, processes):
     """The runs whose results must not depend on the number of processes."""
-    found = {}
+    found = {"labels": labels_read(folder)}
     for loss in ("ce", "ldam"):
         found[loss, "whole"] = run(folder, loss=loss, size=64 // processes)
         found[loss, "parts"] = run(folder, loss=loss, size=8, parts=8 // processes)
@@ -63,6 +64,47 @@ def runs(folder, processes):
     for step in (3, 6):  # 4 updates an epoch: before the switch, and inside a re-sampled epoch
         checkpoint = f"{folder}/checkpoint-{step}"
         found["drs", step] = run(folder, **sampled, resume=checkpoint)
+    return found
+
+
+class Rows(Dataset):
+    """Examples that are counted as they are loaded; the labels are known by no attribute."""
+
+    def __init__(self, broken=None):
+        self.table, self.broken, self.loaded = make_data(counts=(9, 4, 2)), broken, 0
+
+    def __len__(self):
+        return len(self.table)
+
+    def __getitem__(self, index):
+        self.loaded += 1
+        if index == self.broken:
+            raise OSError("no such file")
+        return self.table[index]
+
+
+class Loaded(TrainerCallback):
+    """Note how many examples were loaded before the first update."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.noted = self.rows.loaded
+
+
+def labels_read(folder):
+    """Counts and examples loaded of a training that re-samples; the error of a broken row."""
+    found = {}
+    for broken in (None, 13):
+        rows, loaded = Rows(broken), Loaded()
+        loaded.rows = rows
+        callback = DRWCallback(schedule="rs")
+        trainer = make_trainer(folder, make_model(), rows, [callback, loaded], max_steps=1)
+        try:
+            trainer.train()
+        except ValueError as error:
+            found["error"] = str(error)
+        else:
+            found["counts"] = callback.criterion.class_counts.counts.tolist()
+            found["loaded"] = loaded.noted
     return found
 
 

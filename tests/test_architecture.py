@@ -12,8 +12,9 @@ PACKAGE = ROOT / "ldam_plugins"
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 # Every module may import those before it, none after it; names of one line are peers.
 LAYERS = [
-    {"_checks"},
-    {"counts", "chunked_cosines"},
+    {"_checks", "tensors"},
+    {"counts", "chunked_cosines", "host_updates"},
+    {"run_lock"},
     {"long_tail", "reduction", "runtime", "run_files", "intervals", "pages", "preset_files"}
     | {"model_outputs"},
     {"margin_cross_entropy", "margin_cross_entropy_triton", "run_folder"},
@@ -32,8 +33,8 @@ LAYERS = [
     {"data"},
     {"batches", "batch_norm"},
     {"timm_plugin", "hf_dropout", "hf_labels", "hf_loss_mapping", "hf_tokenizer"},
-    {"hf_bilstm", "hf_text", "hf_setup"},
-    {"hf_mixup"},
+    {"hf_bilstm", "hf_text", "hf_setup", "hf_saved_model"},
+    {"hf_mixup", "hf_updates"},
     {"hf_run"},
     {"hf_plugin"},
 ]

@@ -8,6 +8,7 @@ from datasets import ClassLabel, Dataset, Features, Image
 from ldam_plugins import ClassCounts
 
 CIFAR_LT = [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
+COLUMN = Dataset.from_dict({"label": [0, None, 1]})["label"]
 
 
 def exact_weights(counts, one_minus_beta):
@@ -126,8 +127,36 @@ def test_from_labels_reads_no_image():
         (lambda: ClassCounts.from_labels([0, -1]), ValueError, r"'-1 in row 1'"),
         (lambda: ClassCounts.from_labels([0, 2]), ValueError, r"no training sample in class 1"),
         (lambda: ClassCounts.from_labels([0], 0), ValueError, r"`num_classes`"),
+        (lambda: ClassCounts.from_labels([1, 2, 3]), ValueError, r"class 0\. .*subtract 1"),
+        (lambda: ClassCounts.from_labels([1, 2, 3], 3), ValueError, r"3 in row 2.*subtract 1"),
+        (lambda: ClassCounts.from_labels([0, 5, 9]), ValueError, r"return_inverse=True"),
+        (lambda: ClassCounts.from_labels([0.0, 1.0]), TypeError, r"np\.asarray.*astype\(int\)"),
+        (lambda: ClassCounts.from_labels([True]), TypeError, r"np\.asarray.*astype\(int\)"),
+        (lambda: ClassCounts.from_labels([0, None]), ValueError, r"None in row 1.*Leave out"),
+        (lambda: ClassCounts.from_labels([0.0, np.nan]), ValueError, r"nan in row 1.*Leave out"),
+        (lambda: ClassCounts.from_labels([[0], [1]]), ValueError, r"squeeze.*np\.ravel"),
+        (lambda: ClassCounts.from_labels([[0, 1], [1]]), TypeError, r"index of one class"),
+        (lambda: ClassCounts.from_labels([[0.5, 0.5]]), TypeError, r"Soft labels"),
+        (lambda: ClassCounts.from_labels({"a": 0}), ValueError, r"one-dimensional"),
+        (lambda: ClassCounts.from_labels(torch.ones(2).bfloat16()), TypeError, r"astype\(int\)"),
+        (lambda: ClassCounts.from_labels(COLUMN), ValueError, r"None in row 1.*Leave out"),
     ],
 )
 def test_bad_counts_are_refused(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        np.asarray([1, 2, 2, 3]) - 1,
+        np.unique([4, 7, 7, 9], return_inverse=True)[1],
+        np.asarray([0.0, 1.0, 1.0, 2.0]).astype(int),
+        np.ravel([[0], [1], [1], [2]]),
+        torch.tensor([[0], [1], [1], [2]]).squeeze(-1),
+        [torch.tensor(0), torch.tensor(1), torch.tensor(1), torch.tensor(2)],
+    ],
+)
+def test_the_way_out_of_each_error_leads_to_counts(labels):
+    assert ClassCounts.from_labels(labels).counts.tolist() == [1, 2, 1]

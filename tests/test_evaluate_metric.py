@@ -5,7 +5,7 @@ import evaluate
 import numpy as np
 import pytest
 import torch
-from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
 
 import ldam_plugins
 from ldam_plugins import ClassCounts, LongTailMetrics
@@ -103,13 +103,42 @@ def test_call_leaves_out_groups_and_classes_without_sample():
     assert list(unnamed)[-2:] == ["accuracy_0", "accuracy_1"]
 
 
-def test_call_takes_the_first_of_several_outputs_and_lists_of_batches(rows):
+def test_call_takes_lists_of_batches(rows):
     logits, labels = (part.numpy() for part in rows)
     metric = LongTailMetrics(COUNTS)
-    whole = metric((logits, labels))
-    assert metric(EvalPrediction((logits, np.zeros((31, 7))), labels)) == whole
     batches = EvalPrediction([logits[:20], logits[20:]], [labels[:20], labels[20:]])
-    assert metric(batches) == whole
+    assert metric(batches) == metric((logits, labels))
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_call_takes_the_output_of_the_logits_shape(rows, place):
+    logits, labels = (part.numpy() for part in rows)
+    others = [np.zeros((31, 7)), (np.zeros((31, 4, 3)), np.zeros((31, 4, 3)))]
+    others.insert(place, logits)
+    metric = LongTailMetrics(COUNTS)
+    assert metric(EvalPrediction(tuple(others), labels)) == metric((logits, labels))
+
+
+def test_call_does_not_guess_between_outputs_of_one_shape(rows):
+    logits, labels = (part.numpy() for part in rows)
+    prediction = EvalPrediction((logits, logits[::-1]), labels)
+    with pytest.raises(ValueError, match="preprocess_logits_for_metrics"):
+        LongTailMetrics(COUNTS)(prediction)
+
+
+@pytest.mark.parametrize("outputs", [(), lambda logits: logits[1:], lambda logits: logits[:1]])
+def test_call_says_where_lost_logits_went(rows, outputs):
+    logits, labels = (part.numpy() for part in rows)
+    outputs = outputs(logits) if callable(outputs) else outputs
+    with pytest.raises(ValueError, match=r'drops the first item: .* \{"logits": logits\}'):
+        LongTailMetrics(COUNTS)(EvalPrediction(outputs, labels))
+
+
+def test_call_takes_labels_with_a_second_axis(rows):
+    logits, labels = rows
+    metric = LongTailMetrics(COUNTS)
+    for column in (labels[:, None], labels.numpy()[:, None]):
+        assert metric((logits, column)) == metric((logits, labels))
 
 
 def test_call_after_an_error_starts_anew(rows):
@@ -159,3 +188,85 @@ def test_trainer(rows, tmp_path, options):
     for _ in range(2):
         result = trainer.evaluate(dataset)
         assert {key: result[f"eval_{key}"] for key in FLAT}.items() <= expected(rows).items()
+
+
+class Breaks(Model):
+    """A model whose memory runs out in the third batch, once."""
+
+    def __init__(self):
+        super().__init__()
+        self.batches = 0
+
+    def forward(self, rows, labels):
+        self.batches += 1
+        if self.batches == 3:
+            raise RuntimeError("out of memory")
+        return super().forward(rows, labels)
+
+
+def make_trainer(folder, model, metric, *, batches=True, callbacks=None):
+    arguments = TrainingArguments(
+        output_dir=folder,
+        per_device_eval_batch_size=4,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        batch_eval_metrics=batches,
+    )
+    return Trainer(model, arguments, compute_metrics=metric, callbacks=callbacks)
+
+
+def examples(rows):
+    return [{"rows": row, "labels": int(label)} for row, label in zip(*rows, strict=True)]
+
+
+def flat(result):
+    return {key: result[f"eval_{key}"] for key in FLAT}
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("batches", [False, True])
+def test_a_broken_evaluation_is_not_counted(rows, tmp_path, wrapped, batches):
+    metric = LongTailMetrics(COUNTS)
+    given = (lambda pred, compute_result=True: metric(pred, compute_result)) if wrapped else metric
+    broken = make_trainer(tmp_path, Breaks(), given)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        broken.evaluate(examples((-rows[0], rows[1])))
+    again = broken if batches else make_trainer(tmp_path, Model(), given, batches=False)
+    assert flat(again.evaluate(examples(rows))).items() <= expected(rows).items()
+    result = again.predict(examples(rows), metric_key_prefix="eval").metrics
+    assert flat(result).items() <= expected(rows).items()
+
+
+def test_an_evaluation_within_another_counts_its_own_rows(rows, tmp_path):
+    class Within(TrainerCallback):
+        found = ()
+
+        def on_prediction_step(self, args, state, control, **kwargs):
+            if not self.found:
+                self.found = [None]
+                self.found = [inner.evaluate(examples(few))]
+
+    few = (rows[0][:7], rows[1][:7])
+    metric, within = LongTailMetrics(COUNTS), Within()
+    inner = make_trainer(tmp_path, Model(), metric)
+    outer = make_trainer(tmp_path, Model(), metric, callbacks=[within])
+    assert flat(outer.evaluate(examples(rows))).items() <= expected(rows).items()
+    assert flat(within.found[0]).items() <= expected(few).items()
+
+
+def test_a_loop_of_ones_own_is_reset(rows):
+    metric = LongTailMetrics(COUNTS)
+    metric((-rows[0], rows[1]), compute_result=False)
+    metric.reset()
+    assert metric((rows[0][:9], rows[1][:9]), compute_result=False) == {}
+    assert metric((rows[0][9:], rows[1][9:])).items() <= expected(rows).items()
+
+
+@pytest.mark.parametrize("bad", [{"references": ["a"]}, {"references": [7]}])
+def test_compute_after_an_error_starts_anew(rows, bad):
+    metric = LongTailMetrics(COUNTS)
+    metric.add_batch(predictions=-rows[0], references=rows[1])
+    with pytest.raises(ValueError, match=r"'a'|7 in row 31"):
+        metric.compute(predictions=rows[0][:1], **bad)
+    assert metric.compute(predictions=rows[0], references=rows[1]) == expected(rows)

@@ -42,6 +42,14 @@ def ranks(tmp_path_factory):
     return both
 
 
+def test_labels_are_read_once_for_all_processes(alone, ranks):
+    for found in (alone, *ranks):
+        assert found["labels"]["counts"] == [9, 4, 2]
+        assert "OSError in row 13: no such file" in found["labels"]["error"]
+        assert found["labels"]["error"] == alone["labels"]["error"]
+    assert [found["labels"]["loaded"] for found in (alone, *ranks)] == [15, 15, 0]
+
+
 @pytest.mark.parametrize("loss", ["ce", "ldam"])
 @pytest.mark.parametrize("cut", ["whole", "parts"])
 def test_the_update_does_not_depend_on_the_split(loss, cut, alone, ranks):

@@ -148,10 +148,15 @@ class TestRefusedByTrain:
         ("labels", "error", "message"),
         [
             (["cat"] * 24, TypeError, "class_encode_column"),
-            ([0.5] * 24, TypeError, "cast_column"),
+            ([0.5] * 24, TypeError, "no LDAM"),
+            ([0.0, 1.0, 2.0] * 8, TypeError, "cast_column"),
             ([[1, 0, 1]] * 24, TypeError, "multi-hot"),
             ([0] * 12 + [1] * 12, ValueError, "no training sample in class 2"),
             ([0, 1, 2, 3] * 6, ValueError, "num_labels=4"),
+            ([1, 2, 3, 3] * 6, ValueError, "subtract 1"),
+            ([0, 2, 4, 4] * 6, ValueError, "without gaps"),
+            ([0, 1, None, 2] * 6, ValueError, "is not None"),
+            ([[0, 1, 2, 2]] * 24, TypeError, "one a token"),
             ([0, 1, 2, -1] * 6, ValueError, "-1"),
         ],
     )
