@@ -159,7 +159,7 @@ def fit(
     net, optimizer, loader, test_loader = accelerator.prepare(net, optimizer, loader, test_loader)
     mix = make_target(options, classes)
     update = make_update(accelerator, options, net, criterion, optimizer)
-    first_epoch, history = begin(accelerator, options, ema)
+    first_epoch, history = begin(accelerator, options, criterion, ema)
     stage = None
     epochs = trange(
         first_epoch, options.epochs, unit="epoch", disable=not accelerator.is_main_process
@@ -202,11 +202,16 @@ def fit(
 
 
 def begin(
-    accelerator: Accelerator, options: VisionOptions, ema: ModelEmaV3 | None
+    accelerator: Accelerator,
+    options: VisionOptions,
+    criterion: ClassificationLoss,
+    ema: ModelEmaV3 | None,
 ) -> tuple[int, HistoryWriter | None]:
     """Claim the folder or load its newest checkpoint: first epoch to train, and the history."""
     if accelerator.is_main_process:
-        claim_output_dir(options.output_dir, asdict(options), resume=RESUME[options.resume])
+        # Of a run that is resumed the classes must be the same, in the same order.
+        run = {**asdict(options), "class_names": criterion.class_counts.class_names}
+        claim_output_dir(options.output_dir, run, resume=RESUME[options.resume])
         drop_partial_checkpoints(options.output_dir)
     accelerator.wait_for_everyone()
     config = {name: str(value) for name, value in asdict(options).items()}

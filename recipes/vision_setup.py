@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ class VisionOptions(CoreOptions):
 
     LIMITS = CoreOptions.LIMITS | {
         "image_size": COUNT,
-        "memory_limit": {"low": 0, "high": 2**63 - 1},
+        "memory_limit": {"low": 0},
         "crop_pct": {"low": 0, "high": 1, "low_open": True},
         "padding": COUNT_OR_0,
         "hflip": SHARE,
@@ -336,10 +337,13 @@ def check_images(options: VisionOptions, model: nn.Module, images: int, processe
         way_out = f"It fails: {unfit}. Choose another --model or --image_size."
         raise ValueError(must_be("model", wanted, options.model, way_out)) from unfit
     if error is not None:
-        way_out = f"{options.model} cannot train on one image ({error}), which is what would be"
-        way_out += f" left of {images}. Choose another --batch_size."
+        larger = itertools.count(options.batch_size + 1)
+        other = next(size for size in larger if images % size != 1)
+        way_out = f"{options.model} cannot train on one image ({error}), and one would be a batch"
+        way_out += f" of the {images}. Choose another --batch_size, such as {other}."
         wanted = "one that leaves no batch of a single image"
-        raise ValueError(must_be("batch_size", wanted, options.batch_size, way_out)) from error
+        # Whole as it is: where in the model it failed is nothing to mend.
+        raise ValueError(must_be("batch_size", wanted, options.batch_size, way_out)) from None
 
 
 def failure(model: nn.Module, rows: int, size: tuple[int, ...]) -> Exception | None:

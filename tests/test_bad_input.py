@@ -77,7 +77,7 @@ OUT_OF_RANGE = [
     (VISION, "ema_decay", ["1", "-1", "nan"], SHARE_BELOW_1),
     (VISION, "eval_every", ["0", "-1"], COUNT),
     (VISION, "image_size", ["0", "-8"], COUNT),
-    (VISION, "memory_limit", ["-1"], r"in \[0, 9223372036854775807\]"),
+    (VISION, "memory_limit", ["-1"], "an integer >= 0"),
     (VISION, "crop_pct", ["0", "1.5", "nan"], r"in \(0, 1\]"),
     (VISION, "padding", ["-1"], COUNT_OR_0),
     (VISION, "hflip", ["2", "nan"], r"in \[0, 1\]"),
