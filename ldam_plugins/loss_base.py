@@ -158,6 +158,11 @@ class ClassificationLoss(nn.Module):
         }
 
     def _check_classes(self, logits: Tensor | ChunkedCosines) -> None:
+        if not isinstance(logits, Tensor | ChunkedCosines):
+            wanted = f"one tensor of shape (N, {len(self.class_counts)})"
+            way_out = "Models with auxiliary or distilled heads give several in training: add the"
+            way_out += " losses of each, or take one of them."
+            raise TypeError(must_be("logits", wanted, type(logits).__name__, way_out))
         if logits.ndim != 2 or logits.shape[1] != len(self.class_counts):
             wanted = f"of shape (N, {len(self.class_counts)}), one column per class count"
             raise ValueError(must_be("logits", wanted, tuple(logits.shape)))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ldam_plugins._checks import must_be
 from ldam_plugins.combinations import enter_stage, warn_of_combination
 from ldam_plugins.counts import ClassCounts
-from ldam_plugins.heads import use_cosine_head
+from ldam_plugins.heads import check_heads, use_cosine_head
 from ldam_plugins.loss_base import ClassificationLoss
 from ldam_plugins.losses import create_loss
 from ldam_plugins.schedules import DeferredSchedule, Progress
@@ -238,7 +238,22 @@ class LongTailTask(ClassificationTask):
             use_cosine_head(model, loss.scale)
         super().__init__(model, loss, device=device, dtype=dtype, verbose=verbose)
         self.schedule = schedule or DeferredSchedule()
+        self._checked: int | None = None
         warn_of_combination(self.criterion, self.schedule, stacklevel=3)
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Loss and logits of a batch: ``{"loss": ..., "output": ...}``.
+
+        Raises:
+            ValueError: the loss has margins and the model no cosine head of its scale, such as
+                another model that took the place of the first.
+            TypeError: the model gives several outputs in training.
+        """
+        model = self.trainable_module
+        if self.criterion.needs_cosine_head and id(model) != self._checked:
+            check_heads(model, self.criterion.scale)
+            self._checked = id(model)
+        return super().forward(input, target)
 
     def set_progress(self, progress: Progress) -> str:
         """Set the class weights of ``progress`` and return the name of its stage."""
