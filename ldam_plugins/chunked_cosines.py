@@ -125,7 +125,7 @@ class ChunkedCosines:
 register_pytree_node(
     ChunkedCosines,
     lambda cosines: ([cosines.features, cosines.weight], cosines.scale),
-    lambda tensors, scale: ChunkedCosines(*tensors, scale=scale),
+    lambda tensors, scale: ChunkedCosines(*tensors, scale),  # type: ignore[call-arg]
     serialized_type_name="ldam_plugins.chunked_cosines.ChunkedCosines",
 )
 

@@ -42,8 +42,10 @@ def ranks(tmp_path_factory):
     return both
 
 
-@pytest.mark.parametrize("loss", ["ce", "ldam"])
-@pytest.mark.parametrize("cut", ["whole", "parts"])
+@pytest.mark.parametrize(
+    ("loss", "cut"),
+    [("ce", "whole"), ("ce", "parts"), ("ldam", "whole"), ("ldam", "parts"), ("ldam", "chunked")],
+)
 def test_the_update_does_not_depend_on_the_split(loss, cut, alone, ranks):
     one = alone[loss, "whole"]
     for found in (alone[loss, cut], ranks[0][loss, cut], ranks[1][loss, cut]):
