@@ -61,7 +61,8 @@ class DRWCallback(TrainerCallback):
       and its size does not jump when re-weighting begins.
     * Evaluation is plain cross-entropy, during the training and after it: the loss stays with the
       Trainer (``trainer.compute_loss_func``). On the model there is nothing but the cosine head.
-    * The head is saved as a plain layer with the same predictions, by checkpoints,
+    * The head is saved as a plain layer that gives the same largest logit, with probabilities of
+      its own (several heads: see :func:`~ldam_plugins.fold_cosine_head`), by checkpoints,
       ``trainer.save_model()`` and ``model.save_pretrained()``, next to its exact weights, from
       which a run resumes to the bit. :func:`~ldam_plugins.fold_cosine_head` makes the model in
       memory plain as well.

@@ -19,14 +19,18 @@ from timm.models._features import feature_take_indices
 from timm.task import ClassificationTask
 from timm.utils import unwrap_model
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from ldam_plugins._checks import check_choice, check_int, must_be, quoted
+from ldam_plugins._checks import check_choice, check_int, must_be
 from ldam_plugins.chunked_cosines import ChunkedCosines
 from ldam_plugins.combinations import enter_stage, warn_of_combination
 from ldam_plugins.counts import ClassCounts
-from ldam_plugins.head_layers import is_sharded
-from ldam_plugins.heads import cosine_heads, find_head, folded_state_dict, use_cosine_head
+from ldam_plugins.heads import (
+    check_heads,
+    cosine_heads,
+    find_head,
+    folded_state_dict,
+    use_cosine_head,
+)
 from ldam_plugins.loss_base import ClassificationLoss
 from ldam_plugins.losses import create_loss
 from ldam_plugins.schedules import DeferredSchedule, Progress
@@ -386,7 +390,6 @@ class LongTailTask(ClassificationTask):
         self.schedule = schedule or DeferredSchedule()
         self._head_names = head
         self._heads = cosine_heads(unwrap_model(model)) if loss.needs_cosine_head else {}
-        self._entered: tuple[Any, ...] = ()
         warn_of_combination(self.criterion, self.schedule, stacklevel=3)
 
     def set_progress(self, progress: Progress) -> str:
@@ -394,13 +397,7 @@ class LongTailTask(ClassificationTask):
 
         They are written at a change of stage only, so call it before every update if you like.
         """
-        weight = self.criterion.weight
-        # The version counts every write, so weights that were loaded or set by hand are noticed.
-        known = (self.schedule, weight, weight._version)
-        last = self._entered[0] if self._entered and _same(self._entered[1:], known) else None
-        stage = enter_stage(self.criterion, self.schedule, progress, last)
-        self._entered = (stage, self.schedule, weight, weight._version)
-        return stage
+        return enter_stage(self.criterion, self.schedule, progress)
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Loss and logits of one batch.
@@ -488,18 +485,10 @@ class LongTailTask(ClassificationTask):
         super().load_checkpoint_state(state_dict, task_state, ema=ema, strict=strict)
 
     def _check_heads(self) -> None:
-        """Raise if the model lost a cosine head since the last call, or has another one."""
+        """Check that the cosine heads are those of the last call, or others that suit the loss."""
         model = unwrap_model(self.trainable_module)
-        if all(_part(model, name) is head for name, head in self._heads.items()):
-            return
-        now = cosine_heads(model)
-        known = {id(head) for head in self._heads.values()}
-        found = {id(head) for head in now.values()}
-        fitting = len(now) == len(self._heads)
-        fitting = fitting and all(head.scale == self.criterion.scale for head in now.values())
-        if not known <= found and not (fitting and not _is_distributed(self.trainable_module)):
-            raise ValueError(_lost_head(self._heads, model, self.criterion))
-        self._heads = now
+        if not all(_part(model, name) is head for name, head in self._heads.items()):
+            self._heads = check_heads(model, self.criterion.scale)
 
 
 def _check_same_counts(class_counts: Any, loss: ClassificationLoss) -> None:
@@ -515,32 +504,12 @@ def _device_of(model: nn.Module) -> torch.device | None:
     return None if device is None or device.type == "meta" else device
 
 
-def _same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
-    """Whether two records of schedule, tensor and version are of the same ones."""
-    return one[0] == other[0] and one[1] is other[1] and one[2] == other[2]
-
-
 def _part(model: nn.Module, name: str) -> nn.Module | None:
     """The submodule of that dotted name, if there is one."""
     part: Any = model
     for step in name.split(".") if name else ():
         part = getattr(part, step, None)
     return part
-
-
-def _is_distributed(model: nn.Module) -> bool:
-    """Whether something shares gradients of the parameters that were there when it was made."""
-    wrapped = any(isinstance(part, DistributedDataParallel) for part in model.modules())
-    return wrapped or any(is_sharded(parameter) for parameter in model.parameters())
-
-
-def _lost_head(heads: dict[str, Any], model: nn.Module, loss: ClassificationLoss) -> str:
-    shown = ", ".join(f"{name!r}: {type(_part(model, name)).__name__}" for name in heads)
-    wanted = f"one with the cosine heads it had, {quoted(heads)}, of scale {loss.scale:g}"
-    way_out = f"{type(loss).__name__} has its margins in cosines, so make a new task (and then the"
-    way_out += " optimizer) after a head was replaced; before the model is distributed"
-    way_out += f" use_cosine_head(model, {loss.scale:g}) will do."
-    return must_be("model", wanted, shown, way_out)
 
 
 def _one_output(output: Any) -> str:
