@@ -49,10 +49,8 @@ def check_heads(model: nn.Module, scale: float) -> dict[str, Cosine]:
         if head.scale != scale:
             wanted = f"{head.scale:g}, that of head {name!r}, for the loss as well"
             raise ValueError(must_be("scale", wanted, scale))
-    for part in model.modules():
-        for hook in part._forward_pre_hooks.values():
-            if isinstance(hook, HeadGuard):
-                hook.check(part)
+    for part, guard in _guards(model):
+        guard.check(part)
     return heads
 
 
@@ -118,9 +116,15 @@ class FoldsFirst:
         self.module, self.method, self.fold = module, method, fold
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Fold the cosine heads inside, then do what the method does."""
+        """Fold the cosine heads inside, then do what the method does.
+
+        The guards stay: a fused model is for inference, and the user has not folded it.
+        """
         if cosine_heads(self.module):
+            guards = list(_guards(self.module))
             self.fold(self.module)
+            for part, guard in guards:
+                part.register_forward_pre_hook(guard)
         return getattr(type(self.module), self.method)(self.module, *args, **kwargs)
 
 
@@ -175,6 +179,14 @@ def check_replaceable(model: nn.Module, layers: Mapping[str, nn.Linear | nn.Conv
             way_out = "A cosine head would part them: give the head its own first,"
             way_out += " `layer.weight = nn.Parameter(layer.weight.detach().clone())`."
             raise ValueError(must_be("model", wanted, f"that of {tied[0]!r}", way_out))
+
+
+def _guards(model: nn.Module) -> Iterator[tuple[nn.Module, HeadGuard]]:
+    """Yield the guards on ``model`` and inside it, with the module that each is on."""
+    for part in model.modules():
+        for hook in part._forward_pre_hooks.values():
+            if isinstance(hook, HeadGuard):
+                yield part, hook
 
 
 def _wrapped(name: str, wrapper: nn.Module) -> str:

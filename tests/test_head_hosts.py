@@ -156,6 +156,41 @@ def test_timm_averages_of_the_model_fold_like_the_model():
     assert scale != pytest.approx(unknown, rel=0.1)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("arch", "own"), [("repvit_m1", True), ("repvit_m1", False), ("levit_128s", False)]
+)
+def test_what_fuses_layers_for_inference_folds_the_head_first(arch, own):
+    """RepViT and LeViT read the head's weight as that of an ordinary layer."""
+    torch.manual_seed(0)
+    model = use_cosine_head(timm.create_model(arch, num_classes=7))
+    size = 224 if arch == "levit_128s" else 64
+    images = torch.randn(8, 3, size, size)
+    model.train()(images)
+    expected = fold_cosine_head(copy.deepcopy(model)).eval()(images)
+    if not own:
+        fused = timm.utils.reparameterize_model(model.eval())
+        assert cosine_heads(model)
+    else:
+        fused = copy.deepcopy(model.eval())
+        fused.fuse()
+    assert cosine_heads(fused) == {}
+    torch.testing.assert_close(fused(images), expected, rtol=1e-3, atol=1e-3)
+    with torch.enable_grad(), pytest.raises(ValueError, match=r"with the cosine head 'head"):
+        fused.train()(images)
+
+
+def test_a_reset_classifier_stops_the_training():
+    model = use_cosine_head(timm.create_model("test_vit", num_classes=7, img_size=32))
+    images = torch.randn(2, 3, 32, 32)
+    model(images)
+    model.reset_classifier(7)
+    with pytest.raises(ValueError, match=r"cosine head 'head'.*got 'Linear'.*reset_classifier"):
+        model(images)
+    model.eval()(images)
+    use_cosine_head(model).train()(images)
+
+
 def test_timm_models_without_a_classifier_say_so():
     with torch.device("meta"):
         model = timm.create_model("test_resnet", num_classes=0)

@@ -132,6 +132,31 @@ class TestLongTailTask:
         assert task.criterion is focal
         assert not cosine_heads(task)
 
+    def test_refuses_a_head_or_a_model_that_came_later(self):
+        images, target = torch.randn(2, 3, 8, 8), torch.tensor([0, 3])
+        for change in ("head", "model", "scale"):
+            task = LongTailTask(timm.create_model("cifar_resnet20", num_classes=4), COUNTS)
+            task(images, target)
+            if change == "head":
+                task.trainable_module.fc = nn.Linear(64, 4)
+            else:
+                task.trainable_module = timm.create_model("cifar_resnet20", num_classes=4)
+            if change == "scale":
+                use_cosine_head(task.trainable_module, 12.0)
+            wanted = r"`scale` must be 12" if change == "scale" else "cosine head"
+            with pytest.raises(ValueError, match=wanted):
+                task(images, target)
+
+    def test_names_what_several_outputs_are(self):
+        model = timm.create_model(
+            "deit_tiny_distilled_patch16_224", num_classes=4, depth=1, img_size=32
+        )
+        task = LongTailTask(model, COUNTS)
+        assert len(cosine_heads(model)) == 2
+        model.set_distilled_training(True)
+        with pytest.raises(TypeError, match=r"`logits` must be one tensor.*got 'tuple'"):
+            task(torch.randn(2, 3, 32, 32), torch.tensor([0, 3]))
+
     def test_refuses_options_beside_a_ready_loss(self):
         with pytest.raises(TypeError, match=r"`loss_options` must be empty.*'gamma'"):
             LongTailTask(nn.Linear(3, 4), COUNTS, loss=create_loss("ce", COUNTS), gamma=1.0)
