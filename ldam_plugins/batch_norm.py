@@ -86,12 +86,18 @@ class _BatchNorm(torch.autograd.Function):
         ctx: Any, input: Tensor, weight: Tensor, bias: Tensor, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         wide = input.float()
-        # The mean of one image as origin: one pass gives both sums, and the square of what is
-        # left to the mean is at most N - 1 variances, which is all that subtraction can lose.
-        origin = wide[0].mean((1, 2))
-        shifted = wide - _along_channels(origin)
-        offset, square = _mean(shifted), _mean(shifted * shifted)
-        mean, variance = origin + offset, (square - offset * offset).clamp_min(0)
+        # Each image about a value of its own: one pass gives both sums, and the subtraction loses
+        # no more than the spread within an image. What lies between images is added from their
+        # means, so an image of another brightness costs no digits, whichever it is.
+        origin = wide[:, :, :1].mean((2, 3))
+        shifted = wide - origin[:, :, None, None]
+        pixels = input.shape[2] * input.shape[3]
+        offset = shifted.sum((2, 3)) / pixels
+        within = ((shifted * shifted).sum((2, 3)) / pixels - offset * offset).clamp_min(0)
+        between = origin - origin[:1] + offset
+        middle = between.mean(0)
+        mean = origin[0] + middle
+        variance = within.mean(0) + (between - middle).square().mean(0)
         inverse = torch.rsqrt(variance + eps)
         factor = weight * inverse
         # Stacked, so that they are computed once and read: compiled into the loop they would be
@@ -122,7 +128,3 @@ def _along_channels(values: Tensor) -> Tensor:
 def _sum(values: Tensor) -> Tensor:
     """Sum over images and pixels (C,); image by image, as short sums compile to shorter loops."""
     return values.sum((2, 3)).sum(0)
-
-
-def _mean(values: Tensor) -> Tensor:
-    return _sum(values) * (values.shape[1] / values.numel())

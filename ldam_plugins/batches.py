@@ -55,27 +55,34 @@ class InMemoryImages(Dataset[tuple[Tensor, Any]]):
         """Decode every image once, in threads.
 
         Args:
-            images: what to decode; without a transform, which could not be applied here.
-            size: resize each image to ``size`` x ``size`` (bicubic, aspect ratio not kept); by
-                default all must have one size already.
+            images: what to decode. Their transform, if they have one, must give uint8 tensors
+                (3, H, W) of one size, the same each time.
+            size: without a transform, resize each image to ``size`` x ``size`` (bicubic, aspect
+                ratio not kept); by default all must have one size already.
             path: a new ``.npy`` file that holds the pixels, mapped instead of read into memory.
             progress: show a progress bar.
 
         Raises:
             FileExistsError: ``path`` is there already.
-            ValueError: sizes differ, an image is corrupt (it is named), or a transform is set.
+            TypeError: the transform gives something else.
+            ValueError: sizes differ, an image is corrupt (it is named), or both a transform and a
+                ``size`` are given.
         """
-        if images.transform is not None:
-            way_out = "Augment batches with RandomCropFlip and normalize instead."
-            raise ValueError(must_be("images.transform", "None", images.transform, way_out))
         if size is not None:
             check_int("size", size, low=1)
-        width, height = images.image(0).size if size is None else (size, size)
-        pixels = _allocate((len(images), 3, height, width), path)
+            if images.transform is not None:
+                raise ValueError(must_be("size", "None where images have a transform", size))
+        shape = _decode(images, 0, size).shape
+        pixels = _allocate((len(images), *shape), path)
 
         def decode(indices: range) -> None:
             for index in indices:
-                pixels[index] = _decode(images, index, (width, height), resize=size is not None)
+                image = _decode(images, index, size)
+                if image.shape != shape:
+                    first, this = (size[:0:-1] for size in (shape, image.shape))
+                    way_out = f"All must be as the first one, {first}; resize them."
+                    raise ValueError(must_be(images.describe(index), "of one size", this, way_out))
+                pixels[index] = image
 
         try:
             for _ in map_in_threads(len(images), decode, progress=progress):
@@ -278,15 +285,17 @@ def _allocate(shape: tuple[int, ...], path: str | os.PathLike[str] | None) -> np
     return np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
 
 
-def _decode(
-    images: LabelledImages, index: int, size: tuple[int, int], *, resize: bool
-) -> np.ndarray:
+def _decode(images: LabelledImages, index: int, size: int | None) -> np.ndarray:
     from PIL import Image
 
-    image = images.image(index)
-    if resize:
-        image = image.resize(size, Image.Resampling.BICUBIC)
-    elif image.size != size:
-        way_out = f"All must be as the first one, {size}; give `size` to resize them."
-        raise ValueError(must_be(images.describe(index), "of one size", image.size, way_out))
+    image, _ = images[index]
+    if images.transform is not None:
+        if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.ndim != 3:
+            got = (image.dtype, tuple(image.shape)) if isinstance(image, Tensor) else type(image)
+            way_out = "Augment batches with RandomCropFlip and normalize instead."
+            wanted = "one that gives uint8 tensors (3, H, W)"
+            raise TypeError(must_be("images.transform", wanted, got, way_out))
+        return image.numpy()
+    if size is not None:
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
     return np.asarray(image).transpose(2, 0, 1)

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils._pytree import register_pytree_node
 
 from ldam_plugins._checks import must_be
+from ldam_plugins.tensors import readable, takes_own_functions
 
 CHUNK_ELEMENTS = 1 << 22
 """Of the logits, and of the weight rows, at a time: 16 MiB in float32."""
@@ -36,30 +40,32 @@ def full_precision(device: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
 
 
+@dataclass(eq=False)
 class ChunkedCosines:
     """The logits ``scale * cos(angle)`` that a chunked cosine head stands for, not yet computed.
 
     What a head made by ``use_cosine_head(model, chunked=True)`` returns in training mode; the
     cross-entropy and margin losses of :func:`ldam_plugins.create_loss` take it in place of logits.
+    Wrappers (DistributedDataParallel, FSDP) find both tensors in it, by which they know when the
+    backward pass begins and which parameters take part.
 
     Attributes:
         features: (N, H).
-        weight: (C, H), the class directions.
+        weight: (C, H), the class directions, as :func:`followed` gives those of a parameter.
         scale: s.
 
     Raises:
         TypeError: any function of torch is called with it.
     """
 
-    def __init__(self, features: Tensor, weight: Tensor, scale: float) -> None:
-        self.features = features
-        self.weight = weight
-        self.scale = scale
+    features: Tensor
+    weight: Tensor
+    scale: float
 
     @property
     def shape(self) -> tuple[int, int]:
         """(N, C) of the logits."""
-        return len(self.features), len(self.weight)
+        return self.features.shape[0], self.weight.shape[0]
 
     @property
     def ndim(self) -> int:
@@ -93,27 +99,86 @@ class ChunkedCosines:
         """``F.cross_entropy(z - shift * one_hot(target), target, reduction="none")``, (N,).
 
         Peak memory beside the gradients is a few times ``CHUNK_ELEMENTS``; derivatives of first
-        order only.
+        order only. Transforms of torch.func and tensor subclasses (``DTensor``) get the definition,
+        with all logits at once and derivatives of every order.
 
         Args:
             target: (N,) int64 in 0..C-1.
             shift: (C,) what is taken off a target's logit, without gradient; None: nothing.
 
         Raises:
-            IndexError: a target out of range.
+            IndexError: a target out of range (of ordinary tensors on a CPU; others are checked by
+                the kernels, which need not wait for the values).
+            ValueError: FSDP has freed the weight since the forward pass.
         """
-        if len(target) and not 0 <= int(target.min()) <= int(target.max()) < len(self.weight):
-            wanted = f"class indices in 0..{len(self.weight) - 1}"
-            found = (int(target.min()), int(target.max()))
-            raise IndexError(must_be("target", wanted, f"indices from {found[0]} to {found[1]}"))
-        if shift is None:
-            shift = self.features.new_zeros(len(self.weight))
+        _check_held(self.weight)
+        classes = self.shape[1]
+        if readable(target) and target.numel():
+            lowest, highest = (int(value) for value in target.aminmax())
+            if not 0 <= lowest <= highest < classes:
+                wanted = f"class indices in 0..{classes - 1}"
+                raise IndexError(must_be("target", wanted, f"indices from {lowest} to {highest}"))
         with full_precision(self.device.type):
             features = self.features.to(self.dtype)
-            rows: Tensor = _ChunkedCrossEntropy.apply(
-                features, self.weight, target, shift[target].to(self.dtype), self.scale
-            )
+            if shift is None:
+                at_target = torch.zeros_like(target, dtype=self.dtype)
+            else:
+                at_target = shift.to(self.dtype).gather(0, target)
+            given = features, self.weight, target, at_target, self.scale
+            if takes_own_functions(features, self.weight, target):
+                rows: Tensor = _ChunkedCrossEntropy.apply(*given)
+            else:
+                rows = _cross_entropy_by_definition(*given)
         return rows
+
+
+def _cross_entropy_by_definition(
+    features: Tensor, weight: Tensor, target: Tensor, shift: Tensor, scale: float
+) -> Tensor:
+    rows = weight.to(features.dtype)
+    lengths, row_lengths = _lengths(features).unsqueeze(1), _lengths(rows)
+    logits = F.linear(features, rows) * (scale / lengths.clamp_min(SMALLEST_LENGTH))
+    logits = logits / row_lengths.clamp_min(SMALLEST_LENGTH)
+    directed = (lengths > SMALLEST_LENGTH) & (row_lengths > SMALLEST_LENGTH)
+    logits = torch.where(directed, logits, logits.detach())
+    shifted = logits.scatter_add(1, target.unsqueeze(1), -shift.unsqueeze(1))
+    return F.cross_entropy(shifted, target, reduction="none")
+
+
+register_pytree_node(
+    ChunkedCosines,
+    lambda cosines: ([cosines.features, cosines.weight], cosines.scale),
+    lambda tensors, scale: ChunkedCosines(*tensors, scale),  # type: ignore[call-arg]
+    serialized_type_name="ldam_plugins.chunked_cosines.ChunkedCosines",
+)
+
+
+def followed(weight: Tensor) -> Tensor:
+    """The same memory as the output of an operation, from which autograd leads back to it."""
+    if torch.compiler.is_compiling():
+        return weight.view_as(weight)
+    alias: Tensor = _Followed.apply(weight)
+    return alias
+
+
+class _Followed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        return weight.data  # no view to autograd: FSDP warns of views that a module returns
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+def _check_held(weight: Tensor) -> None:
+    plain = type(weight) in (Tensor, torch.nn.Parameter)
+    if plain and weight.numel() and not weight.untyped_storage().size():
+        wanted = "False under FSDP that frees the head's weight after its forward pass"
+        way_out = "The loss needs it until the backward pass: shard the module that holds the head"
+        way_out += " with `reshard_after_forward=False`, or call"
+        way_out += " use_cosine_head(model, chunked=False)."
+        raise ValueError(must_be("chunked", wanted, True, way_out))
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -32,17 +32,23 @@ def enter_stage(
     progress: Progress,
     last: str | None = None,
 ) -> str:
-    """The stage of the coming update; fills in the class weights where it is not the last one.
+    """The stage of the coming update; fills in its class weights where the loss has others.
+
+    A loss knows what it was filled with, so this may be called before every update: the weights are
+    computed, and copied to its device, where a stage begins, and where someone has changed them.
 
     Args:
         loss: What is trained; its ``weight`` (C,) is written.
         schedule: What it is trained under.
         progress: The coming update.
-        last: Stage whose weights the loss has; None: not known.
+        last: Stage that the loss was filled for, and whatever it has been changed to since is
+            meant; None: it has to have the stage's weights.
     """
     stage = schedule.stage(progress)
     if stage != last:
-        loss.weight.copy_(schedule.class_weights(loss.class_counts, progress))
+        # A schedule of one's own may move the weights within a stage.
+        source = (schedule, stage if type(schedule) is DeferredSchedule else progress)
+        loss.fill_weight(source, lambda: schedule.class_weights(loss.class_counts, progress))
     return stage
 
 

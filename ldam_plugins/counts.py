@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,13 +22,15 @@ class ClassCounts:
     """Number of training samples of each class, n_c.
 
     Args:
-        counts: One positive integer a class, in class order: sequence, array or tensor.
+        counts: One positive integer a class, in class order: sequence, array or tensor. Or by
+            class: a mapping or pandas Series with the classes 0..C-1 as keys or index, in any order
+            (``df.label.value_counts()`` is in order of frequency).
         class_names: Optional name of each class, used in messages and tables.
 
     Raises:
         TypeError: ``counts`` are not integers.
-        ValueError: fewer than one class, a negative count, a class without a sample, or a
-            number of names that differs from the number of counts.
+        ValueError: fewer than one class, a negative count, a class without a sample, a number of
+            names that differs from the number of counts, or keys other than 0..C-1.
 
     Example:
         >>> counts = ClassCounts([5000, 500, 50])
@@ -42,10 +44,10 @@ class ClassCounts:
 
     def __init__(
         self,
-        counts: Sequence[int] | np.ndarray | Tensor,
+        counts: Sequence[int] | Mapping[int, int] | np.ndarray | Tensor,
         class_names: Sequence[str] | None = None,
     ) -> None:
-        array = _as_integers("counts", counts).copy()
+        array = _as_integers("counts", _in_class_order(counts)).copy()
         if len(array) == 0:
             raise ValueError(must_be("counts", "one count per class", counts))
         names = None if class_names is None else tuple(str(name) for name in class_names)
@@ -120,7 +122,8 @@ class ClassCounts:
         """LDAM margins ``m_c = max_margin * (n_c / n_min) ** -1/4``, shape (C,).
 
         The rarest class gets ``max_margin``. Unit: cosine, so before the head's scale.
-        Computed in float64 and rounded to ``dtype`` (default: torch's default dtype).
+        Computed in float64 and rounded to ``dtype`` (default: torch's, but float32 at least);
+        on the CPU, whatever the default device.
 
         Source: Cao et al., NeurIPS 2019, arXiv 1906.07413, section 3.2.
 
@@ -135,7 +138,7 @@ class ClassCounts:
 
         ``1 - beta ** n`` over ``1 - beta`` is the effective number of n samples. ``beta = 0``
         gives ones, ``beta -> 1`` inverse frequency. Computed in float64 without cancellation
-        and rounded to ``dtype`` (default: torch's default dtype).
+        and rounded to ``dtype``, as :meth:`margins`.
 
         Source: Cui et al., CVPR 2019, arXiv 1901.05555.
 
@@ -299,6 +302,35 @@ def _refuse_other_numbering(counts: np.ndarray, names: list[str] | None) -> None
     raise ValueError(f"no training sample in class {named}. {why} {way_out}")
 
 
+def _in_class_order(counts: Any) -> Any:
+    """Counts that say of which class each is, sorted by class; all others as they are.
+
+    Raises:
+        ValueError: the classes are not 0..C-1, each once; or a table of several columns.
+    """
+    if hasattr(counts, "columns"):
+        way_out = "Give the column that holds the counts, with the classes as its index."
+        raise ValueError(must_be("counts", "one-dimensional", type(counts).__name__, way_out))
+    if isinstance(counts, Mapping):
+        keys, values = list(counts), list(counts.values())
+    elif hasattr(counts, "to_numpy") and hasattr(counts, "index"):  # a Series of pandas
+        keys, values = list(counts.index), counts.to_numpy()
+        values = values if np.issubdtype(values.dtype, np.integer) else counts.tolist()
+    else:
+        return counts
+    by_class = {key: place for place, key in enumerate(keys)}
+    if len(by_class) < len(keys) or by_class.keys() != set(range(len(keys))):
+        way_out = (
+            "Classes are numbered from 0 without a gap: count the class indices that the model is "
+            "trained on, with ClassCounts.from_labels(labels). Counts that are in class order "
+            "already go without their index: counts.to_numpy(); a class that is not there, "
+            "counts.reindex(range(C), fill_value=0), needs a sample."
+        )
+        wanted = f"indexed by the classes 0..{len(keys) - 1}, each once"
+        raise ValueError(must_be("counts", wanted, keys[:10], way_out))
+    return [values[by_class[label]] for label in range(len(keys))]
+
+
 def _as_integers(name: str, values: Any) -> np.ndarray:
     """An int64 array of shape (n,), the same memory where it is one already."""
     if isinstance(values, Tensor):
@@ -328,4 +360,7 @@ def _refuse_empty_classes(counts: np.ndarray, names: tuple[str, ...] | None) -> 
 
 
 def _tensor(values: np.ndarray, dtype: torch.dtype | None) -> Tensor:
-    return torch.as_tensor(values, dtype=dtype or torch.get_default_dtype())
+    """A tensor of the CPU, whatever the default device is: on "meta" the values would be lost."""
+    tensor = torch.from_numpy(np.asarray(values, dtype=np.float64))
+    wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
+    return tensor if dtype == torch.float64 else tensor.to(dtype or wide)

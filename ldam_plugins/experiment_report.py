@@ -15,8 +15,10 @@ from ldam_plugins.experiment_tables import (
     matrix_rows,
 )
 from ldam_plugins.experiments import (
+    UNKNOWN,
     Record,
     error_matrices,
+    heads_of_losses,
     shown,
     tidy_rows,
     to_csv,
@@ -40,10 +42,11 @@ _NOTE_ON_MATRIX = (
     "are of one size. Mean and 95 % interval (Student's t) over n seeds. A dash: not run."
 )
 _NOTE_ON_PAIRS = (
-    "Paired t-tests on the same seeds and samples; negative is less error than the baseline's. "
-    "p (Holm) is corrected for the number of rows, and at 0.05 decides what the row says. "
-    "Detectable is the difference that so few pairs would show in 80 % of such experiments: "
-    "smaller ones may be there and are not told from noise."
+    "Paired t-tests on the same seeds and samples; negative is less error than the baseline's. The "
+    "interval and p are of the row alone. "
+    "p (Holm) is corrected for the number of tests, and at 0.05 decides what the row says. "
+    "Detectable is the difference that a row, so corrected, would tell from noise in 80 % of such "
+    "experiments, were the spread the one seen: smaller ones may be there and are not told."
 )
 
 
@@ -102,9 +105,10 @@ def write_experiment(
 def _sections(records: Sequence[Record], baseline: str) -> list[_Section]:
     """Title, note and rows of each table."""
     sections = [("Methods", _NOTE_ON_INTERVALS, interval_rows(records))]
+    heads = heads_of_losses(records)
     for title, cells in error_matrices(records).items():
         heading = ", ".join(filter(None, ["Balanced error, %, by loss and schedule", title]))
-        sections.append((heading, _NOTE_ON_MATRIX, matrix_rows(cells)))
+        sections.append((heading, _NOTE_ON_MATRIX, matrix_rows(cells, heads)))
     pairs = comparison_rows(records, baseline)
     if pairs:
         sections.append((f"More than noise? Against {baseline}", _NOTE_ON_PAIRS, pairs))
@@ -139,9 +143,11 @@ def _common(records: Sequence[Record]) -> dict[str, str]:
 
 
 def _versions(records: Sequence[Record]) -> dict[str, str]:
-    """Devices, and every version that was used."""
+    """Devices, precisions, and every version that was used."""
     found: dict[str, dict[str, None]] = {}
     for record in records:
-        for name, value in {"device": record["device"], **record["versions"]}.items():
+        used = {"device": record["device"]}
+        used |= {"mixed precision": record.get("mixed_precision", UNKNOWN), **record["versions"]}
+        for name, value in used.items():
             found.setdefault(name, {})[value or "not installed"] = None
     return {name: ", ".join(values) for name, values in found.items()}

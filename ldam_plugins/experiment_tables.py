@@ -15,6 +15,7 @@ from ldam_plugins.experiments import (
     Setting,
     by_setting,
     errors_of,
+    head_of,
     method_title,
     option_value,
     shown,
@@ -43,12 +44,16 @@ _TAIL_OPTIONS = ("dataset", "profile", "ratio", "subset_seed")
 
 
 class Comparison(NamedTuple):
-    """A method against a baseline: titles, the paired test, and its p-value after Holm."""
+    """A method against a baseline: titles, the paired test, and its p-value after Holm.
+
+    ``heads`` is the method's head, and the baseline's where that is another one.
+    """
 
     baseline: str
     method: str
     paired: PairedComparison
     corrected: float | None
+    heads: str = ABSENT
 
     @property
     def verdict(self) -> str:
@@ -78,19 +83,27 @@ def _rows_of(records: Sequence[Record], summarise: Callable[[list[float], int], 
     names = varying_options(records)
     rows = []
     for setting, runs in by_setting(records).items():
-        row = dict(zip(names, map(shown, setting), strict=True)) | {"seeds": str(len(runs))}
+        row = dict(zip(names, map(shown, setting), strict=True))
+        row |= {"head": head_of(runs[0]), "seeds": str(len(runs))}
         for title, (metric, factor, digits) in _COLUMNS.items():
             row[title] = summarise([factor * run["test"][metric] for run in runs], digits)
         rows.append(row)
     return rows
 
 
-def matrix_rows(cells: Mapping[tuple[str, str], Interval]) -> list[Row]:
-    """A row a loss and a column a schedule, of one of :func:`error_matrices`."""
+def matrix_rows(
+    cells: Mapping[tuple[str, str], Interval], heads: Mapping[str, str] | None = None
+) -> list[Row]:
+    """A row a loss and a column a schedule, of one of :func:`error_matrices`.
+
+    ``heads`` names the head of each loss; there is no such column without it.
+    """
     losses = dict.fromkeys(loss for loss, _ in cells)
     schedules = [kind for kind in KINDS if any(kind == schedule for _, schedule in cells)]
     return [
-        {"loss": loss} | {kind: _matrix_cell(cells.get((loss, kind))) for kind in schedules}
+        {"loss": loss}
+        | ({} if heads is None else {"head": heads[loss]})
+        | {kind: _matrix_cell(cells.get((loss, kind))) for kind in schedules}
         for loss in losses
     ]
 
@@ -98,8 +111,8 @@ def matrix_rows(cells: Mapping[tuple[str, str], Interval]) -> list[Row]:
 def comparisons(records: Sequence[Record], baseline: str = "erm") -> list[Comparison]:
     """Every method against a baseline on the same seeds and long tail, in balanced error.
 
-    Negative differences are less error than the baseline's. P-values are corrected for the number
-    of comparisons in the answer.
+    Negative differences are less error than the baseline's. P-values and detectable differences are
+    corrected for the number of tests in the answer.
 
     Args:
         records: Of one experiment.
@@ -120,11 +133,16 @@ def comparisons(records: Sequence[Record], baseline: str = "erm") -> list[Compar
         for base in _bases(chosen, setting, wanted):
             pairs = _pairs(settings[base], runs)
             if pairs:
-                paired = paired_comparison(*map(errors_of, zip(*pairs, strict=True)))
                 titles = (method_title(names, base), method_title(names, setting))
-                found.append(Comparison(*titles, paired, None))
-    corrected = holm([entry.paired.p_value for entry in found])
-    return [entry._replace(corrected=p) for entry, p in zip(found, corrected, strict=True)]
+                heads = dict.fromkeys(head_of(record) for record in reversed(pairs[0]))
+                first, second = map(errors_of, zip(*pairs, strict=True))
+                found.append((titles, " against ".join(heads), first, second))
+    p_values = [paired_comparison(first, second).p_value for *_, first, second in found]
+    tests = sum(p is not None for p in p_values) or 1
+    return [
+        Comparison(*titles, paired_comparison(first, second, tests), corrected, heads)
+        for (titles, heads, first, second), corrected in zip(found, holm(p_values), strict=True)
+    ]
 
 
 def read_baseline(baseline: str, known: Collection[str]) -> tuple[tuple[str, str], dict[str, str]]:
@@ -168,7 +186,8 @@ def _pairs(first: Sequence[Record], second: Sequence[Record]) -> list[tuple[Reco
     """Runs of the two that saw the same training samples and the same seed."""
 
     def same(record: Record) -> tuple[Any, ...]:
-        return tuple(record["options"].get(name) for name in (*_TAIL_OPTIONS, "seed"))
+        options = (record["options"].get(name) for name in (*_TAIL_OPTIONS, "seed"))
+        return (*options, *record["class_counts"])
 
     others = {same(record): record for record in second}
     return [(record, others[same(record)]) for record in first if same(record) in others]
@@ -181,6 +200,7 @@ def comparison_rows(records: Sequence[Record], baseline: str = "erm") -> list[Ro
             "method": entry.method,
             "against": entry.baseline,
             "pairs": str(entry.paired.difference.n),
+            "head": entry.heads,
             "difference in balanced error, points": worded(entry.paired.difference, sign="+"),
             "p": _p_value(entry.paired.p_value),
             "p (Holm)": _p_value(entry.corrected),

@@ -43,6 +43,8 @@ METRICS = (
     "ece",
 )
 ABSENT = "-"
+UNKNOWN = "unknown"
+"""The precision of a run that was made before runs recorded it."""
 
 
 def read_records(folder: str | os.PathLike[str]) -> list[Record]:
@@ -77,7 +79,12 @@ def collect_records(
     """
     cells = [path.parent for path in sorted(Path(folder).glob(f"*/{METRICS_FILE}"))]
     return [
-        {"name": cell.name, "command": _command(cell), **read_metrics(cell)}
+        {
+            "name": cell.name,
+            "command": _command(cell),
+            "mixed_precision": UNKNOWN,
+            **read_metrics(cell),
+        }
         for cell in cells
         if cell.name not in leave_out
     ]
@@ -116,6 +123,26 @@ def option_value(record: Record, name: str) -> Any:
     default = _loss_defaults(options["loss"]).get(name)
     value = options[name]
     return None if default is not None and value == default else _hashable(value)
+
+
+def head_of(record: Record) -> str:
+    """The classifier that a run was trained with: ``"cosine"`` or ``"linear"``."""
+    options = record["options"]
+    cosine = options.get("head") == "cosine" or _needs_cosine_head(options["loss"])
+    return "cosine" if cosine else "linear"
+
+
+def heads_of_losses(records: Iterable[Record]) -> dict[str, str]:
+    """The head that each loss was trained with, both where runs have either."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for record in records:
+        found[record["options"]["loss"]].add(head_of(record))
+    return {loss: ", ".join(sorted(heads)) for loss, heads in found.items()}
+
+
+@cache
+def _needs_cosine_head(loss: str) -> bool:
+    return create_loss(loss, [1]).needs_cosine_head
 
 
 @cache
@@ -173,7 +200,7 @@ def tidy_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
             **{metric: record["test"][metric] for metric in METRICS},
             "train_seconds": record["train_seconds"],
             "device": record["device"],
-            "mixed_precision": record.get("mixed_precision"),
+            "mixed_precision": record.get("mixed_precision", UNKNOWN),
             **{f"version_{name}": version for name, version in record["versions"].items()},
             "command": record["command"],
         }

@@ -27,17 +27,18 @@ from ldam_plugins.margin_cross_entropy import (
 from ldam_plugins.reduction import (
     REDUCTIONS,
     at_target,
-    check_arguments,
+    checked_target,
     index_and_weight,
     learned,
     per_class,
     prepare,
     reduce_rows,
     row_weights,
+    sum_or_one,
     torch_cross_entropy,
-    traced,
     weigh,
 )
+from ldam_plugins.tensors import ordinary
 
 
 def cross_entropy(
@@ -128,17 +129,17 @@ def ldam_loss(
         tensor(0.6931)
     """
     check_real("scale", scale, low=0, low_open=True)
-    check_arguments(logits, target, reduction)
+    target = checked_target(logits, target, reduction)
     margins = per_class("margins", margins, logits)
     weight = None if weight is None else per_class("weight", weight, logits)
     if target.ndim == 2:
         target = target.to(margins.dtype)
-        if worthwhile(logits, reduction, target, margins, weight):
+        if worthwhile(reduction, logits, target, margins, weight):
             factors = margins.new_ones(1) if weight is None else weight
             factors = factors / (-len(target) if reduction == "mean" else -1)
             return margin_cross_entropy_of_masses(logits, target, margins * -scale, factors)
         shifted = torch.addcmul(logits.to(margins.dtype), target, margins, value=-scale)
-    elif _in_one_kernel(logits, margins, weight):
+    elif _in_one_kernel(logits, target, margins, weight):
         from ldam_plugins import margin_cross_entropy_triton as triton
 
         rows, row_weight = triton.margin_cross_entropy(
@@ -146,14 +147,15 @@ def ldam_loss(
         )
         if reduction == "none":
             return rows
-        divisor = row_weight.sum() if reduction == "mean" else None
-        return rows.sum() if divisor is None else rows.sum() / torch.where(divisor > 0, divisor, 1)
-    elif worthwhile(logits, reduction, margins, weight):
+        total = rows.sum()
+        return total / sum_or_one(row_weight) if reduction == "mean" else total
+    elif worthwhile(reduction, logits, target, margins, weight):
         index, coefficient = index_and_weight(target, weight, ignore_index, margins.dtype)
-        if reduction == "mean":
-            coefficient /= coefficient.sum().item() or 1.0
+        divisor = sum_or_one(coefficient).item() if reduction == "mean" else 1.0
         addend = (margins.gather(0, index) * -scale).unsqueeze(1)
-        return margin_cross_entropy(logits, index.unsqueeze(1), addend, coefficient)
+        share = coefficient / (divisor or 1.0)
+        loss = margin_cross_entropy(logits, index.unsqueeze(1), addend, share)
+        return loss if divisor else loss / divisor
     else:
         index = target.clamp(0, logits.shape[1] - 1)
         addend = margins.gather(0, index).mul_(-scale).unsqueeze(1)
@@ -191,8 +193,8 @@ def hinge_loss(
     else:
         top = logits.topk(2, dim=1)
         best, runner_up = top.values[:, :1], top.values[:, 1:]
-        # One-hot by comparison: F.one_hot looks at the values, which vmap does not allow.
-        is_best = top.indices[:, :1] == torch.arange(logits.shape[1], device=logits.device)
+        # Not F.one_hot, which looks at the values.
+        is_best = torch.zeros_like(logits, dtype=torch.bool).scatter(1, top.indices[:, :1], 1)
         rival = torch.where(is_best, runner_up, best)
         terms = (rival - logits + shift).clamp_min(0)
     if target.ndim == 1:
@@ -289,12 +291,12 @@ def chunked_cross_entropy(
     rows = cosines.cross_entropy(target.masked_fill(target == ignore_index, 0), shift)
     weight = None if weight is None else per_class("weight", weight, cosines)
     coefficient = row_weights(target, weight, ignore_index, cosines.dtype)
-    rows = torch.where(coefficient == 0, 0, coefficient * rows)
+    rows = (coefficient * rows).masked_fill(coefficient == 0, 0)
     return reduce_rows(rows, target, weight, ignore_index, reduction)
 
 
-def _in_one_kernel(logits: Tensor, margins: Tensor, weight: Tensor | None) -> bool:
+def _in_one_kernel(logits: Tensor, target: Tensor, margins: Tensor, weight: Tensor | None) -> bool:
     """Whether a kernel of Triton can do it."""
-    if not logits.is_cuda or type(logits) not in (Tensor, torch.nn.Parameter) or traced():
+    if not logits.is_cuda or not ordinary(logits, target, margins, weight):
         return False
     return not learned(margins, weight) and find_spec("triton") is not None

@@ -14,8 +14,16 @@ from ldam_plugins.long_tail import PROFILES
 from ldam_plugins.losses import list_losses
 from ldam_plugins.schedules import KINDS
 
-OWN_OPTIONS = ("loss", "schedule", "profile", "ratio", "seed", "output_dir", "resume")
-"""Options of a recipe that have their own place in a grid, or are the grid's matter."""
+OWN_OPTIONS = {
+    "loss": "Write --methods {value}/none, or --losses {value} with --schedules.",
+    "schedule": "Write --methods ce/{value}, or --schedules {value} with --losses.",
+    "profile": "Write --profiles {value}.",
+    "ratio": "Write --ratios {value}.",
+    "seed": "Write --seeds {value}.",
+    "output_dir": "Write --output_dir {value}.",
+    "resume": "Begun cells go on by themselves.",
+}
+"""Options of a recipe that have their own place in a grid, or are the grid's matter: where."""
 
 _SCHEDULES_OF = {
     "start": ("drw", "drs"),
@@ -64,13 +72,13 @@ class Grid:
     list: ``decay_milestones=32,36``.
 
     Args:
-        preset: Preset of the recipe that every cell begins with.
+        preset: Preset of the recipe that every cell begins with; empty: none.
         methods: Each a name of ``METHODS`` or ``loss/schedule``, with settings of its own after
             colons: ``"ldam_drw"``, ``"ce/drs"``, ``"ldam_drw:max_margin=0.3:beta=0.999"``.
         losses: Losses, each combined with each of ``schedules``, beside ``methods``.
         schedules: See ``losses``.
-        profiles: Long-tail profiles; empty: the preset's.
-        ratios: Imbalance ratios; empty: the preset's.
+        profiles: Long-tail profiles; empty: the preset's, or the recipe's default.
+        ratios: Imbalance ratios; empty: likewise.
         seeds: Seeds of the training.
         settings: Settings of every cell.
         vary: Settings of which each value makes cells of its own: ``mixup=0,0.2``.
@@ -161,7 +169,7 @@ def _cell(
     parts += [] if profile is None else [profile]
     parts += [] if ratio is None else [f"r{ratio:.12g}"]
     name = re.sub(r"[^\w.+-]", "-", "_".join([*parts, f"s{seed}"]))
-    return Cell(name, (preset, *flags))
+    return Cell(name, (*([preset] if preset else []), *flags))
 
 
 def _product(grid: Grid) -> list[tuple[str, str, Settings]]:
@@ -202,7 +210,7 @@ def _settings(entries: Iterable[str], place: str, known: Collection[str]) -> Set
             way_out = "Commas go between the values of a list."
             raise ValueError(must_be(place, "made of option=value", entry, way_out))
         if name in OWN_OPTIONS:
-            way_out = "A grid has methods, profiles, ratios, seeds and output_dir for that."
+            way_out = OWN_OPTIONS[name].format(value=value.replace(",", " "))
             raise ValueError(
                 must_be(f"option in {place}", "one the grid leaves free", name, way_out)
             )

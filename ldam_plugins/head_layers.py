@@ -15,6 +15,7 @@ from ldam_plugins.chunked_cosines import (
     SMALLEST_LENGTH,
     ChunkedCosines,
     autocasts,
+    followed,
     full_precision,
 )
 
@@ -71,7 +72,12 @@ class CosineHead(nn.Module):
 
     @torch.no_grad()
     def _observe(self, lengths: Tensor) -> None:
-        """Follow the mean length and the mean squared length of the features."""
+        """Follow the mean length and the mean squared length of the features.
+
+        Not under a transform of torch.func, which has no place for what a function leaves behind.
+        """
+        if torch._C._are_functorch_transforms_active():
+            return
         moments = self.cosine_moments
         # transformers leaves a buffer unset if its checkpoint lacks it: such moments start anew.
         kept = torch.where(_plausible(moments), moments, 0.0)
@@ -173,14 +179,17 @@ class CosineLinear(CosineHead, nn.Linear):
         """Return the logits (..., C) of the features ``input`` (..., H).
 
         Raises:
-            ValueError: the head is chunked and in training mode, and ``input`` is not (N, H).
+            ValueError: the head is chunked and in training mode, and ``input`` is not (N, H) or
+                the weight is sharded (tensor parallel).
         """
         if not (self.chunked and self.training):
             return self._cosines(input)
         if input.ndim != 2:
             wanted = "of shape (N, H) for a chunked head"
             raise ValueError(must_be("input", wanted, tuple(input.shape)))
-        cosines = ChunkedCosines(input, self.weight, self.scale)
+        if is_sharded(self.weight):
+            raise ValueError(must_be("chunked", "False where the head's weight is sharded", True))
+        cosines = ChunkedCosines(input, followed(self.weight), self.scale)
         if len(input):
             self._observe(_lengths(input.to(cosines.dtype)))
         return cosines

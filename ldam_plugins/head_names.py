@@ -8,29 +8,31 @@ from typing import Any, TypeGuard
 from torch import nn
 
 from ldam_plugins._checks import check_choice, must_be, quoted
+from ldam_plugins.head_trace import Mix, Reader, Stack, Untraceable, is_adapter
 
 Layers = dict[str, nn.Linear | nn.Conv2d]
 
 _ADAPTED = "base_layer"
 _FROZEN_COPY = "original_module"
-_TRAINED_COPY = "modules_to_save"
 
 
 def find_head(model: nn.Module, head: str | Sequence[str] | None = None) -> tuple[str, ...]:
     """Find the dotted names of the layer, or layers, that give the logits.
 
-    The first of these that knows the model decides:
+    Only what is certain is answered:
 
     1. ``head``, one dotted name or several.
-    2. timm: ``pretrained_cfg["classifier"]``, which names the layer inside containers, the two
-       heads of distilled models and the auxiliary ones; then ``get_classifier()``.
-    3. transformers: the layers with ``config.num_labels`` outputs, outside the base model where
-       there are such; any module with ``num_classes``: the layers with that many outputs.
-    4. Any other module: its last layer with parameters if that is a linear one, or else its only
-       linear layer. Last means registered last, which is how modules are usually written.
+    2. timm's ``pretrained_cfg["classifier"]``, which names the layer inside containers, the two
+       heads of distilled models and the auxiliary ones, of the model or of one inside it.
+    3. Otherwise what ``forward`` shows (see :mod:`ldam_plugins.head_trace`): the layer whose
+       output the model returns in training, maybe reshaped, cast or averaged over places; all
+       layers whose outputs are averaged; all whose outputs are returned under names such as
+       ``logits`` and ``aux_logits``.
+    4. Where ``forward`` cannot be followed, what the model says of itself: ``get_classifier()``,
+       or the one layer with ``config.num_labels`` outputs outside a transformers base model.
 
-    A wrapper with a single child (data parallel, compiled, PEFT, ``TimmWrapper``) is looked
-    through. In a PEFT model the trained copies in ``modules_to_save`` are the head.
+    Wrappers (data parallel, compiled, PEFT, ``TimmWrapper``) are looked through. In a PEFT model
+    the trained copies in ``modules_to_save`` are the head.
 
     Args:
         model: The classifier; a lone ``nn.Linear`` is found under the name ``""``.
@@ -42,7 +44,8 @@ def find_head(model: nn.Module, head: str | Sequence[str] | None = None) -> tupl
     Raises:
         TypeError: ``model`` is not a module.
         ValueError: ``head`` names no such layer, the model was built without a classifier, an
-            adapter sits on it, or no layer or too many fit; the message lists the candidates.
+            adapter sits on it, something that follows it changes the logits (a normalisation,
+            softmax or factor), or no layer or too many fit; the message lists the candidates.
 
     Example:
         >>> find_head(nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 3)))
@@ -55,11 +58,7 @@ def find_head(model: nn.Module, head: str | Sequence[str] | None = None) -> tupl
         names = _given(head, layers)
     else:
         _refuse_headless(model)
-        searches = (_by_timm_path, _by_getter, _by_class_count, _by_position)
-        answers = (search(model, layers) for search in searches)
-        names = next((answer for answer in answers if answer is not None), ())
-    if not names:
-        raise ValueError(_unsettled("a model whose classifier can be found", model, layers))
+        names = _by_output(model, layers)
     refuse_adapted(names)
     return names
 
@@ -88,7 +87,7 @@ def is_layer(module: object) -> TypeGuard[nn.Linear | nn.Conv2d]:
 def _layers(model: nn.Module) -> Layers:
     """List what may be a head, without the adapters' own matrices and PEFT's frozen copies."""
     found: Layers = {}
-    adapted = [name for name, module in model.named_modules() if hasattr(module, _ADAPTED)]
+    adapted = [name for name, module in model.named_modules() if is_adapter(module)]
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{parent}.") for parent in adapted)
         last = name.rpartition(".")[2]
@@ -116,15 +115,37 @@ def _given(head: str | Sequence[str], layers: Layers) -> tuple[str, ...]:
     return tuple(check_choice("head", name, layers) for name in names)
 
 
-def _by_timm_path(model: nn.Module, layers: Layers) -> tuple[str, ...] | None:
-    known = False
-    for prefix, module in _shells(model):
-        path = _timm_path(module)
-        names = [name for part in path for name in _inside(f"{prefix}{part}", layers)]
+def _by_output(model: nn.Module, layers: Layers) -> tuple[str, ...]:
+    """The layers that ``forward`` shows to give the logits, or else those the model declares."""
+    reader = Reader(model, layers, lambda module, name: _declared(module, name, layers))
+    try:
+        answers = [_logit_layers(reader, value, model) for value in reader.outputs(model)]
+    except (Untraceable, RecursionError) as failure:
+        names = _by_getter(model, reader) or _by_label_count(model, layers)
         if names:
-            return tuple(names)
-        known = known or bool(path)
-    return () if known else None
+            return names
+        wanted = "a model whose classifier can be found"
+        reason = f"Its forward() cannot be followed ({failure})."
+        raise ValueError(_unsettled(wanted, model, layers, reason)) from failure
+    names = answers[0]
+    if not names or any(other != names for other in answers):
+        seen = {name: layers[name] for answer in answers for name in answer if name in layers}
+        wanted = "a model whose classifier can be found"
+        reason = "What it returns in training is not what one of its layers gives: take away what "
+        reason += "changes the logits after the classifier (norm, dropout, softmax, factor), or,"
+        reason += " where the layer gives them all the same, name it."
+        if seen:
+            reason = "Which layer gives its output depends on the input."
+        raise ValueError(_unsettled(wanted, model, seen or layers, reason))
+    return names
+
+
+def _declared(module: nn.Module, name: str, layers: Layers) -> tuple[str, ...] | None:
+    """Names of the modules that timm's configuration calls the classifier, if they are there."""
+    prefix = f"{name}." if name else ""
+    inside = [f"{prefix}{part}" for part in _timm_path(module)]
+    known = [n for n in inside if n in layers or any(o.startswith(f"{n}.") for o in layers)]
+    return tuple(known) or None
 
 
 def _timm_path(module: nn.Module) -> tuple[str, ...]:
@@ -137,21 +158,58 @@ def _timm_path(module: nn.Module) -> tuple[str, ...]:
     return ()
 
 
-def _inside(name: str, layers: Layers) -> list[str]:
-    """Return the layer called ``name``, the copies PEFT trains in its place, or its last layer."""
-    within = [other for other in layers if other.startswith(f"{name}.")]
-    copies = [other for other in within if other.startswith(f"{name}.{_TRAINED_COPY}.")]
-    return [name] if name in layers else copies or within[-1:]
+def _logit_layers(reader: Reader, returned: Any, model: nn.Module) -> tuple[str, ...]:
+    """Names of the layers that give what a model returned as logits; () if no layer does.
+
+    Raises:
+        Untraceable: the logits come from a ``forward`` that cannot be followed.
+        ValueError: several layers give different outputs, none of which is called logits.
+    """
+    returned = reader.read(returned)
+    if hasattr(returned, "_asdict"):
+        returned = returned._asdict()
+    if not isinstance(returned, (Mapping, tuple)) or isinstance(returned, (Mix, Stack)):
+        return _names_of(returned)
+    entries = returned if isinstance(returned, Mapping) else dict(enumerate(returned))
+    called = {key: entry for key, entry in entries.items() if "logits" in str(key)}
+    main = called.pop("logits", None)
+    found = [] if main is None else [_names_of(reader.read(main))]
+    for entry in (called if main is not None or called else entries).values():
+        try:
+            found.append(_names_of(reader.read(entry)))
+        except (Untraceable, RecursionError):
+            continue
+    given = [names for names in dict.fromkeys(found) if names]
+    if main is not None and not found[0]:
+        return ()
+    if len(given) > 1 and main is None and not called:
+        several = {name: reader.layers[name] for names in given for name in names}
+        wanted = "a model with one output that a classifier gives"
+        reason = f"It returns {len(given)} in training. Name all those that give logits of classes."
+        raise ValueError(_unsettled(wanted, model, several, reason))  # type: ignore[arg-type]
+    return tuple(dict.fromkeys(name for names in given for name in names))
 
 
-def _by_getter(model: nn.Module, layers: Layers) -> tuple[str, ...] | None:
+def _names_of(value: Any) -> tuple[str, ...]:
+    """The layers of one output, if it is theirs or a mean of theirs."""
+    if not isinstance(value, Mix):
+        return ()
+    whole = abs(sum(value.values()) - 1) < 1e-6 and min(value.values()) > 0
+    return tuple(value) if whole else ()
+
+
+def _by_getter(model: nn.Module, reader: Reader) -> tuple[str, ...]:
     for _, module in _shells(model):
         getter = getattr(module, "get_classifier", None)
         if callable(getter):
             heads = set(_flat(getter()))
             named = [name for name, part in model.named_modules() if part in heads]
-            return tuple(layer for name in named for layer in _inside(name, layers)) or None
-    return None
+            try:
+                found = [_names_of(reader.of_module(name)) for name in named]
+            except (Untraceable, RecursionError):
+                return ()
+            return tuple(n for names in found for n in names) if all(found) else ()
+    return ()
 
 
 def _flat(heads: object) -> Iterator[nn.Module]:
@@ -162,40 +220,23 @@ def _flat(heads: object) -> Iterator[nn.Module]:
         yield heads
 
 
+def _by_label_count(model: nn.Module, layers: Layers) -> tuple[str, ...]:
+    """The one layer outside the base model of transformers with an output for every label."""
+    for _, module in _shells(model):
+        classes = getattr(getattr(module, "config", None), "num_labels", None)
+        backbone = getattr(module, getattr(module, "base_model_prefix", "") or "-", None)
+        if isinstance(classes, int) and isinstance(backbone, nn.Module):
+            inner = set(backbone.modules())
+            outside = [name for name, layer in layers.items() if layer not in inner]
+            fitting = [name for name in outside if _sizes(layers[name])[1] == classes]
+            return tuple(fitting) if len(fitting) == 1 else ()
+    return ()
+
+
 def _class_count(module: nn.Module) -> int | None:
     labels: Any = getattr(getattr(module, "config", None), "num_labels", None)
     classes: Any = labels if labels is not None else getattr(module, "num_classes", None)
     return classes if isinstance(classes, int) else None
-
-
-def _by_class_count(model: nn.Module, layers: Layers) -> tuple[str, ...] | None:
-    for _, module in _shells(model):
-        classes = _class_count(module)
-        if classes is not None:
-            break
-    else:
-        return None
-    fitting = {name: layer for name, layer in layers.items() if _sizes(layer)[1] == classes}
-    backbone = getattr(module, getattr(module, "base_model_prefix", "") or "-", None)
-    inner = set(backbone.modules()) if isinstance(backbone, nn.Module) else set()
-    outside = {name: layer for name, layer in fitting.items() if layer not in inner}
-    chosen = outside or fitting
-    if len(chosen) > 1 and any(_sizes(layer)[0] == classes for layer in chosen.values()):
-        wanted = f"a model with one place that gives its {classes} classes"
-        raise ValueError(_unsettled(wanted, model, chosen))
-    return tuple(chosen)
-
-
-def _by_position(model: nn.Module, layers: Layers) -> tuple[str, ...]:
-    owners = [name for name, module in model.named_modules() if any(True for _ in _own(module))]
-    linear = [name for name, layer in layers.items() if isinstance(layer, nn.Linear)]
-    if owners and owners[-1] in linear:
-        return (owners[-1],)
-    return tuple(linear) if len(linear) == 1 else ()
-
-
-def _own(module: nn.Module) -> Iterator[nn.Parameter]:
-    return module.parameters(recurse=False)
 
 
 def _sizes(layer: nn.Linear | nn.Conv2d) -> tuple[int, int]:
@@ -206,17 +247,19 @@ def _sizes(layer: nn.Linear | nn.Conv2d) -> tuple[int, int]:
 
 def _refuse_headless(model: nn.Module) -> None:
     for _, module in _shells(model):
+        features_only = hasattr(module, "feature_info") and not hasattr(module, "get_classifier")
         classes = _class_count(module)
-        if classes:
+        if classes and not features_only:
             return
-        if classes == 0:
+        if classes == 0 or features_only:
             wanted = "a model with a classifier"
-            way_out = "It was built for features (`num_classes=0`): build it with the number of"
+            built = "`features_only=True`" if features_only else "`num_classes=0`"
+            way_out = f"It was built for features ({built}): build it with the number of"
             way_out += " classes, or name the layer that gives the logits with `head=`."
             raise ValueError(must_be("model", wanted, type(module).__name__, way_out))
 
 
-def _unsettled(wanted: str, model: nn.Module, layers: Layers) -> str:
+def _unsettled(wanted: str, model: nn.Module, layers: Layers, reason: str) -> str:
     """Word the error of a search that found no head or too many, likeliest candidates first."""
     shown = []
     for name, layer in reversed(layers.items()):
@@ -226,4 +269,4 @@ def _unsettled(wanted: str, model: nn.Module, layers: Layers) -> str:
         way_out = f"Say which layer it is with `head=`, one name or several of: {quoted(shown)}."
     else:
         way_out = "It holds no linear layer and no 1x1 convolution that could be the head."
-    return must_be("model", wanted, type(model).__name__, way_out)
+    return must_be("model", wanted, type(model).__name__, f"{reason} {way_out}")

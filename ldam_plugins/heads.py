@@ -15,6 +15,13 @@ from torch import Tensor, nn
 
 from ldam_plugins._checks import check_choice, check_real, must_be
 from ldam_plugins.head_fit import closest_factor, logits_of_both
+from ldam_plugins.head_guard import (
+    check_heads,
+    check_replaceable,
+    cosine_heads,
+    keep_in_place,
+    let_go,
+)
 from ldam_plugins.head_layers import (
     Cosine,
     CosineConv2d,
@@ -30,6 +37,7 @@ from ldam_plugins.head_names import find_head, refuse_adapted
 __all__ = [
     "CosineConv2d",
     "CosineLinear",
+    "check_heads",
     "cosine_heads",
     "find_head",
     "fold_cosine_head",
@@ -50,8 +58,15 @@ def use_cosine_head(
 
     The layer, or all layers of a model with several heads, is replaced in place under its own
     name, on its device, in its dtype, mode and ``requires_grad``. Call it after the pretrained
-    weights are loaded and before the optimizer is made, which must know the new parameter.
+    weights are loaded and before the optimizer is made, which must know the new parameter, and
+    before a wrapper that trains in parallel is put around the model (a compiled model may have
+    been wrapped: it is compiled anew).
     A model that has the head already, with the same scale, is returned as it is.
+
+    From then on the model checks before every forward pass that trains that the head is in its
+    place: `reset_classifier`, quantising or an adapter that takes its place ends in an error, as
+    margins would meet ordinary logits. Methods that fuse layers for inference (``fuse``,
+    ``reparameterize``) of modules around the head fold it first. Folding ends all this.
 
     Args:
         model: A timm or transformers classifier, or any module whose last layer is linear.
@@ -72,8 +87,9 @@ def use_cosine_head(
     Raises:
         TypeError: an argument of the wrong type, or a head without floating-point weights.
         ValueError: the head is not found or not settled (see `find_head`), a cosine head of
-            another scale is there, ``scale`` is not a finite number above 0, or ``chunked`` is
-            asked of a convolution.
+            another scale is there, ``scale`` is not a finite number above 0, ``chunked`` is
+            asked of a convolution, the head's weight is also another module's, or the model is
+            wrapped or sharded already (DistributedDataParallel, FSDP, DeepSpeed).
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 3))
@@ -84,16 +100,22 @@ def use_cosine_head(
     check_choice("init", init, ("random", "keep"))
     names = (tuple(cosine_heads(model)) if head is None else ()) or find_head(model, head)
     refuse_adapted(names)
-    new: dict[nn.Module, nn.Module] = {}
-    for name in names:
-        layer: Any = model.get_submodule(name)
-        if isinstance(layer, Cosine):
-            _check_same_scale(name, layer, scale)
-        else:
+    found: dict[str, Any] = {name: model.get_submodule(name) for name in names}
+    plain = {name: layer for name, layer in found.items() if not isinstance(layer, Cosine)}
+    for name, layer in found.items():
+        if name in plain:
             _check_plain(name, layer)
+        else:
+            _check_same_scale(name, layer, scale)
+    check_replaceable(model, plain)
+    new: dict[nn.Module, nn.Module] = {}
+    for name, layer in found.items():
+        if name in plain:
             layer = new.setdefault(layer, cosine_layer(layer, scale, keep=init == "keep"))
         _set_chunked(name, layer, chunked)
-    return _replaced(model, new)
+    result = _replaced(model, new)
+    keep_in_place(result, tuple(cosine_heads(result)), fold_cosine_head)
+    return result
 
 
 def fold_cosine_head(
@@ -146,6 +168,7 @@ def fold_cosine_head(
         factor = closest_factor(*logits_of_both(model, layers, inputs))
         for layer in layers.values():
             layer.weight.data.mul_(factor)
+    let_go(model)
     return _replaced(model, layers)
 
 
@@ -182,18 +205,6 @@ def folded_state_dict(
         if head.folded_bias:
             state[f"{prefix}bias"] = exact.new_zeros(len(exact))
     return state
-
-
-def cosine_heads(model: nn.Module) -> dict[str, Cosine]:
-    """Return the cosine heads of ``model`` by dotted name; empty if there are none.
-
-    Raises:
-        TypeError: ``model`` is not a module.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(must_be("model", "a torch.nn.Module", type(model).__name__))
-    modules = model.named_modules()
-    return {name: part for name, part in modules if isinstance(part, (CosineLinear, CosineConv2d))}
 
 
 def _check_same_scale(name: str, layer: Cosine, scale: float) -> None:

@@ -13,6 +13,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from ldam_plugins.tensors import readable
+
 ATTENTION = "sdpa_fast_dropout"
 """Name under which transformers finds this attention."""
 _STEPS = 1 << 15  # steps of a probability: of the 16 bits of a draw one becomes the sign
@@ -35,7 +37,8 @@ def use_fast_dropout(model: PreTrainedModel) -> bool:
     run, but the values drawn are others than without this function.
 
     The attention ``"sdpa"`` computes what lies outside of this: no dropout, another device or
-    type, compiled code, grouped queries, and masks that are not boolean or leave a query no key.
+    type, compiled or traced code, tensor subclasses, transforms of torch.func, empty batches,
+    grouped queries, and masks that are not boolean or leave a query no key.
 
     Args:
         model: Changed in place; what it saves is as before.
@@ -65,8 +68,7 @@ class FastDropout(nn.Dropout):
     def forward(self, input: Tensor) -> Tensor:
         """Input of any shape, each element 0 with probability p and else divided by 1 - p."""
         steps = _dropped_steps(self.p)
-        here = input.device.type == "cpu" and not torch.compiler.is_compiling()
-        if not (self.training and here and 0 < steps < _STEPS):
+        if not (self.training and 0 < steps < _STEPS and readable(input)):
             return super().forward(input)
         kept = _draw(input.shape, steps).ge_(0).to(input.dtype).mul_(_STEPS / (_STEPS - steps))
         return input.mul_(kept) if self.inplace else input * kept
@@ -102,9 +104,9 @@ def attention_forward(
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     usual = (
-        torch.compiler.is_compiling()
-        or query.device.type != "cpu"
+        not readable(query, key, value, attention_mask)
         or not 0 < _dropped_steps(dropout) < _STEPS
+        or not (query.numel() and key.numel())
         or getattr(module, "num_key_value_groups", 1) > 1
         or any(kwargs.get(name) for name in ("softcap", "output_attentions"))
         or kwargs.get("position_bias") is not None
@@ -133,7 +135,7 @@ def _dropped_steps(p: float) -> int:
 def _draw(shape: torch.Size, steps: int) -> Tensor:
     """Independent int16 of a CPU that are negative with probability ``steps / _STEPS``."""
     count = shape.numel()
-    bits = torch.empty(-(-count // 4), dtype=torch.int64).random_().view(torch.int16)
+    bits = torch.empty(-(-count // 4), dtype=torch.int64, device="cpu").random_().view(torch.int16)
     return bits[:count].view(shape).bitwise_and_(_STEPS - 1).sub_(steps)
 
 

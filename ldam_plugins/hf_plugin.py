@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
@@ -17,7 +18,7 @@ from ldam_plugins.counts import ClassCounts
 from ldam_plugins.hf_labels import GIVE_COUNTS, IGNORED, TrainingLabels
 from ldam_plugins.hf_loss_mapping import register
 from ldam_plugins.hf_mixup import FeatureMixup, remove_mixup
-from ldam_plugins.hf_run import RESAMPLING, TrainingRun
+from ldam_plugins.hf_run import RESAMPLING, TrainingRun, give_back_sampler, users_sampler
 from ldam_plugins.hf_setup import (
     calling_trainer,
     check_forward,
@@ -27,6 +28,7 @@ from ldam_plugins.hf_setup import (
     fold_when_saved,
     put_head,
 )
+from ldam_plugins.host_updates import check_ignored
 from ldam_plugins.loss_base import ClassificationLoss
 from ldam_plugins.losses import create_loss, loss_options
 from ldam_plugins.schedules import DeferredSchedule
@@ -35,6 +37,13 @@ __all__ = ["DRWCallback", "register"]
 
 logger = logging.get_logger(__name__)
 _SCALE = 30.0  # the paper's
+_DRAW_EVERY_ROW = (
+    "SequentialSampler",
+    "RandomSampler",
+    "SeedableRandomSampler",
+    "LengthGroupedSampler",
+    "BatchRebalanceSampler",
+)
 
 register()
 
@@ -52,13 +61,16 @@ class DRWCallback(TrainerCallback):
       and its size does not jump when re-weighting begins.
     * Evaluation is plain cross-entropy, during the training and after it: the loss stays with the
       Trainer (``trainer.compute_loss_func``). On the model there is nothing but the cosine head.
-    * The head is saved as a plain layer with the same predictions, by checkpoints,
+    * The head is saved as a plain layer that gives the same largest logit, with probabilities of
+      its own (several heads: see :func:`~ldam_plugins.fold_cosine_head`), by checkpoints,
       ``trainer.save_model()`` and ``model.save_pretrained()``, next to its exact weights, from
       which a run resumes to the bit. :func:`~ldam_plugins.fold_cosine_head` makes the model in
       memory plain as well.
     * There is no state: the stage follows from ``state.global_step``, also in a run that resumes
       a checkpoint written without the callback. Its name is logged as ``drw_stage`` at every
-      change.
+      change. One callback may serve several Trainers, and be copied and pickled at any time.
+    * Which rows are trained on is the Trainer's matter. Re-sampling (``"rs"``, ``"drs"``,
+      ``"progressive"``) takes the place of its own shuffle, never of a sampler of the user's.
 
     Args:
         criterion: The loss to use. Default: ``loss`` made for the training labels.
@@ -118,10 +130,18 @@ class DRWCallback(TrainerCallback):
             if "scale" in loss_options(self._loss):
                 self._options = {"scale": _SCALE if scale is None else scale, **options}
             criterion = create_loss(self._loss, [1, 1], **self._options)  # refuses bad options now
+        self._ignored = criterion.ignore_index
         self._cosine_head = criterion.needs_cosine_head if cosine_head is None else cosine_head
         self._scale = _head_scale(scale, criterion, self._cosine_head)
-        self._run: TrainingRun | None = None
-        self._untrained = False
+        self._untrained: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what is known of models."""
+        return {name: value for name, value in self.__dict__.items() if name != "_untrained"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Know of no model."""
+        self.__dict__ = {**state, "_untrained": weakref.WeakSet()}
 
     def on_init_end(
         self,
@@ -133,8 +153,8 @@ class DRWCallback(TrainerCallback):
         """Check the set-up and put on the cosine head, before there is an optimizer."""
         trainer = calling_trainer()
         self._check(trainer)
-        if self._cosine_head:
-            self._untrained = put_head(trainer, self._scale)
+        if self._cosine_head and put_head(trainer, self._scale):
+            self._untrained.add(trainer.model)
         fold_when_saved(trainer.model)
 
     def on_train_begin(
@@ -158,8 +178,9 @@ class DRWCallback(TrainerCallback):
         self.criterion = self._criterion_for(trainer, labels)
         if state.is_world_process_zero:
             warn_of_combination(self.criterion, self.schedule)
+            self._warn_of_sampler(train_dataloader)
         data_seed = args.seed if args.data_seed is None else args.data_seed
-        self._run = TrainingRun(
+        run = TrainingRun(
             trainer,
             self,
             self.criterion.to(args.device),
@@ -174,8 +195,8 @@ class DRWCallback(TrainerCallback):
             difference = labels.difference(self.criterion.class_counts)
             if difference is not None:
                 warnings.warn(difference, stacklevel=2)
-        trainer.compute_loss_func = self._run.compute_loss
-        self._untrained = False
+        trainer.compute_loss_func = run.compute_loss
+        self._untrained.discard(trainer.model)
 
     def on_train_end(
         self,
@@ -184,10 +205,12 @@ class DRWCallback(TrainerCallback):
         control: TrainerControl,
         *,
         model: Any = None,
+        train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Leave nothing on the model but the head."""
+        """Leave nothing on the model but the head, and the data loader as it was."""
         remove_mixup(model)
+        give_back_sampler(train_dataloader)
 
     def on_epoch_begin(
         self,
@@ -229,16 +252,18 @@ class DRWCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Say so when a head is evaluated that was put on and never trained."""
-        if self._untrained:
+        model = calling_trainer().model
+        if model in self._untrained:
             logger.warning(
                 "DRWCallback put a cosine head on the model, with the old head's directions and "
                 "without its bias, and it was not trained since. To evaluate a model as it was "
                 "saved, leave the callback out."
             )
-            self._untrained = False
+            self._untrained.discard(model)
 
     def _check(self, trainer: Trainer) -> None:
         check_setup(trainer, DRWCallback, resampling=self.schedule.kind in RESAMPLING)
+        check_ignored(self._ignored)
         loss = trainer.compute_loss_func
         ours = isinstance(getattr(loss, "__self__", None), TrainingRun)
         explicit = self._given is not None and loss == self._given.compute_loss_func
@@ -271,10 +296,33 @@ class DRWCallback(TrainerCallback):
             return self._given
         return create_loss(self._loss, counts, **self._options)
 
+    def _warn_of_sampler(self, train_dataloader: Any) -> None:
+        """Say what a sampler of the user's own means for counts and weights."""
+        sampler = users_sampler(train_dataloader)
+        if sampler is None or sampler in _DRAW_EVERY_ROW:
+            return
+        counted = self._given is None and self.class_counts is None
+        said = ["the classes were counted in the whole train_dataset"] if counted else []
+        if self.schedule.kind in ("rw", "drw"):
+            said += ["the class weights correct once more what a balancing sampler corrects"]
+        if said:
+            logger.warning(
+                f"{sampler} chooses the rows that are trained on: {', and '.join(said)}. Give "
+                "class_counts=[...] of the rows it draws, or leave balancing to one of the two."
+            )
+
     def _running(self) -> TrainingRun:
-        if self._run is None:
-            raise RuntimeError("DRWCallback was added to a training that runs: add it before.")
-        return self._run
+        """The run of the Trainer that fires an event; the callback may serve others as well."""
+        try:
+            run = getattr(calling_trainer().compute_loss_func, "__self__", None)
+        except RuntimeError:
+            run = None
+        if not isinstance(run, TrainingRun) or not run.serves(self):
+            raise RuntimeError(
+                "DRWCallback was added to a training that runs, or its loss was taken from the "
+                "Trainer: add it before, and leave trainer.compute_loss_func alone."
+            )
+        return run
 
 
 def _schedule(

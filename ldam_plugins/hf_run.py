@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.data_loader import BatchSamplerShard
+from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler
 from torch import Tensor
-from torch.utils.data import BatchSampler, IterableDataset, Sampler
+from torch.utils.data import BatchSampler, IterableDataset, RandomSampler, Sampler
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.utils import logging
 
@@ -19,6 +19,7 @@ from ldam_plugins._checks import must_be
 from ldam_plugins.combinations import enter_stage
 from ldam_plugins.hf_labels import TrainingLabels
 from ldam_plugins.hf_mixup import FeatureMixup
+from ldam_plugins.hf_updates import UpdateWatch
 from ldam_plugins.loss_base import ClassificationLoss
 from ldam_plugins.model_outputs import find_logits, one_label_a_row
 from ldam_plugins.runtime import own_rows
@@ -51,8 +52,8 @@ class TrainingRun:
         mixup: What mixes the features in the model, if anything does.
 
     Raises:
-        ValueError: ``start`` past the end or in epochs nobody knows the length of, or examples
-            that cannot be re-sampled.
+        ValueError: ``start`` past the end or in epochs nobody knows the length of, examples that
+            cannot be re-sampled, or a sampler of the user's own where they would be.
     """
 
     def __init__(
@@ -74,9 +75,11 @@ class TrainingRun:
         self._trainer = weakref.ref(trainer)
         self._callback = callback
         self.mixup = mixup
-        self._in_backward = False
+        self._watch = UpdateWatch()
+        self._total_steps = total_steps
         self._steps_per_epoch = _steps_per_epoch(trainer, train_dataloader, total_steps)
         self._check_start(total_steps, train_dataloader)
+        give_back_sampler(train_dataloader)
         self._last_round = _last_round(train_dataloader)
         self._sampler: DeferredSampler | None = None
         if schedule.kind in RESAMPLING:
@@ -93,6 +96,7 @@ class TrainingRun:
             )
         if torch.is_grad_enabled() and labels is not None:
             labels = one_label_a_row(labels)
+            self._watch.note_call(labels, num_items_in_batch)
             if self.mixup is not None:
                 classes = len(self.criterion.class_counts)
                 if labels.ndim == 1 and num_items_in_batch is not None:
@@ -103,40 +107,48 @@ class TrainingRun:
             )
         loss = self.criterion.compute_loss_func(outputs, labels, num_items_in_batch)
         if loss.requires_grad:
-            loss.register_hook(self._seen_in_backward)
+            self._watch.watch(loss)
         return loss
 
     def begin_epoch(self, state: TrainerState, train_dataloader: Any) -> None:
         """Give the data loader the order of a re-sampled epoch, before it is iterated."""
         if self._sampler is None:
             return
+        rows, known = len(train_dataloader.dataset), len(self._sampler)
+        if rows != known:
+            raise RuntimeError(
+                f"train_dataset has {rows} rows now and had {known} when the training began: rows "
+                "that come or go cannot be re-sampled. Use schedule='drw'."
+            )
         self._sampler.set_epoch(state.global_step // self._steps_per_epoch)
+        give_back_sampler(train_dataloader)
         if self.schedule.resamples(self._sampler.progress):
-            train_dataloader.set_sampler(_FixedOrder(self._sampler.order()))
+            order = _FixedOrder(self._sampler.order(), train_dataloader.get_sampler())
+            train_dataloader.set_sampler(order)
 
     def begin_step(self, state: TrainerState) -> None:
-        """Fill in the class weights of the coming update; log the stage when it changes."""
-        progress = Progress(state.global_step, state.max_steps, self._steps_per_epoch)
+        """Fill in the class weights of the coming update; log a stage that was not logged last."""
+        progress = Progress(state.global_step, self._total_steps, self._steps_per_epoch)
         if self._sampler is not None:
             progress = self._sampler.progress  # sampling changes between epochs only
+        if getattr(self.criterion, "weighted_by", None) != id(self):
+            self.stage = None  # another training has used the loss since, inside this one perhaps
+            self.criterion.weighted_by = id(self)
         stage = enter_stage(self.criterion, self.schedule, progress, self.stage)
         if stage != self.stage:
             self.stage = stage
-            self._running_trainer().log({"drw_stage": stage})
+            # A resumed run has the log of the run it goes on with.
+            logged = [entry["drw_stage"] for entry in state.log_history if "drw_stage" in entry]
+            if logged[-1:] != [stage]:
+                self._running_trainer().log({"drw_stage": stage})
 
     def check_update(self) -> None:
-        """Stop before the first update that gradients of another loss would make.
+        """Stop before an update that is not the criterion's, as :class:`UpdateWatch` says."""
+        self._watch.check(self._running_trainer(), type(self.criterion).__name__)
 
-        Raises:
-            RuntimeError: the loss took no part in the gradients since the last update.
-        """
-        if not self._in_backward:
-            raise RuntimeError(
-                f"the gradients are not those of {type(self.criterion).__name__}: "
-                f"{type(self._running_trainer()).__name__} computes a loss of its own. Let its "
-                "compute_loss() return what super().compute_loss(...) returns, or remove it."
-            )
-        self._in_backward = False
+    def serves(self, callback: TrainerCallback) -> bool:
+        """Whether this is a run of ``callback``."""
+        return self._callback is callback
 
     def _without_repeats(
         self, outputs: Any, labels: Tensor, items: Tensor | int | None
@@ -156,8 +168,12 @@ class TrainingRun:
             labels = torch.cat([labels[:own], ignored])
         return outputs, labels, items
 
-    def _seen_in_backward(self, gradient: Tensor) -> None:
-        self._in_backward = True
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_trainer": self._trainer()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        trainer = state["_trainer"]
+        self.__dict__ = {**state, "_trainer": _nobody if trainer is None else weakref.ref(trainer)}
 
     def _running_trainer(self) -> Trainer:
         trainer = self._trainer()
@@ -193,6 +209,13 @@ class TrainingRun:
             way_out = "Use schedule='drw', which needs no sampler."
             wanted = "map-style, in the Trainer's own data loader, for re-sampling"
             raise ValueError(must_be("train_dataset", wanted, type(dataset).__name__, way_out))
+        own = users_sampler(loader)
+        if own is not None:
+            way_out = (
+                f"schedule={self.schedule.kind!r} draws from all rows of train_dataset. Give the "
+                "Trainer a train_dataset of the rows to train on, or use schedule='drw'."
+            )
+            raise ValueError(must_be("sampler", "the Trainer's own shuffle", own, way_out))
         labels = known.read()
         if (labels == known.ignored).any():
             way_out = "Leave them out: `train_dataset.filter(...)`, `torch.utils.data.Subset(...)`."
@@ -211,14 +234,42 @@ class TrainingRun:
 class _FixedOrder(Sampler[int]):
     """The order of one epoch. Without ``set_epoch``: hosts would call it with other epochs."""
 
-    def __init__(self, order: np.ndarray) -> None:
+    def __init__(self, order: np.ndarray, replaced: Any) -> None:
         self.order = order
+        self.replaced = replaced
 
     def __iter__(self) -> Iterator[int]:
         return map(int, self.order)
 
     def __len__(self) -> int:
         return len(self.order)
+
+
+def give_back_sampler(loader: Any) -> None:
+    """Give a data loader the sampler back that it had before a re-sampled epoch."""
+    sampler = loader.get_sampler() if hasattr(loader, "get_sampler") else None
+    if isinstance(sampler, _FixedOrder):
+        loader.set_sampler(sampler.replaced)
+
+
+def users_sampler(loader: Any) -> str | None:
+    """What chooses the rows of a loader, if it is not a shuffle of the whole data set."""
+    if isinstance(loader.dataset, IterableDataset):
+        return None
+    batches = loader.batch_sampler or loader.sampler
+    if isinstance(batches, BatchSamplerShard):
+        batches = batches.batch_sampler
+    if type(batches) is not BatchSampler:
+        return type(batches).__name__
+    sampler: Any = batches.sampler
+    shuffles = type(sampler) in (RandomSampler, SeedableRandomSampler) and not sampler.replacement
+    if shuffles and len(sampler) == len(sampler.data_source) == len(loader.dataset):
+        return None
+    return type(sampler).__name__
+
+
+def _nobody() -> None:
+    """A weak reference to a Trainer that is gone."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch.nn import functional
 from transformers import Trainer, TrainerCallback
 
 from ldam_plugins._checks import must_be
-from ldam_plugins.heads import cosine_heads, folded_state_dict, use_cosine_head
+from ldam_plugins.heads import check_heads, cosine_heads, folded_state_dict, use_cosine_head
 
 
 def calling_trainer(method: str | None = None) -> Trainer:
@@ -95,15 +95,11 @@ def check_head(model: nn.Module, optimizer: Any, scale: float) -> None:
     Raises:
         ValueError: it does not; the message says what to write.
     """
-    heads = cosine_heads(model)
     before = f"Call use_cosine_head(model, scale={scale:g}) before the optimizer is made."
-    if not heads:
+    if not cosine_heads(model):
         way_out = f"Give the callback to Trainer(callbacks=[...]). Or: {before}"
         raise ValueError(must_be("model", "one with a cosine head", type(model).__name__, way_out))
-    for name, head in heads.items():
-        if head.scale != scale:
-            wanted = f"{head.scale:g}, that of head {name!r}, for the loss as well"
-            raise ValueError(must_be("scale", wanted, scale))
+    heads = check_heads(model, scale)
     trained = [head.weight for head in heads.values() if head.weight.requires_grad]
     if not trained:
         way_out = "Write `head.requires_grad_(True)`; with PEFT name it in `modules_to_save`."
@@ -172,8 +168,8 @@ def class_count(model: nn.Module) -> int | None:
 def fold_when_saved(model: nn.Module) -> None:
     """Let ``model.state_dict()`` give cosine heads in the form both hosts and this package load.
 
-    So every way of saving writes a model that stock ``from_pretrained`` reads with the same
-    predictions, and from which a cosine head takes back its exact tensors. See
+    So every way of saving writes a model that stock ``from_pretrained`` reads, with the same
+    largest logit, and from which a cosine head takes back its exact tensors. See
     :func:`ldam_plugins.heads.folded_state_dict`. Calling it twice changes nothing.
     """
     for head in cosine_heads(model).values():

@@ -5,23 +5,34 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
+import threading
 import time
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import distributed
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ldam_plugins._checks import check_int, must_be
 from ldam_plugins.counts import ClassCounts
-from ldam_plugins.run_files import HistoryWriter, write_atomic
+from ldam_plugins.hf_setup import calling_trainer
+from ldam_plugins.run_files import HistoryWriter, flush_folder, write_atomic
 from ldam_plugins.runtime import PREEMPTED, any_process, noted_sigterm
 from ldam_plugins.schedules import DeferredSchedule, Progress
 
@@ -60,14 +71,22 @@ class HistoryCallback(TrainerCallback):
         self.eval_every = check_int("eval_every", eval_every, low=1)
         self._row: dict[str, Any] = {}
         self._began = 0.0
+        self._steps = 1
         self._history: HistoryWriter | None = None
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        train_dataloader: Any = None,
+        **kwargs: Any,
     ) -> None:
         """Open the history after the epochs that are done."""
+        self._steps = _steps_per_epoch(args, state, train_dataloader)
         if state.is_world_process_zero:
-            done = state.global_step // _steps_per_epoch(state)
+            done = state.global_step // self._steps
             self._history = HistoryWriter(self.output_dir, start_epoch=done)
 
     def on_epoch_begin(
@@ -80,10 +99,9 @@ class HistoryCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Stop the clock, tell the stage of the epoch, and see whether it is evaluated."""
-        steps = _steps_per_epoch(state)
-        last = Progress(state.global_step - 1, state.max_steps, steps)
+        last = Progress(state.global_step - 1, state.max_steps, self._steps)
         self._row = {
-            "epoch": last.step // steps,
+            "epoch": last.step // self._steps,
             "stage": self.schedule.stage(last),
             "seconds": time.perf_counter() - self._began,
             "test_error": None,
@@ -121,6 +139,12 @@ class HistoryCallback(TrainerCallback):
             self._row["test_error"] = metrics["eval_top1_error"]
             self._write()
 
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Close the history."""
+        self._history = None
+
     def _write(self) -> None:
         """Write the row, before the checkpoint of the epoch is written."""
         if self._history is not None:
@@ -133,34 +157,56 @@ class CheckpointCallback(TrainerCallback):
 
     A Trainer writes a checkpoint file by file, on every process. When all have written theirs the
     checkpoint gets the empty file ``whole``, by which :func:`newest_trainer_checkpoint` knows it;
-    only then older ones are dropped. Set ``save_total_limit=None``, which drops them too early.
+    only then, and when it is on the disk, older ones are dropped: of this run and of the one it
+    resumes, never the best one (``state.best_model_checkpoint``) nor what else is in the folder.
+    Set ``save_total_limit=None``, which drops them too early.
 
     After SIGTERM the Trainer saves after the running update (with several processes: after the next
     whose number is a multiple of 10, when they ask each other), from where a resumed run equals the
     undisturbed one, and the process ends with the code :data:`~ldam_plugins.runtime.PREEMPTED`.
     Beside each checkpoint lies the random state in which the order of its epoch was drawn: the
-    Trainer draws the order anew when it resumes inside an epoch. Put this callback last.
+    Trainer draws the order anew when it resumes inside an epoch. Put this callback last. SIGTERM
+    has its own meaning again when the training has ended, by an error too.
 
     Args:
-        keep: Checkpoints to keep, at least 1.
+        keep: Checkpoints to keep, at least 1, beside the best one.
 
     Raises:
-        ValueError: ``keep`` is less than 1.
+        ValueError: ``keep`` is less than 1; from ``train()``: a search of hyperparameters, whose
+            trials have folders of their own.
     """
 
     def __init__(self, keep: int = 1) -> None:
         self.keep = check_int("keep", keep, low=1)
         self._handler = ExitStack()
+        self._told = threading.Event()
         self._preempted = False
+        self._steps = 1
+        self._own: list[int] = []
         self._order = torch.get_rng_state()
         self._resumed: torch.Tensor | None = None
 
+    def __reduce__(self) -> tuple[type[CheckpointCallback], tuple[int]]:
+        return type(self), (self.keep,)  # all else is of one training in one process
+
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        train_dataloader: Any = None,
+        **kwargs: Any,
     ) -> None:
         """Note SIGTERM from now on; find the random state of the epoch that goes on."""
+        if state.is_hyper_param_search:
+            wanted = "without CheckpointCallback in a search of hyperparameters"
+            raise ValueError(must_be("callbacks", wanted, type(self).__name__))
         self._preempted = False
-        self._told = self._handler.enter_context(noted_sigterm())
+        self._steps = _steps_per_epoch(args, state, train_dataloader)
+        earlier = _whole_checkpoints(args.output_dir) if state.global_step else {}
+        self._own = [step for step in earlier if step <= state.global_step]
+        self._note_sigterm(calling_trainer())
         saved = Path(args.output_dir, f"checkpoint-{state.global_step}", _order_file(args))
         self._resumed = load_file(saved)["rng_state"] if saved.exists() else None
 
@@ -178,8 +224,9 @@ class CheckpointCallback(TrainerCallback):
     ) -> None:
         """Save and stop inside an epoch if any process was told to end."""
         asked = args.world_size == 1 or state.global_step % _STEPS_BETWEEN_QUESTIONS == 0
-        if asked and _is_inside_epoch(state) and any_process(self._told.is_set()):
+        if asked and self._is_inside_epoch(state) and any_process(self._told.is_set()):
             self._preempted = control.should_save = control.should_training_stop = True
+        self._before_save(args, state, control)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -188,24 +235,51 @@ class CheckpointCallback(TrainerCallback):
         if self._preempted:
             control.should_log = control.should_evaluate = control.should_save = False
         elif any_process(self._told.is_set()):
-            self._preempted = control.should_save = control.should_training_stop = True
+            self._preempted = control.should_training_stop = True
+            control.should_save = state.global_step not in self._own
+        self._before_save(args, state, control)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Mark the checkpoint as whole and drop older ones."""
-        newest = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        newest = _checkpoint(args, state.global_step)
         newest.mkdir(exist_ok=True)
-        if not _is_inside_epoch(state):
+        if not self._is_inside_epoch(state):
             self._order = torch.get_rng_state()
         save_file({"rng_state": self._order}, newest / _order_file(args))
-        if distributed.is_available() and distributed.is_initialized():
-            distributed.barrier()
+        _wait_for_all()
+        if args.local_process_index == 0:
+            flush_folder(newest)
+        _wait_for_all()
         if args.should_save:
             write_atomic(newest / _WHOLE_FILE, b"")
-            kept = _whole_checkpoints(args.output_dir)[-self.keep :]
-            for folder in set(Path(args.output_dir).glob("checkpoint-*")) - set(kept):
-                shutil.rmtree(folder)
+            self._drop_older(args, state)
+
+    def _before_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl
+    ) -> None:
+        """A checkpoint that is written over is not whole."""
+        if control.should_save and args.should_save:
+            (_checkpoint(args, state.global_step) / _WHOLE_FILE).unlink(missing_ok=True)
+
+    def _drop_older(self, args: TrainingArguments, state: TrainerState) -> None:
+        self._own = sorted({*self._own, state.global_step})
+        best = state.best_model_checkpoint
+        for step in self._own[: -self.keep]:
+            folder = _checkpoint(args, step)
+            if best is None or folder.resolve() != Path(best).resolve():
+                if folder.exists():
+                    shutil.rmtree(folder)
+                self._own.remove(step)
+
+    def _is_inside_epoch(self, state: TrainerState) -> bool:
+        return state.global_step % self._steps != 0
+
+    def _note_sigterm(self, trainer: Trainer) -> None:
+        self._handler.close()  # of a training that an error has ended
+        self._handler = ExitStack()
+        self._told = self._handler.enter_context(noted_sigterm(_is_training(trainer)))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -222,23 +296,59 @@ class CheckpointCallback(TrainerCallback):
 def newest_trainer_checkpoint(folder: str | os.PathLike[str]) -> str | None:
     """Newest whole checkpoint that a :class:`CheckpointCallback` marked; None if there is none."""
     whole = _whole_checkpoints(folder)
-    return str(whole[-1]) if whole else None
+    return str(whole[max(whole)]) if whole else None
+
+
+def drop_partial_trainer_checkpoints(folder: str | os.PathLike[str]) -> None:
+    """Remove checkpoints that :class:`CheckpointCallback` did not mark, of a run that was killed.
+
+    Call it on one process before any writes, for the folder of one run.
+    """
+    whole = _whole_checkpoints(folder)
+    for step, path in _checkpoints(folder).items():
+        if step not in whole:
+            shutil.rmtree(path)
 
 
 def trainer_checkpoints(folder: str | os.PathLike[str]) -> dict[int, Path]:
     """Marked checkpoints of whole epochs in ``folder``, by the epochs they hold."""
     found = {}
-    for path in _whole_checkpoints(folder):
+    for path in _whole_checkpoints(folder).values():
         epoch = json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["epoch"]
         if float(epoch).is_integer():
             found[int(epoch)] = path
     return found
 
 
-def _whole_checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
+def _checkpoints(folder: str | os.PathLike[str]) -> dict[int, Path]:
+    """Folders that a Trainer calls checkpoints, by their updates, in this order."""
+    named = ((re.fullmatch(r"checkpoint-(\d+)", p.name), p) for p in Path(folder).glob("check*"))
+    found = {int(name[1]): path for name, path in named if name and path.is_dir()}
+    return dict(sorted(found.items()))
+
+
+def _whole_checkpoints(folder: str | os.PathLike[str]) -> dict[int, Path]:
     """Marked checkpoints, the oldest first."""
-    marked = (path.parent for path in Path(folder).glob(f"checkpoint-*/{_WHOLE_FILE}"))
-    return sorted(marked, key=lambda path: int(path.name.split("-")[1]))
+    return {n: path for n, path in _checkpoints(folder).items() if (path / _WHOLE_FILE).is_file()}
+
+
+def _checkpoint(args: TrainingArguments, step: int) -> Path:
+    return Path(args.output_dir, f"checkpoint-{step}")
+
+
+def _is_training(trainer: Trainer) -> Callable[[FrameType | None], bool]:
+    """Whether ``trainer.train()`` is among what a frame was called by; no event tells of errors."""
+    known = weakref.ref(trainer)
+
+    def runs(frame: FrameType | None) -> bool:
+        while frame is not None:
+            owner = frame.f_locals.get("self")
+            if frame.f_code.co_name == "train" and owner is not None and owner is known():
+                return True
+            frame = frame.f_back
+        return False
+
+    return runs
 
 
 def bundled_minilm() -> str:
@@ -278,13 +388,18 @@ def class_errors(test: Mapping[str, Any], class_counts: ClassCounts) -> dict[str
     return {**errors, "mean": sum(errors.values()) / len(errors)}
 
 
+def _wait_for_all() -> None:
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()
+
+
 def _order_file(args: TrainingArguments) -> str:
     return f"order_{args.process_index}.safetensors"
 
 
-def _is_inside_epoch(state: TrainerState) -> bool:
-    return state.global_step % _steps_per_epoch(state) != 0
-
-
-def _steps_per_epoch(state: TrainerState) -> int:
-    return -(-state.max_steps // state.num_train_epochs)
+def _steps_per_epoch(args: TrainingArguments, state: TrainerState, loader: Any) -> int:
+    """Updates of one epoch as the Trainer counts them; all where there is no length."""
+    try:
+        return max(-(-len(loader) // args.gradient_accumulation_steps), 1)
+    except TypeError:
+        return state.max_steps

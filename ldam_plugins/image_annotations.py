@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ldam_plugins._checks import quoted
-from ldam_plugins.image_files import check_files, read_text
+from ldam_plugins.image_files import composed, find_files, read_text
 from ldam_plugins.image_sources import FileSource, ImageRows
 
 _KINDS: dict[str, tuple[type[Any], ...]] = {
@@ -20,17 +20,24 @@ _KINDS: dict[str, tuple[type[Any], ...]] = {
     "category_id": (int,),
     "file_name": (str,),
 }
+_ONE_CLASS = (
+    "An image must be of one class: leave such images out of the file, or list the others in files "
+    "of `path label` lines (`train_list` and `test_list`)."
+)
 
 
 def read_annotations(root: Path, train_json: Path, test_json: Path) -> tuple[ImageRows, ImageRows]:
-    """Read two files of ``images``, ``annotations`` (one an image) and optional ``categories``.
+    """Read two files of ``images``, ``annotations`` and optional ``categories``.
 
-    Classes are the ids of ``categories`` in ascending order; where the training file has no
-    such list, the ids it uses. Rows are in the order of ``images``.
+    An image may have several annotations, such as a box for each animal, if they are of one
+    category. Classes are the ids of ``categories`` in ascending order, without those that neither
+    file uses; where the training file has no such list, the ids it uses. Rows are in the order of
+    ``images``.
 
     Raises:
         ValueError: not such a file; an id that is repeated, unknown or has no annotation; an
-            image that is missing or leaves ``root``. The message names file and entry.
+            image of several categories, or one that is missing or leaves ``root``. The message
+            names file and entry.
     """
     train, test = _Annotations.load(train_json), _Annotations.load(test_json)
     classes = train.categories()
@@ -40,6 +47,8 @@ def read_annotations(root: Path, train_json: Path, test_json: Path) -> tuple[Ima
     if other is not None and other != classes:
         odd = quoted(sorted(set(other) ^ set(classes))) or "the names differ"
         raise ValueError(f"`categories` of {train_json} and {test_json} must be equal: {odd}")
+    used = {*train.used_categories(), *test.used_categories()}
+    classes = {identity: name for identity, name in classes.items() if identity in used}
     return train.rows(root, classes), test.rows(root, classes)
 
 
@@ -70,7 +79,7 @@ class _Annotations:
             identity = self._field(entry, "id", place, (int,))
             if identity in found:
                 raise ValueError(f"{place}: id {identity} is repeated")
-            found[identity] = str(entry.get("name", identity))
+            found[identity] = composed(str(entry.get("name", identity)))
         return dict(sorted(found.items()))
 
     def used_categories(self) -> list[int]:
@@ -88,8 +97,8 @@ class _Annotations:
                 raise ValueError(f"{place}: id {identity!r} is repeated")
             names.append(self._field(entry, "file_name", place))
         labels = self._labels(row_of, classes)
-        check_files(root, names, lambda row: f"{self.file}, images[{row}]")
-        return ImageRows(FileSource(root, names), labels, tuple(classes.values()))
+        found = find_files(root, names, lambda row: f"{self.file}, images[{row}]")
+        return ImageRows(FileSource(root, found), labels, tuple(classes.values()))
 
     def _labels(self, row_of: dict[int | str, int], classes: dict[int, str]) -> np.ndarray:
         label_of = {identity: label for label, identity in enumerate(classes)}
@@ -102,9 +111,12 @@ class _Annotations:
                 raise ValueError(f"{place}: no image has the id {image!r}")
             if category not in label_of:
                 raise ValueError(f"{place}: there is no category {category}")
-            if labels[row_of[image]] >= 0:
-                raise ValueError(f"{place}: image {image!r} has an annotation already")
-            labels[row_of[image]] = label_of[category]
+            label, before = label_of[category], int(labels[row_of[image]])
+            if before not in (-1, label):
+                names = list(classes.values())
+                what = f"has an annotation already, of {names[before]!r} and not {names[label]!r}"
+                raise ValueError(f"{place}: image {image!r} {what}. {_ONE_CLASS}")
+            labels[row_of[image]] = label
         if (labels < 0).any():
             row = int(np.flatnonzero(labels < 0)[0])
             raise ValueError(f"{self.file}, images[{row}]: there is no annotation for it")

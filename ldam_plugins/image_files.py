@@ -1,8 +1,14 @@
-"""Files below one root: listed in a fixed order, read as text, and never outside that root."""
+"""Files below one root: listed in a fixed order, read as text, and never outside that root.
+
+Two spellings of a name that differ in the Unicode normal form only are one name: a Mac writes
+``café`` with an accent of its own (NFD), others in one character (NFC).
+"""
 
 from __future__ import annotations
 
 import os
+import re
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -46,9 +52,37 @@ def at_line(file: Path, row: int) -> str:
     return f"{file}, line {row + 1}"
 
 
-def class_folders(root: Path, folder: str) -> list[str]:
-    """Name the visible folders in ``root/folder`` in sorted order."""
-    return [entry.name for entry in _entries(root, folder) if entry.is_dir()]
+def composed(name: str) -> str:
+    """A name in the one normal form (NFC) that names are compared in."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
+def natural_key(name: str) -> tuple[list[int | str], str]:
+    """What names are sorted by so that ``2`` comes before ``10``: as in timm's image folders.
+
+    Capitals count as small letters; names that are equal then, or but for leading zeros, are sorted
+    as text.
+    """
+    parts = re.split(r"(\d+)", name.lower())
+    return [int(part) if part.isdecimal() else part for part in parts], name
+
+
+def class_folders(root: Path, folder: str) -> dict[str, str]:
+    """Visible folders in ``root/folder`` by the composed name, in :func:`natural_key` order.
+
+    Raises:
+        ValueError: two folders have the same name in different Unicode normal forms, or a link
+            leaves ``root``.
+    """
+    found: dict[str, str] = {}
+    for entry in _entries(root, folder):
+        if not entry.is_dir():
+            continue
+        if found.setdefault(composed(entry.name), entry.name) != entry.name:
+            pair = ascii(found[composed(entry.name)]), ascii(entry.name)
+            what = "are one name in two Unicode normal forms; put their files into one of them"
+            raise ValueError(f"folders {' and '.join(pair)} in {root / folder} {what}")
+    return dict(sorted(found.items(), key=lambda item: natural_key(item[0])))
 
 
 def images_below(root: Path, folder: str) -> Iterator[str]:
@@ -72,30 +106,41 @@ def images_below(root: Path, folder: str) -> Iterator[str]:
             yield name
 
 
-def check_files(root: Path, names: Sequence[str], where: Callable[[int], str]) -> None:
-    """Check that every name is a different file below ``root``, links followed.
+def find_files(root: Path, names: Sequence[str], where: Callable[[int], str]) -> list[str]:
+    """Find the different files below ``root`` that the names mean, links followed.
 
-    Each folder is listed once, so that hundreds of thousands of names take about a second.
+    A name is taken as it stands, else with its accents in another normal form, else as data sets
+    are published: between quotes, with a backslash for each slash, or with a slash before it
+    (Places365), which stands for ``root``; a whole path into ``root`` is one, too. Each folder is
+    listed once, so that hundreds of thousands of names take about a second.
 
     Args:
         root: the folder the names are relative to.
         names: the paths as a list file gives them.
         where: tells a row's place in that list file, for the message.
 
+    Returns:
+        The paths relative to ``root``, as they are on the disk.
+
     Raises:
-        ValueError: a name is absolute, repeated or missing, or leaves ``root``.
+        ValueError: a name is missing, leaves ``root`` or means a file that was given before.
     """
     real_root = os.path.realpath(root)
-    folders: dict[str, frozenset[str]] = {}
+    folders: dict[str, dict[str, str]] = {}
     seen: dict[str, int] = {}
     for row, name in enumerate(names):
-        folder, _, file = name.rpartition("/")
-        if folder not in folders:
-            folders[folder] = _safe_files(real_root, folder)
-        if os.path.isabs(name) or file not in folders[folder]:
-            raise ValueError(f"{where(row)}: {_why_not(real_root, name)}")
-        if seen.setdefault(name, row) != row:
-            raise ValueError(f"{where(row)}: {name!r} was already given in {where(seen[name])}")
+        for spelled in _spellings(name, root):
+            folder, _, file = spelled.rpartition("/")
+            if folder not in folders:
+                folders[folder] = _safe_files(real_root, folder)
+            path = folders[folder].get(file) or folders[folder].get(composed(file))
+            if path is not None:
+                break
+        else:
+            raise ValueError(f"{where(row)}: {_why_not(real_root, name, spelled)}")
+        if seen.setdefault(path, row) != row:
+            raise ValueError(f"{where(row)}: {name!r} was already given in {where(seen[path])}")
+    return list(seen)
 
 
 def _entries(root: Path, folder: str) -> list[os.DirEntry[str]]:
@@ -108,15 +153,48 @@ def _entries(root: Path, folder: str) -> list[os.DirEntry[str]]:
     return sorted(entries, key=lambda entry: entry.name)
 
 
-def _safe_files(real_root: str, folder: str) -> frozenset[str]:
+def _spellings(name: str, root: Path) -> Iterator[str]:
+    """The relative paths that a name of a list may stand for, the likeliest first."""
+    yield _below_root(name)
+    bare = name[1:-1] if len(name) > 1 and name[0] == name[-1] and name[0] in "\"'" else name
+    yield _below_root(bare.replace("\\", "/"))
+    inside = os.path.abspath(root) + os.sep
+    if name.startswith(inside):
+        yield name[len(inside) :]
+
+
+def _below_root(name: str) -> str:
+    """A path without slashes before it, and without parts that say nothing."""
+    return "/".join(part for part in name.split("/") if part not in ("", "."))
+
+
+def _safe_files(real_root: str, folder: str) -> dict[str, str]:
+    """Paths of the files in a folder by their names, and by their composed names."""
     try:
+        folder = _on_disk(real_root, folder)
         path = os.path.realpath(os.path.join(real_root, folder))
         if not is_inside(path, real_root):
-            return frozenset()
+            return {}
         with os.scandir(path) as entries:
-            return frozenset(entry.name for entry in entries if _is_safe_file(entry, real_root))
+            names = [entry.name for entry in entries if _is_safe_file(entry, real_root)]
     except (OSError, ValueError):  # no such folder, or a name no file system takes
-        return frozenset()
+        return {}
+    before = f"{folder}/" if folder else ""
+    files = {composed(name): before + name for name in names}
+    return files | {name: before + name for name in names}
+
+
+def _on_disk(real_root: str, folder: str) -> str:
+    """A relative folder with each part in the normal form it has on the disk."""
+    parts = folder.split("/")
+    if folder.isascii() or ".." in parts or os.path.isdir(os.path.join(real_root, folder)):
+        return folder
+    for place, part in enumerate(parts):
+        parent = os.path.realpath(os.path.join(real_root, *parts[:place]))
+        if is_inside(parent, real_root):
+            same = [name for name in os.listdir(parent) if composed(name) == composed(part)]
+            parts[place] = part if part in same else (same or [part])[0]
+    return "/".join(parts)
 
 
 def _is_safe_file(entry: os.DirEntry[str], real_root: str) -> bool:
@@ -125,15 +203,15 @@ def _is_safe_file(entry: os.DirEntry[str], real_root: str) -> bool:
     return entry.is_file()
 
 
-def _why_not(real_root: str, name: str) -> str:
-    if os.path.isabs(name):
-        return f"path {name!r} must be relative to {real_root}"
+def _why_not(real_root: str, name: str, spelled: str) -> str:
     try:
-        inside = is_inside(os.path.realpath(os.path.join(real_root, name)), real_root)
+        inside = is_inside(os.path.realpath(os.path.join(real_root, spelled)), real_root)
     except (OSError, ValueError) as error:
         return f"path {name!r} cannot be one ({error})"
     if not inside:
         return f"path {name!r} {_leaves(real_root)}"
+    if os.path.isabs(name):
+        return f"path {name!r} must be relative to {real_root}, where there is no such file"
     return f"there is no file {name!r} in {real_root}"
 
 

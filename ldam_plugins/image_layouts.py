@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,31 +10,35 @@ import numpy as np
 from ldam_plugins._checks import quoted
 from ldam_plugins.image_files import (
     at_line,
-    check_files,
     class_folders,
+    find_files,
     images_below,
     listing,
+    natural_key,
     read_lines,
 )
 from ldam_plugins.image_sources import IMAGE_SUFFIXES, FileSource, ImageRows
 
 TINY_IMAGENET_FILES = ("wnids.txt", "val/val_annotations.txt")
 """What Tiny ImageNet's own layout is known by; ``words.txt`` is used where it is there."""
+_LIST_LINE = re.compile(r"(.*[^\s,;])[\s,;]+([0-9]+)")
 
 
 def read_class_folders(root: Path, split: str) -> ImageRows:
-    """Read ``root/split/<class>/...``: one class a folder, classes and files sorted by name.
+    """Read ``root/split/<class>/...``: one class a folder.
 
-    Files may lie deeper than the class folder. Hidden entries and files of other suffixes than
-    ``IMAGE_SUFFIXES`` are no examples.
+    Classes come in the natural order of their names, 2 before 10, as in timm's reader (torchvision
+    sorts them as text), files in that of their text. Files may lie deeper than the class folder.
+    Hidden entries and files of other suffixes than ``IMAGE_SUFFIXES`` are no examples.
 
     Raises:
-        ValueError: no class folder, a class without an image, or a link that leaves ``root``.
+        ValueError: no class folder, a class without an image, one name in two Unicode normal forms,
+            or a link that leaves ``root``.
     """
     classes = class_folders(root, split)
     if not classes:
         raise ValueError(f"{root / split} holds no class folder; there is {listing(root / split)}")
-    files = [list(images_below(root, f"{split}/{name}")) for name in classes]
+    files = [list(images_below(root, f"{split}/{folder}")) for folder in classes.values()]
     for name, found in zip(classes, files, strict=True):
         if not found:
             suffixes = " ".join(sorted(IMAGE_SUFFIXES))
@@ -44,7 +49,7 @@ def read_class_folders(root: Path, split: str) -> ImageRows:
 
 
 def read_tiny_imagenet(root: Path) -> tuple[ImageRows, ImageRows]:
-    """Read Tiny ImageNet as it is published: classes are the sorted ids of ``wnids.txt``.
+    """Read Tiny ImageNet as it is published: classes are the ids of ``wnids.txt`` in natural order.
 
     ``train/<id>/images`` holds the training files; ``val/val_annotations.txt`` names the test
     files of ``val/images`` and their ids. A class is called by its first word and its id.
@@ -52,7 +57,7 @@ def read_tiny_imagenet(root: Path) -> tuple[ImageRows, ImageRows]:
     Raises:
         ValueError: the training folders are not the ids, or a bad line (file and line named).
     """
-    ids = tuple(sorted(read_lines(root / TINY_IMAGENET_FILES[0])))
+    ids = tuple(sorted(read_lines(root / TINY_IMAGENET_FILES[0]), key=natural_key))
     train = read_class_folders(root, "train")
     if ids != train.class_names:
         odd = quoted(sorted(set(ids) ^ set(train.class_names))) or "an id is repeated"
@@ -67,8 +72,9 @@ def read_tiny_imagenet(root: Path) -> tuple[ImageRows, ImageRows]:
 def read_lists(root: Path, train_list: Path, test_list: Path) -> tuple[ImageRows, ImageRows]:
     """Read two files of lines ``relative/path.jpg 17``; class names are the labels.
 
-    The classes are 0 to the largest label of the training list, which is below its number of
-    lines since each class needs a sample.
+    Between path and label are blanks, tabs, a comma or a semicolon; a path may have any form that
+    :func:`~ldam_plugins.image_files.find_files` knows. The classes are 0 to the largest label of
+    the training list, which is below its number of lines since each class needs a sample.
 
     Raises:
         ValueError: a line of another form, a label out of range, a path that is repeated, is
@@ -92,16 +98,16 @@ def _read_list(root: Path, file: Path, classes: int | None) -> tuple[list[str], 
     names: list[str] = []
     labels = np.empty(len(lines), dtype=np.int64)
     for row, line in enumerate(lines):
-        name, _, digits = line.strip().replace("\t", " ").rpartition(" ")
-        if not (name and digits.isascii() and digits.isdigit()):
+        match = _LIST_LINE.fullmatch(line.strip())
+        if match is None:
             wanted = "a path and a label from 0 on, as in 'relative/path.jpg 17'"
             raise ValueError(f"{at_line(file, row)}: must be {wanted}, got {line[:200]!r}")
+        name, digits = match.groups()
         if len(digits) > 18 or int(digits) >= limit:
             raise ValueError(f"{at_line(file, row)}: label {digits[:40]} is too large for {reason}")
-        names.append(name.rstrip())
+        names.append(name)
         labels[row] = int(digits)
-    check_files(root, names, lambda row: at_line(file, row))
-    return names, labels
+    return find_files(root, names, lambda row: at_line(file, row)), labels
 
 
 def _read_tiny_val(root: Path, ids: tuple[str, ...]) -> tuple[list[str], np.ndarray]:
@@ -115,8 +121,8 @@ def _read_tiny_val(root: Path, ids: tuple[str, ...]) -> tuple[list[str], np.ndar
             raise ValueError(f"{at_line(file, row)}: must begin with {wanted}, got {line[:200]!r}")
         names.append(f"val/images/{fields[0]}")
         labels.append(index[fields[1]])
-    check_files(root, names, lambda row: at_line(file, row))
-    return names, np.array(labels, dtype=np.int64)
+    found = find_files(root, names, lambda row: at_line(file, row))
+    return found, np.array(labels, dtype=np.int64)
 
 
 def _read_words(file: Path) -> dict[str, str]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ldam_plugins._checks import must_be, quoted
+from ldam_plugins.image_files import composed
 from ldam_plugins.image_sources import TableSource
 
 _LABEL_COLUMNS = ("label", "fine_label")
@@ -82,10 +83,12 @@ def read_labels(
     """Read one label column, no other: int64 labels and the class names.
 
     A column of class labels names its classes itself. For plain integers the classes are 0 to
-    the largest, for strings the sorted ones; ``class_names`` gives those of the training split.
+    the largest, for strings the sorted ones, in one Unicode normal form; ``class_names`` gives
+    those of the training split.
 
     Raises:
-        ValueError: a row without label, a label out of range, or a column of another type.
+        ValueError: a row without label, a label out of range, a column of another type, or class
+            labels with other names or in another order than ``class_names``.
     """
     values = table.select_columns([column]).with_format("arrow")[:].column(0)
     if len(values) == 0:
@@ -100,6 +103,10 @@ def read_labels(
         raise ValueError(must_be("label_column", "a column of class labels", column, way_out))
     labels = values.to_numpy()
     names = getattr(feature, "names", None) or class_names
+    if class_names is not None and tuple(names or ()) != tuple(class_names):
+        odd = quoted(sorted(set(names or ()) ^ set(class_names))) or "their order"
+        what = f"column {column!r} of split {split} must have the classes of training"
+        raise ValueError(f"{what}, not so: {odd}")
     limit = len(names) if names else len(labels)
     wrong = np.flatnonzero((labels < 0) | (labels >= limit))
     if wrong.size:
@@ -111,7 +118,8 @@ def read_labels(
 def _read_strings(
     values: Any, split: str, class_names: tuple[str, ...] | None
 ) -> tuple[np.ndarray, tuple[str, ...]]:
-    found, labels = np.unique(np.array(values.to_pylist(), dtype=str), return_inverse=True)
+    texts = np.array([composed(value) for value in values.to_pylist()], dtype=str)
+    found, labels = np.unique(texts, return_inverse=True)
     names = tuple(found.tolist()) if class_names is None else class_names
     place = {name: label for label, name in enumerate(names)}
     odd = [name for name in found.tolist() if name not in place]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import optimize, stats
 
-from ldam_plugins._checks import check_real, must_be
+from ldam_plugins._checks import check_int, check_real, must_be
 
 CONFIDENCE = 0.95
 _POWER = 0.8
@@ -60,8 +60,9 @@ class PairedComparison(NamedTuple):
         difference: Mean difference with its 95 % interval; ``n`` is the number of pairs.
         p_value: Of the two-sided paired t-test; None where none can be made: one pair, or pairs
             that all differ by the same amount, whose spread is then unknown and not zero.
-        detectable: Difference that this test finds in 80 % of such experiments, were the spread
-            the one seen here; None where there is no test.
+        detectable: Difference that is found in 80 % of such experiments or more, were the spread
+            the one seen here; None where there is no test. Found is what is below 5 % after
+            :func:`holm`.
     """
 
     difference: Interval
@@ -69,7 +70,9 @@ class PairedComparison(NamedTuple):
     detectable: float | None
 
 
-def paired_comparison(first: Sequence[float], second: Sequence[float]) -> PairedComparison:
+def paired_comparison(
+    first: Sequence[float], second: Sequence[float], tests: int = 1
+) -> PairedComparison:
     """Paired t-test of two methods that ran on the same seeds and long tails.
 
     Pairing takes out what the seeds have in common, if anything: the choice of the kept samples,
@@ -78,9 +81,12 @@ def paired_comparison(first: Sequence[float], second: Sequence[float]) -> Paired
     Args:
         first: One value a seed.
         second: The other method's values, of the same seeds in the same order.
+        tests: How many tests :func:`holm` corrects together, this one among them. It rejects the
+            smallest of their p-values at ``0.05 / tests``, others later and at more, so that
+            ``detectable`` holds whatever the others find.
 
     Raises:
-        ValueError: no values, or not as many of the one as of the other.
+        ValueError: no values, not as many of the one as of the other, or ``tests`` below 1.
 
     Example:
         >>> result = paired_comparison([30.0, 31.0, 29.0], [27.0, 27.5, 26.5])
@@ -89,18 +95,19 @@ def paired_comparison(first: Sequence[float], second: Sequence[float]) -> Paired
     """
     if len(first) != len(second):
         raise ValueError(must_be("second", f"as long as `first` ({len(first)})", len(second)))
+    check_int("tests", tests, low=1)
     differences = np.subtract(second, first)
     interval = mean_interval(differences.tolist())
     spread = float(np.std(differences, ddof=1)) if interval.n > 1 else 0.0
     if spread <= 1e-9 * max(1.0, abs(interval.mean)):
         return PairedComparison(interval, None, None)
     p_value = float(stats.ttest_1samp(differences, 0.0).pvalue)
-    return PairedComparison(interval, p_value, _detectable(spread, interval.n))
+    return PairedComparison(interval, p_value, _detectable(spread, interval.n, tests))
 
 
-def _detectable(spread: float, pairs: int) -> float:
-    """Difference that the t-test at 5 % finds with a probability of 80 %."""
-    critical = stats.t.ppf((1 + CONFIDENCE) / 2, pairs - 1)
+def _detectable(spread: float, pairs: int, tests: int) -> float:
+    """Difference that the t-test at 5 % over ``tests`` finds with a probability of 80 %."""
+    critical = stats.t.isf((1 - CONFIDENCE) / 2 / tests, pairs - 1)
 
     def shortfall(effect: float) -> float:
         return float(stats.nct.sf(critical, pairs - 1, effect)) - _POWER

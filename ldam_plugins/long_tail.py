@@ -1,7 +1,9 @@
-"""Long-tail profiles, and which samples of a balanced set are kept under one."""
+"""Long-tail profiles, and which samples of a set are kept under one."""
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,10 @@ from ldam_plugins._checks import check_choice, check_int, check_real, must_be
 from ldam_plugins.counts import check_label_range, label_array
 
 PROFILES = ("exp", "step", "none")
+CLASS_ORDERS = ("size", "index")
+"""What the head of a long tail is: the largest class, or class 0."""
+_ROUNDING = 1e-13
+"""Relative error that a power in double precision stays below."""
 
 
 def long_tail_counts(
@@ -39,18 +45,36 @@ def long_tail_counts(
     check_int("num_classes", num_classes, low=1)
     check_choice("profile", profile, PROFILES)
     ratio = check_real("ratio", ratio, low=1)
-    shares = [1.0] * num_classes
+    kept = np.full(num_classes, n_max)
     if profile == "exp" and num_classes > 1:
-        shares = [ratio ** -(c / (num_classes - 1)) for c in range(num_classes)]
+        last = num_classes - 1
+        kept = np.array([_share(n_max, ratio, c, last) for c in range(num_classes)])
     elif profile == "step":
-        tail = num_classes - num_classes // 2
-        shares = [1.0] * (num_classes // 2) + [1 / ratio] * tail
-    kept = np.array([int(n_max * share) for share in shares], dtype=np.int64)
+        kept[num_classes // 2 :] = _share(n_max, ratio, 1, 1)
     if kept.min() == 0:
         way_out = f"Use a ratio of at most {n_max}."
         wanted = f"small enough that every class keeps a sample of {n_max}"
         raise ValueError(must_be("ratio", wanted, ratio, way_out))
     return kept
+
+
+def _share(n_max: int, ratio: float, numerator: int, denominator: int) -> int:
+    """``int(n_max * ratio ** -(numerator / denominator))`` without an error of rounding.
+
+    Floating point has 4900 / 49 a little below 100. Where it is so near to an integer that rounding
+    could decide, integers do: ``whole <= n_max * ratio ** -(p / q)`` if and only if
+    ``whole ** q * ratio ** p <= n_max ** q``.
+    """
+    if ratio == 1:
+        return n_max
+    share = n_max * ratio ** -(numerator / denominator)
+    whole = round(share)
+    if abs(share - whole) > _ROUNDING * share:
+        return int(share)
+    exact = Fraction(str(ratio))  # 1.1 is meant as 11/10
+    common = math.gcd(numerator, denominator)
+    p, q = numerator // common, denominator // common
+    return whole if Fraction(whole) ** q * exact**p <= n_max**q else whole - 1
 
 
 def long_tail_indices(
@@ -59,27 +83,38 @@ def long_tail_indices(
     profile: str = "exp",
     seed: int = 0,
     num_classes: int | None = None,
+    class_order: str = "size",
 ) -> np.ndarray:
     """Indices of the samples a long-tailed version of a set keeps, in class order.
 
-    Class c keeps ``long_tail_counts(n_max, C, ratio, profile)[c]`` samples with
-    ``n_max = N // C``: one shuffle a class, in class order, of that class's indices by NumPy's
-    legacy generator seeded with ``seed``, of which the first are kept. This is the choice the
-    paper's authors make, index for index. A set that was not balanced to begin with keeps what
-    its class has where that is less than the profile asks for.
+    Classes are ranked by size, the largest first and equal ones by index. The class of rank r
+    keeps ``min(n, long_tail_counts(n_max, C, ratio, profile)[r])`` of its n samples, n_max being
+    those of the largest class: the first of one shuffle a class, in class order, of that class's
+    indices by NumPy's legacy generator seeded with ``seed``. Of a balanced set this is the choice
+    that the paper's authors make, index for index.
+
+    On other sets their code ranks classes by index and takes the mean class size ``N // C`` for
+    n_max, whatever the classes have; ``class_order="index"`` does as it does.
 
     Args:
-        labels: Class indices (N,) of the balanced set; see :meth:`ClassCounts.from_labels`.
+        labels: Class indices (N,); see :meth:`ClassCounts.from_labels`.
         ratio: Imbalance ratio, at least 1.
         profile: ``"exp"``, ``"step"`` or ``"none"`` (keeps everything, in its own order).
         seed: Seed of the generator, in 0..2**32 - 1.
         num_classes: C. Default: the largest label + 1.
+        class_order: ``"size"`` or ``"index"``, which differ for unbalanced sets only.
 
     Raises:
-        ValueError: bad ratio, profile or label, or a class that would keep nothing.
+        ValueError: bad ratio, profile, order or label, or a class that would keep nothing.
+
+    Example:
+        >>> labels = [0] * 20 + [1] * 400 + [2] * 100
+        >>> np.bincount(np.array(labels)[long_tail_indices(labels, ratio=100)])
+        array([  4, 400,  40])
     """
     array = label_array(labels)
     check_choice("profile", profile, PROFILES)
+    check_choice("class_order", class_order, CLASS_ORDERS)
     check_int("seed", seed, low=0, high=2**32 - 1)
     if len(array) == 0:
         raise ValueError(must_be("labels", "at least one label", "none"))
@@ -89,14 +124,17 @@ def long_tail_indices(
         check_real("ratio", ratio, low=1)
         return np.arange(len(array))
     available = np.bincount(array, minlength=classes)
-    wanted = long_tail_counts(max(len(array) // classes, 1), classes, ratio, profile)
-    kept = np.minimum(wanted, available)
-    if kept.min() == 0:
+    if available.min() == 0:
         empty = int(np.argmin(available))
         raise ValueError(f"no training sample in class {empty}: nothing of it can be kept")
+    by_size = class_order == "size"
+    order = np.argsort(-available, kind="stable") if by_size else np.arange(classes)
+    n_max = int(available.max()) if by_size else len(array) // classes
+    wanted = np.empty(classes, dtype=np.int64)
+    wanted[order] = long_tail_counts(n_max, classes, ratio, profile)
     generator = np.random.RandomState(seed)
     chosen = []
-    for label, count in enumerate(kept):
+    for label, count in enumerate(np.minimum(wanted, available)):
         members = np.flatnonzero(array == label)
         generator.shuffle(members)
         chosen.append(members[:count])

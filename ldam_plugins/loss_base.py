@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,8 +14,44 @@ from ldam_plugins._checks import check_choice, check_int, must_be
 from ldam_plugins.chunked_cosines import ChunkedCosines
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.functional import cross_entropy
+from ldam_plugins.host_updates import check_item_count
 from ldam_plugins.model_outputs import find_logits, one_label_a_row, refuse_lost_logits
-from ldam_plugins.reduction import REDUCTIONS, mean_denominator
+from ldam_plugins.reduction import (
+    REDUCTIONS,
+    mean_denominator,
+    wide_default,
+    widened,
+)
+from ldam_plugins.tensors import beside, ordinary
+
+_INITIALISED = "_is_hf_initialized"
+"""Flag of transformers, on what a checkpoint held and on modules that have been initialised."""
+
+
+class Filled(NamedTuple):
+    """What a buffer was filled with, and how to tell that it has not been written since."""
+
+    source: Hashable
+    buffer: Tensor
+    place: int
+    version: int
+    values: Tensor | None
+
+    @classmethod
+    def of(cls, source: Hashable, buffer: Tensor) -> Filled | None:
+        """As the buffer is now; None where torch does not count who writes into it."""
+        if not ordinary(buffer) or buffer.is_inference():
+            return None
+        values = buffer.clone() if buffer.is_cpu else None
+        return cls(source, buffer, buffer.data_ptr(), buffer._version, values)
+
+    def holds(self, source: Hashable, buffer: Tensor) -> bool:
+        """Whether the buffer is filled from ``source`` still."""
+        if source != self.source or buffer is not self.buffer or buffer.is_inference():
+            return False
+        if (buffer.data_ptr(), buffer._version) != (self.place, self.version):
+            return False
+        return self.values is None or torch.equal(buffer, self.values)
 
 
 class ClassificationLoss(nn.Module):
@@ -26,8 +62,10 @@ class ClassificationLoss(nn.Module):
     :mod:`ldam_plugins.functional`.
 
     ``weight`` is a buffer (C,) of ones, to be filled in place (``loss.weight.copy_(w)``) when a
-    schedule says so: one module, one graph. Buffers stay float32 or float64 when the module is
-    moved to a 16-bit dtype.
+    schedule says so: one module, one graph. It stays float32 or float64 when the module is made,
+    moved or loaded in a 16-bit dtype, and is of ones again where a module made on the "meta" device
+    gets memory (``to_empty``, ``from_pretrained``). What follows from the counts (margins, prior)
+    is no buffer, so no host can lose or round it.
 
     Args:
         class_counts: :class:`ClassCounts` of the training set, or the bare counts.
@@ -59,7 +97,12 @@ class ClassificationLoss(nn.Module):
         self.reduction = check_choice("reduction", reduction, REDUCTIONS)
         self.ignore_index = check_int("ignore_index", ignore_index)
         self._exact: dict[str, Tensor] = {}
-        self.register_buffer("weight", torch.ones(len(class_counts)))
+        self._at_hand: dict[str, Tensor] = {}
+        self._filled: Filled | None = None
+        with torch.inference_mode(False):  # one that is made there could not be filled elsewhere
+            weight = torch.ones(len(class_counts), dtype=wide_default())
+        self.register_buffer("weight", weight)
+        self._set_constant("prior", class_counts.prior(dtype=torch.float64))
 
     def forward(
         self,
@@ -95,7 +138,24 @@ class ClassificationLoss(nn.Module):
 
     def mean_weight(self) -> Tensor:
         """Mean weight of a training sample, ``sum(n_c w_c) / sum(n_c)`` (0-d); 1 for ones."""
-        return (self.class_counts.prior().to(self.weight) * self.weight).sum()
+        weight = beside(self.weight, self.weight)
+        return (self._constant("prior", weight) * weight).sum()
+
+    def fill_weight(self, source: Hashable, make: Callable[[], Tensor]) -> None:
+        """Fill the class weights in place with ``make()``, unless they are of ``source`` still.
+
+        What changes them by other ways (by hand, from a checkpoint, a move) is noticed. Writing by
+        ways that torch does not count (``weight.data``, NumPy) is noticed on the CPU only, as
+        comparing values would wait for a device.
+
+        Args:
+            source: What the weights follow from.
+            make: Computes them, (C,).
+        """
+        if self._filled is not None and self._filled.holds(source, self.weight):
+            return
+        self.weight.copy_(make())
+        self._filled = Filled.of(source, self.weight)
 
     def compute_loss_func(
         self,
@@ -117,8 +177,10 @@ class ClassificationLoss(nn.Module):
                 the Trainer counts them; None: this batch alone.
 
         Raises:
-            ValueError: ``labels`` is None, no logits are found, the Trainer that calls would
-                predict something else, or as for a call.
+            ValueError: ``labels`` is None; ``ignore_index`` is not -100, the only label that the
+                Trainer leaves out of its count; a Trainer with several micro-batches or processes
+                does not hand its count on; no logits are found, or the Trainer that calls would
+                predict something else; or as for a call.
         """
         if labels is None:
             way_out = (
@@ -127,6 +189,7 @@ class ClassificationLoss(nn.Module):
                 'TrainingArguments(label_names=["labels"]).'
             )
             raise ValueError(must_be("labels", "a tensor", None, way_out))
+        check_item_count(num_items_in_batch, self.ignore_index)
         labels = one_label_a_row(labels)
         logits = find_logits(outputs, len(labels), len(self.class_counts))
         refuse_lost_logits(outputs, logits)
@@ -134,21 +197,20 @@ class ClassificationLoss(nn.Module):
         if not torch.is_grad_enabled():
             self._check_classes(logits)
             total = cross_entropy(logits, labels, ignore_index=self.ignore_index, reduction="sum")
-            return total / (items * replicas)
-        divisor = items.to(logits.device) * replicas * self.mean_weight().to(logits.device)
+            return total / (_near(items, logits) * replicas)
+        divisor = _near(self.mean_weight(), logits) * _near(items, logits) * replicas
         return self.forward(logits, labels, divisor)
 
-    def _items(self, labels: Tensor, counted: Tensor | int | None) -> tuple[Tensor, int]:
+    def _items(self, labels: Tensor, counted: Tensor | int | None) -> tuple[Tensor | float, int]:
         """Items to divide by, at least 1, and the replicas the host multiplies the loss by."""
         if counted is None:
-            items = mean_denominator(labels, None, self.ignore_index)
-            return items.clamp_min(1), 1
-        tensor = torch.as_tensor(counted, device=labels.device)
-        replicas = tensor.numel()  # DataParallel hands over one copy of the count per device
-        items = tensor.flatten()[0].to(torch.get_default_dtype())
-        if labels.ndim == 2:  # the host counts entries of the masses, not rows
-            items = items / labels.shape[1]
-        return items.clamp_min(1), replicas
+            return mean_denominator(labels, None, self.ignore_index).clamp_min(1), 1
+        # The host counts entries of the masses, not rows.
+        entries = labels.shape[1] if labels.ndim == 2 else 1
+        if not isinstance(counted, Tensor):
+            return max(counted / entries, 1), 1
+        replicas = counted.numel()  # DataParallel hands over one copy of the count per device
+        return (counted.flatten()[0].to(wide_default()) / entries).clamp_min(1), replicas
 
     def _loss(self, logits: Tensor, target: Tensor, **common: Any) -> Tensor:
         """The pure function of this loss."""
@@ -167,37 +229,97 @@ class ClassificationLoss(nn.Module):
         }
 
     def _check_classes(self, logits: Tensor | ChunkedCosines) -> None:
+        if not isinstance(logits, Tensor | ChunkedCosines):
+            wanted = f"a floating-point tensor of shape (N, {len(self.class_counts)})"
+            way_out = _way_to_logits(logits)
+            raise TypeError(must_be("logits", wanted, type(logits).__name__, way_out))
         if logits.ndim != 2 or logits.shape[1] != len(self.class_counts):
             wanted = f"of shape (N, {len(self.class_counts)}), one column per class count"
             way_out = "The loss is for one class an example, not one a token or pixel."
             shape = tuple(logits.shape)
             raise ValueError(must_be("logits", wanted, shape, way_out if len(shape) > 2 else ""))
 
-    def _register_exact(self, name: str, values: Tensor) -> None:
-        """Keep float64 ``values`` and a buffer of them in the default dtype."""
+    def _set_constant(self, name: str, values: Tensor) -> None:
+        """Keep float64 ``values`` (C,) that follow from the counts."""
         self._exact[name] = values
-        self.register_buffer(name, values.to(torch.get_default_dtype()), persistent=False)
+        self._bring_constants()
+
+    def _bring_constants(self) -> None:
+        """Have the constants where the weight is, in its precision; not where nothing is kept."""
+        place = self.weight.device, self.weight.dtype
+        if ordinary(self.weight) and not self.weight.is_meta:
+            with torch.inference_mode(False):
+                self._at_hand = {name: exact.to(*place) for name, exact in self._exact.items()}
 
     def _constant(self, name: str, logits: Tensor | ChunkedCosines) -> Tensor:
         """The constant ``name`` in the precision the loss is computed in."""
-        if logits.dtype == torch.float64:
-            return self._exact[name].to(logits.device)
-        return getattr(self, name)
+        dtype, ready = widened(logits.dtype), self._at_hand.get(name)
+        if ready is None or ready.device != logits.device or ready.dtype.itemsize < dtype.itemsize:
+            return beside(self._exact[name], logits).to(logits.device, dtype)
+        return beside(ready, logits)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As ever, but ``weight`` stays wide, and of ones where transformers has nothing for it.
+
+        ``from_pretrained`` makes modules on the "meta" device, sets what the checkpoint holds,
+        flagged, and memory that holds nothing for the rest; then it flags the module as done.
+        """
+        if name == "weight" and isinstance(value, Tensor) and "weight" in self._buffers:
+            self._unfilled = self.weight.is_meta and not hasattr(value, _INITIALISED)
+            super().__setattr__(name, value.to(widened(value.dtype)))
+            self._bring_constants()
+            return
+        super().__setattr__(name, value)
+        if name == _INITIALISED and self.__dict__.get("_unfilled"):
+            self.weight.fill_(1)
+            self._unfilled = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is made anew."""
+        return {**self.__dict__, "_at_hand": {}, "_filled": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the state and make the rest."""
+        super().__setstate__(state)
+        self._bring_constants()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ClassificationLoss:
-        """Move the module, but keep its buffers out of 16-bit dtypes."""
+        """Move the module, but keep its weight out of 16-bit dtypes and its values always."""
 
-        def keep_precision(tensor: Tensor) -> Tensor:
+        def with_values(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            return moved if moved.dtype.itemsize >= 4 else tensor.to(moved.device)
+            if moved is tensor or moved.is_meta:
+                return moved
+            values = torch.ones_like(moved) if tensor.is_meta else tensor
+            return values.to(moved.device, widened(moved.dtype))
 
-        super()._apply(keep_precision, recurse)
+        super()._apply(with_values, recurse)
+        self._bring_constants()
         return self
 
     def extra_repr(self) -> str:
         """Number of classes and options, for ``print``."""
         options = [f"{name}={getattr(self, name)!r}" for name in option_names(type(self))]
         return ", ".join([f"num_classes={len(self.class_counts)}", *options])
+
+
+def _near(number: Tensor | float, logits: Tensor | ChunkedCosines) -> Any:
+    """A number (0-d) for arithmetic with the logits; one on the CPU goes with every device."""
+    if not isinstance(number, Tensor):
+        return number
+    return beside(number if number.is_cpu else number.to(logits.device), logits)
+
+
+def _way_to_logits(outputs: Any) -> str:
+    """What to write for the output of a model that is no tensor."""
+    if isinstance(outputs, dict) or hasattr(outputs, "logits"):
+        return "Give it `outputs.logits`, or call `criterion.compute_loss_func(outputs, labels)`."
+    if isinstance(outputs, tuple | list):
+        return (
+            "The model gives several outputs in training: give the loss the one that is "
+            "classified by, `criterion(outputs[0], target)`, or the sum of a loss of each."
+        )
+    return ""
 
 
 def option_names(loss: type[ClassificationLoss]) -> tuple[str, ...]:

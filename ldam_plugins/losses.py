@@ -48,7 +48,6 @@ class FocalLoss(ClassificationLoss):
 class _MarginLoss(ClassificationLoss):
     """A loss with one margin a class, in cosine units, times the scale of the head."""
 
-    margins: Tensor
     needs_cosine_head = True
     takes_chunked_head = True
     function = staticmethod(functional.ldam_loss)
@@ -63,7 +62,12 @@ class _MarginLoss(ClassificationLoss):
         super().__init__(class_counts, **common)
         self.max_margin = check_real("max_margin", max_margin, low=0)
         self.scale = check_real("scale", scale, low=0, low_open=True)
-        self._register_exact("margins", self._margins())
+        self._set_constant("margins", self._margins())
+
+    @property
+    def margins(self) -> Tensor:
+        """Margin of each class (C,), in cosine units, where the weight is and in its precision."""
+        return self._constant("margins", self.weight)
 
     def _margins(self) -> Tensor:
         return self.class_counts.margins(self.max_margin, dtype=torch.float64)
@@ -108,7 +112,7 @@ class UniformMarginLoss(_MarginLoss):
     """LDAM with one margin for all classes (the paper's M): ``m[c] = max_margin``."""
 
     def _margins(self) -> Tensor:
-        return torch.full((len(self.class_counts),), self.max_margin, dtype=torch.float64)
+        return torch.full_like(self._exact["prior"], self.max_margin)
 
 
 class LDAMHingeLoss(_MarginLoss):
@@ -134,12 +138,14 @@ class LogitAdjustedLoss(ClassificationLoss):
         **common: ``reduction``, ``ignore_index``, see :class:`ClassificationLoss`.
     """
 
-    prior: Tensor
-
     def __init__(self, class_counts: ClassCounts, *, tau: float = 1.0, **common: Any) -> None:
         super().__init__(class_counts, **common)
         self.tau = check_real("tau", tau, low=0)
-        self._register_exact("prior", self.class_counts.prior(dtype=torch.float64))
+
+    @property
+    def prior(self) -> Tensor:
+        """Share of each class in the training set (C,), as :attr:`LDAMLoss.margins`."""
+        return self._constant("prior", self.weight)
 
     def _loss(self, logits: Tensor, target: Tensor, **common: Any) -> Tensor:
         prior = self._constant("prior", logits)
@@ -156,9 +162,6 @@ class VectorScalingLoss(ClassificationLoss):
         **common: ``reduction``, ``ignore_index``, see :class:`ClassificationLoss`.
     """
 
-    multiplicative: Tensor
-    additive: Tensor
-
     def __init__(
         self,
         class_counts: ClassCounts,
@@ -170,9 +173,19 @@ class VectorScalingLoss(ClassificationLoss):
         super().__init__(class_counts, **common)
         self.gamma = check_real("gamma", gamma, low=0)
         self.tau = check_real("tau", tau, low=0)
-        prior = self.class_counts.prior(dtype=torch.float64)
-        self._register_exact("multiplicative", (prior / prior.max()) ** self.gamma)
-        self._register_exact("additive", self.tau * prior.log())
+        prior = self._exact["prior"]
+        self._set_constant("multiplicative", (prior / prior.max()) ** self.gamma)
+        self._set_constant("additive", self.tau * prior.log())
+
+    @property
+    def multiplicative(self) -> Tensor:
+        """Factor of each class (C,), as :attr:`LDAMLoss.margins`."""
+        return self._constant("multiplicative", self.weight)
+
+    @property
+    def additive(self) -> Tensor:
+        """Term of each class (C,), as :attr:`LDAMLoss.margins`."""
+        return self._constant("additive", self.weight)
 
     def _loss(self, logits: Tensor, target: Tensor, **common: Any) -> Tensor:
         factors, terms = (self._constant(n, logits) for n in ("multiplicative", "additive"))

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldam_plugins.reduction import learned, readable
+from ldam_plugins.reduction import learned
+from ldam_plugins.tensors import readable
 
 CHUNK_ELEMENTS = 1 << 18
 """Done at a time: 1 MiB in float32, to stay in the cache of a core."""
@@ -24,10 +25,12 @@ FEWEST_ELEMENTS = 3 << 15
 """Below, the definition is faster: it takes fewer calls."""
 
 
-def worthwhile(logits: Tensor, reduction: str, *others: Tensor | None) -> bool:
+def worthwhile(reduction: str, logits: Tensor, *others: Tensor | None) -> bool:
     """Whether this module can compute a loss of these, and does it faster than the definition."""
+    if reduction == "none" or not readable(logits, *others):
+        return False
     large = logits.numel() >= FEWEST_ELEMENTS and logits.dtype != torch.float16
-    return large and reduction != "none" and not learned(*others) and readable(logits)
+    return large and not learned(*others)
 
 
 def margin_cross_entropy(
@@ -83,8 +86,7 @@ class _KeepsGradient(torch.autograd.Function):
         gradient = ctx.saved_tensors[0]
         result = None
         if of_loss is not None:
-            as_it_is = not torch.is_grad_enabled() and _is_one(of_loss)
-            result = gradient if as_it_is else gradient * of_loss
+            result = gradient if _free_to_give(of_loss) else gradient * of_loss
         if of_gradient is not None:
             through = _product(gradient, ctx.terms(*ctx.saved_tensors), of_gradient)
             result = through if result is None else result + through
@@ -128,12 +130,15 @@ def _terms_at_masses(_: Tensor, masses: Tensor, factors: Tensor) -> tuple[Tensor
     return part.sum(1, keepdim=True), part
 
 
-def _is_one(value: Tensor) -> bool:
-    """Whether it is the 1 that a backward pass usually begins with."""
-    try:
-        return value.item() == 1
-    except RuntimeError:  # vmap does not let one look
+def _free_to_give(of_loss: Tensor) -> bool:
+    """Whether a backward pass may hand out the gradient that was kept, which saves a copy of it.
+
+    Only where the factor is the 1 that a backward pass usually begins with and the graph goes
+    after this pass: whoever gets the gradient may write into it.
+    """
+    if torch.is_grad_enabled() or not readable(of_loss):
         return False
+    return not torch._C._autograd._get_current_graph_task_keep_graph() and of_loss.item() == 1
 
 
 def _product(gradient: Tensor, terms: tuple[Tensor, Tensor], vector: Tensor) -> Tensor:
@@ -158,7 +163,7 @@ def _row_chunks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
 def _scratch(like: Tensor, dtype: torch.dtype) -> Tensor:
     """Room for a chunk of rows in some precision."""
     rows = min(_rows_at_once(like), len(like))
-    return torch.empty((rows, like.shape[1]), dtype=dtype)
+    return like.new_empty((rows, like.shape[1]), dtype=dtype)
 
 
 def _gradient_at_index(
@@ -187,7 +192,7 @@ def _gradient_at_masses(
 ) -> Tensor:
     """Write the gradient of the loss with respect to the logits; return the loss."""
     log_softmax, product = (_scratch(logits, masses.dtype) for _ in range(2))
-    loss = torch.zeros((), dtype=masses.dtype)
+    loss = masses.new_zeros(())
     for z, q, place in _row_chunks(logits, masses, out):
         log_p, of_log_p = log_softmax[: len(z)], product[: len(z)]
         wide = z if z.dtype == q.dtype else log_p.copy_(z)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ldam_plugins._checks import check_choice, check_logits, check_target, must_be
 from ldam_plugins.chunked_cosines import ChunkedCosines
+from ldam_plugins.tensors import beside, readable
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -21,32 +22,42 @@ def mean_denominator(target: Tensor, weight: Tensor | None, ignore_index: int = 
     Sums over the parts of a batch to the denominator of the whole, so dividing the parts'
     ``reduction="sum"`` losses by it gives one update however the batch is cut.
     """
+    dtype = wide_default()
     if target.ndim == 2:
-        return torch.full((), float(target.shape[0]), device=target.device)
-    return row_weights(target, weight, ignore_index, torch.get_default_dtype()).sum()
+        return target.new_full((), target.shape[0], dtype=dtype)
+    if weight is not None:
+        weight = beside(weight, target)
+        weight = weight.to(widened(weight.dtype))
+    return row_weights(target, weight, ignore_index, dtype).sum()
 
 
-def check_arguments(logits: Tensor, target: Tensor, reduction: str) -> None:
-    """Check what all losses are given; see :mod:`ldam_plugins.functional`."""
+def wide_default() -> torch.dtype:
+    """Torch's default dtype, or float32 where that has 16 bits: 257 rows would be 256."""
+    return widened(torch.get_default_dtype())
+
+
+def checked_target(logits: Tensor, target: Tensor, reduction: str) -> Tensor:
+    """The target, after checks of what all losses are given; see the functional module."""
     check_choice("reduction", reduction, REDUCTIONS)
     check_logits(logits)
     check_target(target, logits)
+    return beside(target, logits)
 
 
 def prepare(
     logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Checked arguments in the precision the loss is computed in."""
-    check_arguments(logits, target, reduction)
-    logits = logits.to(_wide(logits))
+    target = checked_target(logits, target, reduction)
+    logits = logits.to(widened(logits.dtype))
     if target.ndim == 2:
         target = target.to(logits.dtype)
     return logits, target, None if weight is None else per_class("weight", weight, logits)
 
 
-def _wide(logits: Tensor | ChunkedCosines) -> torch.dtype:
-    """The precision the loss is computed in."""
-    return torch.float32 if logits.dtype.itemsize < 4 else logits.dtype
+def widened(dtype: torch.dtype) -> torch.dtype:
+    """The precision a loss of such logits is computed in: that of the logits, or float32."""
+    return torch.float32 if dtype.itemsize < 4 else dtype
 
 
 def per_class(name: str, values: Tensor, logits: Tensor | ChunkedCosines) -> Tensor:
@@ -54,7 +65,7 @@ def per_class(name: str, values: Tensor, logits: Tensor | ChunkedCosines) -> Ten
     if values.shape != logits.shape[1:]:
         wanted = f"of shape ({logits.shape[1]},), one value per logit"
         raise ValueError(must_be(name, wanted, tuple(values.shape)))
-    return values.to(device=logits.device, dtype=_wide(logits))
+    return beside(values, logits).to(device=logits.device, dtype=widened(logits.dtype))
 
 
 def row_weights(
@@ -69,7 +80,7 @@ def index_and_weight(
 ) -> tuple[Tensor, Tensor]:
     """Class of each row (N,), 0 where it is ignored, and its weight (N,), 0 there too."""
     ignored = target == ignore_index
-    any_ignored = not readable(target) or bool(ignored.any())
+    any_ignored = not readable(target, weight) or bool(ignored.any())
     index = target.masked_fill(ignored, 0) if any_ignored else target
     if weight is None:
         return index, (~ignored).to(dtype)
@@ -79,7 +90,7 @@ def index_and_weight(
 
 def at_target(values: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     """The entries (N,) of ``values`` (N, C) at the target, of rows that are ignored at 0."""
-    index = torch.where(target == ignore_index, 0, target)
+    index = target.masked_fill(target == ignore_index, 0)
     return values.gather(1, index.unsqueeze(1)).squeeze(1)
 
 
@@ -87,20 +98,10 @@ def weigh(terms: Tensor, target: Tensor, weight: Tensor | None, ignore_index: in
     """Loss of each row (N,) from its terms: (N,) at the target, or (N, C) for masses."""
     if target.ndim == 2:
         return (terms * target * (1 if weight is None else weight)).sum(dim=1)
-    keep = target != ignore_index
+    ignored = target == ignore_index
     if weight is not None:
-        terms = terms * weight[torch.where(keep, target, 0)]
-    return torch.where(keep, terms, 0)
-
-
-def readable(logits: Tensor) -> bool:
-    """Whether values may decide what is computed: on the CPU, neither traced nor transformed."""
-    return logits.is_cpu and not traced()
-
-
-def traced() -> bool:
-    """Whether a compiler or a transform of torch.func looks on."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        terms = terms * weight.gather(0, target.masked_fill(ignored, 0))
+    return terms.masked_fill(ignored, 0)
 
 
 def learned(*tensors: Tensor | None) -> bool:
@@ -112,16 +113,17 @@ def torch_cross_entropy(
     logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str
 ) -> Tensor:
     """Torch's, but for the mean of nothing, which is 0."""
-    if target.ndim == 2 and weight is not None and readable(logits) and _are_ones(weight):
+    may_read = readable(logits, target, weight)
+    if target.ndim == 2 and weight is not None and may_read and _are_ones(weight):
         weight = None  # torch would multiply (N, C) by it, twice
     options: dict[str, Any] = {} if target.ndim == 2 else {"ignore_index": ignore_index}
-    if reduction == "mean" and not readable(logits):
+    if reduction == "mean" and not may_read:
         rows = F.cross_entropy(logits, target, weight, reduction="none", **options)
         return reduce_rows(rows, target, weight, ignore_index, reduction)
     loss = F.cross_entropy(logits, target, weight, reduction=reduction, **options)
     if reduction == "mean" and math.isnan(loss.item()):
         total = F.cross_entropy(logits, target, weight, reduction="sum", **options)
-        return total / _divisor(target, weight, ignore_index)
+        return total / _divisor(target, weight, ignore_index, total.dtype)
     return loss
 
 
@@ -139,10 +141,18 @@ def reduce_rows(
     total = rows.sum()
     if reduction == "sum":
         return total
-    return total / _divisor(target, weight, ignore_index)
+    return total / _divisor(target, weight, ignore_index, total.dtype)
 
 
-def _divisor(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
-    """The denominator of the mean, 1 where it is 0."""
-    divisor = mean_denominator(target, weight, ignore_index)
-    return torch.where(divisor > 0, divisor, 1)
+def _divisor(
+    target: Tensor, weight: Tensor | None, ignore_index: int, dtype: torch.dtype
+) -> Tensor:
+    """The denominator of the mean, 1 where there is nothing."""
+    if target.ndim == 2:
+        return mean_denominator(target, None).to(dtype).clamp_min(1)
+    return sum_or_one(row_weights(target, weight, ignore_index, dtype))
+
+
+def sum_or_one(weights: Tensor) -> Tensor:
+    """Sum of the rows' weights, whatever its sign; 1 where none of them counts (0-d)."""
+    return weights.sum() + (weights == 0).all()

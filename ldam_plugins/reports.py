@@ -49,7 +49,7 @@ def write_report(output_dir: str | os.PathLike[str]) -> Path:
         left_out=len(rows) - _MAX_TABLE_ROWS,
         percent=percent,
         options=metrics["options"],
-        machine=_machine(metrics),
+        machine={**_images(metrics.get("images")), **_machine(metrics)},
     )
     write_atomic(folder / REPORT_FILE, page)
     return folder / REPORT_FILE
@@ -94,13 +94,25 @@ def _shortened(rows: list[ClassRow]) -> list[ClassRow | None]:
     return [*rows[:half], None, *rows[-half:]]
 
 
+def _images(record: Mapping[str, Any] | None) -> dict[str, str]:
+    """Augmentation and evaluation of the images of a run, if there are any."""
+    if record is None:
+        return {}
+    kind, *rest = record["augmentation"].items()
+    details = ", ".join(f"{name} {value}" for name, value in rest)
+    config = record["evaluation"]
+    size = " x ".join(map(str, config["input_size"]))
+    crop = f"{config['crop_mode']} crop {config['crop_pct']:g}, {config['interpolation']}"
+    return {"augmentation": f"{kind[1]} ({details})", "evaluated images": f"{size}, {crop}"}
+
+
 def _machine(metrics: Mapping[str, Any]) -> dict[str, str]:
     """Device, speed and versions of a run."""
     minutes, seconds = divmod(round(metrics["train_seconds"]), 60)
     versions = {name: version or "not installed" for name, version in metrics["versions"].items()}
     return {
         "device": metrics["device"],
-        "mixed precision": metrics.get("mixed_precision", "not recorded"),
+        "mixed precision": metrics.get("mixed_precision", "unknown"),
         "training time": f"{minutes} min {seconds} s",
         "training speed": f"{metrics['examples_per_second']:.4g} examples/s",
         **versions,

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from ldam_plugins._checks import check_int, must_be, quoted
+from ldam_plugins.run_lock import hold_folder
 
 OPTIONS_FILE, HISTORY_FILE, METRICS_FILE = "options.json", "history.csv", "metrics.json"
 COMMAND_FILE = "command.txt"
@@ -57,12 +58,16 @@ class HistoryWriter:
 
     Columns: ``epoch`` (0-based), ``lr``, ``stage``, ``train_loss``, ``test_error`` (%),
     ``seconds``; an empty field where something was not measured. Append the row before the
-    checkpoint of that epoch is written, so that a resumed run finds every row it needs.
+    checkpoint of that epoch is written, so that a resumed run finds every row it needs. The folder
+    is locked against other processes while there is a writer.
 
     Args:
         output_dir: Folder of the run.
         start_epoch: First epoch still to be trained. Rows from there on, left by a run that
             was stopped after its last checkpoint, are dropped.
+
+    Raises:
+        ValueError: another process is at work in the folder.
 
     Example:
         >>> import tempfile
@@ -77,6 +82,7 @@ class HistoryWriter:
 
     def __init__(self, output_dir: str | os.PathLike[str], start_epoch: int = 0) -> None:
         check_int("start_epoch", start_epoch, low=0)
+        self._lock: Any = hold_folder(output_dir)
         self.path = Path(output_dir) / HISTORY_FILE
         rows = read_history(output_dir) if start_epoch and self.path.exists() else []
         kept = [row for row in rows if row["epoch"] < start_epoch]
@@ -107,7 +113,12 @@ class HistoryWriter:
             self.path.open("a", encoding="utf-8", newline="") as file,
         ):
             file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
         self._last_epoch = epoch
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_lock": None}  # of a process
 
 
 def read_history(output_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -204,14 +215,60 @@ def _numbers(value: Any, key: str) -> Iterator[tuple[str, float]]:
 
 
 def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file beside and rename it, so that readers find the old one or the whole new one."""
+    """Write a file beside and rename it, so that readers find the old one or the whole new one.
+
+    So does whoever reads after a power cut.
+    """
     target = Path(path)
     beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        beside.write_bytes(content)
+        write_flushed(beside, content)
         os.replace(beside, target)
     finally:
         beside.unlink(missing_ok=True)
+    flush_names(target.parent)
+
+
+def write_flushed(path: Path, content: bytes, mode: str = "wb") -> None:
+    """Write a file, and return when it is on the disk."""
+    with path.open(mode) as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def flush_folder(folder: str | os.PathLike[str]) -> None:
+    """Return when all that is in a folder, and the folder in its own one, is on the disk.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    for path, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            _flush(os.path.join(path, name))
+        flush_names(path)
+    flush_names(Path(folder).absolute().parent)
+
+
+def flush_names(folder: str | os.PathLike[str]) -> None:
+    """Return when the names of a folder's files are on the disk, where a system can tell.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    try:
+        _flush(folder)
+    except OSError as error:
+        if os.name != "nt" and error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+
+
+def _flush(path: str | os.PathLike[str]) -> None:
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def run_versions() -> dict[str, str | None]:

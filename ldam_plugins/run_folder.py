@@ -10,12 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from ldam_plugins._checks import check_choice, must_be, quoted
-from ldam_plugins.run_files import HISTORY_FILE, METRICS_FILE, OPTIONS_FILE, to_json
+from ldam_plugins.run_files import (
+    HISTORY_FILE,
+    METRICS_FILE,
+    OPTIONS_FILE,
+    to_json,
+    write_flushed,
+)
+from ldam_plugins.run_lock import hold_folder
 
 RUN_ENTRIES = (OPTIONS_FILE, HISTORY_FILE, METRICS_FILE, "checkpoints", "model", "report.html")
 """What makes a folder one that holds a run."""
 MAY_CHANGE = ("output_dir", "resume", "report_to", "keep_checkpoints")
 """Options that a resumed run may have otherwise than the run it goes on with."""
+_WAIT = 2.0  # seconds, for a run that is just ending
 
 
 def claim_output_dir(
@@ -28,7 +36,8 @@ def claim_output_dir(
     """Make the folder of a run and write ``options.json`` into it, or find the run to resume.
 
     Call it last before training, on one process: a folder is claimed once, and two runs that
-    start together cannot both have it.
+    start together, or resume together, cannot both have it. Within
+    :func:`~ldam_plugins.run_lock.folders_held` the folder stays locked until the end of that block.
 
     Args:
         path: The folder, ``--output_dir``. Files in it that are no run's are left alone.
@@ -42,7 +51,8 @@ def claim_output_dir(
 
     Raises:
         ValueError: the folder cannot be written; it holds a run and ``resume`` is False; it
-            holds none and ``resume`` is True; or the options of the two runs differ.
+            holds none and ``resume`` is True; the options of the two runs differ; or another
+            process is at work in it.
     """
     folder = Path(path)
     text = to_json(dict(options), name="options")
@@ -50,9 +60,11 @@ def claim_output_dir(
     if resume is True or (resume == "auto" and (folder / OPTIONS_FILE).exists()):
         _check_same_options(folder, json.loads(text), may_change)
         _check_writable(folder)
+        hold_folder(folder, _WAIT)
         return folder
     _check_writable(folder)
     _check_no_run(folder)
+    hold_folder(folder, _WAIT)
     try:
         _write_new(folder / OPTIONS_FILE, text.encode())
     except FileExistsError:
@@ -64,13 +76,12 @@ def _write_new(path: Path, content: bytes) -> None:
     """Write a file whole or not at all, and never over another."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        beside.write_bytes(content)
+        write_flushed(beside, content)
         os.link(beside, path)  # unlike a rename it fails where there is one
     except FileExistsError:
         raise
     except OSError:  # a file system without links
-        with path.open("xb") as file:
-            file.write(content)
+        write_flushed(path, content, mode="xb")
     finally:
         beside.unlink(missing_ok=True)
 

@@ -6,6 +6,7 @@ import ctypes
 import logging
 import os
 import platform
+import random
 import re
 import shutil
 import signal
@@ -14,12 +15,15 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from types import FrameType
 
+import numpy as np
 import psutil
 import torch
 from torch import distributed
 
 from ldam_plugins._checks import check_choice, check_int, must_be
+from ldam_plugins.run_files import flush_folder, flush_names
 
 PRECISIONS = ("auto", "no", "bf16", "fp16")
 PREEMPTED = 128 + signal.SIGTERM
@@ -36,8 +40,9 @@ logger = logging.getLogger(__name__)
 def choose_precision(requested: str = "auto") -> str:
     """Mixed precision for Accelerate and the Trainer: ``"no"``, ``"bf16"`` or ``"fp16"``.
 
-    ``"auto"`` is bf16 where the hardware computes in it (AMX or AVX512-BF16 on a CPU, compute
-    capability 8 on a CUDA device), else float32: without such units bf16 is slower than float32.
+    ``"auto"`` is bf16 where the hardware has units that multiply matrices in it (AMX on a CPU,
+    compute capability 8 on a CUDA device), else float32. AVX512-BF16 alone is not enough: with it
+    bf16 was measured slower than float32.
 
     Raises:
         ValueError: an unknown precision.
@@ -50,7 +55,31 @@ def choose_precision(requested: str = "auto") -> str:
     if torch.accelerator.is_available():
         return "no"
     units = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return "bf16" if units.get("amx_bf16") or units.get("avx512_bf16") else "no"
+    return "bf16" if units.get("amx_bf16") and units.get("amx_tile") else "no"
+
+
+def seed_epoch(seed: int, epoch: int, process: int = 0) -> torch.Generator:
+    """Seed all that a process draws in an epoch: Python, NumPy, and torch on every device.
+
+    Each of them, for each seed, epoch and process, has a stream of its own (NumPy's
+    ``SeedSequence``), so that no process repeats another's draws in any epoch, and a resumed
+    training draws what it would have drawn.
+
+    Args:
+        seed: Seed of the training, at least 0.
+        epoch: 0-based epoch.
+        process: 0-based process.
+
+    Returns:
+        A generator on the CPU with one more such stream.
+    """
+    for name, value in (("seed", seed), ("epoch", epoch), ("process", process)):
+        check_int(name, value, low=0)
+    children = np.random.SeedSequence(seed, spawn_key=(epoch, process)).spawn(4)
+    random.seed(children[0].generate_state(8).tobytes())
+    np.random.seed(children[1].generate_state(8))
+    torch.manual_seed(int(children[2].generate_state(1, np.uint64)[0]))
+    return torch.Generator().manual_seed(int(children[3].generate_state(1, np.uint64)[0]))
 
 
 @contextmanager
@@ -124,39 +153,71 @@ def check_tracker(name: str) -> None:
 
 
 @contextmanager
-def noted_sigterm() -> Iterator[threading.Event]:
+def noted_sigterm(
+    runs: Callable[[FrameType | None], bool] | None = None,
+) -> Iterator[threading.Event]:
     """Note SIGTERM, which schedulers send before they kill a job, instead of ending at once.
 
-    Yields an event that is set by the first SIGTERM; a second one ends the process as ever. Only
-    the main thread can be told of signals; elsewhere the event is never set.
+    Yields an event that is set by the first SIGTERM; a second one ends the process as ever, and so
+    does the first one after the block. Then the handler is again the one that was there before,
+    unless somebody else has set another since. Only the main thread can be told of signals, and a
+    handler that is none of Python's could not be put back: there the event is never set.
+
+    Args:
+        runs: Of the frame that the signal interrupts: whether what is to be ended still runs. For
+            blocks that may never be left, as where nobody tells a callback of an error.
     """
-    told = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
+    told, main = threading.Event(), threading.main_thread()
+    if threading.current_thread() is not main:
         yield told
         return
     before = signal.getsignal(signal.SIGTERM)
+    if before is None:
+        logger.warning("SIGTERM has a handler that is not Python's: it is left as it is.")
+        yield told
+        return
+    ended = False
 
-    def note(*_: object) -> None:
-        told.set()
-        signal.signal(signal.SIGTERM, before)
+    def give_back() -> None:
+        if signal.getsignal(signal.SIGTERM) is note and threading.current_thread() is main:
+            signal.signal(signal.SIGTERM, before)
+
+    def note(number: int, frame: FrameType | None) -> None:
+        give_back()
+        if not ended and (runs is None or runs(frame)):
+            told.set()
+        elif callable(before):
+            before(number, frame)
+        elif before == signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGTERM)
 
     signal.signal(signal.SIGTERM, note)
     try:
         yield told
     finally:
-        signal.signal(signal.SIGTERM, before)
+        ended = True
+        give_back()
 
 
 def any_process(flag: bool) -> bool:
     """Whether ``flag`` is true on any of the processes that train together; all must call it."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return flag
-    on_gpu = "nccl" in distributed.get_backend()
-    count = torch.tensor(
-        int(flag), device=torch.accelerator.current_device_index() if on_gpu else "cpu"
-    )
-    distributed.all_reduce(count)
-    return bool(count.item())
+    flags = [False] * distributed.get_world_size()
+    distributed.all_gather_object(flags, flag)  # which knows the device of each backend
+    return any(flags)
+
+
+def device_of_collectives(config: str) -> str:
+    """Type of a device on which processes can talk: the CPU where a backend serves it.
+
+    Example:
+        >>> device_of_collectives("cpu:gloo,cuda:nccl"), device_of_collectives("xpu:xccl")
+        ('cpu', 'xpu')
+    """
+    devices = [entry.partition(":")[0] for entry in config.split(",")]
+    return "cpu" if "cpu" in devices else devices[0]
 
 
 def until_preempted(epochs: Iterable[int]) -> Iterator[int]:
@@ -172,6 +233,25 @@ def until_preempted(epochs: Iterable[int]) -> Iterator[int]:
             if any_process(told.is_set()):
                 logger.warning(f"SIGTERM: ended after epoch {epoch}; --resume goes on from there.")
                 raise SystemExit(PREEMPTED)
+
+
+def epoch_batches(
+    samples: int, batch_size: int, processes: int = 1, *, drop_last: bool = False
+) -> int:
+    """Batches of each process in an epoch, as Accelerate deals them; see :func:`own_rows`.
+
+    Args:
+        samples: Samples of the epoch, over all processes.
+        batch_size: Rows of a batch.
+        processes: Processes that share the epoch.
+        drop_last: Whether only whole batches are dealt, the same number to each process.
+
+    Example:
+        >>> epoch_batches(10, 4, 2), epoch_batches(10, 4, 2, drop_last=True)
+        (2, 1)
+    """
+    turn = batch_size * processes
+    return samples // turn if drop_last else -(-samples // turn)
 
 
 def own_rows(samples: int, batch: int, batch_size: int, process: int, processes: int) -> int:
@@ -203,8 +283,8 @@ def newest_checkpoint(output_dir: str | os.PathLike[str]) -> tuple[Path | None, 
 
 def checkpoints(output_dir: str | os.PathLike[str]) -> dict[int, Path]:
     """Whole checkpoints of a run by the epochs they hold."""
-    found = _folder(output_dir).glob(f"{_CHECKPOINT}*")
-    return {_epochs_of(path): path for path in sorted(found)}
+    found = sorted(_folder(output_dir).glob(f"{_CHECKPOINT}*"))
+    return {int(path.name.removeprefix(_CHECKPOINT)): path for path in found if _is_one(path)}
 
 
 def drop_partial_checkpoints(output_dir: str | os.PathLike[str]) -> None:
@@ -213,7 +293,8 @@ def drop_partial_checkpoints(output_dir: str | os.PathLike[str]) -> None:
     Call it on one process before any writes.
     """
     for path in _folder(output_dir).glob(f".{_CHECKPOINT}*{_PARTIAL}"):
-        shutil.rmtree(path)
+        if path.is_dir():
+            shutil.rmtree(path)
 
 
 def write_checkpoint(
@@ -221,8 +302,9 @@ def write_checkpoint(
 ) -> Path:
     """Write a checkpoint whole or not at all, and drop all but the newest ``keep``.
 
-    ``save(folder)`` writes into a folder beside, which is renamed when it is complete. Call it on
-    every process for a ``save`` that is collective, such as ``Accelerator.save_state``.
+    ``save(folder)`` writes into a folder beside, which is renamed when it is complete and on the
+    disk; only then older ones are dropped, so that a power cut leaves one. Call it on every process
+    for a ``save`` that is collective, such as ``Accelerator.save_state``.
 
     Args:
         output_dir: Folder of the run.
@@ -237,17 +319,22 @@ def write_checkpoint(
     check_int("keep", keep, low=1)
     target = _folder(output_dir) / f"{_CHECKPOINT}{epochs:05d}"
     beside = target.with_name(f".{target.name}{_PARTIAL}")
+    main = int(os.environ.get("RANK", 0)) == 0
     try:
         save(str(beside))
+        if main:
+            flush_folder(beside)
     except Exception as error:  # torch, safetensors and the system each word a full disk otherwise
         shutil.rmtree(beside, ignore_errors=True)
         way_out = "Make room or mend the folder, then go on from the last one with --resume"
         raise OSError(f"checkpoint {target} cannot be written ({error}). {way_out}.") from error
-    if int(os.environ.get("RANK", 0)) == 0:
-        shutil.rmtree(target, ignore_errors=True)
+    if main:
+        if target.exists():
+            target.rename(target.with_name(f".{target.name}.old{_PARTIAL}"))
         beside.rename(target)
-        older = sorted(target.parent.glob(f"{_CHECKPOINT}*"), key=_epochs_of)[:-keep]
-        for path in older:
+        flush_names(target.parent)
+        drop_partial_checkpoints(output_dir)
+        for _, path in sorted(checkpoints(output_dir).items())[:-keep]:
             shutil.rmtree(path)
     return target
 
@@ -256,5 +343,5 @@ def _folder(output_dir: str | os.PathLike[str]) -> Path:
     return Path(output_dir) / "checkpoints"
 
 
-def _epochs_of(path: Path) -> int:
-    return int(path.name.removeprefix(_CHECKPOINT))
+def _is_one(path: Path) -> bool:
+    return path.is_dir() and path.name.removeprefix(_CHECKPOINT).isdecimal()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +26,11 @@ class DeferredSampler(Sampler[int]):
     computes the same one (Accelerate and the Trainer then give each its batches) and a resumed
     training gets the order it would have had. ``len()`` never changes.
 
+    A loop says at the beginning of each epoch which one it is, by ``sampler.set_epoch(epoch)`` or,
+    of a loader that Accelerate has prepared, ``loader.set_epoch(epoch)``. Such a loader also counts
+    its own iterations, from 0 in a resumed run; that count never undoes what the loop said, it goes
+    on from there.
+
     Args:
         labels: Class index of each sample (N,); see :meth:`ClassCounts.from_labels`.
         schedule: What to sample when. Stages begin with an epoch: a start inside one takes
@@ -39,6 +45,8 @@ class DeferredSampler(Sampler[int]):
 
     Raises:
         ValueError: bad labels, ``rank`` not below ``num_replicas``, or ``start`` past the end.
+        RuntimeError: from iterating, where two loaders count and the loop did not say which epoch
+            it is, as after ``skip_first_batches``, whose epoch the loader itself does not count.
 
     Example:
         >>> sampler = DeferredSampler([0, 0, 0, 1], DeferredSchedule("drs", start=1), epochs=2)
@@ -74,6 +82,9 @@ class DeferredSampler(Sampler[int]):
         self.num_replicas = check_int("num_replicas", num_replicas, low=1)
         self.rank = check_int("rank", rank, low=0, high=num_replicas - 1)
         self.epoch = 0
+        self._ahead = 0  # of the count of the loader
+        self._told: str | None = None  # the epoch, since the last iteration, by "loop" or "loader"
+        self._counting: int | None = None  # id of the loader whose count was taken last
         self._size = len(array)
         # Indices grouped by class: members of class c are _members[_first[c] : _first[c + 1]].
         index_type = np.int32 if len(array) <= np.iinfo(np.int32).max else np.int64
@@ -85,7 +96,26 @@ class DeferredSampler(Sampler[int]):
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the 0-based epoch whose order is drawn next."""
-        self.epoch = check_int("epoch", epoch, low=0)
+        epoch = check_int("epoch", epoch, low=0)
+        loader, counts = _loader_that_calls()
+        if counts:
+            self._take_count(epoch, loader)
+            return
+        self.epoch, self._told = epoch, "loop"
+        if loader is not None:  # told by the loop, it counts on from there
+            self._ahead, self._counting = 0, id(loader)
+
+    def _take_count(self, count: int, loader: object) -> None:
+        """Go on with what a loader of Accelerate counts, unless the loop said which epoch it is."""
+        if self._told == "loop":
+            self._ahead = self.epoch - count
+        elif self._counting not in (None, id(loader)):
+            raise RuntimeError(
+                "two data loaders count the epochs of one DeferredSampler, each for itself (one "
+                "may be that of skip_first_batches). Call `sampler.set_epoch(epoch)` at the "
+                "beginning of each epoch."
+            )
+        self.epoch, self._told, self._counting = count + self._ahead, "loader", id(loader)
 
     @property
     def progress(self) -> Progress:
@@ -104,6 +134,10 @@ class DeferredSampler(Sampler[int]):
         return self._members[self._first[drawn] + place]
 
     def __iter__(self) -> Iterator[int]:
+        loader = None if self._told == "loader" else _loader_that_iterates()
+        if loader is not None:  # its own call does not reach this sampler through all wrappers
+            self._take_count(loader.iteration, loader)
+        self._told = None
         order = self.order()
         if self.num_replicas > 1:
             order = np.resize(order, len(self) * self.num_replicas)[self.rank :: self.num_replicas]
@@ -112,3 +146,38 @@ class DeferredSampler(Sampler[int]):
 
     def __len__(self) -> int:
         return math.ceil(self._size / self.num_replicas)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_counting": None}  # no loader of another process has this id
+
+
+def _loader_that_calls() -> tuple[object | None, bool]:
+    """The loader of Accelerate that calls a sampler's ``set_epoch``; whether of its own accord.
+
+    Its ``__iter__`` calls its ``set_epoch`` with the number of iterations it has done (accelerate
+    1.10 to 1.15); without ``__iter__`` the call is the loop's, handed on.
+    """
+    frame: Any = sys._getframe(2)
+    loader = None
+    while frame is not None and frame.f_code.co_name == "set_epoch":  # batch samplers hand on, too
+        if _is_accelerates(frame):
+            loader = frame.f_locals.get("self")
+        frame = frame.f_back
+    counts = loader is not None and frame is not None and frame.f_code.co_name == "__iter__"
+    return loader, counts and _is_accelerates(frame)
+
+
+def _loader_that_iterates() -> Any:
+    """The loader of Accelerate that draws from a sampler now; None if there is none."""
+    frame: Any = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code.co_name == "__iter__" and _is_accelerates(frame):
+            loader = frame.f_locals.get("self")
+            if hasattr(loader, "iteration"):  # its batch samplers have none
+                return loader
+        frame = frame.f_back
+    return None
+
+
+def _is_accelerates(frame: Any) -> bool:
+    return str(frame.f_globals.get("__name__")).startswith("accelerate.")

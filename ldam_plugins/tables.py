@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from tabulate import tabulate
 
 from ldam_plugins._checks import check_int, must_be
@@ -107,17 +108,54 @@ def per_class_table(
         cross-entropy (nll)            0.6269
         calibration error (ece)        0.1308
     """
-    check_int("max_rows", max_rows, low=2)
-    rows = class_rows(test, class_counts)
-    lines = [_cells(row) for row in rows]
-    if len(rows) > max_rows:
-        head, tail = max_rows - max_rows // 2, max_rows // 2
-        gap = (f"... {len(rows) - max_rows} more classes", "...", "...", "...")
-        lines = [*lines[:head], gap, *lines[-tail:]]
+    lines = _shortened([_cells(row) for row in class_rows(test, class_counts)], max_rows)
     headers = ("class", "training samples", "group", "accuracy")
     align = ("left", "right", "left", "right")
     table = tabulate(lines, headers, colalign=align, disable_numparse=True)
     return f"{table}\n\n{_aligned(summary(test, class_counts))}"
+
+
+def kept_table(before: ClassCounts, after: ClassCounts, *, max_rows: int = 30) -> str:
+    """Training samples kept and left out of each class, from the largest kept class down.
+
+    Args:
+        before: Training samples per class of the whole set.
+        after: Those that are kept, of the same classes; their names are shown if there are any.
+        max_rows: With more classes than that, the first and last ones only, at least 2.
+
+    Raises:
+        ValueError: another number of classes, or more of a class kept than there are.
+
+    Example:
+        >>> print(kept_table(ClassCounts([9, 9]), ClassCounts([9, 3], class_names=["cat", "lynx"])))
+        class      kept    left out
+        -------  ------  ----------
+        cat           9           0
+        lynx          3           6
+        <BLANKLINE>
+        12 of 18 training samples are kept, 6 are left out.
+    """
+    if len(before) != len(after):
+        raise ValueError(must_be("after", f"counts of {len(before)} classes", len(after)))
+    left = before.counts - after.counts
+    if left.min() < 0:
+        raise ValueError(must_be("after", "at most what there is of each class", left.tolist()))
+    names = after.class_names or [str(index) for index in range(len(after))]
+    order = np.argsort(-after.counts, kind="stable")
+    cells = [(printable(names[c]), str(after.counts[c]), str(left[c])) for c in order]
+    headers, align = ("class", "kept", "left out"), ("left", "right", "right")
+    table = tabulate(_shortened(cells, max_rows), headers, colalign=align, disable_numparse=True)
+    sizes = f"{after.total} of {before.total} training samples are kept"
+    return f"{table}\n\n{sizes}, {left.sum()} are left out."
+
+
+def _shortened(lines: Sequence[tuple[str, ...]], max_rows: int) -> list[tuple[str, ...]]:
+    check_int("max_rows", max_rows, low=2)
+    if len(lines) <= max_rows:
+        return list(lines)
+    head, tail = max_rows - max_rows // 2, max_rows // 2
+    gap = (f"... {len(lines) - max_rows} more classes", *["..."] * (len(lines[0]) - 1))
+    return [*lines[:head], gap, *lines[-tail:]]
 
 
 def _cells(row: ClassRow) -> tuple[str, str, str, str]:

@@ -1,43 +1,70 @@
-"""What timm gets: the CIFAR ResNets of the paper, and LDAM-DRW as a training task."""
+"""What timm gets: the CIFAR ResNets of the paper, and LDAM-DRW as a training task.
 
-from __future__ import annotations
+Annotations are not postponed here: torch.fx hands them to TorchScript, which knows no strings.
+"""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import create_classifier
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.layers import DropPath, create_classifier, get_device_dtype
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint,
+    generate_default_cfgs,
+    register_model,
+)
+from timm.models._features import feature_take_indices
 from timm.task import ClassificationTask
+from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from ldam_plugins._checks import must_be
+from ldam_plugins._checks import check_choice, check_int, must_be
+from ldam_plugins.chunked_cosines import ChunkedCosines
 from ldam_plugins.combinations import enter_stage, warn_of_combination
 from ldam_plugins.counts import ClassCounts
-from ldam_plugins.heads import use_cosine_head
+from ldam_plugins.heads import (
+    check_heads,
+    cosine_heads,
+    find_head,
+    folded_state_dict,
+    use_cosine_head,
+)
 from ldam_plugins.loss_base import ClassificationLoss
 from ldam_plugins.losses import create_loss
 from ldam_plugins.schedules import DeferredSchedule, Progress
 
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR_STD = (0.2023, 0.1994, 0.2010)
+_CHANNELS = (16, 32, 64)
 
 
 class _BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut without parameters (option A of He et al.)."""
 
-    def __init__(self, in_chs: int, out_chs: int, stride: int) -> None:
+    def __init__(
+        self,
+        in_chs: int,
+        out_chs: int,
+        stride: int,
+        drop_path: float,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_chs, out_chs, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(out_chs)
-        self.conv2 = nn.Conv2d(out_chs, out_chs, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(out_chs)
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.conv1 = nn.Conv2d(in_chs, out_chs, 3, stride, padding=1, bias=False, **made)
+        self.bn1 = nn.BatchNorm2d(out_chs, **made)
+        self.conv2 = nn.Conv2d(out_chs, out_chs, 3, padding=1, bias=False, **made)
+        self.bn2 = nn.BatchNorm2d(out_chs, **made)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self.stride = stride
         self.pad = (out_chs - in_chs) // 2
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
+        out = self.drop_path(self.bn2(self.conv2(out)))
         if self.pad:
             x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.pad, self.pad))
         return F.relu(out + x)
@@ -54,8 +81,17 @@ class CifarResNet(nn.Module):
         num_classes: Outputs; 0 leaves the pooled features.
         in_chans: Channels of the images.
         global_pool: Pooling of timm's ``create_classifier``; ``"fast"`` is the mean, and compiles
-            to less than ``"avg"``, the mean by torch's own layer.
+            to less than ``"avg"``, the mean by torch's own layer. ``""``, with ``num_classes=0``,
+            leaves the feature maps.
         drop_rate: Dropout before the classifier.
+        drop_path_rate: Share of the samples that skip the last block (stochastic depth); of the
+            blocks before it ever fewer, none skip the first.
+        device: Where the parameters are made, as in torch's layers.
+        dtype: Of the parameters, likewise.
+
+    Raises:
+        TypeError: ``blocks`` is not an integer.
+        ValueError: ``blocks`` is less than 1.
     """
 
     def __init__(
@@ -65,21 +101,30 @@ class CifarResNet(nn.Module):
         in_chans: int = 3,
         global_pool: str = "fast",
         drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_classes = num_classes
+        self.in_chans = in_chans
         self.drop_rate = drop_rate
-        self.num_features = self.head_hidden_size = 64
+        self.num_features = _CHANNELS[-1]
         self.grad_checkpointing = False
-        self.conv1 = nn.Conv2d(in_chans, 16, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = _stage(16, 16, blocks, stride=1)
-        self.layer2 = _stage(16, 32, blocks, stride=2)
-        self.layer3 = _stage(32, 64, blocks, stride=2)
+        self.conv1 = nn.Conv2d(in_chans, _CHANNELS[0], 3, padding=1, bias=False, **made)
+        self.bn1 = nn.BatchNorm2d(_CHANNELS[0], **made)
+        # A layer, not a function: timm rebuilds a backbone from the layers, in their order.
+        self.act1 = nn.ReLU()
+        rates = _drop_path_rates(drop_path_rate, check_int("blocks", blocks, low=1))
+        self.layer1 = _stage(_CHANNELS[0], _CHANNELS[0], 1, rates[0], **made)
+        self.layer2 = _stage(_CHANNELS[0], _CHANNELS[1], 2, rates[1], **made)
+        self.layer3 = _stage(_CHANNELS[1], _CHANNELS[2], 2, rates[2], **made)
         self.feature_info = [
-            {"num_chs": 16 * 2**i, "reduction": 2**i, "module": f"layer{i + 1}"} for i in range(3)
+            {"num_chs": channels, "reduction": 2**i, "module": f"layer{i + 1}"}
+            for i, channels in enumerate(_CHANNELS)
         ]
-        self.global_pool, self.fc = create_classifier(64, num_classes, pool_type=global_pool)
+        self._make_classifier(num_classes, global_pool, **made)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight)
@@ -96,31 +141,110 @@ class CifarResNet(nn.Module):
         return {"stem": r"^conv1|bn1", "blocks": blocks}
 
     @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """The last layer."""
-        return self.fc
+    def get_classifier(self, name_only: bool = False) -> nn.Module | str:
+        """The last layer, or its name."""
+        return "fc" if name_only else self.fc
 
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the last layer (and the pooling, if given) for ``num_classes`` outputs."""
+    @torch.jit.ignore
+    def reset_classifier(
+        self,
+        num_classes: int,
+        global_pool: str | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Replace the last layer (and the pooling, if given) for ``num_classes`` outputs.
+
+        The new one is made where the model is and in its dtype, unless said otherwise.
+        """
         self.num_classes = num_classes
         pool = global_pool if global_pool is not None else self.global_pool.pool_type
-        self.global_pool, self.fc = create_classifier(64, num_classes, pool_type=pool)
+        self._make_classifier(num_classes, pool, **get_device_dtype(self, device, dtype))
+
+    @torch.jit.ignore
+    def _make_classifier(self, num_classes: int, global_pool: str, **made: Any) -> None:
+        pool, fc = create_classifier(self.num_features, num_classes, pool_type=global_pool, **made)
+        self.global_pool, self.fc = pool.train(self.training), fc.train(self.training)
+        self.head_hidden_size = self.num_features * pool.feat_mult()
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Feature maps of the last stage, (N, 64, H / 4, W / 4)."""
-        x = F.relu(self.bn1(self.conv1(x)))
-        for stage in (self.layer1, self.layer2, self.layer3):
-            if self.grad_checkpointing and self.training:
-                x = torch.utils.checkpoint.checkpoint(stage, x, use_reentrant=False)
-            else:
-                x = stage(x)
+        x = self.act1(self.bn1(self.conv1(x)))
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            for stage in (self.layer1, self.layer2, self.layer3):
+                x = checkpoint(stage, x)
+        else:
+            x = self.layer3(self.layer2(self.layer1(x)))
         return x
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Feature maps of the last stage and those of the chosen stages.
+
+        Args:
+            x: Images (N, in_chans, H, W).
+            indices: Stages from 0, or from the end if negative; an int is the number of last
+                stages; all by default.
+            norm: Without effect: there is no norm after the last stage.
+            stop_early: Leave out the stages after the last chosen one.
+            output_fmt: ``"NCHW"``.
+            intermediates_only: Return the list of the chosen ones alone.
+
+        Returns:
+            ``(maps, chosen)``, or ``chosen``.
+
+        Raises:
+            AssertionError: a stage that is not there.
+            ValueError: another ``output_fmt``.
+        """
+        check_choice("output_fmt", output_fmt, ("NCHW",))
+        taken, last = feature_take_indices(len(_CHANNELS), indices)
+        stages = [self.layer1, self.layer2, self.layer3]
+        chosen = []
+        x = self.act1(self.bn1(self.conv1(x)))
+        for index, stage in enumerate(stages[: last + 1] if stop_early else stages):
+            x = checkpoint(stage, x) if self.grad_checkpointing else stage(x)
+            if index in taken:
+                chosen.append(x)
+        return chosen if intermediates_only else (x, chosen)
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(
+        self,
+        indices: int | list[int] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> list[int]:
+        """Drop the stages after the last chosen one, and the head, which is of no use then.
+
+        Args:
+            indices: As in :meth:`forward_intermediates`.
+            prune_norm: Without effect.
+            prune_head: Drop the head also where all stages stay.
+
+        Returns:
+            The chosen stages, from 0.
+        """
+        taken, last = feature_take_indices(len(_CHANNELS), indices)
+        for index in range(last + 1, len(_CHANNELS)):
+            setattr(self, f"layer{index + 1}", nn.Sequential())
+        self.num_features = _CHANNELS[last]
+        if prune_head or last + 1 < len(_CHANNELS):
+            self.reset_classifier(0, "")
+        return taken
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits (N, C) of feature maps, or the pooled features (N, 64)."""
         x = self.global_pool(x)
         if self.drop_rate:
-            x = F.dropout(x, p=self.drop_rate, training=self.training)
+            x = F.dropout(x, p=float(self.drop_rate), training=self.training)
         return x if pre_logits else self.fc(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -128,9 +252,19 @@ class CifarResNet(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def _stage(in_chs: int, out_chs: int, blocks: int, stride: int) -> nn.Sequential:
-    first = _BasicBlock(in_chs, out_chs, stride)
-    return nn.Sequential(first, *(_BasicBlock(out_chs, out_chs, 1) for _ in range(blocks - 1)))
+def _drop_path_rates(highest: float, blocks: int) -> list[list[float]]:
+    """Rates of the blocks of each stage: from 0 in the first block up to the highest."""
+    total = blocks * len(_CHANNELS)
+    rates = [highest * index / (total - 1) for index in range(total)]
+    return [rates[begin : begin + blocks] for begin in range(0, total, blocks)]
+
+
+def _stage(
+    in_chans: int, out_chans: int, stride: int, drop_path_rates: list[float], **made: Any
+) -> nn.Sequential:
+    first = _BasicBlock(in_chans, out_chans, stride, drop_path_rates[0], **made)
+    rest = [_BasicBlock(out_chans, out_chans, 1, rate, **made) for rate in drop_path_rates[1:]]
+    return nn.Sequential(first, *rest)
 
 
 _CFG = {
@@ -152,7 +286,9 @@ default_cfgs = generate_default_cfgs({f"{name}.untrained": _CFG for name in _BLO
 
 def _create(name: str, pretrained: bool, **options: Any) -> CifarResNet:
     options.setdefault("blocks", _BLOCKS[name])
-    return build_model_with_cfg(CifarResNet, name, pretrained, **options)
+    stages = {"out_indices": tuple(range(len(_CHANNELS)))}
+    feature_cfg = stages | (options.pop("feature_cfg", None) or {})
+    return build_model_with_cfg(CifarResNet, name, pretrained, feature_cfg=feature_cfg, **options)
 
 
 @register_model
@@ -190,13 +326,20 @@ class LongTailTask(ClassificationTask):
     :meth:`set_progress` before an update (or once an epoch) and the class weights follow the
     schedule, in place.
 
+    What timm's ``CheckpointSaver`` writes of it (``task=task``) is the stock model, cosine head
+    folded: ``timm.create_model(..., checkpoint_path=...)`` loads it and needs nothing of this
+    package. The exact head is beside it in ``task_state`` (and ``task_state_ema``), from which
+    ``resume_task_checkpoint`` and ``load_task_ema_checkpoint`` go on to the bit.
+
     Args:
-        model: A timm model, or any module whose classifier :func:`use_cosine_head` finds.
+        model: A timm model, or any module whose classifier :func:`use_cosine_head` finds. Of a
+            lone ``nn.Linear`` the task trains another layer: ``task.get_trainable_module()``.
         class_counts: :class:`ClassCounts` of the training set, or the bare counts.
         loss: One of :func:`list_losses`, or a :class:`ClassificationLoss` of one's own.
         schedule: When classes are re-weighted; the sampling of ``rs`` and ``drs`` is the
             loader's (:class:`ldam_plugins.samplers.DeferredSampler`).
-        device: Device of the loss buffers.
+        head: Dotted names of the classifier's layers, where the search does not find them.
+        device: Device of the loss buffers. Default: that of the model.
         dtype: As in timm's task.
         verbose: As in timm's task.
         **loss_options: Options of :func:`create_loss`, such as ``max_margin`` and ``scale``.
@@ -205,7 +348,8 @@ class LongTailTask(ClassificationTask):
 
     Raises:
         TypeError: ``loss_options`` beside a ready loss, or an option the loss does not have.
-        ValueError: unknown loss, bad counts, or a classifier that cannot be found.
+        ValueError: unknown loss, bad counts or other counts than a ready loss has, or a
+            classifier that cannot be found.
 
     Example:
         >>> import timm
@@ -221,10 +365,11 @@ class LongTailTask(ClassificationTask):
     def __init__(
         self,
         model: nn.Module,
-        class_counts: ClassCounts,
+        class_counts: ClassCounts | Sequence[int],
         *,
         loss: str | ClassificationLoss = "ldam",
         schedule: DeferredSchedule | None = None,
+        head: str | Sequence[str] | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
         verbose: bool = True,
@@ -234,12 +379,143 @@ class LongTailTask(ClassificationTask):
             loss = create_loss(loss, class_counts, **loss_options)
         elif loss_options:
             raise TypeError(must_be("loss_options", "empty beside a ready loss", loss_options))
+        else:
+            _check_same_counts(class_counts, loss)
         if loss.needs_cosine_head:
-            use_cosine_head(model, loss.scale)
+            model = use_cosine_head(model, loss.scale, head=head)
+        elif head is not None:
+            find_head(model, head)
+        device = _device_of(model) if device is None else device
         super().__init__(model, loss, device=device, dtype=dtype, verbose=verbose)
         self.schedule = schedule or DeferredSchedule()
+        self._head_names = head
+        self._heads = cosine_heads(unwrap_model(model)) if loss.needs_cosine_head else {}
         warn_of_combination(self.criterion, self.schedule, stacklevel=3)
 
     def set_progress(self, progress: Progress) -> str:
-        """Set the class weights of ``progress`` and return the name of its stage."""
+        """Set the class weights of ``progress`` and return the name of its stage.
+
+        They are written at a change of stage only, so call it before every update if you like.
+        """
         return enter_stage(self.criterion, self.schedule, progress)
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Loss and logits of one batch.
+
+        Args:
+            input: What the model takes, images (N, in_chans, H, W).
+            target: As the loss takes it: indices (N,) int64 or masses (N, C) floating.
+
+        Raises:
+            TypeError: the model returns something else than one tensor.
+            ValueError: the cosine head that the loss needs is no longer there.
+        """
+        self._check_heads()
+        output = self.trainable_module(input)
+        if not isinstance(output, Tensor | ChunkedCosines):
+            raise TypeError(_one_output(output))
+        return {"loss": self.criterion(output, target), "output": output}
+
+    def prepare_distributed(
+        self, device_ids: list[int] | None = None, **ddp_options: Any
+    ) -> "LongTailTask":
+        """As in timm's task: wrap the model in ``DistributedDataParallel``.
+
+        Raises:
+            ValueError: the cosine head that the loss needs is no longer there.
+        """
+        self._check_heads()
+        return super().prepare_distributed(device_ids, **ddp_options)
+
+    def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
+        """Parameters whose gradients are clipped: all, or all but those of the classifier.
+
+        Adaptive clipping (timm's ``clip_mode="agc"``) leaves out the classifier. timm takes it for
+        the last two parameters; here it is the layers themselves, however many they are.
+
+        Raises:
+            ValueError: ``exclude_head``, and the classifier is not found (see ``head``).
+        """
+        model = self.get_trainable_module()
+        if not exclude_head:
+            return list(model.parameters())
+        inner = unwrap_model(model)
+        names = tuple(cosine_heads(inner)) or find_head(inner, self._head_names)
+        head = {id(p) for name in names for p in inner.get_submodule(name).parameters()}
+        return [p for p in model.parameters() if id(p) not in head]
+
+    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
+        """Weight and moments of each cosine head, of which the model's state holds the fold."""
+        model = unwrap_model(self.get_eval_model(module, ema=ema))
+        exact: dict[str, Tensor] = {}
+        for name, head in cosine_heads(model).items():
+            prefix = f"{name}." if name else ""
+            exact[f"{prefix}cosine_weight"] = head.weight.detach()
+            exact[f"{prefix}cosine_moments"] = head.cosine_moments
+        return {"cosine_heads": exact} if exact else {}
+
+    def get_checkpoint_state(
+        self, ema: bool = False, unwrap_fn: Callable[[nn.Module], nn.Module] = unwrap_model
+    ) -> dict[str, Any]:
+        """As in timm's task; of a model with cosine heads the model's state is the folded one."""
+        state = super().get_checkpoint_state(ema, unwrap_fn)
+        exact = state.get("task_state_ema" if ema else "task_state", {})
+        if exact:
+            key = "state_dict_ema" if ema else "state_dict"
+            folded = folded_state_dict(unwrap_fn(self.get_eval_model(ema=ema)), state[key])
+            state[key] = {k: v for k, v in folded.items() if k not in exact["cosine_heads"]}
+        return state
+
+    def load_checkpoint_state(
+        self,
+        state_dict: dict[str, Any],
+        task_state: dict[str, Any] | None = None,
+        ema: bool = False,
+        strict: bool = True,
+    ) -> None:
+        """As in timm's task; cosine heads take their exact tensors out of ``task_state``.
+
+        Without it they take the class directions of the folded weight.
+        """
+        model = self.get_eval_model(ema=ema)
+        heads = cosine_heads(unwrap_model(model)) if model is not None else {}
+        for name, tensor in ((task_state or {}).get("cosine_heads") or {}).items():
+            if name.rpartition(".")[0] in heads:  # a task without them goes on from the fold
+                state_dict = {**state_dict, name: tensor}
+        super().load_checkpoint_state(state_dict, task_state, ema=ema, strict=strict)
+
+    def _check_heads(self) -> None:
+        """Check that the cosine heads are those of the last call, or others that suit the loss."""
+        model = unwrap_model(self.trainable_module)
+        if not all(_part(model, name) is head for name, head in self._heads.items()):
+            self._heads = check_heads(model, self.criterion.scale)
+
+
+def _check_same_counts(class_counts: Any, loss: ClassificationLoss) -> None:
+    given = class_counts if isinstance(class_counts, ClassCounts) else ClassCounts(class_counts)
+    if given != loss.class_counts:
+        wanted = f"those of the ready loss, {loss.class_counts!r}"
+        raise ValueError(must_be("class_counts", wanted, given))
+
+
+def _device_of(model: nn.Module) -> torch.device | None:
+    """Where the first parameter is; None where it is nowhere yet."""
+    device = next((p.device for p in model.parameters()), None)
+    return None if device is None or device.type == "meta" else device
+
+
+def _part(model: nn.Module, name: str) -> nn.Module | None:
+    """The submodule of that dotted name, if there is one."""
+    part: Any = model
+    for step in name.split(".") if name else ():
+        part = getattr(part, step, None)
+    return part
+
+
+def _one_output(output: Any) -> str:
+    shown = type(output).__name__
+    shown += f" of {len(output)}" if isinstance(output, tuple | list | dict) else ""
+    way_out = "Auxiliary outputs would need a loss of their own: build the model without them"
+    way_out += " (`aux_logits=False`), switch them off (`model.set_distilled_training(False)`), or"
+    way_out += " wrap the model in a module that returns the logits alone."
+    return must_be("output of the model", "one tensor of logits, (N, C)", shown, way_out)

@@ -4,6 +4,7 @@
     python recipes/benchmark.py digits --seeds 0 1 2 --jobs 2
     python recipes/benchmark.py cifar10_paper --set dataset=path/to/cifar10
     python recipes/benchmark.py --recipe text --preset banking77_lt --methods erm ldam_drw
+    python recipes/benchmark.py --set dataset=path/to/own model=resnet18   # own data, all of it
     python recipes/benchmark.py digits --jobs 20 --launcher slurm --slurm partition=gpu mem_gb=8
 
 A grid of ``recipes/grids`` (or a YAML or JSON file) may come first, flags after it override it;
@@ -29,6 +30,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, fields
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from options import CoreOptions, as_flags, option, parse_options, read_file
 from tqdm import tqdm
@@ -45,7 +47,11 @@ from ldam_plugins.grid_slurm import run_on_slurm, slurm_parameters
 
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} runs in {elapsed}"
 GRIDS = Path(__file__).parent / "grids"
-RECIPES = {"vision": ("vision_lt", "VisionOptions"), "text": ("text_lt", "TextOptions")}
+RECIPES = {
+    "vision": ("vision_lt", "VisionOptions", "digits_lt"),
+    "text": ("text_lt", "TextOptions", "stdlib_lt"),
+}
+"""Module, options and the preset where neither one nor a data set is given."""
 
 
 @dataclass
@@ -53,11 +59,13 @@ class BenchmarkOptions:
     """What is compared, and where it runs."""
 
     recipe: str = option("vision", "recipe of all cells", choices=tuple(RECIPES))
-    preset: str = option("", "preset of the recipe that all cells begin with")
+    preset: str = option(
+        "", "preset of the recipe that all cells begin with [the recipe's, if no dataset is set]"
+    )
     methods: list[str] = option([], "method, loss/schedule, or either with :option=value")
     losses: list[str] = option([], "losses, each with each of --schedules, beside --methods")
     schedules: list[str] = option([], "schedules, each with each of --losses")
-    profiles: list[str] = option([], "long-tail profiles [the preset's]")
+    profiles: list[str] = option([], "long-tail profiles [the preset's, else none]")
     ratios: list[float] = option([], "imbalance ratios [the preset's]")
     seeds: list[int] = option([0], "seeds of the training")
     set: list[str] = option([], "option=value for all cells", action="extend")
@@ -72,14 +80,22 @@ class BenchmarkOptions:
 
 
 def parse(arguments: list[str] | None = None) -> BenchmarkOptions:
-    """Options from flags, or from a grid file followed by flags."""
+    """Options from flags, or from a grid file followed by flags.
+
+    Without a grid and a preset the methods are those of ``digits_quick``; its preset is of digits
+    and says nothing to data that ``--set dataset=`` names, or to texts.
+    """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    entries = {}
+    parser = HfArgumentParser(BenchmarkOptions, allow_abbrev=False)
+    entries: dict[str, Any] = {}
     if arguments and not arguments[0].startswith("-"):
         entries = read_file(BenchmarkOptions, arguments.pop(0), GRIDS)
     elif not any(argument.split("=")[0] == "--preset" for argument in arguments):
         entries = read_file(BenchmarkOptions, "digits_quick", GRIDS)
-    parser = HfArgumentParser(BenchmarkOptions, allow_abbrev=False)
+        (given,) = parser.parse_args_into_dataclasses(arguments)
+        own_data = any(entry.startswith("dataset=") for entry in [*given.set, *given.vary])
+        if own_data or given.recipe != "vision":
+            entries = {"methods": entries["methods"]}
     (options,) = parser.parse_args_into_dataclasses([*as_flags(entries), *arguments])
     return options
 
@@ -106,7 +122,7 @@ def main(options: BenchmarkOptions) -> list[Outcome]:
 
 def make_runs(options: BenchmarkOptions) -> list[CellRun]:
     """A run for each cell, after a check that the recipe takes its arguments."""
-    module, name = RECIPES[options.recipe]
+    module, name, _ = RECIPES[options.recipe]
     kind: type[CoreOptions] = getattr(import_module(module), name)
     known = [field.name for field in fields(kind)]
     read_baseline(options.baseline, known)
@@ -127,11 +143,11 @@ def make_runs(options: BenchmarkOptions) -> list[CellRun]:
 
 def make_run(options: BenchmarkOptions, kind: type[CoreOptions], cell: Cell) -> CellRun:
     """The run of a cell, whose options are checked as far as they can be without the data."""
-    module, _ = RECIPES[options.recipe]
+    module, _, default = RECIPES[options.recipe]
     folder = cells_folder(options) / cell.name
     with in_cell(cell.name):
         parsed = parse_options(
-            kind, [*cell.arguments, "--output_dir", str(folder)], default=options.preset
+            kind, [*cell.arguments, "--output_dir", str(folder)], default=default
         )
         parsed.make_schedule().start_step(parsed.epochs * 10**6, 10**6)
         parsed.make_loss(ClassCounts([2, 1]))

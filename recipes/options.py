@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 import sys
 from collections.abc import Mapping
@@ -13,12 +15,13 @@ from transformers import HfArgumentParser
 
 from ldam_plugins import ClassCounts, DeferredSchedule, create_loss, list_losses
 from ldam_plugins._checks import check_choice, check_int, check_real, must_be
-from ldam_plugins.long_tail import PROFILES
+from ldam_plugins.long_tail import CLASS_ORDERS, PROFILES
 from ldam_plugins.loss_base import ClassificationLoss
 from ldam_plugins.losses import loss_options
 from ldam_plugins.preset_files import read_preset
 from ldam_plugins.runtime import PRECISIONS
 from ldam_plugins.schedules import KINDS, UNITS
+from ldam_plugins.tables import kept_table
 
 PRESETS = Path(__file__).parent / "presets"
 LOSS_OPTIONS = ("max_margin", "scale", "gamma", "tau")
@@ -34,6 +37,7 @@ COUNT: Limits = {"low": 1, "high": 2**31 - 1}
 COUNT_OR_0: Limits = {"low": 0, "high": 2**31 - 1}
 SEED: Limits = {"low": 0, "high": 2**32 - 1}
 
+logger = logging.getLogger(__name__)
 Options = TypeVar("Options", bound="CoreOptions")
 
 
@@ -73,9 +77,14 @@ class CoreOptions:
 
     dataset: str = option("", "hub id, local folder, or embedded set")
     model: str = option("", "name of the model")
-    profile: str = option("exp", "long-tail profile", choices=PROFILES)
-    ratio: float = option(100.0, "imbalance ratio n_max / n_min of the kept training samples")
+    profile: str = option(
+        "none", "cut the training samples to a long tail; none keeps them all", choices=PROFILES
+    )
+    ratio: float = option(100.0, "imbalance ratio n_max / n_min that exp and step cut to")
     subset_seed: int = option(0, "seed of the choice of the kept training samples")
+    class_order: str = option(
+        "size", "head of the long tail: the largest class, or class 0", choices=CLASS_ORDERS
+    )
     loss: str = option("ldam", f"one of {', '.join(list_losses())}")
     max_margin: float | None = option(None, "margin of the rarest class, in cosines [0.5]")
     scale: float | None = option(None, "scale of the cosine head and the margin [30]")
@@ -150,7 +159,8 @@ def parse_options(
     neither a preset nor ``--dataset`` is given.
 
     Raises:
-        ValueError: unknown preset, unknown option in it, or unknown flag.
+        ValueError: unknown preset, unknown option in it, unknown flag, or a ``--ratio`` to which
+            no profile is given.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     preset: dict[str, Any] = {}
@@ -158,13 +168,37 @@ def parse_options(
         preset = read_file(kind, arguments.pop(0))
     elif not any(argument.split("=")[0] == "--dataset" for argument in arguments):
         preset = read_file(kind, default)
-    arguments = [*as_flags(preset), *arguments]
+    flags, arguments = arguments, [*as_flags(preset), *arguments]
     (options,) = HfArgumentParser(kind, allow_abbrev=False).parse_args_into_dataclasses(arguments)
     for name in set(LOSS_OPTIONS) & set(preset) - set(loss_options(options.loss)):
         # A preset's setting of its own loss says nothing to another loss chosen over it.
         if getattr(options, name) == preset[name]:
             setattr(options, name, None)
+    _check_ratio(options, preset, flags)
     return options
+
+
+def _check_ratio(options: CoreOptions, preset: Mapping[str, Any], flags: list[str]) -> None:
+    """Refuse or tell a ratio that no profile cuts to; a preset's goes with the preset's profile."""
+    flagged = {flag.split("=")[0] for flag in flags}
+    own = "ratio" in preset and preset.get("profile", "none") == "none"
+    if options.profile != "none" or options.ratio == 1 or not (own or "--ratio" in flagged):
+        return
+    if "--profile" not in flagged and "profile" not in preset:
+        way_out = "Add --profile exp or --profile step to cut the training samples, or leave it out"
+        way_out += " to train on all of them."
+        raise ValueError(must_be("ratio", "left out without a profile", options.ratio, way_out))
+    if int(os.environ.get("RANK", 0)) == 0:
+        logger.warning(f"--ratio {options.ratio:g} has no effect: --profile is none.")
+
+
+def tell_kept(options: CoreOptions, before: ClassCounts, after: ClassCounts) -> None:
+    """Print what is kept of each class and what is left out, if anything was asked to be."""
+    under = ""
+    if options.profile != "none":
+        under = f" under --profile {options.profile} --ratio {options.ratio:g}"
+    if under or after.total < before.total:
+        print(f"Training samples{under}:\n{kept_table(before, after)}\n")
 
 
 def read_file(kind: type[Any], name: str, folder: Path = PRESETS) -> dict[str, Any]:

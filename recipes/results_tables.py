@@ -39,7 +39,13 @@ from ldam_plugins.experiment_tables import (
     ratio_rows,
     spread,
 )
-from ldam_plugins.experiments import Record, error_matrices, read_records, shown
+from ldam_plugins.experiments import (
+    Record,
+    error_matrices,
+    heads_of_losses,
+    read_records,
+    shown,
+)
 from ldam_plugins.run_files import write_atomic
 from ldam_plugins.schedules import KINDS
 
@@ -61,10 +67,10 @@ PROBED = {
 
 def matrices(records: list[Record]) -> str:
     """A table a combination of the options beside loss and schedule."""
-    parts = []
+    parts, heads = [], heads_of_losses(records)
     for title, cells in error_matrices(records).items():
         parts += [title] if title else []
-        parts.append(markdown(matrix_rows(cells)))
+        parts.append(markdown(matrix_rows(cells, heads)))
     return "\n\n".join(parts)
 
 

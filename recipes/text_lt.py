@@ -8,8 +8,8 @@
 A preset of ``recipes/presets`` (or a YAML or JSON file) may come first, flags after it override it.
 Without one the preset is ``stdlib_lt``, a BiLSTM that tells apart the docstrings of Python's own
 library by their module, unless ``--dataset`` says otherwise. Everything a run leaves is in
-``--output_dir``; a saved BiLSTM is loaded after ``import ldam_plugins.hf_bilstm``, or with
-``trust_remote_code=True`` where the package is not installed.
+``--output_dir``: ``test`` in ``metrics.json`` is of ``model/`` as anyone loads it, a BiLSTM with
+``trust_remote_code=True``, all else with nothing of this package.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from options import RESUME, parse_options
 from text_setup import TextOptions, load_data, make_model, tokenize
 from torch.utils.data import DataLoader
 from transformers import (
+    AutoModelForSequenceClassification,
     DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -39,14 +40,15 @@ from ldam_plugins import ClassCounts, DRWCallback, LongTailMetrics, fold_cosine_
 from ldam_plugins.heads import cosine_heads
 from ldam_plugins.hf_dropout import use_fast_dropout
 from ldam_plugins.hf_run import RESAMPLING
+from ldam_plugins.hf_saved_model import describe_saved, measure_saved
 from ldam_plugins.hf_text import (
     CheckpointCallback,
     HistoryCallback,
     class_errors,
+    drop_partial_trainer_checkpoints,
     newest_trainer_checkpoint,
 )
 from ldam_plugins.loss_base import ClassificationLoss
-from ldam_plugins.metrics import long_tail_metrics
 from ldam_plugins.reports import per_class_table, write_report
 from ldam_plugins.run_files import (
     device_name,
@@ -56,28 +58,34 @@ from ldam_plugins.run_files import (
     write_metrics,
 )
 from ldam_plugins.run_folder import claim_output_dir
+from ldam_plugins.run_lock import folders_held
 from ldam_plugins.runtime import check_processes, choose_precision, keep_freed_memory
 
 
+@folders_held()
 def main(options: TextOptions) -> dict[str, Any]:
     """Train and evaluate once; returns what ``metrics.json`` holds."""
     set_seed(options.seed)
     arguments = make_arguments(options)
     check_processes(arguments.world_size, options.num_processes)
-    train, test, counts = load_data(options)
+    train, test, counts = load_data(options, show=arguments.process_index == 0)
     criterion = options.make_loss(counts)
     tokenizer, model = make_model(options, train, criterion)
+    texts = test
     with arguments.main_process_first(desc="tokenize"):  # the others read what it has kept
-        train, test = (tokenize(options, tokenizer, texts) for texts in (train, test))
+        train, test = (tokenize(options, tokenizer, each) for each in (train, test))
     check_start(options, arguments, train)
     callbacks = make_callbacks(options, criterion)
     if arguments.process_index == 0:
         claim_output_dir(options.output_dir, asdict(options), resume=RESUME[options.resume])
+        drop_partial_trainer_checkpoints(arguments.output_dir)
     trainer = make_trainer(options, arguments, model, tokenizer, counts, train, test, callbacks)
     with disk_errors(options.output_dir), keep_freed_memory(arguments.device):
         trainer.train(resume_from_checkpoint=newest_trainer_checkpoint(arguments.output_dir))
-    prediction = trainer.predict(test)
-    result = long_tail_metrics(prediction.predictions, prediction.label_ids, counts)
+        leave_model(options, trainer)
+    result = measure_saved(
+        model_folder(options), texts, counts, batch_size=arguments.per_device_eval_batch_size
+    )
     metrics = {
         "options": asdict(options),
         "versions": run_versions(),
@@ -89,40 +97,56 @@ def main(options: TextOptions) -> dict[str, Any]:
         "test": result,
         "class_errors": class_errors(result, counts),
     }
-    if trainer.is_fsdp_enabled:  # gathered from all processes, and folded as any model saved
-        trainer.save_model(model_folder(options))
     if trainer.is_world_process_zero():
-        leave(options, trainer, metrics)
+        leave_report(options, metrics)
         print(per_class_table(result, counts))
     trainer.accelerator.end_training()
     return metrics
 
 
-def leave(options: TextOptions, trainer: Trainer, metrics: dict[str, Any]) -> None:
-    """Write the metrics, the report, and the model that its Auto class loads."""
+def leave_report(options: TextOptions, metrics: dict[str, Any]) -> None:
+    """Write the metrics and the report."""
     seconds = sum(row["seconds"] for row in read_history(options.output_dir))
     metrics["train_seconds"] = seconds
     metrics["examples_per_second"] = sum(metrics["class_counts"]) * options.epochs / seconds
     write_metrics(options.output_dir, metrics)
     write_report(options.output_dir)
-    if not trainer.is_fsdp_enabled:
-        save_folded(options, trainer)
 
 
-def save_folded(options: TextOptions, trainer: Trainer) -> None:
-    """Write the model with its head folded to fit training texts, and the tokenizer."""
-    model = trainer.model.merge_and_unload() if options.lora_rank else trainer.model
+def leave_model(options: TextOptions, trainer: Trainer) -> None:
+    """Write the model that its Auto class loads, and the tokenizer; all processes wait for it."""
+    folder = model_folder(options)
+    if trainer.is_fsdp_enabled:  # gathered from all processes, and folded as any model saved
+        trainer.save_model(folder)
+    if trainer.is_world_process_zero():
+        if trainer.is_fsdp_enabled:  # what only this package reads is dropped
+            model = AutoModelForSequenceClassification.from_pretrained(folder)
+        else:
+            model = folded(options, trainer)
+        model.save_pretrained(folder)
+        trainer.processing_class.save_pretrained(folder)
+        describe_saved(folder)
+    trainer.accelerator.wait_for_everyone()
+
+
+def folded(options: TextOptions, trainer: Trainer) -> PreTrainedModel:
+    """The model with its head folded to fit training texts, in float32."""
+    model = trainer.accelerator.unwrap_model(
+        trainer.model, keep_fp32_wrapper=False, keep_torch_compile=False
+    )
+    model = model.merge_and_unload() if options.lora_rank else model
     if cosine_heads(model):
         loader = DataLoader(
             trainer.train_dataset,
             options.batch_size,
             shuffle=True,
             collate_fn=trainer.data_collator,
+            # A resumed run, whose random state is another one, folds as the undisturbed one.
+            generator=torch.Generator().manual_seed(options.seed),
         )
         batches = (batch.to(trainer.args.device) for batch in islice(loader, 8))
         fold_cosine_head(model, inputs=batches)
-    model.save_pretrained(model_folder(options))
-    trainer.processing_class.save_pretrained(model_folder(options))
+    return model
 
 
 def model_folder(options: TextOptions) -> str:

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
-from options import COUNT, COUNT_OR_0, NOT_NEGATIVE, SHARE_BELOW_1, CoreOptions, option
+from options import COUNT, COUNT_OR_0, NOT_NEGATIVE, SHARE_BELOW_1, CoreOptions, option, tell_kept
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -55,7 +56,6 @@ class TextOptions(CoreOptions):
 
     dataset: str = option("stdlib_docstrings", "hub id, local folder, or stdlib_docstrings")
     model: str = option("bilstm", "bilstm, minilm (in a package), hub id or local folder")
-    profile: str = option("none", "long-tail profile", choices=("exp", "step", "none"))
     epochs: int = option(3, "epochs of training")
     batch_size: int = option(32, "texts a process and micro-batch")
     lr: float = option(5e-5, "learning rate of Adam")
@@ -86,8 +86,8 @@ class TextOptions(CoreOptions):
     eval_every: int = option(1, "epochs between evaluations; the last is always evaluated")
 
 
-def load_data(options: TextOptions) -> tuple[Dataset, Dataset, ClassCounts]:
-    """The long-tailed training texts, the test texts, and the training texts per class."""
+def load_data(options: TextOptions, show: bool = False) -> tuple[Dataset, Dataset, ClassCounts]:
+    """The training texts, cut to a long tail if asked for, the test texts, and texts per class."""
     train, test = load_texts(
         options.dataset,
         text_column=options.text_column,
@@ -97,16 +97,25 @@ def load_data(options: TextOptions) -> tuple[Dataset, Dataset, ClassCounts]:
         skip_empty=options.skip_empty,
     )
     names = train.features["label"].names
+    labels = np.asarray(train["label"])
     train = train.select(
         thin_classes(
             train["label"], names, options.rare_classes, options.rare_fraction, options.subset_seed
         )
     )
     keep = long_tail_indices(
-        train["label"], options.ratio, options.profile, options.subset_seed, len(names)
+        train["label"],
+        options.ratio,
+        options.profile,
+        options.subset_seed,
+        len(names),
+        options.class_order,
     )
     train = train.select(keep)
-    return train, test, ClassCounts.from_labels(train["label"], class_names=names)
+    counts = ClassCounts.from_labels(train["label"], class_names=names)
+    if show:
+        tell_kept(options, ClassCounts(np.bincount(labels, minlength=len(names))), counts)
+    return train, test, counts
 
 
 def make_model(
@@ -138,6 +147,8 @@ def make_model(
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
             model.config.pad_token_id = tokenizer.pad_token_id
+    # Saved with the tokenizer, so that `truncation=True` cuts texts as in training.
+    tokenizer.model_max_length = min(options.max_length, tokenizer.model_max_length)
     if criterion.needs_cosine_head or options.head == "cosine":
         use_cosine_head(model, options.scale or 30.0)
     return tokenizer, add_adapters(options, model) if options.lora_rank else model
@@ -169,6 +180,7 @@ def make_bilstm(
         hidden_size=options.hidden_size,
         embedding_dropout=options.embedding_dropout,
         pad_token_id=tokenizer.pad_token_id,
+        problem_type="single_label_classification",
         **labels,
     )
     return tokenizer, BiLSTMForSequenceClassification(config)
@@ -193,9 +205,8 @@ def tokenize(options: TextOptions, tokenizer: PreTrainedTokenizerBase, texts: Da
 
     Of texts that lie in the cache of ``datasets`` the token ids are kept there for the next run.
     """
-    length = min(options.max_length, tokenizer.model_max_length)
     return texts.map(
-        lambda batch: tokenizer(batch["text"], truncation=True, max_length=length),
+        lambda batch: tokenizer(batch["text"], truncation=True),
         batched=True,
         remove_columns=["text"],
         desc="tokenize",

@@ -12,7 +12,6 @@ otherwise. Everything a run leaves is in ``--output_dir``.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
@@ -22,16 +21,18 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, set_seed
+from accelerate.utils import AutocastKwargs, broadcast, set_seed
 from options import RESUME, parse_options
 from safetensors.torch import load_model, save_model
-from timm.models import save_for_hf
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm import trange
+from vision_model import read_model, write_model
 from vision_setup import (
     VisionOptions,
+    check_images,
     compiled,
+    images_record,
     load_data,
     make_accelerator,
     make_average,
@@ -43,13 +44,16 @@ from vision_setup import (
     make_sampler,
     make_target,
     make_update,
+    mixes,
     on_device,
+    transformed,
+    updates_per_epoch,
 )
 
-from ldam_plugins import fold_cosine_head, register
-from ldam_plugins._checks import check_int
+from ldam_plugins import register
+from ldam_plugins.batches import InMemoryImages
 from ldam_plugins.combinations import enter_stage, warn_of_combination
-from ldam_plugins.heads import cosine_heads
+from ldam_plugins.data import LabelledImages
 from ldam_plugins.loss_base import ClassificationLoss
 from ldam_plugins.metrics import MetricAccumulator
 from ldam_plugins.reports import per_class_table, write_report
@@ -61,11 +65,13 @@ from ldam_plugins.run_files import (
     write_metrics,
 )
 from ldam_plugins.run_folder import claim_output_dir
+from ldam_plugins.run_lock import folders_held
 from ldam_plugins.runtime import (
     drop_partial_checkpoints,
     keep_freed_memory,
     newest_checkpoint,
     own_rows,
+    seed_epoch,
     until_preempted,
     write_checkpoint,
 )
@@ -74,6 +80,7 @@ from ldam_plugins.schedules import Progress
 AVERAGE_FILE = "average.safetensors"
 
 
+@folders_held()
 def main(options: VisionOptions) -> dict[str, Any]:
     """Train and evaluate once; returns what ``metrics.json`` holds."""
     register()
@@ -84,38 +91,42 @@ def main(options: VisionOptions) -> dict[str, Any]:
     if accelerator.is_main_process:
         warn_of_combination(criterion, options.make_schedule())
     model = make_model(options, criterion)
-    to_input = make_input(options, model, accelerator.device)
-    train_set, test_set = make_datasets(options, model, train, test)
+    check_images(options, model, len(train), accelerator.num_processes)
+    train_set, test_set = make_datasets(
+        options, model, train, test, show=accelerator.is_main_process
+    )
+    images = images_record(options, model)
     with keep_freed_memory(accelerator.device):
-        model, result = fit(accelerator, options, model, criterion, to_input, train_set, test_set)
+        model = fit(accelerator, options, model, criterion, train_set, test_set)
+        if accelerator.is_main_process:
+            write_model(options, model, train.class_names)
+        workers = 0 if isinstance(test_set, InMemoryImages) else options.workers
+        result = measure(accelerator, options, criterion, test, workers)
     metrics = {
         "options": asdict(options),
         "versions": run_versions(),
         "class_counts": counts.counts,
         "class_names": counts.class_names,
+        "images": images,
         "device": device_name(accelerator.device),
         "processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,
         "test": result,
     }
     if accelerator.is_main_process:
-        leave(options, model, metrics)
+        leave(options, metrics)
         print(per_class_table(result, counts))
     accelerator.end_training()
     return metrics
 
 
-def leave(options: VisionOptions, model: nn.Module, metrics: dict[str, Any]) -> None:
-    """Write the metrics, the report and the model that timm loads without this package's head."""
+def leave(options: VisionOptions, metrics: dict[str, Any]) -> None:
+    """Write the metrics and the report."""
     seconds = sum(row["seconds"] for row in read_history(options.output_dir))
     metrics["train_seconds"] = seconds
     metrics["examples_per_second"] = sum(metrics["class_counts"]) * options.epochs / seconds
     write_metrics(options.output_dir, metrics)
     write_report(options.output_dir)
-    if cosine_heads(model):
-        fold_cosine_head(model)
-    model.to(memory_format=torch.contiguous_format)
-    save_for_hf(model, str(Path(options.output_dir, "model")), safe_serialization=True)
 
 
 def fit(
@@ -123,42 +134,40 @@ def fit(
     options: VisionOptions,
     model: nn.Module,
     criterion: ClassificationLoss,
-    to_input: Callable[..., Tensor],
     train_set: Any,
     test_set: Any,
-) -> tuple[nn.Module, dict[str, Any]]:
+) -> nn.Module:
     """Train to the last epoch, from the newest checkpoint if there is one.
 
+    Test errors on the way, for the history, are of the model in training, cosine head and mixed
+    precision included.
+
     Returns:
-        The model of the last epoch (its moving average if there is one) and its test metrics.
+        The model of the last epoch, or its moving average if there is one.
     """
     schedule, classes = options.make_schedule(), len(criterion.class_counts)
     sampler = make_sampler(accelerator, options, schedule, train_set, classes)
+    steps = updates_per_epoch(accelerator, options, len(sampler))
+    to_input = make_input(options, model, accelerator.device)
     train_set, test_set = (on_device(accelerator, images) for images in (train_set, test_set))
-    mixing = bool(options.mixup or options.cutmix)  # timm mixes even batches only
-    loader = make_loader(
-        options, train_set, sampler=sampler, batch_size=options.batch_size, drop_last=mixing
-    )
+    order = {"sampler": sampler, "drop_last": mixes(options)}
+    loader = make_loader(options, train_set, batch_size=options.batch_size, **order)
     test_loader = make_loader(options, test_set, batch_size=4 * options.batch_size)
     optimizer, lr_scheduler = make_optimizer(options, model, accelerator.device)
     ema = make_average(accelerator, options, model)
     net = compiled(accelerator, model) if options.compile else model
     net, optimizer, loader, test_loader = accelerator.prepare(net, optimizer, loader, test_loader)
-    way_out = f"Choose a smaller --batch_size; there are {len(sampler)} training images."
-    batches = check_int("whole batches an epoch", len(loader), low=1, way_out=way_out)
-    steps = math.ceil(batches / options.accumulation)
     mix = make_target(options, classes)
     update = make_update(accelerator, options, net, criterion, optimizer)
-    first_epoch, history = begin(accelerator, options, ema)
-    result = stage = None
+    first_epoch, history = begin(accelerator, options, criterion, ema)
+    stage = None
     epochs = trange(
         first_epoch, options.epochs, unit="epoch", disable=not accelerator.is_main_process
     )
     for epoch in until_preempted(epochs):
         began = time.perf_counter()
         # All that is random in an epoch follows from this, so a resumed run repeats it.
-        set_seed((options.seed * 10_007 + epoch) % 2**31, device_specific=True)
-        generator = torch.Generator().manual_seed(torch.initial_seed())
+        generator = seed_epoch(options.seed, epoch, accelerator.process_index)
         lr_scheduler.step(epoch)
         loader.set_epoch(epoch)
         sampler.set_epoch(epoch)
@@ -181,25 +190,28 @@ def fit(
             "seconds": time.perf_counter() - began,
         }
         if (epoch + 1) % options.eval_every == 0 or epoch + 1 == options.epochs:
-            result = evaluate(accelerator, ema or net, criterion, to_input, test_loader)
-            row["test_error"] = result["top1_error"]
+            on_the_way = evaluate(accelerator, ema or net, criterion, to_input, test_loader)
+            row["test_error"] = on_the_way["top1_error"]
         shown = {"loss": row["train_loss"], "error": row["test_error"], "stage": row["stage"]}
         epochs.set_postfix({key: value for key, value in shown.items() if value is not None})
         accelerator.log({k: v for k, v in row.items() if isinstance(v, float)}, step=epoch)
         if history is not None:
             history.append(**row)
         save_epoch(accelerator, options, epoch + 1, ema)
-    if result is None:  # nothing was left to train
-        result = evaluate(accelerator, ema or net, criterion, to_input, test_loader)
-    return (model if ema is None else ema.module), result
+    return model if ema is None else ema.module
 
 
 def begin(
-    accelerator: Accelerator, options: VisionOptions, ema: ModelEmaV3 | None
+    accelerator: Accelerator,
+    options: VisionOptions,
+    criterion: ClassificationLoss,
+    ema: ModelEmaV3 | None,
 ) -> tuple[int, HistoryWriter | None]:
     """Claim the folder or load its newest checkpoint: first epoch to train, and the history."""
     if accelerator.is_main_process:
-        claim_output_dir(options.output_dir, asdict(options), resume=RESUME[options.resume])
+        # Of a run that is resumed the classes must be the same, in the same order.
+        run = {**asdict(options), "class_names": criterion.class_counts.class_names}
+        claim_output_dir(options.output_dir, run, resume=RESUME[options.resume])
         drop_partial_checkpoints(options.output_dir)
     accelerator.wait_for_everyone()
     config = {name: str(value) for name, value in asdict(options).items()}
@@ -243,6 +255,24 @@ def grouped(loader: Iterable[Any], size: int) -> Iterator[list[Any]]:
         yield group
 
 
+def measure(
+    accelerator: Accelerator,
+    options: VisionOptions,
+    criterion: ClassificationLoss,
+    test: LabelledImages,
+    workers: int,
+) -> dict[str, Any]:
+    """Metrics of the saved model on the test images, both as anyone gets them who has timm."""
+    accelerator.free_memory()
+    accelerator.wait_for_everyone()
+    model, transform = read_model(options)
+    images, size = transformed(test, transform), 4 * options.batch_size
+    loader = make_loader(options, images, batch_size=size, num_workers=workers)
+    loader = accelerator.prepare(loader)
+    net = model.to(accelerator.device)
+    return evaluate(accelerator, net, criterion, lambda batch: batch, loader, autocast=False)
+
+
 @torch.compiler.set_stance("force_eager")  # two more shapes are not worth two more compilations
 @torch.inference_mode()
 def evaluate(
@@ -251,6 +281,7 @@ def evaluate(
     criterion: ClassificationLoss,
     to_input: Callable[..., Tensor],
     loader: Iterable[tuple[Tensor, Tensor]],
+    autocast: bool = True,
 ) -> dict[str, Any]:
     """Metrics of the whole test set, by plain cross-entropy and accuracy."""
     net.eval()
@@ -258,7 +289,7 @@ def evaluate(
         buffer.copy_(broadcast(buffer))
     metrics = MetricAccumulator(criterion.class_counts)
     for images, labels in loader:
-        with accelerator.autocast():
+        with accelerator.autocast(AutocastKwargs(enabled=autocast)):
             logits = net(to_input(images))
         metrics.update(*accelerator.gather_for_metrics((logits.float(), labels)))
     return metrics.compute()

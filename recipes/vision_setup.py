@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from accelerate import Accelerator
@@ -20,9 +23,11 @@ from options import (
     SHARE_BELOW_1,
     CoreOptions,
     option,
+    tell_kept,
 )
 from timm.data import Mixup, create_transform, resolve_data_config
 from timm.data.mixup import mixup_target
+from timm.models import parse_model_name, resolve_model_input_args, split_model_name_tag
 from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
@@ -30,18 +35,27 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ldam_plugins import ClassCounts, use_cosine_head
-from ldam_plugins._checks import check_choice, must_be
+from ldam_plugins._checks import check_choice, check_int, must_be
 from ldam_plugins.batch_norm import use_fast_batch_norm
 from ldam_plugins.batches import InMemoryImages, RandomCropFlip, normalize
 from ldam_plugins.data import LabelledImages, load_images
+from ldam_plugins.heads import find_head
 from ldam_plugins.long_tail import long_tail_indices
 from ldam_plugins.loss_base import ClassificationLoss
-from ldam_plugins.runtime import check_processes, check_tracker, choose_precision
+from ldam_plugins.runtime import (
+    check_processes,
+    check_tracker,
+    choose_precision,
+    epoch_batches,
+)
 from ldam_plugins.samplers import DeferredSampler
 from ldam_plugins.schedules import DeferredSchedule
 from ldam_plugins.updates import Update
 
 SCHEDULERS = ("cosine", "multistep", "step", "poly", "tanh", "constant")
+CROP_MODES = ("center", "squash", "border")
+SMALL = 64
+"""Longest side of the images that ``--augment auto`` moves and mirrors."""
 
 
 @dataclass
@@ -50,7 +64,8 @@ class VisionOptions(CoreOptions):
 
     LIMITS = CoreOptions.LIMITS | {
         "image_size": COUNT,
-        "in_memory": COUNT_OR_0,
+        "memory_limit": {"low": 0},
+        "crop_pct": {"low": 0, "high": 1, "low_open": True},
         "padding": COUNT_OR_0,
         "hflip": SHARE,
         "workers": COUNT_OR_0,
@@ -70,7 +85,10 @@ class VisionOptions(CoreOptions):
     }
 
     dataset: str = option("digits", "hub id, local folder, or digits")
-    model: str = option("cifar_resnet32", "name of a timm model")
+    model: str = option(
+        "cifar_resnet32",
+        "what timm.create_model takes: resnet18.a1_in1k, hf-hub:..., local-dir:...",
+    )
     epochs: int = option(200, "epochs of training")
     batch_size: int = option(128, "images a process and micro-batch")
     lr: float = option(0.1, "learning rate")
@@ -82,9 +100,26 @@ class VisionOptions(CoreOptions):
     test_list: str | None = option(None, "list or JSON file of the test images")
     skip_corrupt: bool = option(False, "leave out images that cannot be decoded, and count them")
     image_size: int | None = option(None, "side of the images the model gets [the model's own]")
-    in_memory: int = option(64, "largest side of images that are held in memory decoded")
-    padding: int = option(4, "border of the random crop of images held in memory")
+    crop_pct: float | None = option(
+        None, "share of the resized image that evaluation crops [crop_flip: 1; timm: the model's]"
+    )
+    crop_mode: str | None = option(
+        None, "timm's crop of images that are not square [the model's]", choices=CROP_MODES
+    )
+    augment: str = option(
+        "auto",
+        "augmentation: crop_flip moves and mirrors the image, timm cuts random parts of it and "
+        f"jitters the colours; auto: crop_flip up to {SMALL} pixels a side, else timm",
+        choices=("auto", "crop_flip", "timm"),
+    )
+    padding: int = option(4, "border of the random crop of --augment crop_flip")
     hflip: float = option(0.5, "probability of a horizontal flip")
+    memory_limit: int = option(
+        2**31,
+        "bytes of decoded images a process may hold in memory, of training and test together [2 "
+        "GiB]; more, or images that timm augments, are decoded each time. The same images either "
+        "way",
+    )
     workers: int = option(4, "loader processes for images not held in memory")
     pretrained: bool = option(False, "begin from timm's pretrained weights")
     head: str = option("auto", "auto: cosine where the loss needs it", choices=("auto", "cosine"))
@@ -125,7 +160,7 @@ def make_accelerator(options: VisionOptions) -> Accelerator:
 def load_data(
     options: VisionOptions, show: bool
 ) -> tuple[LabelledImages, LabelledImages, ClassCounts]:
-    """The long-tailed training images, the test images, and the training images per class."""
+    """The training images, cut to a long tail if asked for, the test images, images per class."""
     train, test = load_images(
         options.dataset,
         image_column=options.image_column,
@@ -135,44 +170,135 @@ def load_data(
         test_list=options.test_list,
     )
     if options.skip_corrupt:
-        train, test = (part.without(part.find_corrupt(progress=show)) for part in (train, test))
+        train = without_corrupt(train, "training", show)
+        test = without_corrupt(test, "test", show)
     classes = len(train.class_names)
     keep = long_tail_indices(
-        train.labels, options.ratio, options.profile, options.subset_seed, classes
+        train.labels,
+        options.ratio,
+        options.profile,
+        options.subset_seed,
+        classes,
+        options.class_order,
     )
+    before = np.bincount(train.labels, minlength=classes)
     train = train.subset(keep)
-    return train, test, ClassCounts.from_labels(train.labels, class_names=train.class_names)
+    counts = ClassCounts.from_labels(train.labels, class_names=train.class_names)
+    if show:
+        tell_kept(options, ClassCounts(before), counts)
+    return train, test, counts
+
+
+def without_corrupt(images: LabelledImages, name: str, show: bool) -> LabelledImages:
+    """The images that can be decoded; how many cannot is printed."""
+    corrupt = images.find_corrupt(progress=show)
+    if show and corrupt:
+        some = ", ".join(images.describe(index) for index in corrupt[:3])
+        more = ", ..." if len(corrupt) > 3 else ""
+        print(f"{len(corrupt)} of {len(images)} {name} images cannot be read: {some}{more}")
+    return images.without(corrupt)
 
 
 def make_model(options: VisionOptions, criterion: ClassificationLoss) -> nn.Module:
     """The timm model with a head for the classes, a cosine one where the loss needs it."""
-    check_choice("model", options.model, timm.list_models())
+    check_model_name(options.model)
     classes = len(criterion.class_counts)
-    model = timm.create_model(options.model, pretrained=options.pretrained, num_classes=classes)
+    try:
+        # Models of a fixed size are made for that of the images.
+        given = resolve_model_input_args(options.model, {"img_size": options.image_size})
+        given |= {"num_classes": classes, "pretrained": options.pretrained}
+        model = timm.create_model(**given)
+    except (OSError, RuntimeError, ValueError) as error:
+        wanted = "a model that timm can make with these options"
+        raise ValueError(must_be("model", wanted, options.model, f"timm says: {error}")) from error
     if criterion.needs_cosine_head or options.head == "cosine":
         use_cosine_head(model, options.scale or 30.0)
+    elif options.pretrained:
+        order_classes(model, criterion.class_counts)
     return model.to(memory_format=torch.channels_last)
 
 
+def check_model_name(name: str) -> None:
+    """Check a name of timm's own, with or without a tag; what has a source is timm's to find."""
+    source, _ = parse_model_name(name)
+    if source is None:
+        architecture, tag = split_model_name_tag(name)
+        if not timm.is_model(architecture):
+            check_choice("model", architecture, timm.list_models())
+        if tag:
+            check_choice("model", name, timm.list_models(architecture, include_tags=True))
+
+
+def order_classes(model: Any, counts: ClassCounts) -> None:
+    """Bring the classes of a head that was trained for the same names into the data's order."""
+    trained = model.pretrained_cfg.get("label_names")
+    names = list(counts.class_names or ())
+    if not isinstance(trained, list | tuple) or sorted(trained) != sorted(names):
+        return
+    order = [list(trained).index(name) for name in names]
+    for name in find_head(model):
+        for parameter in model.get_submodule(name).parameters(recurse=False):
+            parameter.data = parameter.data[order]
+
+
 def image_config(options: VisionOptions, model: nn.Module) -> dict[str, Any]:
-    """Size, mean, std and interpolation of the model's images, as timm resolves them."""
-    given = {} if options.image_size is None else {"img_size": options.image_size}
+    """How images become the model's input: size, crop, interpolation, mean and std, for timm.
+
+    Evaluation goes by it, and it is saved with the model.
+    """
+    given = {"crop_pct": options.crop_pct, "crop_mode": options.crop_mode}
+    if options.image_size is not None:
+        given["img_size"] = options.image_size
     config = resolve_data_config(given, model=model)
-    keys = ("input_size", "mean", "std", "interpolation", "crop_pct")
-    return {key: config[key] for key in keys}
+    if augmentation(options, config) == "crop_flip" and options.crop_pct is None:
+        config["crop_pct"] = 1.0  # as in training: the image to its edges
+    return config
+
+
+def augmentation(options: VisionOptions, config: Mapping[str, Any]) -> str:
+    """What ``--augment auto`` stands for."""
+    small = max(config["input_size"][1:]) <= SMALL
+    return ("crop_flip" if small else "timm") if options.augment == "auto" else options.augment
+
+
+def images_record(options: VisionOptions, model: nn.Module) -> dict[str, Any]:
+    """What was done to the images, for ``metrics.json``."""
+    config = image_config(options, model)
+    kind = augmentation(options, config)
+    own = {"padding": options.padding} if kind == "crop_flip" else {}
+    return {"augmentation": {"kind": kind, "hflip": options.hflip, **own}, "evaluation": config}
 
 
 def make_datasets(
-    options: VisionOptions, model: nn.Module, train: LabelledImages, test: LabelledImages
+    options: VisionOptions,
+    model: nn.Module,
+    train: LabelledImages,
+    test: LabelledImages,
+    show: bool = False,
 ) -> tuple[Dataset, Dataset]:
-    """Small images decoded in memory, larger ones behind timm's transforms."""
+    """Images as uint8 tensors of the model's size, decoded in memory where that is to hold them.
+
+    Where they are held makes no difference to what they are: a set in memory is what the set of
+    files gives. timm's augmentation needs the files, each time anew.
+    """
     config = image_config(options, model)
-    size = config["input_size"][-1]
-    if size <= options.in_memory:
-        return InMemoryImages.from_images(train, size), InMemoryImages.from_images(test, size)
-    train.transform = create_transform(is_training=True, hflip=options.hflip, **config)
-    test.transform = create_transform(**config)
-    return train, test
+    plain = create_transform(**config, normalize=False)
+    test = transformed(test, plain)
+    if augmentation(options, config) == "timm":
+        augment = create_transform(is_training=True, hflip=options.hflip, normalize=False, **config)
+        return transformed(train, augment), test
+    train = transformed(train, plain)
+    if (len(train) + len(test)) * math.prod(config["input_size"]) > options.memory_limit:
+        return train, test
+    held = [InMemoryImages.from_images(part, progress=show) for part in (train, test)]
+    return held[0], held[1]
+
+
+def transformed(images: LabelledImages, transform: Callable[..., Any]) -> LabelledImages:
+    """The images through ``transform``; those that are given stay as they are."""
+    images = copy.copy(images)
+    images.transform = transform
+    return images
 
 
 def make_input(
@@ -181,23 +307,62 @@ def make_input(
     """What turns a batch of a loader into the model's input, augmented if given a generator."""
     config = image_config(options, model)
     mean, std = (torch.tensor(config[name], device=device) for name in ("mean", "std"))
+    crop_flip = augmentation(options, config) == "crop_flip"
     augment = RandomCropFlip(options.padding, options.hflip)
 
     def to_input(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        if images.dtype == torch.uint8:  # from memory; else timm's transforms did it all
-            images = images if generator is None else augment(images, generator)
-            images = normalize(images, mean, std)
-        return images.contiguous(memory_format=torch.channels_last)
+        if crop_flip and generator is not None:  # timm's augmentation is done by the loader
+            images = augment(images, generator)
+        return normalize(images, mean, std, memory_format=torch.channels_last)
 
     return to_input
+
+
+def check_images(options: VisionOptions, model: nn.Module, images: int, processes: int) -> None:
+    """Try the model on its smallest batch before anything is written.
+
+    Raises:
+        ValueError: it does not train on the images, or not on the single one that is left over.
+    """
+    size = image_config(options, model)["input_size"]
+    # Accelerate fills up the last batches of several processes.
+    last = 0 if processes > 1 or mixes(options) else images % options.batch_size
+    alone = (last or options.batch_size) == 1
+    error = failure(model, 1, size) if alone else None
+    if alone and error is None:
+        return
+    unfit = failure(model, 2, size)
+    if unfit is not None:
+        wanted = "one that gives logits (N, C) in training on images of " + "x".join(map(str, size))
+        way_out = f"It fails: {unfit}. Choose another --model or --image_size."
+        raise ValueError(must_be("model", wanted, options.model, way_out)) from unfit
+    if error is not None:
+        larger = itertools.count(options.batch_size + 1)
+        other = next(size for size in larger if images % size != 1)
+        way_out = f"{options.model} cannot train on one image ({error}), and one would be a batch"
+        way_out += f" of the {images}. Choose another --batch_size, such as {other}."
+        wanted = "one that leaves no batch of a single image"
+        # Whole as it is: where in the model it failed is nothing to mend.
+        raise ValueError(must_be("batch_size", wanted, options.batch_size, way_out)) from None
+
+
+def failure(model: nn.Module, rows: int, size: tuple[int, ...]) -> Exception | None:
+    """The error of a copy of the model in training mode on so many images, if there is one."""
+    try:
+        with torch.no_grad():
+            logits = copy.deepcopy(model).train()(torch.zeros(rows, 3, *size[1:]))
+    except Exception as error:  # models answer a wrong size with nearly any exception
+        return error
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    return None if shape == (rows, model.num_classes) else TypeError(f"the output is {shape}")
 
 
 def make_loader(options: VisionOptions, images: Dataset, **order: Any) -> DataLoader:
     """A loader of whole batches from memory, or of single images by workers."""
     if isinstance(images, InMemoryImages):
         return DataLoader(images, collate_fn=InMemoryImages.collate, **order)
-    gpu = torch.accelerator.is_available()
-    return DataLoader(images, num_workers=options.workers, pin_memory=gpu, **order)
+    usual = {"num_workers": options.workers, "pin_memory": torch.accelerator.is_available()}
+    return DataLoader(images, **usual | order)
 
 
 def on_device(accelerator: Accelerator, images: Any) -> Any:
@@ -216,6 +381,25 @@ def compiled(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     return net
 
 
+def mixes(options: VisionOptions) -> bool:
+    """Whether images are mixed, which timm does in even, so here in whole batches only."""
+    return bool(options.mixup or options.cutmix)
+
+
+def updates_per_epoch(accelerator: Accelerator, options: VisionOptions, images: int) -> int:
+    """Updates of an epoch: what the loop makes, and the sampler and the schedule count in.
+
+    Raises:
+        ValueError: there is not one.
+    """
+    batches = epoch_batches(
+        images, options.batch_size, accelerator.num_processes, drop_last=mixes(options)
+    )
+    way_out = f"Choose a smaller --batch_size; there are {images} training images."
+    check_int("whole batches an epoch", batches, low=1, way_out=way_out)
+    return math.ceil(batches / options.accumulation)
+
+
 def make_sampler(
     accelerator: Accelerator,
     options: VisionOptions,
@@ -224,12 +408,11 @@ def make_sampler(
     classes: int,
 ) -> DeferredSampler:
     """The order of the training images under the schedule."""
-    update_size = options.batch_size * accelerator.num_processes * options.accumulation
     return DeferredSampler(
         images.labels,
         schedule,
         epochs=options.epochs,
-        steps_per_epoch=math.ceil(len(images) / update_size),
+        steps_per_epoch=updates_per_epoch(accelerator, options, len(images)),
         num_classes=classes,
         seed=options.seed,
     )
@@ -288,7 +471,7 @@ def make_average(
 
 def make_target(options: VisionOptions, classes: int) -> Callable[..., tuple[Tensor, Tensor]]:
     """Mixup, CutMix and label smoothing by timm: (images, labels) -> (images, targets)."""
-    if options.mixup or options.cutmix:
+    if mixes(options):
         if options.batch_size % 2:
             wanted = "even for --mixup and --cutmix, which mix pairs of images"
             raise ValueError(must_be("batch_size", wanted, options.batch_size))

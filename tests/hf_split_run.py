@@ -12,13 +12,24 @@ from hf_samples import logged, make_data, make_model, make_trainer
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, default_data_collator
 
-from ldam_plugins import LongTailMetrics, list_losses
+from ldam_plugins import LongTailMetrics, list_losses, use_cosine_head
 from ldam_plugins.hf_plugin import DRWCallback
 
 COUNTS = [45, 15, 4]
 
 
-def run(folder, *, loss="ldam", schedule="drw", start=1, size=64, parts=1, resume=None, **options):
+def run(
+    folder,
+    *,
+    loss="ldam",
+    schedule="drw",
+    start=1,
+    size=64,
+    parts=1,
+    resume=None,
+    chunked=None,
+    **options,
+):
     """Losses, parameters, evaluation loss and the labels met by this process."""
     defaults = {"max_steps": 2, "optim": "sgd", "max_grad_norm": 0.0}
     data = make_data(counts=COUNTS)
@@ -33,6 +44,8 @@ def run(folder, *, loss="ldam", schedule="drw", start=1, size=64, parts=1, resum
         gradient_accumulation_steps=parts,
         **{**defaults, **options},
     )
+    if chunked:
+        use_cosine_head(trainer.model, chunked=True)
     seen, collate = [], trainer.data_collator
 
     def note(rows):
@@ -58,6 +71,7 @@ def runs(folder, processes):
     for loss in ("ce", "ldam"):
         found[loss, "whole"] = run(folder, loss=loss, size=64 // processes)
         found[loss, "parts"] = run(folder, loss=loss, size=8, parts=8 // processes)
+    found["ldam", "chunked"] = run(folder, size=8, parts=8 // processes, chunked=True)
     sampled = {"schedule": "drs", "start": 1, "size": 16 // processes, "max_steps": 11}
     saving = {"save_strategy": "steps", "save_steps": 1}
     found["drs", "straight"] = run(folder, **sampled, **saving)

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 from ldam_plugins import ClassCounts, DeferredSchedule, create_loss, use_cosine_head
 from ldam_plugins.heads import fold_cosine_head
@@ -25,11 +26,14 @@ UPDATES = 6
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
+def plain_model():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, len(COUNTS)))
+
+
 def make_model(shard):
     """A small model with a cosine head."""
-    torch.manual_seed(1)
-    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, len(COUNTS)))
-    use_cosine_head(model)
+    model = use_cosine_head(plain_model())
     if shard:
         mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
         fully_shard(model[2], mesh=mesh)
@@ -67,12 +71,55 @@ def loaded(state):
     return get_model_state_dict(model, options=WHOLE)
 
 
-def refusal(model):
+def refusal(function, *arguments):
     try:
-        fold_cosine_head(model)
+        function(*arguments)
     except ValueError as error:
         return str(error)
     return ""
+
+
+def ddp(model):
+    return DistributedDataParallel(model, find_unused_parameters=True)
+
+
+def sharded(model, reshard=False):
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    return fully_shard(model, mesh=mesh, reshard_after_forward=reshard)
+
+
+def gradients(wrap, rank, chunked, parts=1):
+    """What the second backward pass of a wrapped model leaves."""
+    model = wrap(use_cosine_head(plain_model(), chunked=chunked))
+    criterion = create_loss("ldam", COUNTS)
+    generator = torch.Generator().manual_seed(rank)
+    for _ in range(2):
+        model.zero_grad()
+        images = torch.randn(4, 6, generator=generator)
+        criterion(model(images), torch.randint(len(COUNTS), (4,), generator=generator)).backward()
+    found = [parameter.grad for parameter in model.parameters()]
+    return [g.full_tensor() if hasattr(g, "full_tensor") else g for g in found]
+
+
+def first_step(wrapped):
+    """A head put on the model inside a wrapper, and one batch."""
+    use_cosine_head(wrapped.module)
+    wrapped(torch.randn(4, 6))
+
+
+def of_wrappers(rank):
+    """Gradients by wrapper and kind of head, and what is refused."""
+    found = {
+        (name, chunked): gradients(wrap, rank, chunked)
+        for name, wrap in (("ddp", ddp), ("fsdp2", sharded))
+        for chunked in (False, True)
+    }
+    resharded = lambda model: sharded(model, reshard=True)  # noqa: E731
+    found["resharded"] = refusal(gradients, resharded, rank, True)
+    for name, wrap in (("ddp", ddp), ("fsdp2", sharded)):
+        found["late", name] = refusal(use_cosine_head, wrap(plain_model()))
+    found["late", "inside"] = refusal(first_step, ddp(plain_model()))
+    return found
 
 
 def main(path):
@@ -83,7 +130,8 @@ def main(path):
             model = train(accelerator, name, micro, shard=True)
             found[name, micro] = get_model_state_dict(model, options=WHOLE)
     found["loaded"] = loaded(dict(found["ldam", 4]))
-    found["refusal"] = refusal(model)
+    found["refusal"] = refusal(fold_cosine_head, model)
+    found["wrapped"] = of_wrappers(accelerator.process_index)
     if accelerator.is_main_process:
         torch.save(found, path)
     torch.distributed.barrier()

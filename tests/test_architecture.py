@@ -12,16 +12,18 @@ PACKAGE = ROOT / "ldam_plugins"
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 # Every module may import those before it, none after it; names of one line are peers.
 LAYERS = [
-    {"_checks"},
-    {"counts", "chunked_cosines"},
+    {"_checks", "tensors"},
+    {"counts", "chunked_cosines", "host_updates"},
+    {"run_lock"},
     {"long_tail", "reduction", "runtime", "run_files", "intervals", "pages", "preset_files"}
     | {"model_outputs"},
     {"margin_cross_entropy", "margin_cross_entropy_triton", "run_folder"},
     {"functional"},
     {"loss_base", "schedules", "metrics", "tables"},
     {"losses"},
-    {"samplers", "combinations", "head_layers", "head_names", "evaluate_metric", "plots", "grid"},
-    {"head_fit", "updates"},
+    {"samplers", "combinations", "head_layers", "head_trace", "evaluate_metric", "plots", "grid"},
+    {"head_names"},
+    {"head_fit", "head_guard", "updates"},
     {"heads", "image_sources", "image_files", "reports", "docstrings", "grid_run", "probe"},
     {"experiments", "grid_slurm"},
     {"experiment_tables", "experiment_plots"},
@@ -32,8 +34,8 @@ LAYERS = [
     {"data"},
     {"batches", "batch_norm"},
     {"timm_plugin", "hf_dropout", "hf_labels", "hf_loss_mapping", "hf_tokenizer"},
-    {"hf_bilstm", "hf_text", "hf_setup"},
-    {"hf_mixup"},
+    {"hf_bilstm", "hf_text", "hf_setup", "hf_saved_model"},
+    {"hf_mixup", "hf_updates"},
     {"hf_run"},
     {"hf_plugin"},
 ]

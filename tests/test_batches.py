@@ -246,8 +246,21 @@ def test_what_cannot_be_held(files, tmp_path):
     with pytest.raises(ValueError, match="`size` must be an integer >= 1, got 0"):
         InMemoryImages.from_images(files, size=0)
     files.transform = transforms.ToTensor()
-    with pytest.raises(ValueError, match=r"`images.transform` must be None"):
+    with pytest.raises(TypeError, match=r"`images.transform` must be one that gives uint8"):
         InMemoryImages.from_images(files)
+    with pytest.raises(ValueError, match=r"`size` must be None where images have a transform"):
+        InMemoryImages.from_images(files, size=5)
+
+
+def test_a_set_in_memory_is_what_its_files_give(files):
+    files.transform = transforms.Compose(
+        [transforms.Resize(4), transforms.CenterCrop(4), transforms.PILToTensor()]
+    )
+    held = InMemoryImages.from_images(files)
+    assert held.pixels.shape == (150, 3, 4, 4)
+    for row in (0, 77, 149):
+        assert torch.equal(held.pixels[row], files[row][0])
+        assert held.labels[row] == files[row][1]
 
 
 def test_no_file_is_left_behind_by_a_failure(files, tmp_path):

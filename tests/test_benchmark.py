@@ -192,6 +192,7 @@ def test_real_cells_finish_go_on_and_are_reported(tmp_path, capfd):
     ("words", "message"),
     [
         (["--set", "epoch=3"], r"option in set.*Did you mean 'epochs'"),
+        (["--set", "profile=none"], r"option in set.*got 'profile'\. Write --profiles none\."),
         (["--methods", "ce/drw", "--set", "start=7"], r"cell 'ce_drw_s0': `start` must be before"),
         (["--methods", "erm:max_margin=0.3"], r"cell 'ce_none_max_margin-0.3_s0'.*'max_margin'"),
         (["--methods", "erm", "--jobs", "0"], r"`jobs` must be an integer >= 1, got 0"),
@@ -233,6 +234,46 @@ def test_flags_add_to_the_settings_of_a_file_and_override_the_rest(tmp_path):
     assert [run.name for run in runs] == ["ce_none_mixup-0_s7", "ce_none_mixup-0.2_s7"]
     expected = {"epochs": 6, "decay_milestones": [3, 4], "compile": True, "mixup": 0.2}
     assert {name: runs[1].options[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("preset", [["--preset", ""], ["--preset="], []], ids=str)
+@pytest.mark.parametrize("recipe", ["vision", "text"])
+def test_own_data_is_not_cut_without_a_preset(tmp_path, recipe, preset, capsys):
+    flags = [*preset, "--recipe", recipe, "--methods", "erm", "--set", "dataset=own"]
+    options = benchmark.parse([*flags, "--output_dir", str(tmp_path)])
+    (run,) = benchmark.make_runs(options)
+    assert run.arguments[:2] == ("--loss", "ce")
+    assert "--profile" not in run.arguments
+    assert (run.options["dataset"], run.options["profile"]) == ("own", run.defaults["profile"])
+    assert recipe == "vision" or run.options["profile"] == "none"
+    (cut,) = benchmark.make_runs(benchmark.parse([*flags, "--profiles", "step", "--ratios", "9"]))
+    assert (cut.options["profile"], cut.options["ratio"]) == ("step", 9)
+    benchmark.main(benchmark.parse([*flags, "--dry_run"]))
+    assert f"python {Path(run.command()[1])} --loss ce --schedule none" in capsys.readouterr().out
+
+
+def test_the_long_tail_is_the_presets_where_there_is_one():
+    for preset, name, ratio in (("cifar10_lt", "exp", 100), ("inat2018", "none", 1)):
+        flags = ["--preset", preset, "--methods", "erm", "--set", "dataset=own"]
+        (run,) = benchmark.make_runs(benchmark.parse(flags))
+        assert (run.options["profile"], run.options["ratio"]) == (name, ratio)
+
+
+def test_without_a_grid_the_four_methods_run_on_what_is_named():
+    settings = {
+        "": ("digits", "exp", "cifar_resnet20"),
+        "--set dataset=own": ("own", None, "cifar_resnet32"),
+        "--set=dataset=own": ("own", None, "cifar_resnet32"),
+        "--vary dataset=own,other": ("own", None, "cifar_resnet32"),
+        "--recipe text": ("stdlib_docstrings", "none", "bilstm"),
+        "--recipe text --set dataset=own": ("own", "none", "bilstm"),
+    }
+    for flags, (dataset, profile, model) in settings.items():
+        runs = benchmark.make_runs(benchmark.parse(flags.split()))
+        found = [(run.options["loss"], run.options["schedule"]) for run in runs[:4]]
+        assert found == [("ce", "none"), ("ce", "rw"), ("ldam", "none"), ("ldam", "drw")]
+        assert (runs[0].options["dataset"], runs[0].options["model"]) == (dataset, model)
+        assert runs[0].options["profile"] == (profile or runs[0].defaults["profile"])
 
 
 @pytest.mark.parametrize(

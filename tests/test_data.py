@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import pickle
+import unicodedata
 from pathlib import Path
 
 import datasets
@@ -31,6 +33,7 @@ from image_sets import (
 from PIL import Image
 
 from ldam_plugins.data import LabelledImages, load_images, map_in_threads
+from ldam_plugins.image_files import natural_key
 from ldam_plugins.image_sources import ArraySource, FileSource, decode_image
 
 CIFAR10 = Path(__file__).parents[2] / "shared" / "data" / "cifar10"
@@ -128,6 +131,183 @@ def test_byte_order_mark_tabs_and_windows_ends(tmp_path):
     train, _ = load_images(**given)
     assert train.labels.tolist() == list(TRAIN)
     assert train.find_corrupt() == []
+
+
+# What a line of a list becomes: lists are published, and saved by editors, in all these forms.
+FORMS = {
+    "slash before": lambda path, label, root: f"/{path} {label}",
+    "dot before": lambda path, label, root: f"./{path} {label}",
+    "slashes twice": lambda path, label, root: f"{path.replace('/', '//')} {label}",
+    "backslashes": lambda path, label, root: f"{path.replace('/', chr(92))} {label}",
+    "backslash before": lambda path, label, root: f"{chr(92)}{path.replace('/', chr(92))} {label}",
+    "quotes": lambda path, label, root: f'"{path}" {label}',
+    "single quotes": lambda path, label, root: f"'/{path}'\t{label}",
+    "comma": lambda path, label, root: f"{path},{label}",
+    "quotes and comma": lambda path, label, root: f'"{path}", {label}',
+    "semicolon": lambda path, label, root: f"{path};{label}",
+    "blanks around": lambda path, label, root: f"  {path} \t {label}  \r",
+    "label of several digits": lambda path, label, root: f"{path} 00{label}",
+    "whole path": lambda path, label, root: f"{root}/{path} {label}",
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_lists_are_read_in_the_forms_they_are_published_in(form, tmp_path):
+    given = lists(tmp_path)
+    for name in ("train.txt", "test.txt"):
+        lines = (line.split() for line in (tmp_path / name).read_text().splitlines())
+        text = "\n".join(FORMS[form](path, label, tmp_path) for path, label in lines)
+        write(tmp_path / name, f"{text}\n\n")
+    train, test = load_images(**given)
+    assert (train.labels.tolist(), test.labels.tolist()) == (list(TRAIN), list(TEST))
+    assert train.describe(3) == str(tmp_path / "train" / "bee" / "3.png")
+    assert train.find_corrupt() == test.find_corrupt() == []
+
+
+@pytest.mark.parametrize("name", ["a b.png", "'a'.png", "a\\b.png", "a,1.png", "a 2.png", '"a"'])
+def test_a_name_of_a_list_is_first_of_all_what_it_says(name, tmp_path):
+    for path in (tmp_path / "train" / name, tmp_path / "train" / "a" / "b.png"):
+        write(path, png("train", 0))
+    write(tmp_path / "train.txt", f"train/{name} 0\n")
+    train, _ = load_images(
+        tmp_path, train_list=tmp_path / "train.txt", test_list=tmp_path / "train.txt"
+    )
+    assert train.describe(0) == str(tmp_path / "train" / name)
+
+
+def normal_forms(name):
+    return {form: unicodedata.normalize(form, name) for form in ("NFC", "NFD")}
+
+
+ACCENTS = normal_forms("caf\N{LATIN SMALL LETTER E WITH ACUTE}")
+
+
+@pytest.mark.parametrize(("disk", "listed"), [("NFC", "NFD"), ("NFD", "NFC"), ("NFD", "NFD")])
+def test_names_in_both_unicode_normal_forms_are_one(disk, listed, tmp_path):
+    root = tmp_path / ACCENTS["NFD"]
+    for split in ("train", "val"):
+        for row in range(2):
+            name = f"{ACCENTS[disk]}{row}.png"
+            write(root / split / "tea" / name, png("train", row))
+            write(root / split / ACCENTS[disk] / ACCENTS[disk] / name, png("train", row))
+    other = f"{ACCENTS[listed]}"
+    for split in ("train", "val"):
+        names = [f"{split}/{other}/{other}/{other}0.png 0", f"{split}/tea/{other}1.png 1"]
+        write(root / f"{split}.txt", "\n".join(names))
+    given = {"train_list": root / "train.txt", "test_list": root / "val.txt"}
+    train, _ = load_images(root, **given)
+    assert train.find_corrupt() == []
+    assert Path(train.describe(1)).name == f"{ACCENTS[disk]}1.png"
+    for split in ("train", "val"):
+        (root / split / ACCENTS[disk]).rename(
+            root / split / ACCENTS[disk if split == "val" else listed]
+        )
+    train, test = load_images(root)
+    assert train.class_names == test.class_names == (ACCENTS["NFC"], "tea")
+    assert train.find_corrupt() == test.find_corrupt() == []
+    # in annotations, too, and a file that is given in both forms is given twice
+    entries = [{"id": row, "file_name": f"train/tea/{other}{row}.png"} for row in range(2)]
+    content = {"images": entries, "categories": [{"id": 5, "name": ACCENTS[disk]}]}
+    content["annotations"] = [{"image_id": row, "category_id": 5} for row in range(2)]
+    write(root / "train2021.json", json.dumps(content))
+    content["categories"] = [{"id": 5, "name": other}]
+    write(root / "val2021.json", json.dumps(content))
+    train, test = load_images(root)
+    assert train.class_names == test.class_names == (ACCENTS["NFC"],)
+    write(root / "train.txt", "".join(f"train/tea/{a}0.png 0\n" for a in ACCENTS.values()))
+    with pytest.raises(ValueError, match=r"line 2: .* already given in .*line 1"):
+        load_images(root, **given)
+
+
+def test_of_two_files_whose_names_differ_in_the_normal_form_the_named_one_is_read(tmp_path):
+    for row, (form, name) in enumerate(ACCENTS.items()):
+        write(tmp_path / f"{name}.png", png("train", row))
+        write(tmp_path / f"{form}.txt", f"{name}.png 0")
+    given = {"train_list": tmp_path / "NFC.txt", "test_list": tmp_path / "NFD.txt"}
+    for row, images in enumerate(load_images(tmp_path, **given)):
+        assert np.array_equal(np.asarray(images[0][0]), np.asarray(picture("train", row)))
+
+
+def test_labels_as_text_in_both_normal_forms_are_one_class(tmp_path):
+    feature = datasets.Value("string")
+    given = saved_to_disk(
+        tmp_path, feature=feature, labels=[*ACCENTS.values(), "ant", "bee", "cat", "cat"]
+    )
+    train, test = load_images(**given, label_column="label")
+    assert train.class_names == test.class_names == ("ant", "bee", ACCENTS["NFC"], "cat")
+    assert train.labels.tolist() == [2, 2, 0, 1, 3, 3]
+
+
+FOLDERS = ("2", "10", "1", "b10", "B9", "b2", "02x", "n01", "Zoo", "apple")
+
+
+def test_classes_of_folders_are_numbered_as_in_timms_reader(tmp_path):
+    from timm.data.readers.reader_image_folder import ReaderImageFolder
+
+    for split in ("train", "val"):
+        for name in FOLDERS:
+            write(tmp_path / split / name / "0.png", png("train", 0))
+    train, test = load_images(tmp_path)
+    assert train.class_names == ("1", "2", "02x", "10", "apple", "b2", "B9", "b10", "n01", "Zoo")
+    theirs = ReaderImageFolder(str(tmp_path / "train")).class_to_idx
+    assert {name: label for label, name in enumerate(train.class_names)} == theirs
+    for images in (train, test):
+        for row in range(len(images)):
+            assert images.class_names[images.labels[row]] == Path(images.describe(row)).parent.name
+    # names that are one to timm, or no number to anybody, have an order as well
+    for name in ("01", "001", "B2", "\N{SUPERSCRIPT TWO}"):
+        write(tmp_path / "train" / name / "0.png", png("train", 0))
+        write(tmp_path / "val" / name / "0.png", png("train", 0))
+    names = load_images(tmp_path)[0].class_names
+    assert names[:4] == ("001", "01", "1", "2")
+    assert names[-1] == "\N{SUPERSCRIPT TWO}"
+    assert names.index("B2") == names.index("b2") - 1
+
+
+def test_the_ids_of_imagenet_have_one_order_as_text_and_by_number():
+    random = np.random.default_rng(0)
+    ids = [f"n{number:08d}" for number in random.integers(1, 10**8, 1000)]
+    assert sorted(ids, key=natural_key) == sorted(ids)
+
+
+def camera_trap(root, boxes, unused=()):
+    """Images 0 to 3 with a box for each (image, category); ids are text, categories skip some."""
+    names = {0: "empty", 3: "fox", 7: "hare", 12: "owl"}
+    ids = sorted({category for _, category in boxes} | set(unused))
+    content = {
+        "info": {"version": "1.0"},
+        "categories": [{"id": i, "name": names[i], "supercategory": "x"} for i in ids],
+        "images": [{"id": f"cam-{i}", "file_name": f"loc\\{i}.png", "seq_id": 1} for i in range(4)],
+        "annotations": [
+            {"id": f"{i}-{k}", "image_id": f"cam-{i}", "category_id": c, "bbox": [0.5, 1, 2.5, 3]}
+            for k, (i, c) in enumerate(boxes)
+        ],
+    }
+    for row in range(4):
+        write(root / "loc" / f"{row}.png", png("train", row))
+    for name in ("train.json", "val.json"):
+        write(root / name, json.dumps(content))
+
+
+def test_boxes_of_one_species_make_one_label(tmp_path):
+    camera_trap(tmp_path, [(0, 3), (0, 3), (1, 7), (2, 0), (3, 3), (0, 3), (1, 7)])
+    train, test = load_images(tmp_path)
+    assert train.class_names == test.class_names == ("empty", "fox", "hare")
+    assert train.labels.tolist() == test.labels.tolist() == [1, 2, 0, 1]
+    assert len(train) == 4
+
+
+def test_categories_without_an_annotation_are_no_classes(tmp_path):
+    camera_trap(tmp_path, [(0, 3), (1, 7), (2, 3), (3, 7)], unused=(0, 12))
+    train, _ = load_images(tmp_path)
+    assert (train.class_names, train.labels.tolist()) == (("fox", "hare"), [0, 1, 0, 1])
+
+
+def test_boxes_of_two_species_in_an_image_are_refused(tmp_path):
+    camera_trap(tmp_path, [(0, 3), (1, 7), (1, 3), (2, 0), (3, 3)])
+    message = r"train\.json, annotations\[2\]: image 'cam-1' has .*'hare' and not 'fox'.*train_list"
+    with pytest.raises(ValueError, match=message):
+        load_images(tmp_path)
 
 
 def test_digits_are_balanced_disjoint_and_the_same_every_time():

@@ -122,10 +122,31 @@ def circle(root):
     return {"dataset": root}
 
 
+def both_normal_forms(root):
+    class_folders(root)
+    for name in ("e\u0301", "\xe9"):
+        write(root / "train" / name / "0.png", png("train", 0))
+    return {"dataset": root}
+
+
+def accent_out(root):
+    given = edit_list("\xe9/0.png 0")(root / "root")
+    write(root / "secret" / "0.png", png("train", 0))
+    (root / "root" / "e\u0301").symlink_to(root / "secret")
+    return given
+
+
 def broken_parquet(root):
     given = hub_layout(root)
     write(root / "plain_text" / "train-00000-of-00001.parquet", "PAR1 no table PAR1")
     return given
+
+
+def other_order(root):
+    names = {"train": list(CLASSES), "valid": list(CLASSES[::-1])}
+    made = {s: table(s, feature=datasets.ClassLabel(names=n)) for s, n in names.items()}
+    datasets.DatasetDict(made).save_to_disk(str(root))
+    return {"dataset": root}
 
 
 def no_image_column(root):
@@ -149,6 +170,8 @@ BAD = {
     "circle": (circle, "again is a link to a folder"),
     "class folder out": (linked("moved", "train/bee", class_folders), "bee leads out of"),
     "split folder out": (linked("moved", "train", class_folders), "train leads out of"),
+    "folder twice": (both_normal_forms, r"folders 'e\\u0301' and '\\xe9' in .*one name in two"),
+    "listed folder out, decomposed": (accent_out, "line 1: there is no file"),
     "image file out": (linked("secret/0.png", "train/bee/3.png", class_folders), "3.png leads out"),
     "columns of a folder": (then(class_folders, image_column="x"), "`image_column` must be left"),
     "columns of digits": (lambda _: {"dataset": "digits", "label_column": "x"}, "left out"),
@@ -174,6 +197,14 @@ BAD = {
         "test.txt, line 1: label 3 .*3 cl",
     ),
     "path absolute": (edit_list("/etc/hosts 0"), "line 1: path '/etc/hosts' must be relative"),
+    "path absolute and out": (edit_list("/../x.png 0"), "line 1: path '/../x.png' leads out of"),
+    "path out by backslashes": (
+        edit_list("..\\x.png 0"),
+        r"line 1: path '..\\\\x.png' leads out of",
+    ),
+    "path out in quotes": (edit_list("'/../x.png' 0"), "line 1: .*leads out of"),
+    "labels twice": (edit_list("train/ant/0.png 0 0"), "no file 'train/ant/0.png 0'"),
+    "a table's titles": (edit_list("path,label\n" + LINE), "line 1: must be a path and a label"),
     "path out": (edit_list(LINE + "../x.png 0"), "line 2: path '../x.png' leads out of"),
     "path out and in": (edit_list("train/../../a/b.png 0"), "leads out of"),
     "path missing": (edit_list("train/ant/9.png 0"), "line 1: there is no file 'train/ant/9.png'"),
@@ -260,6 +291,7 @@ BAD = {
         labelled(datasets.Value("string"), ["ant"] * 6),
         "valid has labels that training has not: 'bee', 'cat'",
     ),
+    "test classes in another order": (other_order, "split valid must have .*not so: their order"),
     "fractions": (labelled(datasets.Value("float64"), [0.5] * 6), "a column of class labels"),
 }
 

@@ -165,7 +165,16 @@ def test_a_worker_that_dies_is_told(tmp_path, monkeypatch):
         return plain(self, index)
 
     monkeypatch.setattr(vision_setup.LabelledImages, "image", dies)
-    flags = ["--dataset", tmp_path / "set", "--in_memory", 0, "--workers", 1, "--profile", "none"]
+    flags = [
+        "--dataset",
+        tmp_path / "set",
+        "--memory_limit",
+        0,
+        "--workers",
+        1,
+        "--profile",
+        "none",
+    ]
     flags += ["--image_size", 16, "--model", "cifar_resnet20", "--batch_size", 2]
     with pytest.raises(RuntimeError, match=r"DataLoader worker .* exited unexpectedly"):
         vision(tmp_path / "run", *flags)

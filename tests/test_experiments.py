@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from pyarrow import parquet
+from scipy import stats
 
 from ldam_plugins.experiment_plots import PLOTS, digest, heat_map
 from ldam_plugins.experiment_report import write_experiment
@@ -153,6 +154,17 @@ def test_comparison_with_a_method_and_with_none_of_the_same_loss(records):
             comparisons(records, baseline)
 
 
+def test_what_a_table_calls_detectable_is_after_the_correction_for_its_tests(records):
+    one_pair = [record("focal", "none", 0, 25.0)]
+    found = comparisons(records + one_pair, "erm")
+    assert [entry.corrected is None for entry in found] == [False, True, False, False]
+    for entry in (entry for entry in found if entry.corrected is not None):
+        error = entry.paired.difference.half_width / 4.302653  # t of 2 degrees, 97.5 %
+        critical = stats.t.isf(0.025 / 3, 2)
+        power = stats.nct.sf(critical, 2, entry.paired.detectable / error)
+        assert power == pytest.approx(0.8, abs=1e-3)
+
+
 def test_only_equal_seeds_and_long_tails_are_paired(records):
     other_tail = method("ldam", "drw", [5.0, 5.0, 5.0], ratio=10.0)
     other_seeds = [record("focal", "none", seed, 25.0 + seed) for seed in (2, 3)]
@@ -162,6 +174,13 @@ def test_only_equal_seeds_and_long_tails_are_paired(records):
     assert found["Focal, ratio 100"]["pairs"] == "1"
     assert found["Focal, ratio 100"]["difference in balanced error, points"] == "-2.5"
     assert found["Focal, ratio 100"]["says"] == "no test: one pair"
+
+
+def test_runs_on_other_samples_of_one_set_are_not_paired(records):
+    """The same options may have cut the classes in another order."""
+    other = [{**r, "class_counts": COUNTS[::-1]} for r in method("focal", "none", [9.0, 9.5, 9.1])]
+    assert "Focal" not in {c.method for c in comparisons(records + other, "erm")}
+    assert len(comparisons(records + other, "erm")) == 3
 
 
 def test_baseline_with_the_same_other_options_is_taken_where_there_is_one(records):

@@ -69,6 +69,12 @@ def test_arguments_of_a_cell():
     }
 
 
+def test_a_grid_without_a_preset_begins_with_its_flags():
+    (cell,) = expand(Grid("", methods=["ldam_drw"], settings=["epochs=3"]), KNOWN)
+    words = ("--loss", "ldam", "--schedule", "drw", "--epochs", "3", "--seed", "0")
+    assert (cell.name, cell.arguments) == ("ldam_drw_s0", words)
+
+
 def test_own_settings_of_a_method_win_and_the_long_tail_is_the_presets_unless_given():
     (cell,) = expand(
         Grid("digits_lt", methods=["ldam_drw:beta=0.9"], settings=["beta=0.99"]), KNOWN
@@ -86,7 +92,13 @@ def test_own_settings_of_a_method_win_and_the_long_tail_is_the_presets_unless_gi
         ({"methods": ["erm:epoch=3"]}, r"option in method erm:epoch=3.*Did you mean 'epochs'"),
         ({"methods": ["erm:epochs"]}, r"option=value, got 'epochs'"),
         ({"methods": ["erm"], "settings": ["epoch=3"]}, r"option in set.*Did you mean 'epochs'"),
-        ({"methods": ["erm"], "settings": ["seed=3"]}, r"leaves free, got 'seed'.*seeds"),
+        ({"methods": ["erm"], "settings": ["loss=ce"]}, r"got 'loss'\. Write --methods ce/none"),
+        ({"methods": ["erm"], "settings": ["schedule=rw"]}, r"'schedule'\. Write --methods ce/rw"),
+        ({"methods": ["erm"], "settings": ["profile=none"]}, r"Write --profiles none\."),
+        ({"methods": ["erm"], "vary": ["ratio=9,10"]}, r"got 'ratio'\. Write --ratios 9 10\."),
+        ({"methods": ["erm:seed=3"]}, r"leaves free, got 'seed'\. Write --seeds 3\."),
+        ({"methods": ["erm"], "settings": ["output_dir=x"]}, r"Write --output_dir x\."),
+        ({"methods": ["erm"], "settings": ["resume=no"]}, r"'resume'\. Begun cells go on by"),
         ({"methods": ["erm"], "vary": ["start=0.5,0.6"]}, r"`start` must be set for a method with"),
         ({"methods": ["erm:beta=0.9"]}, r"`beta`.*got 'none'.*ldam_drw:beta=0.9"),
         ({"losses": ["ce"]}, r"`schedules` must be given where `losses` are"),

@@ -1,21 +1,29 @@
 """Where `find_head` looks, and what it says when it cannot tell."""
 
 from itertools import pairwise
+from typing import NamedTuple
 
 import pytest
+import timm
 import torch
+import torch.nn.functional as F
+import torchvision
 from torch import nn
 
 from ldam_plugins.head_names import find_head
 
 
 class Net(nn.Module):
-    """A module that holds the given children."""
+    """A module that holds the given children, and calls its body and then the layer called last."""
 
-    def __init__(self, **children):
+    def __init__(self, last="fc", **children):
         super().__init__()
+        self.last = last
         for name, child in children.items():
             setattr(self, name, child)
+
+    def forward(self, x):
+        return getattr(self, self.last)(self.body(x))
 
 
 def mlp(*sizes):
@@ -37,7 +45,8 @@ CONV = nn.Conv2d(8, 5, 1)
         (mlp(4, 6, 3), ("2",)),
         (Net(body=mlp(4, 6, 8), fc=nn.Linear(8, 3), act=nn.ReLU()), ("fc",)),
         (Net(fc=nn.Linear(8, 3), body=body()), ("fc",)),
-        (Net(body=body(), classifier=mlp(8, 6, 3)), ("classifier.2",)),
+        (Net(fc=nn.Linear(8, 3), body=mlp(4, 6, 8)), ("fc",)),
+        (Net("classifier", body=body(), classifier=mlp(8, 6, 3)), ("classifier.2",)),
         (nn.Sequential(Net(body=body(), fc=nn.Linear(8, 3))), ("0.fc",)),
         (nn.DataParallel(Net(body=body(), fc=nn.Linear(8, 3))), ("module.fc",)),
     ],
@@ -78,8 +87,6 @@ def test_compiled_models_are_looked_through():
             {"get_classifier": "heads"},
             ("heads.0", "heads.1"),
         ),
-        ({"out": nn.Linear(8, 5), "proj": nn.Linear(5, 8)}, {"num_classes": 5}, ("out",)),
-        ({"out": CONV, "proj": nn.Linear(5, 8)}, {"num_classes": 5}, ("out",)),
     ],
 )
 def test_what_a_model_says_of_itself(children, facts, names):
@@ -97,16 +104,16 @@ class Labels:
 
 
 def test_transformers_heads_are_outside_the_base_model():
+    """Where forward() cannot be followed, one layer there with an output a label is certain."""
     inner = Net(small=nn.Linear(8, 4), wide=nn.Linear(8, 8))
     model = Net(bert=inner, dense=nn.Linear(8, 8), out_proj=nn.Linear(8, 4))
     model.config, model.base_model_prefix = Labels(), "bert"
     assert find_head(model) == ("out_proj",)
-    model = Net(bert=inner)
-    model.config, model.base_model_prefix = Labels(), "bert"
-    assert find_head(model) == ("bert.small",)
-    model = Net(bert=inner, cls_classifier=nn.Linear(8, 4), distillation=nn.Linear(8, 4))
-    model.config, model.base_model_prefix = Labels(), "bert"
-    assert find_head(model) == ("cls_classifier", "distillation")
+    for others in ({}, {"out_proj": nn.Linear(8, 4), "auxiliary": nn.Linear(8, 4)}):
+        model = Net(bert=inner, **others)
+        model.config, model.base_model_prefix = Labels(), "bert"
+        with pytest.raises(ValueError, match=r"cannot be followed.*`head=`.*bert\.small"):
+            find_head(model)
 
 
 def test_layers_as_wide_as_the_class_count_are_settled_by_name():
@@ -142,8 +149,156 @@ def test_a_class_count_that_no_layer_has_is_not_guessed_around():
         find_head(model)
     model = Net(body=body(), fc=nn.Linear(8, 8))
     model.pretrained_cfg = {"classifier": "head"}
-    with pytest.raises(ValueError, match=r"fc \(Linear, 8 -> 8\)"):
+    assert find_head(model) == ("fc",)
+
+
+class Written(nn.Module):
+    """A model whose ``forward`` is the given function."""
+
+    def __init__(self, forward, **children):
+        super().__init__()
+        self.written = forward
+        self.body, self.fc = mlp(4, 6, 8), nn.Linear(8, 3)
+        for name, child in children.items():
+            setattr(self, name, child)
+
+    def forward(self, *args, **kwargs):
+        return self.written(self, *args, **kwargs)
+
+
+class Outputs(NamedTuple):
+    logits: torch.Tensor
+    aux_logits: torch.Tensor
+
+
+OTHER = {"other": nn.Linear(8, 3)}
+
+
+def stored(m, x):
+    m.last = m.body(x)
+    m.calls = getattr(m, "calls", 0) + 1
+    m.trail.append(m.last)
+    return m.fc(m.last)
+
+
+def branching(m, x):
+    if x.dim() == 3:
+        x = x.mean(1)
+    if len(x) > 1 and x.sum() > 0:
+        x = x - x.mean(0)
+    for row in range(x.shape[1]):
+        x = x + row
+    return m.fc(m.body(x))
+
+
+@pytest.mark.parametrize(
+    ("forward", "children", "names"),
+    [
+        (lambda m, x: (m.fc(m.body(x)), F.normalize(m.body(x))), {}, ("fc",)),
+        (lambda m, x: {"logits": m.fc(m.body(x)), "z": m.other(m.body(x))}, OTHER, ("fc",)),
+        (lambda m, x: Outputs(m.fc(m.body(x)), m.other(m.body(x))), OTHER, ("fc", "other")),
+        (lambda m, x: (m.fc(m.body(x)) + m.other(m.body(x))) / 2, OTHER, ("fc", "other")),
+        (lambda m, x: 0.25 * m.fc(x) + m.other(x) * 0.75, OTHER, ("fc", "other")),
+        (lambda m, x: torch.stack([m.fc(x), m.other(x)]).mean(0), OTHER, ("fc", "other")),
+        (lambda m, pair: (m.fc(m.body(pair[0])), m.fc(m.body(pair[1]))), {}, ("fc",)),
+        (lambda m, x: m.fc(m.body(x))[:, 0, :].float(), {}, ("fc",)),
+        (lambda m, x: m.fc(m.other(m.body(x)).softmax(1)), OTHER, ("fc",)),
+        (lambda m, x, labels=None: m.fc(x) if labels is None else m.other(x), OTHER, ("fc",)),
+        (branching, {}, ("fc",)),
+    ],
+)
+def test_the_layer_whose_output_is_the_models(forward, children, names):
+    assert find_head(Written(forward, **children)) == names
+    assert find_head(nn.Sequential(Written(forward, **children))) == tuple(f"0.{n}" for n in names)
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        nn.BatchNorm1d(3),
+        nn.BatchNorm1d(3, affine=False),
+        nn.LayerNorm(3),
+        nn.LayerNorm(3, elementwise_affine=False),
+        nn.Dropout(),
+        nn.Softmax(1),
+        nn.LogSoftmax(1),
+        nn.Sigmoid(),
+        nn.Tanh(),
+        nn.ReLU(),
+    ],
+    ids=repr,
+)
+def test_what_changes_the_logits_after_the_classifier_is_refused(last):
+    plain = nn.Sequential(mlp(4, 6, 8), nn.ReLU(), nn.Linear(8, 3))
+    assert find_head(nn.Sequential(plain, nn.Flatten(), nn.Identity())) == ("0.2",)
+    for model in (nn.Sequential(plain, last), Written(lambda m, x: m.last(m.fc(x)), last=last)):
+        with pytest.raises(ValueError, match=r"after the classifier.*`head=`.*Linear, 8 -> 3"):
+            find_head(model)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: m.fc(x) / 0.5,
+        lambda m, x: m.fc(x) + m.other(x),
+        lambda m, x: m.fc(x) - m.other(x),
+        lambda m, x: m.fc(x) * m.fc.bias.exp(),
+        lambda m, x: F.linear(x, m.fc.weight, m.fc.bias),
+        lambda m, x: m.fc(x).log_softmax(1),
+        lambda m, x: F.dropout(m.fc(x), 0.1, m.training),
+        lambda m, x: m.fc(x)[:, -1, [0, 2]],
+        lambda m, x: F.normalize(m.fc(x)) @ F.normalize(m.other(x)).T,
+        lambda m, x: m.fc(x) if x.sum() > 0 else m.other(x),
+        lambda m, x: (m.fc(x), m.other(x)),
+        lambda m, x: {"coarse": m.fc(x), "fine": m.other(x)},
+        lambda m, x: torch.stack([m.fc(x), m.other(x)]),
+        lambda m, x: x.numpy()[0] + m.fc(x),
+    ],
+)
+def test_what_is_not_certain_lists_the_candidates(forward):
+    model = Written(forward, **OTHER)
+    with pytest.raises(ValueError, match=r"`model` must be .*`head=`.*fc \(Linear, 8 -> 3\)"):
         find_head(model)
+    assert find_head(model, "fc") == ("fc",)
+
+
+def test_looking_leaves_nothing_behind():
+    model = Written(stored)
+    model.trail, model.fc.training = [], False
+    model.register_buffer("steps", torch.zeros(2))
+    model.written = lambda m, x: m.steps.add_(1) is not None and stored(m, x)
+    before, random = dict(vars(model)), torch.random.get_rng_state()
+    assert find_head(model) == ("fc",)
+    assert vars(model).keys() == before.keys()
+    assert all(vars(model)[key] is value for key, value in before.items())
+    assert model.trail == []
+    assert model.steps.tolist() == [0, 0]
+    assert not model.fc.training
+    assert torch.random.get_rng_state().equal(random)
+
+
+def test_auxiliary_heads_of_torchvision_are_heads():
+    with torch.device("meta"):
+        models = torchvision.models
+        inception = models.inception_v3(num_classes=3, init_weights=False)
+        googlenet = models.googlenet(num_classes=3, init_weights=False, aux_logits=True)
+        names = {"resnet18": "fc", "vit_b_16": "heads.head", "mobilenet_v2": "classifier.1"}
+        for name, head in names.items():
+            assert find_head(models.get_model(name, num_classes=3)) == (head,)
+        with pytest.raises(ValueError, match=r"after the classifier.*classifier\.1 \(Conv2d"):
+            find_head(models.squeezenet1_0())
+    assert find_head(inception) == ("fc", "AuxLogits.fc")
+    assert set(find_head(googlenet)) == {"fc", "aux1.fc2", "aux2.fc2"}
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext", "edgenext_xx_small", "dla34"])
+def test_a_backbone_of_features_has_no_classifier(name):
+    with torch.device("meta"):
+        whole = timm.create_model(name)
+        backbone = timm.create_model(name, features_only=True)
+    assert find_head(nn.Sequential(whole)) == tuple(f"0.{part}" for part in find_head(whole))
+    with pytest.raises(ValueError, match=r"must be a model with a classifier.*features_only=True"):
+        find_head(backbone)
 
 
 def test_a_model_built_for_features_has_its_own_error():
@@ -152,7 +307,7 @@ def test_a_model_built_for_features_has_its_own_error():
     with pytest.raises(ValueError, match=r"num_classes=0"):
         find_head(model)
     assert find_head(model, "body.0") == ("body.0",)
-    assert find_head(Net(backbone=model, fc=nn.Linear(8, 3))) == ("fc",)
+    assert find_head(Net(body=model, fc=nn.Linear(8, 3))) == ("fc",)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Putting the cosine head on, folding it back, and the state dict that serves both."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -215,7 +216,7 @@ class Dictionary(Net):
 @pytest.mark.parametrize("form", ["tensor", "loader", "mapping"])
 def test_inputs_come_as_the_model_takes_them(form):
     x, y = examples(), torch.zeros(200)
-    model = use_cosine_head(Net() if form != "mapping" else Dictionary())
+    model = use_cosine_head(Net() if form != "mapping" else Dictionary(), head="heads.0")
     model.body.eval()
     batch = {"tensor": x, "loader": [x, y], "mapping": {"x": x, "labels": y}}[form]
     fold_cosine_head(model, inputs=iter([batch]))
@@ -278,3 +279,99 @@ def test_gathered_tensors_can_be_folded_in_place_of_the_models_own():
     assert all(state[key].equal(value) for key, value in expected.items())
     lone = CosineLinear(4, 3)
     assert set(folded_state_dict(lone)) == {"weight", "bias", "cosine_weight", "cosine_moments"}
+
+
+def ordinary(model):
+    model.heads[0] = nn.Linear(16, 5)
+
+
+def adapted(model):
+    peft = pytest.importorskip("peft")
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["heads.0"], r=2), model)
+
+
+@pytest.mark.parametrize("change", [ordinary, adapted])
+@pytest.mark.parametrize(
+    "carry", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
+)
+def test_a_head_that_is_replaced_stops_the_training(change, carry):
+    x = examples(4)
+    model = carry(use_cosine_head(Net()))
+    model(x)
+    change(model)
+    with pytest.raises(ValueError, match=r"heads\.0"):
+        model(x)
+    with torch.no_grad():
+        model(x)
+    model.eval()(x)
+
+
+def test_a_head_that_is_put_on_again_or_folded_trains():
+    x = examples(4)
+    model = use_cosine_head(Net())
+    ordinary(model)
+    use_cosine_head(model)(x)
+    folded = fold_cosine_head(model)
+    assert not folded._forward_pre_hooks
+    ordinary(folded)
+    folded(x)
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_a_compiled_model_trains_without_no_head_either(fullgraph):
+    torch.compiler.reset()
+    x = examples(4)
+    model = use_cosine_head(Net())
+    compiled = torch.compile(model, backend="eager", fullgraph=fullgraph)
+    torch.testing.assert_close(compiled(x), model(x))
+    ordinary(model)
+    with pytest.raises(Exception, match=r"exception|heads\.0"):
+        compiled(x)
+
+
+def test_a_model_compiled_before_is_compiled_anew():
+    torch.compiler.reset()
+    x = examples(4)
+    model = Net()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    compiled(x)
+    assert use_cosine_head(compiled) is compiled
+    expected = 30 * F.normalize(model.body(x)) @ F.normalize(model.heads[0].weight).T
+    logits = compiled(x)
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    logits.sum().backward()
+    assert model.heads[0].weight.grad.abs().sum() > 0
+    ordinary(model)
+    with pytest.raises(ValueError, match=r"heads\.0"):
+        model(x)
+
+
+def test_a_weight_that_another_module_shares_is_not_parted():
+    model = nn.Sequential(nn.Embedding(5, 16), nn.Linear(16, 16), nn.Linear(16, 5, bias=False))
+    model[2].weight = model[0].weight
+    with pytest.raises(ValueError, match=r"'2' has a weight of its own, got \"that of '0'\""):
+        use_cosine_head(model)
+    model[2].weight = nn.Parameter(model[0].weight.detach().clone())
+    assert list(cosine_heads(use_cosine_head(model))) == ["2"]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients_of_each_example_by_torch_func(training):
+    model = use_cosine_head(Net()).train(training)
+    x, target = examples(6), torch.arange(6) % 5
+    weight = model.heads[0].weight.detach()
+    before = model.heads[0].cosine_moments.clone()
+
+    def loss(weight, features, label):
+        logits = torch.func.functional_call(model, {"heads.0.weight": weight}, features[None])
+        return F.cross_entropy(logits, label[None])
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
+    got = each(weight, x, target)
+    assert model.heads[0].cosine_moments.equal(before)
+    expected = []
+    for features, label in zip(x, target, strict=True):
+        rows = weight.clone().requires_grad_()
+        logits = 30 * F.normalize(model.body(features), dim=0) @ F.normalize(rows).T
+        expected += torch.autograd.grad(F.cross_entropy(logits, label), rows)
+    torch.testing.assert_close(got, torch.stack(expected), rtol=1e-4, atol=1e-5)

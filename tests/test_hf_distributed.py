@@ -50,8 +50,10 @@ def test_labels_are_read_once_for_all_processes(alone, ranks):
     assert [found["labels"]["loaded"] for found in (alone, *ranks)] == [15, 15, 0]
 
 
-@pytest.mark.parametrize("loss", ["ce", "ldam"])
-@pytest.mark.parametrize("cut", ["whole", "parts"])
+@pytest.mark.parametrize(
+    ("loss", "cut"),
+    [("ce", "whole"), ("ce", "parts"), ("ldam", "whole"), ("ldam", "parts"), ("ldam", "chunked")],
+)
 def test_the_update_does_not_depend_on_the_split(loss, cut, alone, ranks):
     one = alone[loss, "whole"]
     for found in (alone[loss, cut], ranks[0][loss, cut], ranks[1][loss, cut]):

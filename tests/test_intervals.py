@@ -54,6 +54,29 @@ def test_detectable_difference_is_found_in_four_of_five_experiments():
     assert np.mean(found) == pytest.approx(0.8, abs=0.012)
 
 
+@pytest.mark.parametrize(("pairs", "tests"), [(3, 3), (5, 8), (10, 8), (10, 40)])
+def test_detectable_difference_is_found_in_four_of_five_experiments_after_holm(pairs, tests):
+    """One real difference among others that are none, decided as the tables decide."""
+    values = np.random.default_rng(3).normal(size=pairs)
+    values = (values - values.mean()) / values.std(ddof=1)  # spread 1
+    detectable = paired_comparison(np.zeros(pairs), values, tests).detectable
+    experiments = np.random.default_rng(4).normal(size=(4000, tests, pairs))
+    experiments[:, 0] += detectable
+    p_values = stats.ttest_1samp(experiments, 0.0, axis=2).pvalue
+    found = np.mean([holm(row.tolist())[0] < 0.05 for row in p_values])
+    assert 0.785 < found < 0.835  # sampling error 0.0063; other rows that are found help a little
+
+
+def test_many_tests_at_once_need_a_larger_difference():
+    first, second = [30.0, 31.0], [28.0, 30.5]
+    found = [paired_comparison(first, second, tests).detectable for tests in (1, 2, 40, 1000)]
+    assert found == sorted(found)
+    assert np.isfinite(found).all()
+    assert found[1] / found[0] == pytest.approx(2, rel=0.05)  # a t of one degree has 1 / t tails
+    with pytest.raises(ValueError, match="`tests` must be an integer >= 1, got 0"):
+        paired_comparison(first, second, 0)
+
+
 @pytest.mark.parametrize("differences", [[-2.0], [-2.0, -2.0], [0.0, 0.0, 0.0], [0.1 + 0.2, 0.3]])
 def test_no_test_without_a_spread(differences):
     first = [30.0] * len(differences)

@@ -140,7 +140,7 @@ def test_killed_at_random_moments(case, texts, images, tmp_path):
     recipe = "text" if kind == "text" else "vision"
     flags = [*TEXT, "--dataset", texts] if kind == "text" else list(VISION)
     if kind == "images":
-        flags += ["--dataset", images, "--image_size", 16, "--in_memory", 0, "--workers", 2]
+        flags += ["--dataset", images, "--image_size", 16, "--memory_limit", 0, "--workers", 2]
         flags += ["--profile", "none", "--batch_size", 8, "--model", "cifar_resnet20"]
     flags += more
     began = time.monotonic()

@@ -64,10 +64,53 @@ def test_none_keeps_every_index_in_order():
     assert long_tail_indices([1, 0, 1, 0], profile="none").tolist() == [0, 1, 2, 3]
 
 
-def test_imbalanced_source_keeps_what_its_classes_have():
-    labels = [0] * 10 + [1] * 2 + [2] * 6
-    kept = long_tail_indices(labels, 2, "exp")
-    assert np.bincount(np.array(labels)[kept]).tolist() == [6, 2, 3]
+def kept_of(sizes, *args, **options):
+    """Samples that each class keeps of a set with classes of these sizes."""
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(sizes)), sizes))
+    kept = long_tail_indices(labels, *args, **options)
+    assert len(set(kept.tolist())) == len(kept)
+    return np.bincount(labels[kept], minlength=len(sizes)).tolist()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "ratio", "profile", "expected"),
+    [
+        # 300, 300 * 100 ** -0.25 = 94.9, 30, 9.5 and 3 from the largest class to the smallest
+        ([300, 150, 80, 50, 20], 100, "exp", [300, 94, 30, 9, 3]),
+        ([20, 50, 80, 150, 300], 100, "exp", [3, 9, 30, 94, 300]),
+        ([80, 300, 20, 50, 150], 100, "exp", [30, 300, 3, 9, 94]),
+        # classes of one size rank by index
+        ([50, 100, 50, 100], 8, "exp", [25, 100, 12, 50]),
+        ([20, 50, 80, 150, 300], 10, "step", [20, 30, 30, 150, 300]),
+        # a natural tail that is steeper than the profile stays as it is
+        ([2, 900, 6], 3, "exp", [2, 900, 6]),
+        ([20, 50, 80, 150, 300], 1, "exp", [20, 50, 80, 150, 300]),
+        ([7], 100, "exp", [7]),
+    ],
+)
+def test_classes_of_different_sizes_rank_by_size_and_keep_no_more_than_they_have(
+    sizes, ratio, profile, expected
+):
+    assert kept_of(sizes, ratio, profile) == expected
+
+
+@pytest.mark.parametrize("profile", ["exp", "step"])
+def test_a_larger_class_never_keeps_less_than_a_smaller_one(profile):
+    random = np.random.default_rng(3)
+    for _ in range(50):
+        sizes = random.integers(40, 400, random.integers(2, 12)).tolist()
+        kept = kept_of(sizes, random.uniform(1, 40), profile)
+        by_size = sorted(range(len(sizes)), key=lambda c: (-sizes[c], c))
+        assert [kept[c] for c in by_size] == sorted(kept, reverse=True)
+        assert max(kept) == max(sizes)
+        assert all(np.less_equal(kept, sizes))
+
+
+def test_order_by_index_is_the_authors_rule_on_sets_of_any_sizes():
+    assert kept_of([10, 2, 6], 2, class_order="index") == [6, 2, 3]
+    targets = np.random.default_rng(5).permutation(np.repeat(np.arange(5), [20, 50, 80, 150, 300]))
+    ours = long_tail_indices(targets, 100, class_order="index")
+    assert ours.tolist() == authors_choice(targets, 100, "exp", 0)
 
 
 @pytest.mark.parametrize(
@@ -80,6 +123,9 @@ def test_imbalanced_source_keeps_what_its_classes_have():
         (lambda: long_tail_indices([], 10), r"at least one label"),
         (lambda: long_tail_indices([0, 1], 0), r"`ratio`"),
         (lambda: long_tail_indices([0, 2], 1), r"no training sample in class 1"),
+        (lambda: long_tail_indices([0, 0, 2, 2], 9), r"no training sample in class 1"),
+        (lambda: long_tail_indices([0, 0, 0, 1], 4), r"`ratio` must be small.*at most 3"),
+        (lambda: long_tail_indices([0, 1], class_order="sizes"), r"`class_order`.*mean 'size'"),
         (lambda: long_tail_indices([0, 1], 1, seed=-1), r"`seed`"),
         (lambda: long_tail_indices([0, 5], 1, num_classes=2), r"5 in row 1"),
     ],

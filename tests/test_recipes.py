@@ -67,19 +67,6 @@ def test_leaves_what_is_promised(run, capsys):
     assert "balanced accuracy" in capsys.readouterr().out
 
 
-def test_exported_model_is_the_trained_one_without_its_head(run):
-    metrics, out = run("--mixed_precision", "no")
-    model = timm.create_model(f"local-dir:{out / 'model'}", pretrained=True).eval()
-    assert type(model.fc) is torch.nn.Linear
-    _, test = vision_setup.load_images("digits")
-    images = vision_setup.InMemoryImages.from_images(test, 8)
-    parsed = recipe_options.parse_options(vision_setup.VisionOptions, [], default="digits_lt")
-    with torch.inference_mode():
-        logits = model(vision_setup.make_input(parsed, model, images.pixels.device)(images.pixels))
-    error = 100 * (logits.argmax(1) != images.labels).double().mean().item()
-    assert error == pytest.approx(metrics["test"]["top1_error"])
-
-
 @pytest.mark.parametrize("flags", [(), ("--ema_decay", 0.5, "--schedule", "drs", "--mixup", 0.2)])
 def test_resumed_run_equals_the_undisturbed_one(run, monkeypatch, flags):
     flags = ("--epochs", 3, *flags)
@@ -112,7 +99,7 @@ def test_resumed_run_equals_the_undisturbed_one(run, monkeypatch, flags):
         ("--loss", "vector_scaling", "--schedule", "drs", "--accumulation", 3),
         ("--loss", "ce", "--head", "cosine", "--clip_grad", 1, "--mixed_precision", "bf16"),
         ("--profile", "step", "--report_to", "tensorboard", "--opt", "adamw", "--lr", 1e-3),
-        ("--in_memory", 0, "--workers", 1, "--model", "test_vit", "--image_size", 160),
+        ("--memory_limit", 0, "--workers", 1, "--model", "test_vit", "--image_size", 160),
     ],
     ids=lambda flags: flags[1],
 )
@@ -178,7 +165,11 @@ def small_folder(root, corrupt=()):
         (["--start", "7"], ValueError, "`start` must be before the end of the training"),
         (["--start", "soon"], ValueError, "`start` must be a share .*got 'soon'"),
         (["--num_processes", "2"], RuntimeError, "must be 2, as asked for, got 1"),
-        (["--dataset", "no/such-set"], (ValueError, ConnectionError), "no/such-set"),
+        (
+            ["--dataset", "no/such-set", "--profile", "exp"],
+            (ValueError, ConnectionError),
+            "no/such-set",
+        ),
         (["--mixed_precision", "fp8"], SystemExit, None),
         (["--schedule", "dwr"], SystemExit, None),
         (["--no_such_flag", "1"], ValueError, "no_such_flag"),
@@ -213,6 +204,17 @@ def test_second_run_in_one_folder_is_refused(run):
         run()
     with pytest.raises(ValueError, match=r"model: 'cifar_resnet20' there, 'cifar_resnet32' now"):
         run("--resume", "--model", "cifar_resnet32")
+
+
+def test_classes_of_a_resumed_run_must_be_the_same(run, tmp_path):
+    folder = small_folder(tmp_path / "images")
+    flags = ["--dataset", folder, "--model", "cifar_resnet20", "--image_size", "8"]
+    flags += ["--epochs", "1", "--schedule", "none", "--batch_size", "4"]
+    run(*flags, preset=[])
+    for split in ("train", "test"):
+        os.rename(f"{folder}/{split}/cat", f"{folder}/{split}/elk")
+    with pytest.raises(ValueError, match=r"class_names: \['cat', 'dog'\] there, \['dog', 'elk'\]"):
+        run(*flags, "--resume", preset=[])
 
 
 def test_corrupt_image_is_named_or_skipped(run, tmp_path):

@@ -265,3 +265,19 @@ def test_history_file_is_the_documented_table(tmp_path):
         rows = list(csv.reader(file))
     assert rows[0] == ["epoch", "lr", "stage", "train_loss", "test_error", "seconds"]
     assert rows[1] == ["0", "0.1", "uniform", "2.0", "50.0", "1.0"]
+
+
+@pytest.mark.usefixtures("_no_drawing")
+def test_augmentation_and_preprocessing_are_shown(tmp_path):
+    make_run(tmp_path, ClassCounts([9, 3]), history())
+    metrics = read_metrics(tmp_path)
+    evaluation = {"input_size": [3, 8, 8], "crop_mode": "center", "crop_pct": 1.0}
+    metrics["images"] = {
+        "augmentation": {"kind": "crop_flip", "hflip": 0.5, "padding": 1},
+        "evaluation": {**evaluation, "interpolation": "bicubic"},
+    }
+    write_metrics(tmp_path, metrics)
+    write_report(tmp_path)
+    words = read_page(tmp_path).words
+    assert words[words.index("augmentation") + 1] == "crop_flip (hflip 0.5, padding 1)"
+    assert words[words.index("evaluated images") + 1] == "3 x 8 x 8, center crop 1, bicubic"

@@ -1,6 +1,7 @@
 import json
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ import results_tables  # noqa: E402
 
 from ldam_plugins.experiment_plots import digest  # noqa: E402
 from ldam_plugins.experiments import read_records  # noqa: E402
+from ldam_plugins.grid import METHODS  # noqa: E402
+from ldam_plugins.intervals import paired_comparison  # noqa: E402
 
 EXPERIMENTS = [path.name for path in results_tables.RESULTS.iterdir() if path.is_dir()]
 TEXTS = {path: path.read_text() for path in results_tables.DOCUMENTS}
@@ -102,6 +105,99 @@ def check_plot(path, experiment):
 def test_plots_of_the_documents_are_of_the_committed_results():
     for experiment, kind in results_tables.plots_of(TEXT):
         check_plot(results_tables.plot_path(experiment, kind), experiment)
+
+
+def tables_of(kind):
+    """Experiment, words and rows of each table of the documents that is made from results."""
+    marked = re.findall(rf"<!-- {kind}: (\w+)(.*?) -->\n(.*?)<!-- end -->", TEXT, re.DOTALL)
+    for experiment, words, body in marked:
+        for part in body.strip().split("\n\n"):
+            rows = [re.split(r"\s+\|\s+", line.strip("| ")) for line in part.split("\n")]
+            if len(rows) > 1:
+                yield experiment, words, [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
+
+
+MARGINS = {"ldam", "ldam_hinge", "hinge", "uniform_margin"}
+"""The losses that are of cosines; the others are trained with a linear head unless told."""
+
+
+def test_every_row_of_results_names_its_head():
+    seen = set()
+    for experiment, words, rows in tables_of("results"):
+        records = read_records(results_tables.RESULTS / experiment)
+        told = {run["options"].get("head", "auto") for run in records}
+        assert told == {"auto"}, "runs with --head cosine need a mapping of their own here"
+        for row in rows:
+            if "loss" in row:
+                expected = "cosine" if row["loss"] in MARGINS else "linear"
+            else:
+                heads = [head_by_title(row[column]) for column in ("method", "against")]
+                expected = " against ".join(dict.fromkeys(heads))
+            assert row["head"] == expected, (experiment, words, row)
+            seen.add(row["head"])
+    assert seen >= {"cosine", "linear", "cosine against linear"}
+
+
+def head_by_title(title):
+    name = title.split(",")[0]
+    losses = {method.title: method.loss for method in METHODS.values()}
+    return "cosine" if losses.get(name, name.split(" / ")[0]) in MARGINS else "linear"
+
+
+def test_the_readme_says_that_head_and_loss_are_not_told_apart():
+    words = " ".join(TEXT.split())
+    assert (
+        "A difference between rows with different heads is that of loss and head together" in words
+    )
+    assert not re.search(r"LDAM-DRW is (nearly|far)", words)
+
+
+def test_every_record_holds_its_precision_or_that_it_is_unknown():
+    found = Counter(
+        json.loads(path.read_text())["mixed_precision"]
+        for path in results_tables.RESULTS.glob("*/*.json")
+    )
+    assert set(found) <= {"bf16", "fp16", "no", "unknown"}
+    total = f"bf16 autocast in {found['bf16']} of {sum(found.values()):,}, and `unknown` in the "
+    assert f"{total}other {found['unknown']}," in " ".join(TEXT.split())
+    assert (found["no"] == 0) == (
+        "No record says that it trained in float32" in " ".join(TEXT.split())
+    )
+
+
+def test_no_figure_is_of_the_jpeg_copy_of_cifar10():
+    for path in results_tables.RESULTS.glob("*/*.json"):
+        assert "cifar10" not in json.loads(path.read_text())["options"]["dataset"]
+    for path in results_tables.TIMINGS.glob("*.json"):
+        kept = json.loads(path.read_text())
+        assert kept["options"]["only"] != ["vision"]
+    for text in TEXTS.values():
+        assert "The runs on the original pixels have not been made yet" in " ".join(text.split())
+
+
+def test_the_two_ways_of_dropout_are_compared_as_the_package_compares():
+    def errors(way):
+        records = read_records(results_tables.RESULTS / f"banking77_{way}_dropout")
+        runs = {run["options"]["seed"]: run for run in records}
+        return [100 * (1 - runs[seed]["test"]["balanced_accuracy"]) for seed in range(5)]
+
+    found = paired_comparison(errors("own"), errors("fast"))
+    mean, half, _ = found.difference
+    said = f"has {mean:+.1f} ± {half:.1f} points of balanced error more, p = {found.p_value:.2f}: "
+    said += f"not told from noise; {found.detectable:.1f} points would have been"
+    assert found.p_value > 0.05
+    assert said in " ".join(TEXT.split())
+    assert "Welch" not in TEXT
+
+
+def test_what_the_loss_is_divided_by_is_said_of_each_recipe():
+    words = " ".join(TEXT.split())
+    assert (
+        "the vision recipe divides the loss by the sum of the weights of the whole batch" in words
+    )
+    assert (
+        "`Trainer` by the number of its items times the mean weight of a training sample" in words
+    )
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

@@ -6,12 +6,14 @@ import pytest
 
 from ldam_plugins import run_folder
 from ldam_plugins.run_folder import RUN_ENTRIES, claim_output_dir
+from ldam_plugins.run_lock import HOLDER_FILE, LOCK_FILE
 
 OPTIONS = {"model": "resnet", "lr": 0.1, "seed": 0, "milestones": [1, 2], "list": None}
 
 
 def names(folder):
-    return sorted(os.listdir(folder))
+    """What is in a folder, but for its lock."""
+    return sorted(set(os.listdir(folder)) - {LOCK_FILE, HOLDER_FILE})
 
 
 def test_claim_makes_the_folder_and_keeps_the_options(tmp_path):

@@ -1,16 +1,23 @@
+import itertools
 import os
 import platform
+import random
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard
+from torch.utils.data import BatchSampler
 
 from ldam_plugins.runtime import (
     check_processes,
     check_tracker,
     choose_precision,
+    epoch_batches,
     newest_checkpoint,
+    seed_epoch,
     write_checkpoint,
 )
 
@@ -18,13 +25,15 @@ from ldam_plugins.runtime import (
 @pytest.mark.parametrize(
     ("units", "expected"),
     [
-        ({"amx_bf16": True, "avx512_bf16": False}, "bf16"),
-        ({"amx_bf16": False, "avx512_bf16": True}, "bf16"),
-        ({"amx_bf16": False, "avx512_bf16": False}, "no"),
+        ({"amx_tile": True, "amx_bf16": True, "avx512_bf16": True}, "bf16"),
+        ({"amx_tile": False, "amx_bf16": False, "avx512_bf16": True}, "no"),
+        ({"amx_tile": False, "amx_bf16": True, "avx512_bf16": True}, "no"),
+        ({"amx_tile": True, "amx_int8": True, "avx512_bf16": True}, "no"),
+        ({"architecture": "aarch64", "bf16": True, "sve": True}, "no"),
         ({}, "no"),
     ],
 )
-def test_auto_precision_follows_the_cpu(monkeypatch, units, expected):
+def test_auto_precision_on_a_cpu_is_bf16_only_with_amx(monkeypatch, units, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units, raising=False)
@@ -83,6 +92,34 @@ def test_freed_memory_is_kept(device):
     assert before > 10_000
     assert after > 1_000  # part of the heap may serve again
     assert within < 1_000 if device == "cpu" else within > 10_000
+
+
+def drawn(seed, epoch, process):
+    """Numbers of every generator that an epoch of a training draws from."""
+    own = seed_epoch(seed, epoch, process)
+    numbers = [random.random() for _ in range(4)], np.random.random(4).tolist()
+    return [*numbers, torch.rand(4).tolist(), torch.rand(4, generator=own).tolist()]
+
+
+def test_no_process_draws_what_another_does_in_any_epoch():
+    times = list(itertools.product((0, 1), (0, 1, 2, 3), (0, 1, 2)))
+    streams = [tuple(stream) for time in times for stream in drawn(*time)]
+    assert len(set(streams)) == 4 * len(times)
+    assert drawn(1, 2, 1) == drawn(1, 2, 1)
+    with pytest.raises(ValueError, match="`epoch` must be an integer >= 0, got -1"):
+        seed_epoch(0, -1)
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_batches_of_an_epoch_are_counted_as_accelerate_deals_them(processes, drop_last):
+    for samples, size in itertools.product((1, 7, 8, 9, 23, 24, 25, 48), (1, 4, 8)):
+        batches = BatchSampler(range(samples), size, drop_last)
+        dealt = [
+            len(list(BatchSamplerShard(batches, processes, process)))
+            for process in range(processes)
+        ]
+        assert set(dealt) == {epoch_batches(samples, size, processes, drop_last=drop_last)}
 
 
 def write(folder, text):

@@ -4,8 +4,9 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
-from torch.utils.data import DataLoader
+from accelerate import Accelerator, skip_first_batches
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import BatchSampler, DataLoader
 
 from ldam_plugins import DeferredSchedule
 from ldam_plugins.samplers import DeferredSampler
@@ -130,6 +131,115 @@ def test_goes_through_accelerate():
     expected = DeferredSampler(LABELS, DeferredSchedule("rs"), epochs=3, seed=1)
     expected.set_epoch(2)
     assert got == list(expected)
+
+
+def deferred():
+    """Balanced from epoch 3 of 6 on."""
+    return DeferredSampler(LABELS, DeferredSchedule("drs", start=3), epochs=6, seed=1)
+
+
+def order_of(epoch):
+    sampler = deferred()
+    sampler.set_epoch(epoch)
+    return list(sampler)
+
+
+def read(loaders):
+    """Rows in the order of the epoch, of the loaders of all processes."""
+    shares = [list(loader) for loader in loaders]
+    return [i for turn in zip(*shares, strict=True) for batch in turn for i in batch.tolist()]
+
+
+def prepared(processes, workers=0):
+    """What each of several processes has: a sampler, and a loader that Accelerate prepared."""
+    samplers = [deferred() for _ in range(processes)]
+    options = {"batch_size": 50, "num_workers": workers, "persistent_workers": bool(workers)}
+    loaders = [
+        prepare_data_loader(
+            DataLoader(torch.arange(1000), sampler=sampler, **options),
+            num_processes=processes,
+            process_index=process,
+        )
+        for process, sampler in enumerate(samplers)
+    ]
+    return samplers, loaders
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+class TestResumedAccelerateLoop:
+    """The loader counts from 0 in a resumed run; the loop knows better."""
+
+    @pytest.mark.parametrize("told", ["sampler", "loader", "both"])
+    def test_at_an_epoch(self, told, processes):
+        samplers, loaders = prepared(processes)
+        for epoch in (3, 4, 5):
+            for one in (samplers if told != "loader" else []) + (
+                loaders if told != "sampler" else []
+            ):
+                one.set_epoch(epoch)
+            assert read(loaders) == order_of(epoch)
+
+    def test_told_once(self, processes):
+        samplers, loaders = prepared(processes)
+        for sampler in samplers:
+            sampler.set_epoch(3)
+        assert [read(loaders) for _ in range(3)] == [order_of(epoch) for epoch in (3, 4, 5)]
+
+    @pytest.mark.parametrize("told", ["sampler", "loader", "skipping loader"])
+    def test_inside_an_epoch(self, told, processes):
+        samplers, loaders = prepared(processes)
+        for epoch in (3, 4):
+            ahead = loaders if told == "loader" else samplers if told == "sampler" else []
+            for one in ahead:
+                one.set_epoch(epoch)
+            now = loaders
+            if epoch == 3:
+                now = [skip_first_batches(loader, 2) for loader in loaders]
+            for loader in now if told == "skipping loader" else []:
+                loader.set_epoch(epoch)
+            done = 2 * 50 * processes if epoch == 3 else 0
+            assert read(now) == order_of(epoch)[done:]
+
+    @pytest.mark.parametrize("epoch", [0, 3])
+    def test_inside_an_epoch_told_once_is_refused_in_the_next(self, epoch, processes):
+        samplers, loaders = prepared(processes)
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+        skipping = [skip_first_batches(loader, 2) for loader in loaders]
+        assert read(skipping) == order_of(epoch)[100 * processes :]
+        with pytest.raises(RuntimeError, match=r"Call `sampler.set_epoch\(epoch\)`"):
+            read(loaders)
+
+    def test_a_loop_that_says_nothing_goes_on_with_the_loaders_count(self, processes):
+        _, loaders = prepared(processes)
+        assert [read(loaders) for _ in range(4)] == [order_of(epoch) for epoch in range(4)]
+
+
+def test_workers_of_a_resumed_loop_get_its_epoch():
+    (sampler,), loaders = prepared(1, workers=2)
+    for epoch in (3, 4):
+        sampler.set_epoch(epoch)
+        assert read(loaders) == order_of(epoch)
+
+
+def test_the_last_epoch_said_is_drawn():
+    sampler = deferred()
+    for epoch in (1, 4, 2):
+        sampler.set_epoch(epoch)
+    assert list(sampler) == order_of(2)
+
+
+def test_batch_samplers_may_hand_the_epoch_on():
+    class Batches(BatchSampler):
+        def set_epoch(self, epoch):
+            self.sampler.set_epoch(epoch)
+
+    sampler = deferred()
+    batches = Batches(sampler, 50, drop_last=False)
+    loader = Accelerator(cpu=True).prepare(DataLoader(torch.arange(1000), batch_sampler=batches))
+    for epoch in (3, 4):
+        sampler.set_epoch(epoch)
+        assert read([loader]) == order_of(epoch)
 
 
 @pytest.mark.parametrize(

@@ -63,3 +63,22 @@ def test_a_sharded_model_takes_a_gathered_one_in(found):
 def test_a_sharded_head_is_not_folded_in_place(found):
     assert "`model` must be whole on every process" in found["refusal"]
     assert "folded_state_dict" in found["refusal"]
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+def test_a_chunked_head_gets_the_gradients_of_the_plain_one(wrapper, found):
+    plain, chunked = (found["wrapped"][wrapper, kind] for kind in (False, True))
+    for expected, got in zip(plain, chunked, strict=True):
+        assert (got - expected).norm() <= 1e-6 * expected.norm()
+
+
+def test_a_chunked_head_whose_weight_is_freed_too_early_is_refused(found):
+    assert "`chunked` must be False under FSDP" in found["wrapped"]["resharded"]
+    assert "reshard_after_forward=False" in found["wrapped"]["resharded"]
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2", "inside"])
+def test_a_head_that_comes_after_the_wrapper_is_refused(wrapper, found):
+    message = found["wrapped"]["late", wrapper]
+    assert "`model` must be one not yet wrapped or sharded" in message
+    assert "Call use_cosine_head(model) first" in message

@@ -184,6 +184,15 @@ def test_label_of_the_test_set_that_training_has_not(hub_folder):
     expect("split test has labels that training has not: 'z'", folder)
 
 
+def test_a_test_set_whose_classes_are_in_another_order_is_refused(tmp_path):
+    made = {}
+    for split, names in (("train", ["neg", "pos"]), ("test", ["pos", "neg"])):
+        features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
+        made[split] = Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]}, features=features)
+    DatasetDict(made).save_to_disk(str(tmp_path))
+    expect("column 'label' of split test must have the classes .*not so: their order", tmp_path)
+
+
 def test_thin_classes_keeps_a_share_of_the_rare_ones():
     labels = np.array([0, 1] * 50)
     kept = thin_classes(labels, ["neg", "pos"], ["neg"], 0.1)

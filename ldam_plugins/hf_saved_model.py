@@ -1,0 +1,127 @@
+"""The classifier that a text run leaves behind: measured as anyone loads it, and described."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+
+from ldam_plugins._checks import must_be
+from ldam_plugins.counts import ClassCounts
+from ldam_plugins.metrics import MetricAccumulator
+from ldam_plugins.run_files import write_atomic
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_TEXTS_AT_ONCE = 1024
+_OWN_CODE = """
+The architecture is no part of transformers: its code lies in this folder, and it loads with
+`trust_remote_code=True`.
+"""
+_README = """# {name}
+
+A text classifier of {classes} classes, trained by the recipe `text_lt.py` of ldam_plugins.
+It loads without that package:
+
+```python
+from transformers import pipeline
+
+classify = pipeline("text-classification", model="{folder}"{trust})
+classify(["a text", "another"], truncation=True)
+```
+{own_code}
+`truncation=True` cuts longer texts to the {length} tokens the model was trained on. `test` in the
+run's `metrics.json` was measured on what lies here: these weights, this tokenizer, truncated, in
+float32.
+"""
+
+
+def measure_saved(
+    folder: str | os.PathLike[str],
+    texts: Dataset,
+    class_counts: ClassCounts,
+    *,
+    batch_size: int = 64,
+) -> dict[str, Any]:
+    """Metrics of the model in ``folder`` on ``texts``, as anyone gets them who loads it.
+
+    Model and tokenizer come from the folder through their Auto classes, the texts are truncated
+    as the tokenizer says, and all is computed in float32. The processes of a training share the
+    texts; each must see the folder, and all get the same metrics.
+
+    Args:
+        folder: What ``save_pretrained`` of model and tokenizer wrote.
+        texts: Columns ``text`` and ``label``; class c is the c-th output.
+        class_counts: Training texts per class; they define the groups, and where they have names
+            the model must have the same ones.
+        batch_size: Texts a forward pass.
+
+    Returns:
+        As of :func:`~ldam_plugins.metrics.long_tail_metrics`.
+
+    Raises:
+        ValueError: the model has other classes than ``class_counts``, or another order of them.
+    """
+    state = PartialState()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+    _check_classes(model.config.id2label, class_counts)
+    model.to(state.device).eval()
+    metrics = MetricAccumulator(class_counts)
+    part = texts.select(range(state.process_index, len(texts), state.num_processes))
+    for batch, labels in _batches(part, tokenizer, batch_size):
+        with torch.inference_mode():
+            logits = model(**{name: rows.to(state.device) for name, rows in batch.items()}).logits
+        metrics.update(logits.cpu(), labels)
+    whole, *others = gather_object([metrics])
+    for other in others:
+        whole.merge(other)
+    return whole.compute()
+
+
+def describe_saved(folder: str | os.PathLike[str]) -> None:
+    """Write the ``README.md`` of a saved classifier: how to load it, and what it needs."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    own_code = any(Path(folder).glob("*.py"))
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    text = _README.format(
+        name=type(model).__name__,
+        classes=model.config.num_labels,
+        folder=Path(folder).name,
+        trust=", trust_remote_code=True" if own_code else "",
+        own_code=_OWN_CODE if own_code else "",
+        length=tokenizer.model_max_length,
+    )
+    write_atomic(Path(folder, "README.md"), text.encode())
+
+
+def _check_classes(id2label: Mapping[int, str], class_counts: ClassCounts) -> None:
+    if len(id2label) != len(class_counts):
+        wanted = f"one of {len(class_counts)} classes, as the class counts"
+        raise ValueError(must_be("model", wanted, f"{len(id2label)} classes"))
+    names = tuple(id2label[index] for index in range(len(id2label)))
+    if class_counts.class_names not in (None, names):
+        wanted = f"one of the classes {class_counts.class_names}, in this order"
+        raise ValueError(must_be("model", wanted, names))
+
+
+def _batches(
+    texts: Dataset, tokenizer: PreTrainedTokenizerBase, size: int
+) -> Iterator[tuple[Mapping[str, Tensor], Sequence[int]]]:
+    """Tokens and labels of some texts at a time, those of like length together."""
+    for begin in range(0, len(texts), _TEXTS_AT_ONCE):
+        rows = texts[begin : begin + _TEXTS_AT_ONCE]
+        tokens = tokenizer(rows["text"], truncation=True)
+        order = sorted(range(len(rows["text"])), key=lambda i: len(tokens["input_ids"][i]))
+        for start in range(0, len(order), size):
+            chosen = order[start : start + size]
+            batch = {name: [column[i] for i in chosen] for name, column in tokens.items()}
+            yield tokenizer.pad(batch, return_tensors="pt"), [rows["label"][i] for i in chosen]
