@@ -474,11 +474,12 @@ def _label_columns(dataset: Any) -> list[str]:
 
 
 def _column_of(dataset: Any) -> str | None:
-    """Column of the labels, if the data set is a table."""
+    """Column of the labels, if the data set is a table without transform."""
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
     is_table = _method_of(dataset) == "datasets.arrow_dataset.Dataset.__getitem__"
-    return next(iter(_label_columns(dataset)), None) if is_table else None
+    plain = is_table and dataset.format["type"] in _FORMATS
+    return next(iter(_label_columns(dataset)), None) if plain else None
 
 
 def _method_of(dataset: Any) -> str:
