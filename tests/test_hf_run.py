@@ -255,7 +255,7 @@ class TestSamplerOfTheUsers:
 
         callback = DRWCallback(schedule="rs")
         trainer = make_trainer(tmp_path, callbacks=[callback], kind=OwnBatches)
-        with pytest.raises(ValueError, match="`sampler` must be .*'Pairs'"):
+        with pytest.raises(ValueError, match=r"`sampler` must be .*'Pairs'"):
             trainer.train()
 
     @pytest.mark.parametrize(
