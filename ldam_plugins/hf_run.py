@@ -168,13 +168,6 @@ class TrainingRun:
             labels = torch.cat([labels[:own], ignored])
         return outputs, labels, items
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_trainer": self._trainer()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        trainer = state["_trainer"]
-        self.__dict__ = {**state, "_trainer": _nobody if trainer is None else weakref.ref(trainer)}
-
     def _running_trainer(self) -> Trainer:
         trainer = self._trainer()
         if trainer is None:
@@ -266,10 +259,6 @@ def users_sampler(loader: Any) -> str | None:
     if shuffles and len(sampler) == len(sampler.data_source) == len(loader.dataset):
         return None
     return type(sampler).__name__
-
-
-def _nobody() -> None:
-    """A weak reference to a Trainer that is gone."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """DRWCallback: what it trains, when it switches, and what it leaves behind."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -177,6 +178,77 @@ class TestEvaluation:
         torch.nn.init.zeros_(model.classifier.weight)
         trainer = make_trainer(tmp_path, model, callbacks=[DRWCallback()])
         torch.testing.assert_close(trainer.model.classifier.weight.norm(dim=1), torch.ones(3))
+
+
+class TestOneCallbackForManyTrainings:
+    OTHER = (9, 7, 5)
+
+    def _trainer(self, folder, callback, counts=COUNTS, **more):
+        options = {"max_steps": 6, **more}
+        return make_trainer(folder, data=make_data(counts=counts), callbacks=[callback], **options)
+
+    def _alone(self, folder, counts=COUNTS):
+        trainer = self._trainer(folder, DRWCallback(start=0.5), counts)
+        trainer.train()
+        return _losses(trainer)
+
+    def test_folds_in_any_order(self, tmp_path):
+        shared = DRWCallback(start=0.5)
+        folds = [self._trainer(tmp_path, shared, counts) for counts in (COUNTS, self.OTHER)]
+        for fold in reversed(folds):
+            fold.train()
+        for fold, counts in zip(folds, (COUNTS, self.OTHER), strict=True):
+            assert torch.equal(_losses(fold), self._alone(tmp_path, counts))
+            assert fold.evaluate(make_data())["eval_loss"] > 0
+
+    @pytest.mark.parametrize("given", [True, False])
+    def test_a_training_inside_another(self, given, tmp_path):
+        shared = DRWCallback(LDAMLoss(COUNTS) if given else None, start=0.5)
+        inner = []
+
+        class Nests(TrainerCallback):
+            def on_step_end(_, args, state, control, **kwargs):
+                if state.global_step == 1:
+                    inner.append(self._trainer(tmp_path, shared))
+                    random = torch.get_rng_state()
+                    inner[0].train()
+                    torch.set_rng_state(random)
+
+        outer = self._trainer(tmp_path, shared)
+        outer.add_callback(Nests())
+        outer.train()
+        assert torch.equal(_losses(outer), self._alone(tmp_path))
+        assert torch.equal(_losses(inner[0]), self._alone(tmp_path))
+
+    @pytest.mark.parametrize("when", ["before", "during", "after"])
+    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))])
+    def test_copies_train_the_same(self, when, copied, tmp_path):
+        shared = DRWCallback(start=0.5)
+        copies = [copied(shared)] if when == "before" else []
+
+        class Copies(TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                copies.append(copied(shared))
+
+        trainer = self._trainer(tmp_path, shared)
+        if when == "during":
+            trainer.add_callback(Copies())
+        trainer.train()
+        copies = copies or [copied(shared)]
+        other = self._trainer(tmp_path, copies[-1])
+        other.train()
+        assert torch.equal(_losses(other), _losses(trainer))
+
+    def test_only_the_model_that_was_not_trained_is_spoken_of(self, tmp_path, caplog):
+        shared = DRWCallback()
+        trained, new = (self._trainer(tmp_path, shared) for _ in range(2))
+        trained.train()
+        logging.enable_propagation()
+        trained.evaluate(make_data())
+        assert "leave the callback out" not in caplog.text
+        new.evaluate(make_data())
+        logging.disable_propagation()
+        assert "leave the callback out" in caplog.text
 
 
 class TestWhatIsLeft:

@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from accelerate.data_loader import SeedableRandomSampler
 from hf_samples import (
     COUNTS,
     Spy,
@@ -16,7 +17,16 @@ from hf_samples import (
     make_trainer,
     tensors,
 )
-from transformers import TrainerCallback
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+from transformers import Trainer, TrainerCallback
+from transformers.utils import logging
 
 from ldam_plugins import create_loss
 from ldam_plugins.hf_plugin import DRWCallback
@@ -100,6 +110,37 @@ class TestResume:
         assert torch.equal(_parameters(straight), _parameters(resumed))
         assert torch.equal(_losses(straight), _losses(resumed))
 
+    @pytest.mark.parametrize(("kind", "start"), [("drw", 0.34), ("drs", 1)])
+    def test_leaves_the_log_of_an_undisturbed_run(self, kind, start, tmp_path):
+        def trainer(folder, **more):
+            callback = DRWCallback(schedule=kind, start=start)
+            saving = {"max_steps": 7, "save_strategy": "steps", "save_steps": 1, **more}
+            return make_trainer(tmp_path / folder, callbacks=[callback], **saving)
+
+        def entries(done):
+            timed = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
+            log = done.state.log_history
+            return [{k: v for k, v in e.items() if k not in (*timed, "train_loss")} for e in log]
+
+        straight = trainer("whole")
+        straight.train()
+        for step in (2, 3, 4):  # 3 updates an epoch, the switch at 3
+            resumed = trainer("again", save_strategy="no")
+            resumed.train(resume_from_checkpoint=f"{tmp_path}/whole/checkpoint-{step}")
+            assert entries(resumed) == entries(straight)
+
+    def test_a_schedule_goes_by_the_length_at_its_beginning(self, tmp_path):
+        class Shortens(TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                if state.global_step == 4:
+                    state.max_steps = 5
+
+        trainer = make_trainer(
+            tmp_path, callbacks=[DRWCallback(start=0.8), Shortens()], max_steps=10
+        )
+        trainer.train()
+        assert logged(trainer, "drw_stage") == ["uniform"]  # the switch was to be at 8
+
     def test_checkpoint_in_several_files(self, tmp_path):
         trainer = make_trainer(tmp_path, callbacks=[DRWCallback()])
         trainer.train()
@@ -168,6 +209,123 @@ class TestSampling:
             for seed in (0, 0, 1)
         ]
         assert orders[0] == orders[1] != orders[2]
+
+
+class _Own(Trainer):
+    """Chooses the rows of an epoch itself."""
+
+    own = None
+
+    def _get_train_sampler(self, train_dataset=None):
+        return type(self).own(self.train_dataset)
+
+
+def _first_half(rows):
+    return SubsetRandomSampler(range(len(rows) // 2))
+
+
+OWN_SAMPLERS = {
+    "SubsetRandomSampler": _first_half,
+    "SequentialSampler": SequentialSampler,
+    "WeightedRandomSampler": lambda rows: WeightedRandomSampler([1.0] * len(rows), len(rows)),
+    "SeedableRandomSampler": lambda rows: RandomSampler(rows, replacement=True, num_samples=48),
+}
+
+
+class TestSamplerOfTheUsers:
+    @pytest.mark.parametrize("kind", ["rs", "drs", "progressive"])
+    @pytest.mark.parametrize("name", OWN_SAMPLERS)
+    def test_is_not_replaced(self, name, kind, tmp_path, monkeypatch):
+        monkeypatch.setattr(_Own, "own", staticmethod(OWN_SAMPLERS[name]))
+        callback = DRWCallback(schedule=kind, start=0.5)
+        trainer = make_trainer(tmp_path, callbacks=[callback], kind=_Own)
+        with pytest.raises(ValueError, match=f"`sampler` must be .*'{name}'.*schedule='drw'"):
+            trainer.train()
+
+    def test_batches_of_the_users_are_not_replaced(self, tmp_path):
+        class Pairs(BatchSampler):
+            pass
+
+        class OwnBatches(Trainer):
+            def get_train_dataloader(self):
+                batches = Pairs(RandomSampler(self.train_dataset), 2, drop_last=False)
+                rows = self._remove_unused_columns(self.train_dataset)
+                loader = DataLoader(rows, batch_sampler=batches, collate_fn=self.data_collator)
+                return self.accelerator.prepare(loader)
+
+        callback = DRWCallback(schedule="rs")
+        trainer = make_trainer(tmp_path, callbacks=[callback], kind=OwnBatches)
+        with pytest.raises(ValueError, match=r"`sampler` must be .*'Pairs'"):
+            trainer.train()
+
+    @pytest.mark.parametrize(
+        ("kind", "counts", "said"),
+        [
+            ("drw", None, "counted in the whole train_dataset, and the class weights"),
+            ("drw", COUNTS, "are trained on: the class weights"),
+            ("none", None, "counted in the whole train_dataset. Give"),
+            ("none", COUNTS, None),
+        ],
+    )
+    def test_is_kept_by_other_schedules_and_spoken_of(
+        self, kind, counts, said, tmp_path, monkeypatch, caplog
+    ):
+        monkeypatch.setattr(_Own, "own", staticmethod(_first_half))
+        seen = []
+
+        class Notes(_Own):
+            def training_step(self, model, inputs, *rest):
+                seen.append(len(inputs["labels"]))
+                return super().training_step(model, inputs, *rest)
+
+        callback = DRWCallback(schedule=kind, class_counts=counts)
+        trainer = make_trainer(tmp_path, callbacks=[callback], kind=Notes, max_steps=2)
+        logging.enable_propagation()
+        trainer.train()
+        logging.disable_propagation()
+        assert sum(seen) == 12  # the kept half, once
+        assert ("SubsetRandomSampler" in caplog.text) == (said is not None)
+        assert (said or "") in caplog.text
+
+    def test_a_kept_loader_gets_its_own_order_back(self, tmp_path):
+        class KeepsLoader(Trainer):
+            kept = None
+
+            def get_train_dataloader(self):
+                self.kept = self.kept or super().get_train_dataloader()
+                return self.kept
+
+        callback = DRWCallback(schedule="drs", start=1)
+        trainer = make_trainer(tmp_path, callbacks=[callback], kind=KeepsLoader, max_steps=6)
+        for _ in range(2):
+            trainer.train()
+            assert isinstance(trainer.kept.get_sampler(), SeedableRandomSampler)
+
+    def test_rows_that_come_or_go_are_refused(self, tmp_path):
+        class Grows(torch.utils.data.Dataset):
+            rows = make_data().with_format("torch")
+            size = 16
+
+            def __len__(self):
+                return self.size
+
+            def __getitem__(self, row):
+                return self.rows[row]
+
+        data = Grows()
+
+        class Grow(TrainerCallback):
+            def on_epoch_end(self, args, state, control, **kwargs):
+                data.size = 24
+
+        callbacks = [DRWCallback(schedule="rs", class_counts=COUNTS), Grow()]
+        data.size = 24
+        trainer = make_trainer(tmp_path, data=data, callbacks=callbacks)
+        trainer.train()
+        trainer = make_trainer(tmp_path, data=data, callbacks=callbacks)
+        data.size = 16
+        with pytest.raises(RuntimeError, match="24 rows now and had 16"):
+            trainer.train()
 
 
 class TestCompile:

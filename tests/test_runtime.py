@@ -2,8 +2,12 @@ import itertools
 import os
 import platform
 import random
+import shutil
+import signal
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,9 +19,12 @@ from ldam_plugins.runtime import (
     check_processes,
     check_tracker,
     choose_precision,
+    drop_partial_checkpoints,
     epoch_batches,
     newest_checkpoint,
+    noted_sigterm,
     seed_epoch,
+    until_preempted,
     write_checkpoint,
 )
 
@@ -160,6 +167,148 @@ def test_launcher_that_started_one_of_two_is_noticed(tmp_path, spelled):
     environment = {key: value for key, value in os.environ.items() if key != "WORLD_SIZE"}
     done = subprocess.run([*command, str(script)], env=environment, capture_output=True, text=True)
     assert "`num_processes` must be 2, as asked for, got 1" in done.stderr
+
+
+def test_what_is_no_checkpoint_is_left_alone(tmp_path):
+    folder = tmp_path / "checkpoints"
+    (folder / "epoch_notes").mkdir(parents=True)
+    (folder / "epoch_00009").write_text("a file")
+    (folder / ".epoch_x.partial").write_text("a file")
+    assert newest_checkpoint(tmp_path) == (None, 0)
+    drop_partial_checkpoints(tmp_path)
+    write_checkpoint(tmp_path, 1, lambda f: write(f, "1"))
+    write_checkpoint(tmp_path, 2, lambda f: write(f, "2"))
+    names = {".epoch_x.partial", "epoch_00002", "epoch_00009", "epoch_notes"}
+    assert {path.name for path in folder.iterdir()} == names
+
+
+def test_a_checkpoint_written_again_takes_the_place_of_the_first(tmp_path):
+    for text in ("first", "second"):
+        path = write_checkpoint(tmp_path, 1, lambda f, t=text: write(f, t))
+    assert (path / "state").read_text() == "second"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_checkpoint_is_on_the_disk_before_older_ones_go(tmp_path, monkeypatch):
+    """Names of what was brought to the disk, and removed, in this order."""
+    write_checkpoint(tmp_path, 1, lambda f: write(f, "1"))
+    order, flush, remove = [], os.fsync, shutil.rmtree
+
+    def noted_flush(descriptor):
+        order.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        flush(descriptor)
+
+    def noted_remove(path, *args, **options):
+        order.append(f"removed {path.name}")
+        remove(path, *args, **options)
+
+    monkeypatch.setattr(os, "fsync", noted_flush)
+    monkeypatch.setattr(shutil, "rmtree", noted_remove)
+    write_checkpoint(tmp_path, 2, lambda f: write(f, "2"))
+    removal = order.index("removed epoch_00001")
+    assert {"state", ".epoch_00002.partial"} <= set(order[:removal])
+    assert order[removal - 1] == "checkpoints"  # the new name in it
+
+
+class _Left(Exception):
+    """How a block or loop is left early."""
+
+
+@pytest.fixture
+def sigterm():
+    """Asks for SIGTERM's handler, which is put back in the end."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield lambda: signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, before)
+
+
+def _epochs(then):
+    for epoch in until_preempted(range(3)):
+        if epoch == 1:
+            then()
+
+
+def _raise():
+    raise _Left
+
+
+@pytest.mark.parametrize("kind", [signal.SIG_DFL, signal.SIG_IGN, lambda *_: None])
+def test_sigterm_has_its_handler_back(kind, sigterm):
+    signal.signal(signal.SIGTERM, kind)
+    with noted_sigterm() as told:
+        assert sigterm() is not kind
+    with pytest.raises(_Left), noted_sigterm():
+        raise _Left
+    assert sigterm() is kind
+    with noted_sigterm() as told:
+        signal.raise_signal(signal.SIGTERM)
+        assert told.is_set()
+    assert sigterm() is kind
+    for _ in until_preempted(range(3)):
+        break
+    assert sigterm() is kind
+    with pytest.raises(_Left):
+        _epochs(_raise)
+    assert sigterm() is kind
+    with pytest.raises(SystemExit) as ended:
+        _epochs(lambda: signal.raise_signal(signal.SIGTERM))
+    assert ended.value.code == 143
+    assert sigterm() is kind
+
+
+def test_a_handler_that_others_set_since_is_theirs(sigterm):
+    theirs = lambda *_: None  # noqa: E731
+    with noted_sigterm():
+        signal.signal(signal.SIGTERM, theirs)
+    assert sigterm() is theirs
+
+
+def test_blocks_within_each_other(sigterm):
+    before = sigterm()
+    with noted_sigterm() as outer:
+        note = sigterm()
+        with noted_sigterm() as inner:
+            signal.raise_signal(signal.SIGTERM)
+        assert inner.is_set()
+        assert not outer.is_set()
+        assert sigterm() is note
+    assert sigterm() is before
+
+
+def test_sigterm_after_what_it_is_noted_for_is_the_old_handlers(sigterm):
+    got, runs = [], [True]
+    signal.signal(signal.SIGTERM, lambda *_: got.append(1))
+    block = noted_sigterm(lambda frame: runs[0])
+    told = block.__enter__()  # and is never left
+    runs[0] = False
+    signal.raise_signal(signal.SIGTERM)
+    assert not told.is_set()
+    assert got == [1]
+    block.__exit__(None, None, None)
+
+
+def test_other_threads_are_not_told_and_do_no_harm(sigterm):
+    before, found = sigterm(), []
+
+    def run():
+        with noted_sigterm() as told:
+            found.append((sigterm(), told.is_set()))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert found == [(before, False)]
+
+
+def test_a_handler_that_is_not_pythons_is_left_as_it_is(sigterm, monkeypatch, caplog):
+    before = sigterm()
+    monkeypatch.setattr(signal, "getsignal", lambda number: None)
+    with noted_sigterm() as told:
+        pass
+    monkeypatch.undo()
+    assert sigterm() is before
+    assert not told.is_set()
+    assert "not Python's" in caplog.text
 
 
 def test_missing_tracker_is_refused():

@@ -1,4 +1,5 @@
 import csv
+import fcntl
 import json
 import os
 import sys
@@ -25,8 +26,13 @@ import text_lt  # noqa: E402
 import text_setup  # noqa: E402
 
 from ldam_plugins.hf_dropout import ATTENTION  # noqa: E402
-from ldam_plugins.hf_text import class_errors, newest_trainer_checkpoint  # noqa: E402
+from ldam_plugins.hf_text import (  # noqa: E402
+    class_errors,
+    drop_partial_trainer_checkpoints,
+    newest_trainer_checkpoint,
+)
 from ldam_plugins.hf_tokenizer import train_tokenizer  # noqa: E402
+from ldam_plugins.run_lock import LOCK_FILE  # noqa: E402
 from ldam_plugins.runtime import choose_precision  # noqa: E402
 from ldam_plugins.text_data import load_texts  # noqa: E402
 
@@ -105,6 +111,23 @@ def test_leaves_what_is_promised(run, capsys):
     assert "balanced accuracy" in capsys.readouterr().out
 
 
+def is_locked(folder):
+    with (folder / LOCK_FILE).open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def test_the_folder_is_locked_to_the_end_of_the_run(run, monkeypatch):
+    locked = []
+    monkeypatch.setattr(text_lt, "write_report", lambda out: locked.append(is_locked(Path(out))))
+    _, out = run("--epochs", 1, "--start", 0)
+    assert locked == [True]
+    assert not is_locked(out)
+
+
 def predictions(out, folder, **options):
     model = AutoModelForSequenceClassification.from_pretrained(out / "model", **options)
     tokenizer = AutoTokenizer.from_pretrained(out / "model")
@@ -169,13 +192,16 @@ def test_resumed_run_equals_the_undisturbed_one(run, monkeypatch, more):
 
 def test_checkpoint_that_was_cut_off_is_passed_over(tmp_path):
     assert newest_trainer_checkpoint(tmp_path / "none") is None
-    for steps in (9, 100, 20):
+    for steps in (9, 100, 20, "notes"):
         (tmp_path / f"checkpoint-{steps}").mkdir()
     (tmp_path / "checkpoint-100" / "trainer_state.json").touch()
     assert newest_trainer_checkpoint(tmp_path) is None
     for steps in (9, 20):
         (tmp_path / f"checkpoint-{steps}" / "whole").touch()
     assert newest_trainer_checkpoint(tmp_path) == str(tmp_path / "checkpoint-20")
+    drop_partial_trainer_checkpoints(tmp_path)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"checkpoint-9", "checkpoint-20", "checkpoint-notes"}
 
 
 @pytest.mark.parametrize(
