@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,12 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ldam_plugins._checks import must_be
 from ldam_plugins.counts import ClassCounts
@@ -22,6 +28,10 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _TEXTS_AT_ONCE = 1024
+_ROOM = 1.3  # weights and the activations of a batch, in weights
+
+logger = logging.getLogger(__name__)
+
 _OWN_CODE = """
 The architecture is no part of transformers: its code lies in this folder, and it loads with
 `trust_remote_code=True`.
@@ -55,7 +65,8 @@ def measure_saved(
 
     Model and tokenizer come from the folder through their Auto classes, the texts are truncated
     as the tokenizer says, and all is computed in float32. The processes of a training share the
-    texts; each must see the folder, and all get the same metrics.
+    texts; each must see the folder, and all get the same metrics. A model that finds no room on the
+    device, as those trained in shards may not, is measured on the CPU.
 
     Args:
         folder: What ``save_pretrained`` of model and tokenizer wrote.
@@ -74,12 +85,12 @@ def measure_saved(
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
     _check_classes(model.config.id2label, class_counts)
-    model.to(state.device).eval()
+    device = _place(model.eval(), state.device)
     metrics = MetricAccumulator(class_counts)
     part = texts.select(range(state.process_index, len(texts), state.num_processes))
     for batch, labels in _batches(part, tokenizer, batch_size):
         with torch.inference_mode():
-            logits = model(**{name: rows.to(state.device) for name, rows in batch.items()}).logits
+            logits = model(**{name: rows.to(device) for name, rows in batch.items()}).logits
         metrics.update(logits.cpu(), labels)
     whole, *others = gather_object([metrics])
     for other in others:
@@ -87,11 +98,17 @@ def measure_saved(
     return whole.compute()
 
 
-def describe_saved(folder: str | os.PathLike[str]) -> None:
-    """Write the ``README.md`` of a saved classifier: how to load it, and what it needs."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+def describe_saved(
+    folder: str | os.PathLike[str], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Write the ``README.md`` of a saved classifier: how to load it, and what it needs.
+
+    Args:
+        folder: What ``save_pretrained`` of model and tokenizer wrote.
+        model: What was saved there.
+        tokenizer: Likewise.
+    """
     own_code = any(Path(folder).glob("*.py"))
-    model = AutoModelForSequenceClassification.from_pretrained(folder)
     text = _README.format(
         name=type(model).__name__,
         classes=model.config.num_labels,
@@ -111,6 +128,22 @@ def _check_classes(id2label: Mapping[int, str], class_counts: ClassCounts) -> No
     if class_counts.class_names not in (None, names):
         wanted = f"one of the classes {class_counts.class_names}, in this order"
         raise ValueError(must_be("model", wanted, names))
+
+
+def _place(model: torch.nn.Module, device: torch.device) -> torch.device:
+    """Move the model to the device if it fits; return where it is."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        needed = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+        free, _ = torch.cuda.mem_get_info(device)
+        if needed * _ROOM > free:
+            logger.warning(
+                f"The saved model needs {needed / 2**30:.1f} GiB and {device} has"
+                f" {free / 2**30:.1f} GiB left: it is measured on the CPU."
+            )
+            return torch.device("cpu")
+    model.to(device)
+    return device
 
 
 def _batches(

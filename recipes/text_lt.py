@@ -125,8 +125,10 @@ def leave_model(options: TextOptions, trainer: Trainer) -> None:
             model = folded(options, trainer)
         model.save_pretrained(folder)
         trainer.processing_class.save_pretrained(folder)
-        describe_saved(folder)
+        describe_saved(folder, model, trainer.processing_class)
     trainer.accelerator.wait_for_everyone()
+    trainer.optimizer = trainer.lr_scheduler = None  # makes room for the model that is measured
+    trainer.accelerator.free_memory()
 
 
 def folded(options: TextOptions, trainer: Trainer) -> PreTrainedModel:
