@@ -231,8 +231,8 @@ def test_a_run_that_did_not_record_its_precision_is_of_unknown_precision(records
     old["options"]["seed"] = 7
     for kept in ([new, old], [new, {k: v for k, v in old.items() if k != "mixed_precision"}]):
         assert [row["mixed_precision"] for row in tidy_rows(kept)] == ["no", "unknown"]
-        page = write_experiment(tmp_path / "page", kept).read_text()
-        assert re.search(r"mixed precision.{1,99}no, unknown", page, re.DOTALL)
+    page = write_experiment(tmp_path / "page", kept).read_text()
+    assert re.search(r"mixed precision.{1,99}no, unknown", page, re.DOTALL)
 
 
 def test_every_table_names_the_heads(records):
