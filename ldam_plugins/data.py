@@ -168,11 +168,15 @@ def load_images(
       for training and 54 for testing (the 57 left over would unbalance the test);
     * a hub id, or a local folder of parquet files as the hub serves them. The columns are the
       one of type Image and the one of type ClassLabel (``label`` or ``fine_label`` of several);
-    * a folder ``train/<class>/...`` and ``test/<class>/...``;
+    * a folder ``train/<class>/...`` and ``test/<class>/...``, the classes in natural order, ``2``
+      before ``10``, as timm's reader numbers them (torchvision sorts them as text);
     * Tiny ImageNet's own folder (``wnids.txt``, ``val/val_annotations.txt``);
-    * a folder with iNaturalist's ``train2018.json`` and ``val2018.json``;
+    * a folder with iNaturalist's ``train2018.json`` and ``val2018.json``, or those of another year
+      or of camera traps in COCO's form: several boxes of one class in an image are one label;
     * the folder that the paths in ``train_list`` and ``test_list`` are relative to: two files of
       lines ``relative/path.jpg 17``, or two such JSON files.
+
+    Names that differ in the Unicode normal form only are one name.
 
     Args:
         dataset: one of the above.

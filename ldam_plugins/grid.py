@@ -122,6 +122,10 @@ def expand(grid: Grid, known: Collection[str]) -> list[Cell]:
         [(name, value) for value in values.split(",")]
         for name, values in _settings(grid.vary, "vary", known).items()
     ]
+    named = {*common, *(name for axis in axes for name, _ in axis)}
+    if grid.ratios and not (grid.profiles or grid.preset) and "dataset" in named:
+        way_out = "Add --profiles exp or --profiles step, or leave it out to train on all samples."
+        raise ValueError(must_be("ratios", "left out without a profile", grid.ratios, way_out))
     methods = [_method(entry, known) for entry in grid.methods] + _product(grid)
     tails = list(itertools.product(_profiles(grid), _ratios(grid)))
     seeds = [check_int("seeds", seed, low=0) for seed in grid.seeds]

@@ -16,7 +16,7 @@ from small_cells import began, calls, cells_in, gone  # noqa: E402
 from ldam_plugins import grid_run  # noqa: E402
 from ldam_plugins.grid_run import CellRun, run_cell, run_here, start_cell  # noqa: E402
 from ldam_plugins.grid_slurm import slurm_parameters  # noqa: E402
-from ldam_plugins.runtime import PREEMPTED  # noqa: E402
+from ldam_plugins.runtime import PREEMPTED, choose_precision  # noqa: E402
 
 
 @pytest.fixture
@@ -178,6 +178,9 @@ def test_real_cells_finish_go_on_and_are_reported(tmp_path, capfd):
     assert outcome.status == "finished"
     after = json.loads(metrics.read_text())
     assert (after["test"], after["train_seconds"]) == (before["test"], before["train_seconds"])
+    # What is kept of it holds the precision it ran in.
+    kept = json.loads((grid / "results" / "ce_rw_s0.json").read_text())
+    assert kept["mixed_precision"] == row["mixed_precision"] == choose_precision()
     # Another grid in the same folder: what is the same is skipped, what is not is refused.
     assert [outcome.status for outcome in benchmark.main(tiny(tmp_path))] == ["skipped"]
     capfd.readouterr()
@@ -244,8 +247,7 @@ def test_own_data_is_not_cut_without_a_preset(tmp_path, recipe, preset, capsys):
     (run,) = benchmark.make_runs(options)
     assert run.arguments[:2] == ("--loss", "ce")
     assert "--profile" not in run.arguments
-    assert (run.options["dataset"], run.options["profile"]) == ("own", run.defaults["profile"])
-    assert recipe == "vision" or run.options["profile"] == "none"
+    assert (run.options["dataset"], run.options["profile"]) == ("own", "none")
     (cut,) = benchmark.make_runs(benchmark.parse([*flags, "--profiles", "step", "--ratios", "9"]))
     assert (cut.options["profile"], cut.options["ratio"]) == ("step", 9)
     benchmark.main(benchmark.parse([*flags, "--dry_run"]))
@@ -262,9 +264,9 @@ def test_the_long_tail_is_the_presets_where_there_is_one():
 def test_without_a_grid_the_four_methods_run_on_what_is_named():
     settings = {
         "": ("digits", "exp", "cifar_resnet20"),
-        "--set dataset=own": ("own", None, "cifar_resnet32"),
-        "--set=dataset=own": ("own", None, "cifar_resnet32"),
-        "--vary dataset=own,other": ("own", None, "cifar_resnet32"),
+        "--set dataset=own": ("own", "none", "cifar_resnet32"),
+        "--set=dataset=own": ("own", "none", "cifar_resnet32"),
+        "--vary dataset=own,other": ("own", "none", "cifar_resnet32"),
         "--recipe text": ("stdlib_docstrings", "none", "bilstm"),
         "--recipe text --set dataset=own": ("own", "none", "bilstm"),
     }
@@ -273,7 +275,7 @@ def test_without_a_grid_the_four_methods_run_on_what_is_named():
         found = [(run.options["loss"], run.options["schedule"]) for run in runs[:4]]
         assert found == [("ce", "none"), ("ce", "rw"), ("ldam", "none"), ("ldam", "drw")]
         assert (runs[0].options["dataset"], runs[0].options["model"]) == (dataset, model)
-        assert runs[0].options["profile"] == (profile or runs[0].defaults["profile"])
+        assert runs[0].options["profile"] == profile
 
 
 @pytest.mark.parametrize(

@@ -297,6 +297,14 @@ def test_boxes_of_one_species_make_one_label(tmp_path):
     assert len(train) == 4
 
 
+def test_the_smaller_part_of_inaturalist_is_read_where_it_is_alone(tmp_path):
+    camera_trap(tmp_path, [(0, 3), (1, 7), (2, 3), (3, 7)])
+    (tmp_path / "train.json").rename(tmp_path / "train_mini.json")
+    assert load_images(tmp_path)[0].labels.tolist() == [0, 1, 0, 1]
+    camera_trap(tmp_path, [(0, 7), (1, 7), (2, 3), (3, 7)])
+    assert load_images(tmp_path)[0].labels.tolist() == [1, 1, 0, 1]
+
+
 def test_categories_without_an_annotation_are_no_classes(tmp_path):
     camera_trap(tmp_path, [(0, 3), (1, 7), (2, 3), (3, 7)], unused=(0, 12))
     train, _ = load_images(tmp_path)

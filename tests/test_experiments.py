@@ -22,7 +22,9 @@ from ldam_plugins.experiment_tables import (
 )
 from ldam_plugins.experiments import (
     by_setting,
+    collect_records,
     error_matrices,
+    heads_of_losses,
     read_records,
     tidy_rows,
     to_csv,
@@ -215,6 +217,46 @@ def test_csv_has_a_row_a_run(records):
     assert (row["version_torch"], row["version_timm"]) == ("2.6", "")
     assert row["command"] == "python recipes/vision_lt.py --seed 1"
     assert float(row["train_seconds"]) == 60.0
+
+
+def test_a_run_that_did_not_record_its_precision_is_of_unknown_precision(records, tmp_path):
+    for name, precision in (("old", {}), ("new", {"mixed_precision": "no"})):
+        (tmp_path / name).mkdir()
+        metrics = {
+            key: value for key, value in records[0].items() if key not in ("name", "command")
+        }
+        (tmp_path / name / "metrics.json").write_text(json.dumps({**metrics, **precision}))
+    new, old = collect_records(tmp_path)
+    assert (new["mixed_precision"], old["mixed_precision"]) == ("no", "unknown")
+    old["options"]["seed"] = 7
+    for kept in ([new, old], [new, {k: v for k, v in old.items() if k != "mixed_precision"}]):
+        assert [row["mixed_precision"] for row in tidy_rows(kept)] == ["no", "unknown"]
+    page = write_experiment(tmp_path / "page", kept).read_text()
+    assert re.search(r"mixed precision.{1,99}no, unknown", page, re.DOTALL)
+
+
+def test_every_table_names_the_heads(records):
+    records += method("ce", "none", [25.0, 25.5, 26.0], head="cosine")
+    for other in records[:12]:
+        other["options"]["head"] = "auto"
+    found = [(row["loss"], row["schedule"], row["head"]) for row in range_rows(records)]
+    assert found == [
+        ("ce", "none", "linear"),
+        ("ce", "none", "cosine"),
+        ("ce", "drw", "linear"),
+        ("ldam", "none", "cosine"),
+        ("ldam", "drw", "cosine"),
+    ]
+    rows = {row["method"]: row["head"] for row in comparison_rows(records[:12], "erm")}
+    assert rows == {
+        "CE-DRW": "linear",
+        "LDAM": "cosine against linear",
+        "LDAM-DRW": "cosine against linear",
+    }
+    ((_, cells),) = error_matrices(records[:12]).items()
+    rows = matrix_rows(cells, heads_of_losses(records[:12]))
+    assert [(row["loss"], row["head"]) for row in rows] == [("ce", "linear"), ("ldam", "cosine")]
+    assert heads_of_losses(records) == {"ce": "cosine, linear", "ldam": "cosine"}
 
 
 def test_parquet_holds_numbers_as_numbers(records):

@@ -75,6 +75,19 @@ def test_a_grid_without_a_preset_begins_with_its_flags():
     assert (cell.name, cell.arguments) == ("ldam_drw_s0", words)
 
 
+def test_a_ratio_needs_a_profile_where_no_preset_has_one():
+    with pytest.raises(
+        ValueError, match=r"`ratios` must be left out .*got \[10\]\. Add --profiles"
+    ):
+        expand(
+            Grid("", methods=["erm"], settings=["dataset=own"], ratios=[10]), (*KNOWN, "dataset")
+        )
+    (cell,) = expand(
+        Grid("", methods=["erm"], ratios=[10]), KNOWN
+    )  # the recipe's own preset has it
+    assert cell.name == "ce_none_r10_s0"
+
+
 def test_own_settings_of_a_method_win_and_the_long_tail_is_the_presets_unless_given():
     (cell,) = expand(
         Grid("digits_lt", methods=["ldam_drw:beta=0.9"], settings=["beta=0.99"]), KNOWN
