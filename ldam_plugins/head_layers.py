@@ -184,6 +184,8 @@ class CosineLinear(CosineHead, nn.Linear):
         """
         if not (self.chunked and self.training):
             return self._cosines(input)
+        if hasattr(self.weight, "ds_id"):  # the loss is computed when it is partitioned again
+            raise ValueError(must_be("chunked", "False under DeepSpeed's ZeRO-3", True))
         if input.ndim != 2:
             wanted = "of shape (N, H) for a chunked head"
             raise ValueError(must_be("input", wanted, tuple(input.shape)))
@@ -264,6 +266,27 @@ def folded_weight(head: Cosine, weight: Tensor, moments: Tensor) -> Tensor:
     factor = torch.where(known.to(first.device), head.scale * first / second, unit)
     unit_rows = rows / _lengths(rows).clamp_min(SMALLEST_LENGTH).unsqueeze(-1)
     return (factor * unit_rows).to(weight.dtype).view_as(weight)
+
+
+def check_unpartitioned(name: str, layer: nn.Linear | nn.Conv2d, weight: Tensor) -> None:
+    """Check that ``weight``, a layer's own or gathered, has every row and column of the layer.
+
+    DeepSpeed's ZeRO-3 leaves an empty tensor in its place between two uses, FSDP1 a part of a
+    flat one, and a loader of tensor-parallel models some of the rows.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if isinstance(layer, nn.Conv2d):
+        whole: tuple[int, ...] = (layer.out_channels, layer.in_channels, 1, 1)
+    else:
+        whole = (layer.out_features, layer.in_features)
+    if tuple(weight.shape) != whole:
+        wanted = f"one whose head {name!r} has its whole weight, {whole}, on every process"
+        way_out = "It is partitioned, as by DeepSpeed's ZeRO-3: use ZeRO-2 or FSDP2, put the head"
+        way_out += " on before the model is partitioned, and save what is gathered:"
+        way_out += " folded_state_dict(model, accelerator.get_state_dict(model))."
+        raise ValueError(must_be("model", wanted, tuple(weight.shape), way_out))
 
 
 def is_sharded(weight: Tensor) -> bool:

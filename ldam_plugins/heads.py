@@ -26,6 +26,7 @@ from ldam_plugins.head_layers import (
     Cosine,
     CosineConv2d,
     CosineLinear,
+    check_unpartitioned,
     cosine_layer,
     folded_weight,
     is_sharded,
@@ -153,8 +154,8 @@ def fold_cosine_head(
 
     Raises:
         TypeError: the model's output on ``inputs`` is neither a tensor nor holds ``logits``.
-        ValueError: no cosine head is there, an adapter sits on it, it is sharded (FSDP2), or
-            ``inputs`` holds no example or none with a finite, non-zero logit.
+        ValueError: no cosine head is there, an adapter sits on it, it is sharded (FSDP2, ZeRO-3),
+            or ``inputs`` holds no example or none with a finite, non-zero logit.
 
     Example:
         >>> model = use_cosine_head(nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 3)))
@@ -182,14 +183,15 @@ def folded_state_dict(
     keys it does not know, as ``from_pretrained`` does, gets the folded model; a model with cosine
     heads takes back the exact tensors, bit for bit.
 
-    Of a sharded model (FSDP2) it is collective and gives sharded tensors.
+    Of a sharded model (FSDP2) it is collective and gives sharded tensors. Of one partitioned by
+    DeepSpeed's ZeRO-3 give it ``accelerator.get_state_dict(model)``.
 
     Args:
         model: A model with cosine heads.
         state_dict: Its tensors, where they were gathered elsewhere; ``model.state_dict()`` if not.
 
     Raises:
-        ValueError: no cosine head is there, or an adapter sits on it.
+        ValueError: no cosine head is there, an adapter sits on it, or its weight is partitioned.
     """
     heads = _required_heads(model)
     state = dict(model.state_dict() if state_dict is None else state_dict)
@@ -198,6 +200,7 @@ def folded_state_dict(
         if f"{prefix}cosine_weight" in state:  # folded already, as DRWCallback has models saved
             continue
         exact = state[f"{prefix}weight"]
+        check_unpartitioned(name, head, exact)
         state[f"{prefix}cosine_weight"] = exact
         moments = of_all_shards(state[f"{prefix}cosine_moments"], exact)
         state[f"{prefix}cosine_moments"] = moments
@@ -229,6 +232,7 @@ def _check_plain(name: str, layer: nn.Linear | nn.Conv2d) -> None:
         way_out = "Load a quantised head in full, run a batch through a lazy one, or remove the"
         way_out += " parametrization (weight norm, pruning) first."
         raise TypeError(must_be("model", wanted, type(layer).__name__, way_out))
+    check_unpartitioned(name, layer, weight)
 
 
 def _replaced(model: nn.Module, layers: Mapping[Any, nn.Module]) -> nn.Module:
@@ -257,3 +261,4 @@ def _check_whole(heads: Mapping[str, Cosine]) -> None:
             way_out = "Gather folded_state_dict(model) and load it into the stock architecture."
             wanted = f"whole on every process, its head {name!r} at least"
             raise ValueError(must_be("model", wanted, "a sharded one", way_out))
+        check_unpartitioned(name, head, head.weight)

@@ -24,6 +24,7 @@ from ldam_plugins.hf_setup import (
     check_forward,
     check_head,
     check_setup,
+    check_sharding,
     class_count,
     fold_when_saved,
     put_head,
@@ -263,6 +264,7 @@ class DRWCallback(TrainerCallback):
 
     def _check(self, trainer: Trainer) -> None:
         check_setup(trainer, DRWCallback, resampling=self.schedule.kind in RESAMPLING)
+        check_sharding(trainer, cosine_head=self._cosine_head)
         check_ignored(self._ignored)
         loss = trainer.compute_loss_func
         ours = isinstance(getattr(loss, "__self__", None), TrainingRun)

@@ -12,7 +12,14 @@ from torch.nn import functional
 from transformers import Trainer, TrainerCallback
 
 from ldam_plugins._checks import must_be
-from ldam_plugins.heads import check_heads, cosine_heads, folded_state_dict, use_cosine_head
+from ldam_plugins.heads import (
+    CosineConv2d,
+    check_heads,
+    cosine_heads,
+    folded_state_dict,
+    use_cosine_head,
+)
+from ldam_plugins.runtime import refuse_deepspeed
 
 
 def calling_trainer(method: str | None = None) -> Trainer:
@@ -58,6 +65,22 @@ def check_setup(trainer: Trainer, kind: type[TrainerCallback], *, resampling: bo
     if len(same) > 1:
         way_out = "Each would set the loss and its weights: remove the others."
         raise ValueError(must_be("callbacks", f"given one {kind.__name__}", len(same), way_out))
+
+
+def check_sharding(trainer: Trainer, *, cosine_head: bool) -> None:
+    """Refuse to partition a cosine head by DeepSpeed's ZeRO-3.
+
+    Its own way of saving collects the parameters one by one and asks no ``state_dict``, so the
+    exact weight would be left where the folded one belongs. Without such a head nothing of this
+    package is partitioned.
+
+    Raises:
+        ValueError: stage 3, and a cosine head is there or wanted.
+    """
+    if cosine_head or cosine_heads(trainer.model):
+        way_out = "Shard a model with a cosine head by ZeRO-2 or FSDP2, or choose a loss without"
+        way_out += " margin, such as loss='logit_adjusted' or loss='ce'."
+        refuse_deepspeed(trainer.args.deepspeed_plugin, stages=(3,), way_out=way_out)
 
 
 def put_head(trainer: Trainer, scale: float) -> bool:
@@ -161,7 +184,8 @@ def _needs_labels(model: nn.Module) -> str:
 
 def class_count(model: nn.Module) -> int | None:
     """Classes the model tells apart, by its cosine head or its config; None if neither says."""
-    sizes = [len(head.weight) for head in cosine_heads(model).values()]
+    heads = cosine_heads(model).values()  # not by their weights, which a wrapper may have cut
+    sizes = [h.out_channels if isinstance(h, CosineConv2d) else h.out_features for h in heads]
     return sizes[0] if sizes else getattr(getattr(model, "config", None), "num_labels", None)
 
 

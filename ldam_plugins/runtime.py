@@ -11,11 +11,12 @@ import re
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import numpy as np
 import psutil
@@ -125,6 +126,25 @@ def check_processes(running: int, wanted: int | None = None) -> None:
             "--main_process_port 0` (on a CPU with ACCELERATE_USE_CPU=true before it) or torchrun."
         )
         raise RuntimeError(must_be("num_processes", f"{asked}, as asked for", running, way_out))
+
+
+def refuse_deepspeed(plugin: Any, *, stages: Collection[int], way_out: str) -> None:
+    """Refuse the ZeRO stages of DeepSpeed under which a training or its model would be wrong.
+
+    Args:
+        plugin: Accelerate's ``DeepSpeedPlugin`` (``TrainingArguments.deepspeed_plugin``,
+            ``accelerator.state.deepspeed_plugin``); None: no DeepSpeed.
+        stages: Those that go wrong.
+        way_out: What to use instead.
+
+    Raises:
+        ValueError: the plugin asks for one of them.
+    """
+    if plugin is None or plugin.zero_stage not in stages:
+        return
+    right = [stage for stage in range(4) if stage not in stages]
+    wanted = f"one of {right}" if right else "left out: DeepSpeed takes the update's steps itself"
+    raise ValueError(must_be("zero_stage", wanted, plugin.zero_stage, way_out))
 
 
 def _asked_of_launcher() -> int | None:

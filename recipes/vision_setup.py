@@ -47,6 +47,7 @@ from ldam_plugins.runtime import (
     check_tracker,
     choose_precision,
     epoch_batches,
+    refuse_deepspeed,
 )
 from ldam_plugins.samplers import DeferredSampler
 from ldam_plugins.schedules import DeferredSchedule
@@ -154,6 +155,8 @@ def make_accelerator(options: VisionOptions) -> Accelerator:
         project_dir=options.output_dir,
     )
     check_processes(accelerator.num_processes, options.num_processes)
+    way_out = "Use recipes/accelerate/ddp.yaml; recipes/text_lt.py takes ZeRO-2."
+    refuse_deepspeed(accelerator.state.deepspeed_plugin, stages=range(4), way_out=way_out)
     return accelerator
 
 

@@ -18,7 +18,6 @@ KINDS = {
     "multi_node": (DistributedType.MULTI_GPU, 16, 2),
     "fsdp2": (DistributedType.FSDP, 4, 1),
     "deepspeed_zero2": (DistributedType.DEEPSPEED, 4, 1),
-    "deepspeed_zero3": (DistributedType.DEEPSPEED, 4, 1),
 }
 
 
@@ -34,7 +33,7 @@ def test_accelerate_reads_it(name):
     assert found == KINDS[name]
 
 
-@pytest.mark.parametrize("name", ["fsdp2", "deepspeed_zero2", "deepspeed_zero3", "multi_node"])
+@pytest.mark.parametrize("name", ["fsdp2", "deepspeed_zero2", "multi_node"])
 def test_the_launcher_takes_it(name, monkeypatch):
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     arguments = ["--config_file", str(FOLDER / f"{name}.yaml"), "recipe.py", "--lr", "0.1"]
