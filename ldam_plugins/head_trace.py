@@ -12,12 +12,14 @@ import copy
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.fx.node import Node, map_arg
 
+_HOSTS = {"torch", "torchvision", "timm", "transformers", "peft", "accelerate"}
 _MAX_PATHS = 64
 _MAX_MODULES = 100
 _CASTS = {"bfloat16", "cpu", "cuda", "double", "float", "half", "to", "type", "type_as"}
@@ -352,8 +354,57 @@ def _run(tracer: _Tracer, reader: Reader, module: nn.Module, call: _Call | None)
 
     with warnings.catch_warnings(), torch.no_grad(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
-        tracer.trace(run)
+        with _variables_kept(twin.forward):
+            tracer.trace(run)
     return returned[0]
+
+
+@contextmanager
+def _variables_kept(forward: Any) -> Iterator[None]:
+    """Take back what a user's ``forward`` does to variables outside, such as a list it fills.
+
+    Those of the hosts' own modules are left alone, as what they cache is meant to stay.
+    """
+    function = inspect.unwrap(getattr(forward, "__func__", forward))
+    scope: dict[str, Any] = getattr(function, "__globals__", {})
+    if str(scope.get("__name__")).partition(".")[0] in _HOSTS:
+        yield
+        return
+    names = {name: value for name, value in scope.items() if not name.startswith("__")}
+    cells = [(c, c.cell_contents) for c in getattr(function, "__closure__", None) or () if _full(c)]
+    values = [*names.values(), *(value for _, value in cells)]
+    contents = [(value, copy.copy(value)) for value in values if type(value) in (dict, list, set)]
+    try:
+        yield
+    finally:
+        for value, before in contents:
+            _put_back(value, before)
+        scope.update(names)
+        for cell, value in cells:
+            cell.cell_contents = value
+
+
+def _identity(entry: Any) -> Any:
+    return tuple(map(id, entry)) if isinstance(entry, tuple) else id(entry)
+
+
+def _full(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not cell
+    except ValueError:  # a variable without a value yet
+        return False
+
+
+def _put_back(container: Any, before: Any) -> None:
+    pairs = container.items() if isinstance(container, dict) else container
+    known = before.items() if isinstance(before, dict) else before
+    if len(container) == len(before) and [*map(_identity, pairs)] == [*map(_identity, known)]:
+        return
+    if isinstance(container, list):
+        container[:] = before
+    else:
+        container.clear()
+        container.update(before)
 
 
 def _twin(module: nn.Module) -> Any:

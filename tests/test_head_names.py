@@ -277,6 +277,29 @@ def test_looking_leaves_nothing_behind():
     assert torch.random.get_rng_state().equal(random)
 
 
+SEEN, CALLS = [1], {"forward": 0}
+
+
+def test_looking_takes_back_what_forward_leaves_in_variables_outside():
+    count, met = 0, {3}
+
+    class Telling(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.fc = nn.Linear(4, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            nonlocal count
+            count += 1
+            met.add(len(SEEN))
+            SEEN.extend(x.tolist())
+            CALLS["forward"] += 1
+            return self.fc(self.body(x))
+
+    assert find_head(Telling()) == ("fc",)
+    assert (SEEN, CALLS, count, met) == ([1], {"forward": 0}, 0, {3})
+
+
 def test_auxiliary_heads_of_torchvision_are_heads():
     with torch.device("meta"):
         models = torchvision.models
