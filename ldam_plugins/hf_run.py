@@ -247,9 +247,9 @@ def give_back_sampler(loader: Any) -> None:
 
 def users_sampler(loader: Any) -> str | None:
     """What chooses the rows of a loader, if it is not a shuffle of the whole data set."""
-    if isinstance(loader.dataset, IterableDataset):
+    batches = getattr(loader, "batch_sampler", None) or getattr(loader, "sampler", None)
+    if batches is None or isinstance(loader.dataset, IterableDataset):
         return None
-    batches = loader.batch_sampler or loader.sampler
     if isinstance(batches, BatchSamplerShard):
         batches = batches.batch_sampler
     if type(batches) is not BatchSampler:

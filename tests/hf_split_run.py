@@ -10,7 +10,7 @@ import tempfile
 import torch
 from hf_samples import logged, make_data, make_model, make_trainer
 from torch.utils.data import Dataset
-from transformers import TrainerCallback, default_data_collator
+from transformers import Trainer, TrainerCallback, default_data_collator
 
 from ldam_plugins import LongTailMetrics, list_losses, use_cosine_head
 from ldam_plugins.hf_plugin import DRWCallback
@@ -78,6 +78,7 @@ def runs(folder, processes):
     for step in (3, 6):  # 4 updates an epoch: before the switch, and inside a re-sampled epoch
         checkpoint = f"{folder}/checkpoint-{step}"
         found["drs", step] = run(folder, **sampled, resume=checkpoint)
+    found["refused"] = [refusal(folder, kind) for kind in (Drops, CallsBare, CountsItsPart)]
     return found
 
 
@@ -120,6 +121,42 @@ def labels_read(folder):
             found["counts"] = callback.criterion.class_counts.counts.tolist()
             found["loaded"] = loaded.noted
     return found
+
+
+class Drops(Trainer):
+    """Does not hand on the count."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return super().compute_loss(model, inputs, return_outputs)
+
+
+class CallsBare(Trainer):
+    """Hands the count on, and does not make up for the mean over the processes."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        return self.compute_loss_func(model(**inputs), labels, num_items_in_batch)
+
+
+class CountsItsPart(Trainer):
+    """Counts the rows of this process."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        items = torch.tensor(len(inputs["labels"]))
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=items)
+
+
+def refusal(folder, kind):
+    """Why a subclass of the Trainer is not trained; "" if it is."""
+    options = {"max_steps": 1, "per_device_train_batch_size": 8, "kind": kind}
+    trainer = make_trainer(
+        folder, make_model(), make_data(counts=COUNTS), [DRWCallback()], **options
+    )
+    try:
+        trainer.train()
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return ""
 
 
 class Parameters(TrainerCallback):

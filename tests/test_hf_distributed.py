@@ -88,6 +88,17 @@ def test_resuming_goes_on_to_the_bit(alone, ranks):
             assert resumed["seen"] == straight["seen"][-len(resumed["seen"]) :]
 
 
+def test_a_loss_used_otherwise_than_several_processes_need_is_refused(alone, ranks):
+    assert alone["refused"] == ["", "", ""]
+    for rank in ranks:
+        dropped, bare, part = rank["refused"]
+        assert "1 micro-batches on 2 processes" in dropped
+        assert (
+            "CallsBare calls compute_loss_func itself and does not multiply the loss by 2" in bare
+        )
+        assert "`num_items_in_batch` must be 16, the labels of the first update, got 8" in part
+
+
 BOUNDS = {torch.float32: 1e-6, torch.float64: 1e-12}
 
 
