@@ -513,9 +513,7 @@ def _part(model: nn.Module, name: str) -> nn.Module | None:
 
 
 def _one_output(output: Any) -> str:
-    shown = type(output).__name__
-    shown += f" of {len(output)}" if isinstance(output, tuple | list | dict) else ""
     way_out = "Auxiliary outputs would need a loss of their own: build the model without them"
     way_out += " (`aux_logits=False`), switch them off (`model.set_distilled_training(False)`), or"
     way_out += " wrap the model in a module that returns the logits alone."
-    return must_be("output of the model", "one tensor of logits, (N, C)", shown, way_out)
+    return must_be("logits", "one tensor (N, C)", type(output).__name__, way_out)
