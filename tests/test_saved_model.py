@@ -18,11 +18,12 @@ SHORT = ["--epochs", 1, "--schedule", "none", "--batch_size", 8, "--lr", 0.02]
 PICTURES = ["--dataset", "PICTURES", "--lr", 0.01]
 SMALL = [*PICTURES, "--model", "cifar_resnet20"]
 RESNET = ["--model", "test_resnet", "--image_size", 32]
+FILES = ["--memory_limit", 0, "--workers", 0]
 CROP = ["--crop_pct", 0.7, "--crop_mode", "squash"]
 RUNS = {
-    "digits": ["--dataset", "digits", *RESNET, "--mixed_precision", "bf16", "--profile", "exp"],
+    "digits": ["--dataset", "digits", *RESNET, "--profile", "exp"],
     "another size, average": [*SMALL, "--image_size", 12, "--ema_decay", 0.5],
-    "from files": [*SMALL, "--memory_limit", 0, "--workers", 0, "--image_size", 20],
+    "from files, bf16": [*SMALL, *FILES, "--image_size", 20, "--mixed_precision", "bf16"],
     "vit of another size": [*PICTURES, "--model", "test_vit", "--image_size", 48],
     "timm's augmentation": [*PICTURES, "--model", "test_efficientnet", "--workers", 0],
     "own crop": [*PICTURES, *RESNET, "--loss", "ce", *CROP],
