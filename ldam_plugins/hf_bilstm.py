@@ -8,6 +8,7 @@ model where the package is not installed.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -141,9 +142,19 @@ class BidirectionalLayer(nn.Module):
 
     def forward(self, inputs: Tensor, mirrored: Tensor) -> Tensor:
         """States at each place; ``mirrored`` (N, T) is the place that each place changes with."""
-        from_left, _ = self.rightward(inputs)
-        from_right, _ = self.leftward(_reordered(inputs, mirrored))
+        with _as_the_cpu_can(inputs):
+            from_left, _ = self.rightward(inputs)
+            from_right, _ = self.leftward(_reordered(inputs, mirrored))
         return torch.cat([from_left, _reordered(from_right, mirrored)], dim=-1)
+
+
+def _as_the_cpu_can(inputs: Tensor) -> AbstractContextManager[Any]:
+    """No autocast to bfloat16 on CPUs before AVX-512, for which oneDNN has no such LSTM."""
+    narrow = inputs.is_cpu and inputs.dtype == torch.float32 and torch.is_autocast_enabled("cpu")
+    narrow = narrow and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    if narrow and not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        return torch.autocast("cpu", enabled=False)
+    return nullcontext()
 
 
 def register() -> None:
