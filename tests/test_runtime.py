@@ -5,11 +5,14 @@ import sys
 
 import pytest
 import torch
+from torch import distributed
 
 from ldam_plugins.runtime import (
+    any_process,
     check_processes,
     check_tracker,
     choose_precision,
+    device_of_collectives,
     newest_checkpoint,
     write_checkpoint,
 )
@@ -129,3 +132,42 @@ def test_missing_tracker_is_refused():
     check_tracker("none")
     with pytest.raises(ModuleNotFoundError, match="pip install no_such_tracker"):
         check_tracker("no_such_tracker")
+
+
+@pytest.mark.parametrize(
+    ("config", "device"),
+    [
+        ("cpu:gloo,cuda:gloo", "cpu"),
+        ("cpu:gloo,cuda:nccl", "cpu"),
+        ("cuda:nccl,cpu:gloo", "cpu"),
+        ("cuda:nccl", "cuda"),
+        ("cpu:mpi,cuda:mpi", "cpu"),
+        ("cpu:ucc,cuda:ucc", "cpu"),
+        ("xpu:xccl", "xpu"),
+        ("npu:hccl", "npu"),
+        ("hpu:hccl", "hpu"),
+        ("cpu:other", "cpu"),
+    ],
+)
+def test_processes_talk_on_a_device_that_the_backend_serves(config, device):
+    assert device_of_collectives(config) == device
+
+
+@pytest.fixture
+def backend_of_another_name():
+    """gloo by a name that holds that of NVIDIA's."""
+
+    def make(store, rank, size, timeout):
+        return distributed.ProcessGroupGloo(store, rank, size, timeout)
+
+    if not hasattr(distributed.Backend, "NOTNCCL"):
+        distributed.Backend.register_backend("notnccl", make, devices=["cpu"])
+    distributed.init_process_group("notnccl", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("backend_of_another_name")
+def test_any_process_asks_through_whatever_backend_there_is():
+    assert any_process(True)
+    assert not any_process(False)
