@@ -192,4 +192,5 @@ def test_no_outlier_costs_digits_whichever_it_is(size, outlier):
             ((found.double() - right).abs().max() / right.abs().max()).item()
             for found in (mine, other)
         )
-        assert error < 1e-5 + 4 * bound, (mine.shape, error, bound)
+        # An image is summed about its first row: that costs a rounding a row at most.
+        assert error < 5e-6 + size[1] * 2.5e-7 + 4 * bound, (mine.shape, error, bound)
