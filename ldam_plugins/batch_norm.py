@@ -94,9 +94,10 @@ class _BatchNorm(torch.autograd.Function):
         pixels = input.shape[2] * input.shape[3]
         offset = shifted.sum((2, 3)) / pixels
         within = ((shifted * shifted).sum((2, 3)) / pixels - offset * offset).clamp_min(0)
-        between = origin - origin[:1] + offset
+        near = (origin + offset).mean(0)
+        between = (origin - near) + offset
         middle = between.mean(0)
-        mean = origin[0] + middle
+        mean = near + middle
         variance = within.mean(0) + (between - middle).square().mean(0)
         inverse = torch.rsqrt(variance + eps)
         factor = weight * inverse

@@ -37,8 +37,8 @@ def use_fast_dropout(model: PreTrainedModel) -> bool:
     run, but the values drawn are others than without this function.
 
     The attention ``"sdpa"`` computes what lies outside of this: no dropout, another device or
-    type, compiled or traced code, tensor subclasses, transforms of torch.func, empty batches,
-    grouped queries, and masks that are not boolean or leave a query no key.
+    type, compiled or traced code, tensor subclasses, transforms of torch.func, grouped queries,
+    and masks that are not boolean or leave a query no key.
 
     Args:
         model: Changed in place; what it saves is as before.
@@ -106,7 +106,6 @@ def attention_forward(
     usual = (
         not readable(query, key, value, attention_mask)
         or not 0 < _dropped_steps(dropout) < _STEPS
-        or not (query.numel() and key.numel())
         or getattr(module, "num_key_value_groups", 1) > 1
         or any(kwargs.get(name) for name in ("softcap", "output_attentions"))
         or kwargs.get("position_bias") is not None
@@ -141,7 +140,7 @@ def _draw(shape: torch.Size, steps: int) -> Tensor:
 
 def _blocks(probabilities: Tensor) -> Iterator[slice]:
     """Slices of a batch of attention probabilities, (N, H, L, S)."""
-    rows = max(1, _BLOCK // max(1, probabilities[0].numel()))
+    rows = max(1, _BLOCK // max(1, math.prod(probabilities.shape[1:])))
     return (slice(start, start + rows) for start in range(0, len(probabilities), rows))
 
 

@@ -5,9 +5,10 @@ import io
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from ldam_plugins.batch_norm import FastBatchNorm2d, use_fast_batch_norm
+from ldam_plugins.batch_norm import FastBatchNorm2d, _BatchNorm, use_fast_batch_norm
 
 CHANNELS = 5
 
@@ -155,3 +156,41 @@ def test_layers_keep_their_tensors_and_their_names():
     torch.save(copy.deepcopy(model), stored)
     stored.seek(0)
     assert type(torch.load(stored, weights_only=False)[0]) is FastBatchNorm2d
+
+
+@pytest.mark.parametrize("size", [(512, 8, 8), (256, 1, 1), (64, 2, 3), (2, 64, 64)])
+@pytest.mark.parametrize("outlier", ["image 0", "image 1", "last image", "pixel 0", "row 0", "all"])
+def test_no_outlier_costs_digits_whichever_it_is(size, outlier):
+    """Values that lie ten thousand spreads away are a part of the batch like all others."""
+    batch = 1e-2 * torch.randn(size[0], CHANNELS, *size[1:])
+    where = {
+        "image 0": batch[0],
+        "image 1": batch[1],
+        "last image": batch[-1],
+        "pixel 0": batch[:, :, 0, 0],
+        "row 0": batch[:, :, 0],
+        "all": batch,
+    }
+    where[outlier].add_(100)
+    parameters = torch.rand(CHANNELS) + 0.5, torch.randn(CHANNELS)
+    of_output = torch.randn(batch.shape)
+
+    def results(normalise, dtype):
+        given = [part.to(dtype).requires_grad_() for part in (batch, *parameters)]
+        output, mean, variance = normalise(*given)
+        gradients = torch.autograd.grad(output, given, of_output.to(dtype))
+        return [output, *gradients, mean, variance]
+
+    def torchs(x, weight, bias):
+        variance, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+        return F.batch_norm(x, None, None, weight, bias, training=True), mean, variance
+
+    ours = results(lambda *given: _BatchNorm.apply(*given, 1e-5), torch.float32)
+    theirs, exact = (results(torchs, dtype) for dtype in (torch.float32, torch.float64))
+    for mine, other, right in zip(ours, theirs, exact, strict=True):
+        error, bound = (
+            ((found.double() - right).abs().max() / right.abs().max()).item()
+            for found in (mine, other)
+        )
+        # An image is summed about its first row: that costs a rounding a row at most.
+        assert error < 5e-6 + size[1] * 2.5e-7 + 4 * bound, (mine.shape, error, bound)

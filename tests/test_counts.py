@@ -1,11 +1,14 @@
+from collections import Counter
 from fractions import Fraction
+from typing import ClassVar
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image
 
-from ldam_plugins import ClassCounts
+from ldam_plugins import ClassCounts, create_loss
 
 CIFAR_LT = [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
 COLUMN = Dataset.from_dict({"label": [0, None, 1]})["label"]
@@ -161,3 +164,68 @@ def test_bad_counts_are_refused(make, error, message):
 )
 def test_the_way_out_of_each_error_leads_to_counts(labels):
     assert ClassCounts.from_labels(labels).counts.tolist() == [1, 2, 1]
+
+
+class TestCountsByClass:
+    """Counts that come with their classes are put in class order, or refused."""
+
+    LABELS = pd.Series([2] * 16 + [0] * 6 + [1] * 2)
+    IN_ORDER: ClassVar = [6, 2, 16]
+
+    @pytest.mark.parametrize(
+        "count",
+        [
+            lambda labels: labels.value_counts(),
+            lambda labels: labels.value_counts(ascending=True),
+            lambda labels: labels.value_counts(sort=False),
+            lambda labels: labels.astype("Int64").value_counts(),
+            lambda labels: labels.astype("int64[pyarrow]").value_counts(),
+            lambda labels: labels.astype("category").value_counts(),
+            lambda labels: labels.where(labels >= 0).astype(float).value_counts(),
+            lambda labels: labels.groupby(labels).size().sort_values(),
+            lambda labels: pd.Series([6, 2, 16]),
+            lambda labels: pd.Series([6, 2, 16]).index.map({0: 6, 1: 2, 2: 16}),
+            lambda labels: Counter(labels.tolist()),
+            lambda labels: labels.value_counts().to_dict(),
+            lambda labels: Counter(labels.to_numpy()),
+        ],
+    )
+    def test_in_class_order(self, count):
+        counts = count(self.LABELS)
+        assert ClassCounts(counts).counts.tolist() == self.IN_ORDER
+        assert create_loss("ldam", counts).class_counts.counts.tolist() == self.IN_ORDER
+
+    @pytest.mark.parametrize(
+        ("count", "shown"),
+        [
+            (lambda labels: labels.map({0: "a", 1: "b", 2: "c"}).value_counts(), r"\['c', 'a'"),
+            (lambda labels: labels.astype(str).value_counts(), r"\['2', '0', '1'\]"),
+            (lambda labels: (labels + 1).value_counts(), r"\[3, 1, 2\]"),
+            (lambda labels: labels.replace({1: 3}).value_counts(), r"\[2, 0, 3\]"),
+            (lambda labels: pd.Series([3, 4], index=[0, 0]), r"\[0, 0\]"),
+            (lambda labels: pd.Series([3, 4], index=["a", 0]), r"\['a', 0\]"),
+            (lambda labels: labels.value_counts(bins=2), r"\[Interval"),
+            (lambda labels: pd.DataFrame({"a": labels}).value_counts(), r"\[\(2,\)"),
+            (lambda labels: {"a": 3, "b": 4}, r"\['a', 'b'\]"),
+            (lambda labels: Counter("aab"), r"\['a', 'b'\]"),
+        ],
+    )
+    def test_other_classes_are_refused(self, count, shown):
+        wanted = rf"`counts` must be indexed by the classes 0\.\..*got {shown}.*from_labels"
+        with pytest.raises(ValueError, match=wanted):
+            ClassCounts(count(self.LABELS))
+
+    def test_tables_and_shares_are_refused(self):
+        for table in (
+            self.LABELS.value_counts().to_frame(),
+            self.LABELS.value_counts().reset_index(),
+        ):
+            with pytest.raises(ValueError, match=r"one-dimensional, got 'DataFrame'.*the column"):
+                ClassCounts(table)
+        with pytest.raises(TypeError, match="`counts` must be integers"):
+            ClassCounts(self.LABELS.value_counts(normalize=True))
+
+    def test_a_class_without_samples_is_named(self):
+        counts = self.LABELS.value_counts().reindex(range(4), fill_value=0)
+        with pytest.raises(ValueError, match="no training sample in class 3"):
+            ClassCounts(counts)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hf_samples import TEXT_MODELS, make_data, make_model, make_trainer, tensors
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForSequenceClassification
 
@@ -270,3 +271,25 @@ def test_a_trainer_with_it_is_repeated_by_its_seed(tmp_path):
         trainer.train()
         losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("empty", ["texts", "queries", "all"])
+def test_an_empty_batch_has_an_empty_output(layer, empty):
+    texts, length = (0, L) if empty == "texts" else (N, 0)
+    query = torch.randn(texts, H, length, D, requires_grad=True)
+    key, value = (torch.randn(texts, H, 0 if empty == "all" else L, D) for _ in range(2))
+    output, _ = attention_forward(layer, query, key, value, None, dropout=0.1)
+    assert output.shape == (texts, length, H, D)
+    output.sum().backward()
+    assert query.grad.shape == query.shape
+    assert FastDropout(0.1)(torch.zeros(0, 3)).shape == (0, 3)
+
+
+def test_what_looks_on_gets_the_dropout_of_torch():
+    dropout = FastDropout(0.5)
+    with pytest.raises(RuntimeError, match="randomness"):  # not the same draw for every example
+        torch.func.vmap(dropout)(torch.ones(3, 4))
+    with FakeTensorMode():
+        assert dropout(torch.empty(3, 4)).shape == (3, 4)
+    with torch.device("meta"):  # a default for what is made anew
+        assert dropout(torch.ones(64, 64, device="cpu")).eq(0).any()

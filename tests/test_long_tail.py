@@ -133,3 +133,54 @@ def test_order_by_index_is_the_authors_rule_on_sets_of_any_sizes():
 def test_bad_profiles_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("profile", ["exp", "step"])
+def test_the_tail_of_whole_multiples_is_exact(profile):
+    """In floating point 4900 * 49 ** -1 is a little below 100."""
+    for ratio in range(1, 300):
+        for smallest in (1, 2, 50, 100):
+            kept = long_tail_counts(ratio * smallest, 10, ratio, profile)
+            assert kept[0] == ratio * smallest
+            assert kept[-1] == smallest
+
+
+def floor_by_integers(n_max, ratio, place, last):
+    """The largest k with ``k <= n_max * ratio ** -(place / last)``, by integers alone."""
+    low, high = 0, n_max
+    while low < high:
+        middle = (low + high + 1) // 2
+        if middle**last * ratio**place <= n_max**last:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+@pytest.mark.parametrize("n_max", [5000, 500, 4900, 1280, 99])
+@pytest.mark.parametrize("ratio", [2, 10, 16, 49, 64])
+@pytest.mark.parametrize("classes", [2, 3, 5, 10])
+def test_counts_are_those_of_exact_arithmetic(n_max, ratio, classes):
+    last = classes - 1
+    exact = [floor_by_integers(n_max, ratio, place, last) for place in range(classes)]
+    assert long_tail_counts(n_max, classes, ratio).tolist() == exact
+
+
+@pytest.mark.parametrize("ratio", [10, 20, 50, 100, 200])
+@pytest.mark.parametrize(("n_max", "classes"), [(5000, 10), (500, 100), (1000, 20), (1310, 77)])
+def test_counts_are_the_authors_where_theirs_are_exact(n_max, classes, ratio):
+    authors = [int(n_max * (1 / ratio) ** (c / (classes - 1))) for c in range(classes)]
+    exact = [floor_by_integers(n_max, ratio, c, classes - 1) for c in range(classes)]
+    ours = long_tail_counts(n_max, classes, ratio).tolist()
+    assert ours == exact
+    differ = [(a, o) for a, o in zip(authors, ours, strict=True) if a != o]
+    assert all(a == o - 1 for a, o in differ)  # lost to rounding
+
+
+def test_a_decimal_ratio_is_meant_as_it_is_written():
+    assert long_tail_counts(11, 2, 1.1).tolist() == [11, 10]
+    assert long_tail_counts(333, 2, 33.3, "step").tolist() == [333, 10]
+
+
+def test_many_even_classes_are_no_work():
+    assert set(long_tail_counts(5000, 100_000, ratio=1)) == {5000}

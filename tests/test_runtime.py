@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
+from torch import distributed
 from torch.utils.data import BatchSampler
 
 from ldam_plugins.runtime import (
+    any_process,
     check_processes,
     check_tracker,
     choose_precision,
@@ -315,3 +317,23 @@ def test_missing_tracker_is_refused():
     check_tracker("none")
     with pytest.raises(ModuleNotFoundError, match="pip install no_such_tracker"):
         check_tracker("no_such_tracker")
+
+
+@pytest.fixture
+def backend_of_another_name():
+    """gloo by a name that holds that of NVIDIA's."""
+
+    def make(store, rank, size, timeout):
+        return distributed.ProcessGroupGloo(store, rank, size, timeout)
+
+    if not hasattr(distributed.Backend, "NOTNCCL"):
+        distributed.Backend.register_backend("notnccl", make, devices=["cpu"])
+    distributed.init_process_group("notnccl", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("backend_of_another_name")
+def test_any_process_asks_through_whatever_backend_there_is():
+    assert any_process(True)
+    assert not any_process(False)
