@@ -83,7 +83,8 @@ class CosineHead(nn.Module):
         kept = torch.where(_plausible(moments), moments, 0.0)
         seen = torch.stack((lengths.mean(), lengths.square().mean())).to(kept.dtype)
         seen = torch.where(seen.isfinite().all(), seen, kept)
-        moments.copy_(kept.lerp(seen, _MOMENT_RATE))
+        # torch.jit.trace runs without no_grad, and would leave the buffer with a past.
+        moments.copy_(kept.lerp(seen, _MOMENT_RATE).detach())
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move and cast as torch does, but keep the moments in float32: a slow mean needs it."""
