@@ -15,7 +15,7 @@ from ldam_plugins.heads import folded_state_dict
 from ldam_plugins.hf_setup import class_count, fold_when_saved
 from ldam_plugins.runtime import refuse_deepspeed
 
-import text_lt  # noqa: E402  # isort: skip
+import text_lt  # isort: skip
 
 ZERO_3 = SimpleNamespace(zero_stage=3, enable_msamp=False)
 ZERO_2 = SimpleNamespace(zero_stage=2, enable_msamp=False)
