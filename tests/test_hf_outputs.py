@@ -9,7 +9,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, default_data_collator
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from ldam_plugins import LongTailMetrics, create_loss
+from ldam_plugins import LongTailMetrics, create_loss, use_cosine_head
 from ldam_plugins.hf_plugin import DRWCallback
 from ldam_plugins.metrics import long_tail_metrics
 from ldam_plugins.model_outputs import find_logits
@@ -178,7 +178,7 @@ class TestLabels:
 
     def test_one_a_token_is_told_so(self, tmp_path):
         model = _Net(lambda z, h: {"logits": z[:, None].expand(-1, 8, -1)})
-        trainer = _trainer(tmp_path, model)
+        trainer = _trainer(tmp_path, use_cosine_head(model, head="classifier"))
         with pytest.raises(ValueError, match="not one a token"):
             trainer.train()
 
@@ -214,7 +214,7 @@ class TestLabels:
             "remove_unused_columns": False,
             "data": make_data().remove_columns("attention_mask"),
         }
-        trainer = _trainer(tmp_path, model, **options)
+        trainer = _trainer(tmp_path, use_cosine_head(model, head="classifier"), **options)
         with pytest.raises(ValueError, match=r"works without labels.*labels=None") as caught:
             trainer.train()
         assert isinstance(caught.value.__cause__, KeyError if by_key else TypeError)
@@ -226,7 +226,7 @@ class TestLabels:
                 raise TypeError("an own one")
 
         with pytest.raises(TypeError, match=r"^an own one$"):
-            _trainer(tmp_path, Wrong()).train()
+            _trainer(tmp_path, use_cosine_head(Wrong(), head="classifier")).train()
 
     def test_a_forward_without_them_drops_a_column(self, tmp_path):
         class Without(_Net):
