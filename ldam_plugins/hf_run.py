@@ -131,10 +131,7 @@ class TrainingRun:
         progress = Progress(state.global_step, self._total_steps, self._steps_per_epoch)
         if self._sampler is not None:
             progress = self._sampler.progress  # sampling changes between epochs only
-        if getattr(self.criterion, "weighted_by", None) != id(self):
-            self.stage = None  # another training has used the loss since, inside this one perhaps
-            self.criterion.weighted_by = id(self)
-        stage = enter_stage(self.criterion, self.schedule, progress, self.stage)
+        stage = enter_stage(self.criterion, self.schedule, progress)
         if stage != self.stage:
             self.stage = stage
             # A resumed run has the log of the run it goes on with.

@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from ldam_plugins import DeferredSchedule, LDAMLoss, create_loss, fold_cosine_head, list_losses
+from ldam_plugins.head_guard import HeadGuard
 from ldam_plugins.heads import CosineLinear, cosine_heads
 from ldam_plugins.hf_plugin import DRWCallback
 
@@ -252,12 +253,12 @@ class TestOneCallbackForManyTrainings:
 
 
 class TestWhatIsLeft:
-    def test_nothing_on_the_model_but_the_head(self, tmp_path):
+    def test_nothing_on_the_model_but_the_head_and_its_guard(self, tmp_path):
         trainer = make_trainer(tmp_path, callbacks=[DRWCallback()])
         trainer.train()
         for module in trainer.model.modules():
             assert not module._forward_hooks
-            assert not module._forward_pre_hooks
+            assert all(type(h) is HeadGuard for h in module._forward_pre_hooks.values())
         inputs, labels = tensors(make_data())
         output = trainer.model(**inputs, labels=labels)
         stock = torch.nn.functional.cross_entropy(output.logits, labels)
