@@ -318,7 +318,7 @@ class TestSamplerOfTheUsers:
             def on_epoch_end(self, args, state, control, **kwargs):
                 data.size = 24
 
-        callbacks = [DRWCallback(schedule="rs", class_counts=COUNTS), Grow()]
+        callbacks = [DRWCallback(schedule="rs"), Grow()]
         data.size = 24
         trainer = make_trainer(tmp_path, data=data, callbacks=callbacks)
         trainer.train()
