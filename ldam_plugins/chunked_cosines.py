@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import register_pytree_node
 
 from ldam_plugins._checks import must_be
-from ldam_plugins.tensors import readable, takes_own_functions
+from ldam_plugins.tensors import ordinary, readable, takes_own_functions
 
 CHUNK_ELEMENTS = 1 << 22
 """Of the logits, and of the weight rows, at a time: 16 MiB in float32."""
@@ -155,7 +155,7 @@ register_pytree_node(
 
 def followed(weight: Tensor) -> Tensor:
     """The same memory as the output of an operation, from which autograd leads back to it."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not takes_own_functions(weight):
         return weight.view_as(weight)
     alias: Tensor = _Followed.apply(weight)
     return alias
@@ -172,8 +172,7 @@ class _Followed(torch.autograd.Function):
 
 
 def _check_held(weight: Tensor) -> None:
-    plain = type(weight) in (Tensor, torch.nn.Parameter)
-    if plain and weight.numel() and not weight.untyped_storage().size():
+    if ordinary(weight) and weight.numel() and not weight.untyped_storage().size():
         wanted = "False under FSDP that frees the head's weight after its forward pass"
         way_out = "The loss needs it until the backward pass: shard the module that holds the head"
         way_out += " with `reshard_after_forward=False`, or call"

@@ -244,7 +244,8 @@ def give_back_sampler(loader: Any) -> None:
 
 def users_sampler(loader: Any) -> str | None:
     """What chooses the rows of a loader, if it is not a shuffle of the whole data set."""
-    batches = getattr(loader, "batch_sampler", None) or getattr(loader, "sampler", None)
+    batches = getattr(loader, "batch_sampler", None)
+    batches = getattr(loader, "sampler", None) if batches is None else batches
     if batches is None or isinstance(loader.dataset, IterableDataset):
         return None
     if isinstance(batches, BatchSamplerShard):

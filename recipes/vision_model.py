@@ -42,8 +42,7 @@ print(model.pretrained_cfg["label_names"][logits.argmax()])
 ```
 
 `metrics.json` of the run was measured so, in float32. `{classes_file}` holds the classes in the
-order of the logits, one a line: timm's `validate.py` and `create_dataset` take it as `class_map`,
-and need it, as timm sorts class folders by number (1, 2, 10) and the run sorted them as text.
+order of the logits, one a line: what timm's `validate.py` and `create_dataset` take as `class_map`.
 """
 
 

@@ -13,7 +13,7 @@ from torchvision.transforms import functional
 
 from ldam_plugins.batches import CropFlip, InMemoryImages, RandomCropFlip, crop_flip, normalize
 from ldam_plugins.data import LabelledImages
-from ldam_plugins.image_files import check_files
+from ldam_plugins.image_files import find_files
 from ldam_plugins.image_sources import FileSource
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -196,7 +196,7 @@ def files(tmp_path):
     names = [f"{row}.png" for row in range(150)]
     for name, image in zip(names, pixels, strict=True):
         Image.fromarray(image).save(tmp_path / name)
-    check_files(tmp_path, names, str)
+    assert find_files(tmp_path, names, str) == names
     return LabelledImages(FileSource(tmp_path, names), np.arange(150) % 7, tuple("abcdefg"))
 
 
