@@ -229,7 +229,7 @@ class ClassificationLoss(nn.Module):
         }
 
     def _check_classes(self, logits: Tensor | ChunkedCosines) -> None:
-        if not isinstance(logits, (Tensor, ChunkedCosines)):  # torch 2.9 compiles no union here
+        if not isinstance(logits, (Tensor, ChunkedCosines)):
             wanted = f"a floating-point tensor of shape (N, {len(self.class_counts)})"
             way_out = _way_to_logits(logits)
             raise TypeError(must_be("logits", wanted, type(logits).__name__, way_out))

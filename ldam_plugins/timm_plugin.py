@@ -412,7 +412,7 @@ class LongTailTask(ClassificationTask):
         """
         self._check_heads()
         output = self.trainable_module(input)
-        if not isinstance(output, (Tensor, ChunkedCosines)):  # torch 2.9 compiles no union here
+        if not isinstance(output, (Tensor, ChunkedCosines)):
             raise TypeError(_one_output(output))
         return {"loss": self.criterion(output, target), "output": output}
 
