@@ -132,15 +132,22 @@ class ChunkedCosines:
         return rows
 
 
+def cosine_logits(features: Tensor, rows: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """``scale`` times the cosines (..., C) of features (..., H) to rows (C, H); features' lengths.
+
+    A zero vector has no direction to learn; its gradient would be of size 1 / norm.
+    """
+    lengths, row_lengths = _lengths(features), _lengths(rows)
+    rates = scale / lengths.clamp_min(SMALLEST_LENGTH).unsqueeze(-1)
+    logits = F.linear(features, rows) * rates / row_lengths.clamp_min(SMALLEST_LENGTH)
+    directed = (lengths > SMALLEST_LENGTH).unsqueeze(-1) & (row_lengths > SMALLEST_LENGTH)
+    return torch.where(directed, logits, logits.detach()), lengths
+
+
 def _cross_entropy_by_definition(
     features: Tensor, weight: Tensor, target: Tensor, shift: Tensor, scale: float
 ) -> Tensor:
-    rows = weight.to(features.dtype)
-    lengths, row_lengths = _lengths(features).unsqueeze(1), _lengths(rows)
-    logits = F.linear(features, rows) * (scale / lengths.clamp_min(SMALLEST_LENGTH))
-    logits = logits / row_lengths.clamp_min(SMALLEST_LENGTH)
-    directed = (lengths > SMALLEST_LENGTH) & (row_lengths > SMALLEST_LENGTH)
-    logits = torch.where(directed, logits, logits.detach())
+    logits, _ = cosine_logits(features, weight.to(features.dtype), scale)
     shifted = logits.scatter_add(1, target.unsqueeze(1), -shift.unsqueeze(1))
     return F.cross_entropy(shifted, target, reduction="none")
 

@@ -15,6 +15,7 @@ from ldam_plugins.chunked_cosines import (
     SMALLEST_LENGTH,
     ChunkedCosines,
     autocasts,
+    cosine_logits,
     followed,
     full_precision,
 )
@@ -60,12 +61,7 @@ class CosineHead(nn.Module):
         narrow = wide if autocasts(device) else features.dtype
         with full_precision(device):
             vectors, rows = features.to(wide), self.weight.flatten(1).to(wide)
-            lengths, row_lengths = _lengths(vectors), _lengths(rows)
-            rates = self.scale / lengths.clamp_min(SMALLEST_LENGTH).unsqueeze(-1)
-            logits = F.linear(vectors, rows) * rates / row_lengths.clamp_min(SMALLEST_LENGTH)
-            # A zero vector has no direction to learn; its gradient would be of size 1 / norm.
-            directed = (lengths > SMALLEST_LENGTH).unsqueeze(-1) & (row_lengths > SMALLEST_LENGTH)
-            logits = torch.where(directed, logits, logits.detach())
+            logits, lengths = cosine_logits(vectors, rows, self.scale)
         if self.training and lengths.numel():
             self._observe(lengths)
         return logits.to(narrow)
