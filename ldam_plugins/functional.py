@@ -29,7 +29,6 @@ from ldam_plugins.reduction import (
     at_target,
     checked_target,
     index_and_weight,
-    learned,
     per_class,
     prepare,
     reduce_rows,
@@ -38,7 +37,7 @@ from ldam_plugins.reduction import (
     torch_cross_entropy,
     weigh,
 )
-from ldam_plugins.tensors import ordinary
+from ldam_plugins.tensors import learned, ordinary
 
 
 def cross_entropy(

@@ -104,11 +104,6 @@ def weigh(terms: Tensor, target: Tensor, weight: Tensor | None, ignore_index: in
     return terms.masked_fill(ignored, 0)
 
 
-def learned(*tensors: Tensor | None) -> bool:
-    """Whether one of them asks for a gradient."""
-    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
 def torch_cross_entropy(
     logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str
 ) -> Tensor:

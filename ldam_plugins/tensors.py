@@ -82,3 +82,8 @@ def _fake_where_all_are(values: Tensor, logits: Any) -> Tensor:
     with _disable_current_modes():
         numbers = values.tolist()
     return torch.tensor(numbers, dtype=values.dtype, device=values.device)
+
+
+def learned(*tensors: Tensor | None) -> bool:
+    """Whether one of them asks for a gradient."""
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)

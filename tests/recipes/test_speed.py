@@ -1,0 +1,58 @@
+import json
+import math
+
+import pytest
+import speed
+import speed_clock
+
+TINY = {
+    "repeats": 1,
+    "seconds": 0.0,
+    "max_classes": 1000,
+    "max_logits": 300_000,
+    "max_rows": 10_000,
+    "max_image": 32,
+    "batch_size": 8,
+    "text_batch_size": 2,
+    "steps": 2,
+    "epochs": 1,
+}
+
+
+def whole(row):
+    numbers = [row[key] for key in ("ours_seconds", "peer_seconds", "ratio_median")]
+    assert all(math.isfinite(number) and number > 0 for number in numbers)
+    assert row["ratio_min"] <= row["ratio_median"] <= row["ratio_max"]
+    assert len(row["seconds"]) == 1
+    assert row["what"]
+    assert row["peer"]
+
+
+def test_small_sections(tmp_path, capsys):
+    file = tmp_path / "speed.json"
+    rows = speed.main(speed_clock.SpeedOptions(**TINY, json=str(file)))
+    for row in rows:
+        whole(row)
+    assert [*dict.fromkeys(row["section"] for row in rows)] == speed_clock.QUICK
+    kept = json.loads(file.read_text())
+    assert kept["rows"] == json.loads(json.dumps(rows))
+    assert kept["options"]["repeats"] == 1
+    assert {"torch", "python"} <= set(kept["versions"])
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == len(rows) + 2
+    assert "LDAM soft, 256 x 1000, bfloat16" in printed
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_training():
+    more = {"compile": False, "dataset": "digits", "text_dataset": "stdlib_docstrings"}
+    only = {"only": ["processes", "vision", "text"], "text_model": "bilstm", "max_length": 16}
+    rows = speed.main(speed_clock.SpeedOptions(**TINY, **more, **only))
+    for row in rows:
+        whole(row)
+    assert [row["section"] for row in rows] == ["processes", "vision", "vision", "text"]
+
+
+def test_unknown_section():
+    with pytest.raises(ValueError, match=r"`only` must be one of .*Did you mean 'vision'"):
+        speed.main(speed_clock.SpeedOptions(only=["vison"]))

