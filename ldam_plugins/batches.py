@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from ldam_plugins._checks import check_int, check_real, must_be
+from ldam_plugins._validation import check_int, check_real, must_be
 from ldam_plugins.data import LabelledImages, map_in_threads
 
 

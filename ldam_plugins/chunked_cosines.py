@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import register_pytree_node
 
-from ldam_plugins._checks import must_be
+from ldam_plugins._validation import must_be
 from ldam_plugins.tensors import ordinary, readable, takes_own_functions
 
 CHUNK_ELEMENTS = 1 << 22

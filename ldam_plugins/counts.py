@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldam_plugins._checks import check_int, check_real, must_be, quoted
+from ldam_plugins._validation import check_int, check_real, must_be, quoted
 
 MANY_ABOVE = 100
 """Classes with more training samples belong to the *many* group (Liu et al., CVPR 2019)."""

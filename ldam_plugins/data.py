@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from torch.utils.data import Dataset
 
-from ldam_plugins._checks import check_int, must_be, quoted
+from ldam_plugins._validation import check_int, must_be, quoted
 from ldam_plugins.image_loaders import ImageRequest, load_rows
 from ldam_plugins.image_sources import ImageSource
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ldam_plugins._checks import must_be
+from ldam_plugins._validation import must_be
 
 MIN_TEXTS = 20
 """A module with fewer texts is left out."""

@@ -12,7 +12,7 @@ import evaluate
 import numpy as np
 from torch import Tensor
 
-from ldam_plugins._checks import must_be, quoted
+from ldam_plugins._validation import must_be, quoted
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.metrics import MetricAccumulator, long_tail_metrics
 from ldam_plugins.model_outputs import find_logits, one_label_a_row

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.markers import CARETLEFTBASE, CARETRIGHTBASE
 
-from ldam_plugins._checks import must_be
+from ldam_plugins._validation import must_be
 from ldam_plugins.experiments import (
     Record,
     Setting,

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tabulate import tabulate
 
-from ldam_plugins._checks import check_choice
+from ldam_plugins._validation import check_choice
 from ldam_plugins.experiments import (
     ABSENT,
     Record,

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ldam_plugins._checks import must_be, quoted
+from ldam_plugins._validation import must_be, quoted
 from ldam_plugins.grid import METHODS
 from ldam_plugins.intervals import Interval, mean_interval
 from ldam_plugins.losses import create_loss, loss_options

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldam_plugins._checks import check_choice, check_real, must_be
+from ldam_plugins._validation import check_choice, check_real, must_be
 from ldam_plugins.chunked_cosines import ChunkedCosines
 from ldam_plugins.margin_cross_entropy import (
     margin_cross_entropy,

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from ldam_plugins._checks import must_be
+from ldam_plugins._validation import must_be
 from ldam_plugins.grid_run import CellRun, Outcome, ended_before, run_cell
 from ldam_plugins.runtime import PREEMPTED, noted_sigterm
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldam_plugins._checks import must_be
+from ldam_plugins._validation import must_be
 
 _WIDEST_FACTOR = 2.0**20
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ldam_plugins._checks import must_be
+from ldam_plugins._validation import must_be
 from ldam_plugins.head_layers import Cosine, CosineConv2d, CosineLinear, is_sharded
 from ldam_plugins.head_names import refuse_adapted
 from ldam_plugins.head_trace import unwrapped

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldam_plugins._checks import check_real, must_be
+from ldam_plugins._validation import check_real, must_be
 from ldam_plugins.chunked_cosines import (
     SMALLEST_LENGTH,
     ChunkedCosines,

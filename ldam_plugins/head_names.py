@@ -7,7 +7,7 @@ from typing import Any, TypeGuard
 
 from torch import nn
 
-from ldam_plugins._checks import check_choice, must_be, quoted
+from ldam_plugins._validation import check_choice, must_be, quoted
 from ldam_plugins.head_trace import Mix, Reader, Stack, Untraceable, is_adapter
 
 Layers = dict[str, nn.Linear | nn.Conv2d]

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ldam_plugins._checks import check_choice, check_real, must_be
+from ldam_plugins._validation import check_choice, check_real, must_be
 from ldam_plugins.head_fit import closest_factor, logits_of_both
 from ldam_plugins.head_guard import (
     check_heads,

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from transformers import TrainingArguments
 from transformers.utils import logging
 
-from ldam_plugins._checks import must_be, quoted
+from ldam_plugins._validation import must_be, quoted
 from ldam_plugins.counts import ClassCounts, label_array, label_fault
 
 LABEL_COLUMNS = ("labels", "label", "label_ids")

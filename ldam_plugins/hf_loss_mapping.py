@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.loss.loss_utils import LOSS_MAPPING
 
-from ldam_plugins._checks import must_be
+from ldam_plugins._validation import must_be
 from ldam_plugins.losses import LDAMLoss
 
 LOSS_TYPE = "LDAM"

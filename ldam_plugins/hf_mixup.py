@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Trainer
 
-from ldam_plugins._checks import must_be
+from ldam_plugins._validation import must_be
 from ldam_plugins.heads import cosine_heads, find_head
 from ldam_plugins.hf_setup import calling_trainer
 

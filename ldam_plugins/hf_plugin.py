@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from ldam_plugins._checks import check_int, check_real, must_be
+from ldam_plugins._validation import check_int, check_real, must_be
 from ldam_plugins.combinations import warn_of_combination
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.hf_labels import GIVE_COUNTS, IGNORED, TrainingLabels

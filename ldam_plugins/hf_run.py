@@ -15,7 +15,7 @@ from torch.utils.data import BatchSampler, IterableDataset, RandomSampler, Sampl
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.utils import logging
 
-from ldam_plugins._checks import must_be
+from ldam_plugins._validation import must_be
 from ldam_plugins.combinations import enter_stage
 from ldam_plugins.hf_labels import TrainingLabels
 from ldam_plugins.hf_mixup import FeatureMixup

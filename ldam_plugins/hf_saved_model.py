@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ldam_plugins._checks import must_be
+from ldam_plugins._validation import must_be
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.metrics import MetricAccumulator
 from ldam_plugins.run_files import write_atomic

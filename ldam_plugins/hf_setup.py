@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Trainer, TrainerCallback
 
-from ldam_plugins._checks import must_be
+from ldam_plugins._validation import must_be
 from ldam_plugins.heads import (
     CosineConv2d,
     check_heads,

@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 
-from ldam_plugins._checks import check_int, must_be
+from ldam_plugins._validation import check_int, must_be
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.hf_setup import calling_trainer
 from ldam_plugins.run_files import HistoryWriter, flush_folder, write_atomic

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from ldam_plugins._checks import check_int, must_be
+from ldam_plugins._validation import check_int, must_be
 
 PAD, UNKNOWN = "[PAD]", "[UNK]"
 _WORDS = r"\w+(?:'\w+)*|[!?]"

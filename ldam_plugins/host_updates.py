@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ldam_plugins._checks import must_be
+from ldam_plugins._validation import must_be
 
 HOST_IGNORES = -100
 """The label that the Trainer leaves out when it counts the items of an update."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ldam_plugins._checks import quoted
+from ldam_plugins._validation import quoted
 from ldam_plugins.image_files import composed, find_files, read_text
 from ldam_plugins.image_sources import FileSource, ImageRows
 

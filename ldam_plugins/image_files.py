@@ -12,7 +12,7 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from ldam_plugins._checks import quoted
+from ldam_plugins._validation import quoted
 from ldam_plugins.image_sources import IMAGE_SUFFIXES, is_inside
 
 

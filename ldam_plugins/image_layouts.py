@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ldam_plugins._checks import quoted
+from ldam_plugins._validation import quoted
 from ldam_plugins.image_files import (
     at_line,
     class_folders,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ldam_plugins._checks import must_be, quoted
+from ldam_plugins._validation import must_be, quoted
 from ldam_plugins.image_annotations import read_annotations
 from ldam_plugins.image_files import listing
 from ldam_plugins.image_layouts import (

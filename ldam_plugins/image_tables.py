@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ldam_plugins._checks import must_be, quoted
+from ldam_plugins._validation import must_be, quoted
 from ldam_plugins.image_files import composed
 from ldam_plugins.image_sources import TableSource
 

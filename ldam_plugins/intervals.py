@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import optimize, stats
 
-from ldam_plugins._checks import check_int, check_real, must_be
+from ldam_plugins._validation import check_int, check_real, must_be
 
 CONFIDENCE = 0.95
 _POWER = 0.8

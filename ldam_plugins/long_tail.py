@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ldam_plugins._checks import check_choice, check_int, check_real, must_be
+from ldam_plugins._validation import check_choice, check_int, check_real, must_be
 from ldam_plugins.counts import check_label_range, label_array
 
 PROFILES = ("exp", "step", "none")

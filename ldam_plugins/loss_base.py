@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ldam_plugins._checks import check_choice, check_int, must_be
+from ldam_plugins._validation import check_choice, check_int, must_be
 from ldam_plugins.chunked_cosines import ChunkedCosines
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.functional import cross_entropy

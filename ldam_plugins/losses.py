@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ldam_plugins import functional
-from ldam_plugins._checks import check_choice, check_real, must_be
+from ldam_plugins._validation import check_choice, check_real, must_be
 from ldam_plugins.chunked_cosines import ChunkedCosines
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.loss_base import ClassificationLoss, option_names

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldam_plugins._checks import check_int, check_logits, must_be
+from ldam_plugins._validation import check_int, check_logits, must_be
 from ldam_plugins.counts import ClassCounts, check_label_range, label_array
 
 ECE_BINS = 15

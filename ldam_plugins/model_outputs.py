@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ldam_plugins._checks import must_be
+from ldam_plugins._validation import must_be
 
 _RETURN_A_DICT = 'Let `forward` return {"logits": logits, ...}.'
 

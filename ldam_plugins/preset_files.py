@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from ldam_plugins._checks import must_be
+from ldam_plugins._validation import must_be
 
 _SCALARS = (str, int, float, type(None))
 

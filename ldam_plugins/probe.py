@@ -12,7 +12,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
-from ldam_plugins._checks import must_be
+from ldam_plugins._validation import must_be
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.heads import cosine_heads, find_head
 from ldam_plugins.metrics import long_tail_metrics

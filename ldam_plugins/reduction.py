@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldam_plugins._checks import check_choice, check_logits, check_target, must_be
+from ldam_plugins._validation import check_choice, check_logits, check_target, must_be
 from ldam_plugins.chunked_cosines import ChunkedCosines
 from ldam_plugins.tensors import beside, readable
 

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from ldam_plugins._checks import check_choice, must_be, quoted
+from ldam_plugins._validation import check_choice, must_be, quoted
 from ldam_plugins.run_files import (
     HISTORY_FILE,
     METRICS_FILE,

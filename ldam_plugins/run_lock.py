@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 
 from filelock import FileLock, Timeout
 
-from ldam_plugins._checks import must_be
+from ldam_plugins._validation import must_be
 
 LOCK_FILE, HOLDER_FILE = ".run.lock", ".run.json"
 

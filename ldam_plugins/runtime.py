@@ -23,7 +23,7 @@ import psutil
 import torch
 from torch import distributed
 
-from ldam_plugins._checks import check_choice, check_int, must_be
+from ldam_plugins._validation import check_choice, check_int, must_be
 from ldam_plugins.run_files import flush_folder, flush_names
 
 PRECISIONS = ("auto", "no", "bf16", "fp16")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Sampler
 
-from ldam_plugins._checks import check_int, check_real, must_be
+from ldam_plugins._validation import check_int, check_real, must_be
 from ldam_plugins.counts import ClassCounts, label_array
 from ldam_plugins.schedules import DeferredSchedule, Progress
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldam_plugins._checks import check_choice, check_int, check_real, must_be
+from ldam_plugins._validation import check_choice, check_int, check_real, must_be
 from ldam_plugins.counts import ClassCounts
 
 KINDS = ("none", "rw", "rs", "drw", "drs", "progressive")

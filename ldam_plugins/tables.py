@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tabulate import tabulate
 
-from ldam_plugins._checks import check_int, must_be
+from ldam_plugins._validation import check_int, must_be
 from ldam_plugins.counts import FEW_BELOW, MANY_ABOVE, ClassCounts
 
 GROUP_NAMES = {

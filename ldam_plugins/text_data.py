@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ldam_plugins._checks import check_choice, check_int, check_real, must_be, quoted
+from ldam_plugins._validation import check_choice, check_int, check_real, must_be, quoted
 from ldam_plugins.counts import check_label_range, label_array
 from ldam_plugins.docstrings import read_docstrings
 from ldam_plugins.image_loaders import TEST_SPLITS

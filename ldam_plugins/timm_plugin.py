@@ -20,7 +20,7 @@ from timm.task import ClassificationTask
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from ldam_plugins._checks import check_choice, check_int, must_be
+from ldam_plugins._validation import check_choice, check_int, must_be
 from ldam_plugins.chunked_cosines import ChunkedCosines
 from ldam_plugins.combinations import enter_stage, warn_of_combination
 from ldam_plugins.counts import ClassCounts

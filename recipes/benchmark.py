@@ -37,7 +37,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from ldam_plugins import ClassCounts
-from ldam_plugins._checks import check_int
+from ldam_plugins._validation import check_int
 from ldam_plugins.experiment_report import write_experiment
 from ldam_plugins.experiment_tables import interval_rows, markdown, read_baseline
 from ldam_plugins.experiments import collect_records

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
 from transformers import HfArgumentParser
 
 from ldam_plugins import ClassCounts, DeferredSchedule, create_loss, list_losses
-from ldam_plugins._checks import check_choice, check_int, check_real, must_be
+from ldam_plugins._validation import check_choice, check_int, check_real, must_be
 from ldam_plugins.long_tail import CLASS_ORDERS, PROFILES
 from ldam_plugins.loss_base import ClassificationLoss
 from ldam_plugins.losses import loss_options

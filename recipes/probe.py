@@ -32,7 +32,7 @@ from tqdm import tqdm
 from transformers import DataCollatorWithPadding, HfArgumentParser
 
 from ldam_plugins import ClassCounts, DeferredSchedule, register
-from ldam_plugins._checks import must_be
+from ldam_plugins._validation import must_be
 from ldam_plugins.experiments import to_csv
 from ldam_plugins.hf_text import trainer_checkpoints
 from ldam_plugins.probe import head_inputs, linear_probe

@@ -27,7 +27,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from ldam_plugins._checks import check_choice, must_be
+from ldam_plugins._validation import check_choice, must_be
 from ldam_plugins.experiment_plots import PLOTS
 from ldam_plugins.experiment_tables import (
     comparison_rows,

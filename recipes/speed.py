@@ -35,7 +35,7 @@ from speed_clock import DEVICE, Row, SpeedOptions
 from transformers import HfArgumentParser
 
 from ldam_plugins import register
-from ldam_plugins._checks import check_choice
+from ldam_plugins._validation import check_choice
 from ldam_plugins.experiment_tables import markdown, ratio_rows
 from ldam_plugins.run_files import device_name, run_versions
 

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from ldam_plugins import ClassCounts, long_tail_indices, use_cosine_head
-from ldam_plugins._checks import must_be
+from ldam_plugins._validation import must_be
 from ldam_plugins.heads import find_head
 from ldam_plugins.hf_bilstm import BiLSTMConfig, BiLSTMForSequenceClassification
 from ldam_plugins.hf_text import bundled_minilm

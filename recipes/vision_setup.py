@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ldam_plugins import ClassCounts, use_cosine_head
-from ldam_plugins._checks import check_choice, check_int, must_be
+from ldam_plugins._validation import check_choice, check_int, must_be
 from ldam_plugins.batch_norm import use_fast_batch_norm
 from ldam_plugins.batches import InMemoryImages, RandomCropFlip, normalize
 from ldam_plugins.data import LabelledImages, load_images
