@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldam_plugins._validation import check_choice, check_real, must_be
-from ldam_plugins.chunked_cosines import ChunkedCosines
-from ldam_plugins.margin_cross_entropy import (
+from ldam_plugins.kernels.chunked_cosines import ChunkedCosines
+from ldam_plugins.kernels.dispatch import learned, ordinary
+from ldam_plugins.kernels.margin_cross_entropy import (
     margin_cross_entropy,
     margin_cross_entropy_of_masses,
     worthwhile,
@@ -37,7 +38,6 @@ from ldam_plugins.reduction import (
     torch_cross_entropy,
     weigh,
 )
-from ldam_plugins.tensors import learned, ordinary
 
 
 def cross_entropy(
@@ -139,7 +139,7 @@ def ldam_loss(
             return margin_cross_entropy_of_masses(logits, target, margins * -scale, factors)
         shifted = torch.addcmul(logits.to(margins.dtype), target, margins, value=-scale)
     elif _in_one_kernel(logits, target, margins, weight):
-        from ldam_plugins import margin_cross_entropy_triton as triton
+        from ldam_plugins.kernels import _margin_cross_entropy_triton as triton
 
         rows, row_weight = triton.margin_cross_entropy(
             logits, target, margins, weight, scale, ignore_index

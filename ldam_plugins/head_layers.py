@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldam_plugins._validation import check_real, must_be
-from ldam_plugins.chunked_cosines import (
+from ldam_plugins.kernels.chunked_cosines import (
     SMALLEST_LENGTH,
     ChunkedCosines,
     autocasts,
@@ -142,7 +142,7 @@ class CosineLinear(CosineHead, nn.Linear):
         out_features: C, size of the last dimension of the output (..., C).
         scale: s, the length of the logits; they lie in [-s, s].
         folded_bias: Whether the ordinary layer it folds into has a (zero) bias.
-        chunked: In training mode return :class:`~ldam_plugins.chunked_cosines.ChunkedCosines`
+        chunked: In training mode return :class:`.ChunkedCosines`
             instead of logits, for very many classes.
         device: As in ``nn.Linear``.
         dtype: As in ``nn.Linear``.

@@ -76,7 +76,7 @@ def use_cosine_head(
         init: ``"random"`` directions, or ``"keep"`` the weight rows of the old head (not its
             bias), where that was trained for the same classes; rows of zeros become random.
         chunked: For very many classes: in training mode the head returns no logits but a
-            :class:`~ldam_plugins.chunked_cosines.ChunkedCosines`, from which the losses ``ce``,
+            :class:`.ChunkedCosines`, from which the losses ``ce``,
             ``ldam`` and ``uniform_margin`` are computed some classes at a time. In evaluation
             mode it returns logits. The loss must be outside the model: give transformers' models
             no ``labels`` (a Trainer with ``compute_loss_func`` does not). Default: a head that is

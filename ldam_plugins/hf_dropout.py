@@ -13,7 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from ldam_plugins.tensors import readable
+from ldam_plugins.kernels.dispatch import readable
 
 ATTENTION = "sdpa_fast_dropout"
 """Name under which transformers finds this attention."""

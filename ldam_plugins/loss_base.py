@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ldam_plugins._validation import check_choice, check_int, must_be
-from ldam_plugins.chunked_cosines import ChunkedCosines
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.functional import cross_entropy
 from ldam_plugins.host_updates import check_item_count
+from ldam_plugins.kernels.chunked_cosines import ChunkedCosines
+from ldam_plugins.kernels.dispatch import beside, ordinary
 from ldam_plugins.model_outputs import find_logits, one_label_a_row, refuse_lost_logits
 from ldam_plugins.reduction import (
     REDUCTIONS,
@@ -22,7 +23,6 @@ from ldam_plugins.reduction import (
     wide_default,
     widened,
 )
-from ldam_plugins.tensors import beside, ordinary
 
 _INITIALISED = "_is_hf_initialized"
 """Flag of transformers, on what a checkpoint held and on modules that have been initialised."""

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ldam_plugins import functional
 from ldam_plugins._validation import check_choice, check_real, must_be
-from ldam_plugins.chunked_cosines import ChunkedCosines
 from ldam_plugins.counts import ClassCounts
+from ldam_plugins.kernels.chunked_cosines import ChunkedCosines
 from ldam_plugins.loss_base import ClassificationLoss, option_names
 
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldam_plugins._validation import check_choice, check_logits, check_target, must_be
-from ldam_plugins.chunked_cosines import ChunkedCosines
-from ldam_plugins.tensors import beside, readable
+from ldam_plugins.kernels.chunked_cosines import ChunkedCosines
+from ldam_plugins.kernels.dispatch import beside, readable
 
 REDUCTIONS = ("mean", "sum", "none")
 

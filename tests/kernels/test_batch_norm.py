@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ldam_plugins.batch_norm import FastBatchNorm2d, _BatchNorm, use_fast_batch_norm
+from ldam_plugins.kernels.batch_norm import FastBatchNorm2d, _BatchNorm, use_fast_batch_norm
 
 CHANNELS = 5
 

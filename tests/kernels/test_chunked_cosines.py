@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ldam_plugins import ClassCounts, create_loss, list_losses, use_cosine_head
-from ldam_plugins import chunked_cosines as chunked
+from ldam_plugins.kernels import chunked_cosines as chunked
 
 CLASSES, FEATURES, ROWS = 23, 6, 10
 COUNTS = ClassCounts(range(5, 5 + CLASSES))

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import register_pytree_node
 
 from ldam_plugins._validation import must_be
-from ldam_plugins.tensors import ordinary, readable, takes_own_functions
+from ldam_plugins.kernels.dispatch import ordinary, readable, takes_own_functions
 
 CHUNK_ELEMENTS = 1 << 22
 """Of the logits, and of the weight rows, at a time: 16 MiB in float32."""
@@ -156,7 +156,7 @@ register_pytree_node(
     ChunkedCosines,
     lambda cosines: ([cosines.features, cosines.weight], cosines.scale),
     lambda tensors, scale: ChunkedCosines(*tensors, scale),  # type: ignore[call-arg]
-    serialized_type_name="ldam_plugins.chunked_cosines.ChunkedCosines",
+    serialized_type_name="ldam_plugins.kernels.chunked_cosines.ChunkedCosines",
 )
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldam_plugins.tensors import learned, readable
+from ldam_plugins.kernels.dispatch import learned, readable
 
 CHUNK_ELEMENTS = 1 << 18
 """Done at a time: 1 MiB in float32, to stay in the cache of a core."""
