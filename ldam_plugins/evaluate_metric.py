@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ldam_plugins._validation import must_be, quoted
 from ldam_plugins.counts import ClassCounts
+from ldam_plugins.losses.model_outputs import find_logits, one_label_a_row
 from ldam_plugins.metrics import MetricAccumulator, long_tail_metrics
-from ldam_plugins.model_outputs import find_logits, one_label_a_row
 
 _DESCRIPTION = """
 Accuracy under a long tail: per class, mean of the many/medium/few groups of training classes,
@@ -95,7 +95,7 @@ class LongTailMetrics(evaluate.Metric):
         Args:
             eval_pred: ``EvalPrediction``, or a pair (predictions, labels). Of several model
                 outputs the one of shape (N, C) is taken as the logits, as
-                :func:`~ldam_plugins.model_outputs.find_logits` does for the loss; a list holds
+                :func:`.find_logits` does for the loss; a list holds
                 batches (``eval_do_concat_batches=False``). Labels are (N,) or (N, 1).
             compute_result: Under ``batch_eval_metrics=True`` False while batches are still to come
                 (the answer is empty then), True with the last. Left out: ``eval_pred`` is, or

@@ -30,7 +30,7 @@ from ldam_plugins.intervals import (
     mean_interval,
     paired_comparison,
 )
-from ldam_plugins.losses import list_losses
+from ldam_plugins.losses.registry import list_losses
 from ldam_plugins.schedules import KINDS
 
 # Name of a column: the metric, what it is multiplied by, and decimal places.

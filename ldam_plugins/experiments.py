@@ -15,7 +15,7 @@ from typing import Any
 from ldam_plugins._validation import must_be, quoted
 from ldam_plugins.grid import METHODS
 from ldam_plugins.intervals import Interval, mean_interval
-from ldam_plugins.losses import create_loss, loss_options
+from ldam_plugins.losses.registry import create_loss, loss_options
 from ldam_plugins.run_files import (
     COMMAND_FILE,
     METRICS_FILE,

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from ldam_plugins._validation import check_choice, check_int, check_real, must_be
 from ldam_plugins.long_tail import PROFILES
-from ldam_plugins.losses import list_losses
+from ldam_plugins.losses.registry import list_losses
 from ldam_plugins.schedules import KINDS
 
 OWN_OPTIONS = {

@@ -13,7 +13,6 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.utils import logging
 
 from ldam_plugins._validation import check_int, check_real, must_be
-from ldam_plugins.combinations import warn_of_combination
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.hf_labels import GIVE_COUNTS, IGNORED, TrainingLabels
 from ldam_plugins.hf_loss_mapping import register
@@ -29,9 +28,10 @@ from ldam_plugins.hf_setup import (
     fold_when_saved,
     put_head,
 )
-from ldam_plugins.host_updates import check_ignored
-from ldam_plugins.loss_base import ClassificationLoss
-from ldam_plugins.losses import create_loss, loss_options
+from ldam_plugins.losses.base import ClassificationLoss
+from ldam_plugins.losses.registry import create_loss, loss_options
+from ldam_plugins.losses.reweighting import warn_of_combination
+from ldam_plugins.losses.trainer_updates import check_ignored
 from ldam_plugins.schedules import DeferredSchedule
 
 __all__ = ["DRWCallback", "register"]

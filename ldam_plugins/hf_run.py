@@ -16,12 +16,12 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.utils import logging
 
 from ldam_plugins._validation import must_be
-from ldam_plugins.combinations import enter_stage
 from ldam_plugins.hf_labels import TrainingLabels
 from ldam_plugins.hf_mixup import FeatureMixup
 from ldam_plugins.hf_updates import UpdateWatch
-from ldam_plugins.loss_base import ClassificationLoss
-from ldam_plugins.model_outputs import find_logits, one_label_a_row
+from ldam_plugins.losses.base import ClassificationLoss
+from ldam_plugins.losses.model_outputs import find_logits, one_label_a_row
+from ldam_plugins.losses.reweighting import enter_stage
 from ldam_plugins.runtime import own_rows
 from ldam_plugins.samplers import DeferredSampler
 from ldam_plugins.schedules import DeferredSchedule, Progress

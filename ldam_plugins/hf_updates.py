@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from ldam_plugins._validation import must_be
-from ldam_plugins.host_updates import HOST_IGNORES
+from ldam_plugins.losses.trainer_updates import HOST_IGNORES
 
 
 class UpdateWatch:

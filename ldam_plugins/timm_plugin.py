@@ -21,7 +21,6 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from ldam_plugins._validation import check_choice, check_int, must_be
-from ldam_plugins.combinations import enter_stage, warn_of_combination
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.heads import (
     check_heads,
@@ -31,8 +30,9 @@ from ldam_plugins.heads import (
     use_cosine_head,
 )
 from ldam_plugins.kernels.chunked_cosines import ChunkedCosines
-from ldam_plugins.loss_base import ClassificationLoss
-from ldam_plugins.losses import create_loss
+from ldam_plugins.losses.base import ClassificationLoss
+from ldam_plugins.losses.registry import create_loss
+from ldam_plugins.losses.reweighting import enter_stage, warn_of_combination
 from ldam_plugins.schedules import DeferredSchedule, Progress
 
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
-from ldam_plugins.loss_base import ClassificationLoss
+from ldam_plugins.losses.base import ClassificationLoss
 
 Batch = tuple[Tensor, Tensor]
 Shapes = tuple[tuple[torch.Size, torch.Size, torch.dtype], ...]

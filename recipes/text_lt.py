@@ -48,7 +48,7 @@ from ldam_plugins.hf_text import (
     drop_partial_trainer_checkpoints,
     newest_trainer_checkpoint,
 )
-from ldam_plugins.loss_base import ClassificationLoss
+from ldam_plugins.losses.base import ClassificationLoss
 from ldam_plugins.reports import per_class_table, write_report
 from ldam_plugins.run_files import (
     device_name,

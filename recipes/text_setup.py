@@ -24,7 +24,7 @@ from ldam_plugins.heads import find_head
 from ldam_plugins.hf_bilstm import BiLSTMConfig, BiLSTMForSequenceClassification
 from ldam_plugins.hf_text import bundled_minilm
 from ldam_plugins.hf_tokenizer import train_tokenizer
-from ldam_plugins.loss_base import ClassificationLoss
+from ldam_plugins.losses.base import ClassificationLoss
 from ldam_plugins.text_data import load_texts, thin_classes
 
 # What the configurations of transformers call the dropout of attention.

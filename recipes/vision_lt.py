@@ -52,9 +52,9 @@ from vision_setup import (
 
 from ldam_plugins import register
 from ldam_plugins.batches import InMemoryImages
-from ldam_plugins.combinations import enter_stage, warn_of_combination
 from ldam_plugins.data import LabelledImages
-from ldam_plugins.loss_base import ClassificationLoss
+from ldam_plugins.losses import enter_stage, warn_of_combination
+from ldam_plugins.losses.base import ClassificationLoss
 from ldam_plugins.metrics import MetricAccumulator
 from ldam_plugins.reports import per_class_table, write_report
 from ldam_plugins.run_files import (

@@ -41,7 +41,7 @@ from ldam_plugins.data import LabelledImages, load_images
 from ldam_plugins.heads import find_head
 from ldam_plugins.kernels.batch_norm import use_fast_batch_norm
 from ldam_plugins.long_tail import long_tail_indices
-from ldam_plugins.loss_base import ClassificationLoss
+from ldam_plugins.losses.base import ClassificationLoss
 from ldam_plugins.runtime import (
     check_processes,
     check_tracker,

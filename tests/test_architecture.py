@@ -45,11 +45,10 @@ def imports_of(path):
         if isinstance(node, ast.Import):
             yield from ((alias.name, id(node) in top) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module, id(node) in top
-            # What is imported from a package may be one of its modules.
-            for alias in node.names:
-                if (ROOT / node.module.replace(".", "/") / f"{alias.name}.py").exists():
-                    yield f"{node.module}.{alias.name}", id(node) in top
+            for alias in node.names:  # what is imported from a package may be one of its modules
+                name = f"{node.module}.{alias.name}"
+                is_module = (ROOT / f"{name.replace('.', '/')}.py").exists()
+                yield name if is_module else node.module, id(node) in top
 
 
 def room(module):

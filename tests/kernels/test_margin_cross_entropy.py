@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ldam_plugins import functional as LF
 from ldam_plugins.kernels import margin_cross_entropy as fast
+from ldam_plugins.losses import functional as LF
 
 CLASSES, SCALE = 7, 30.0
 MARGINS = torch.linspace(0.1, 0.5, CLASSES, dtype=torch.float64)

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 triton = pytest.importorskip("triton")
 
-from ldam_plugins import functional  # noqa: E402
 from ldam_plugins.kernels import _margin_cross_entropy_triton as kernels  # noqa: E402
+from ldam_plugins.losses import functional  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"

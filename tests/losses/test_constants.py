@@ -12,7 +12,7 @@ from torch import nn
 from transformers import BertConfig, BertModel, BertPreTrainedModel
 
 from ldam_plugins import ClassCounts, DeferredSchedule, LDAMLoss, create_loss, list_losses
-from ldam_plugins.combinations import enter_stage
+from ldam_plugins.losses import enter_stage
 from ldam_plugins.schedules import Progress
 
 COUNTS = [999_999_937, 70_001, 257, 13]

@@ -9,7 +9,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from ldam_plugins import ClassCounts, LDAMLoss, create_loss, list_losses
-from ldam_plugins import functional as LF
+from ldam_plugins.losses import functional as LF
 
 COUNTS = ClassCounts([5000, 1077, 232, 50])
 CLASSES = 4

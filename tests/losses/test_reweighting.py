@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ldam_plugins import ClassCounts, DeferredSchedule, create_loss, list_losses
-from ldam_plugins.combinations import combination_advice, warn_of_combination
+from ldam_plugins.losses import combination_advice, warn_of_combination
 from ldam_plugins.schedules import KINDS, Progress
 
 COUNTS = ClassCounts([600, 300, 90, 10])

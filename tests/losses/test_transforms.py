@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldam_plugins import ClassCounts, create_loss, list_losses, use_cosine_head
-from ldam_plugins.functional import ldam_loss
+from ldam_plugins.losses.functional import ldam_loss
 
 SMALL, LARGE = (6, 5), (1000, 100)
 """Rows and classes: the definition, and what CPUs compute in one pass."""

@@ -11,8 +11,8 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ldam_plugins import LongTailMetrics, create_loss, use_cosine_head
 from ldam_plugins.hf_plugin import DRWCallback
+from ldam_plugins.losses.model_outputs import find_logits
 from ldam_plugins.metrics import long_tail_metrics
-from ldam_plugins.model_outputs import find_logits
 
 
 class _Named(NamedTuple):

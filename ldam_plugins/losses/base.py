@@ -12,17 +12,17 @@ from torch import Tensor, nn
 
 from ldam_plugins._validation import check_choice, check_int, must_be
 from ldam_plugins.counts import ClassCounts
-from ldam_plugins.functional import cross_entropy
-from ldam_plugins.host_updates import check_item_count
 from ldam_plugins.kernels.chunked_cosines import ChunkedCosines
 from ldam_plugins.kernels.dispatch import beside, ordinary
-from ldam_plugins.model_outputs import find_logits, one_label_a_row, refuse_lost_logits
-from ldam_plugins.reduction import (
+from ldam_plugins.losses.functional import cross_entropy
+from ldam_plugins.losses.model_outputs import find_logits, one_label_a_row, refuse_lost_logits
+from ldam_plugins.losses.reduction import (
     REDUCTIONS,
     mean_denominator,
     wide_default,
     widened,
 )
+from ldam_plugins.losses.trainer_updates import check_item_count
 
 _INITIALISED = "_is_hf_initialized"
 """Flag of transformers, on what a checkpoint held and on modules that have been initialised."""
@@ -59,7 +59,7 @@ class ClassificationLoss(nn.Module):
 
     Calling it gives the loss of ``logits`` (N, C) against ``target``, class indices (N,) int64 or
     class masses (N, C) floating; shapes, dtypes and ``reduction="mean"`` are those of
-    :mod:`ldam_plugins.functional`.
+    :mod:`ldam_plugins.losses.functional`.
 
     ``weight`` is a buffer (C,) of ones, to be filled in place (``loss.weight.copy_(w)``) when a
     schedule says so: one module, one graph. It stays float32 or float64 when the module is made,
@@ -170,7 +170,7 @@ class ClassificationLoss(nn.Module):
         how the batch was cut. While they are off (evaluation): plain cross-entropy.
 
         Args:
-            outputs: Model output, of which :func:`~ldam_plugins.model_outputs.find_logits` takes
+            outputs: Model output, of which :func:`.find_logits` takes
                 the logits.
             labels: (N,) or (N, 1) int64, or (N, C) floating.
             num_items_in_batch: Labels in the whole batch over all micro-batches and processes, as

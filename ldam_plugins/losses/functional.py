@@ -25,7 +25,7 @@ from ldam_plugins.kernels.margin_cross_entropy import (
     margin_cross_entropy_of_masses,
     worthwhile,
 )
-from ldam_plugins.reduction import (
+from ldam_plugins.losses.reduction import (
     REDUCTIONS,
     at_target,
     checked_target,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import warnings
 
-from ldam_plugins.loss_base import ClassificationLoss
-from ldam_plugins.losses import LogitAdjustedLoss, VectorScalingLoss
+from ldam_plugins.losses.base import ClassificationLoss
+from ldam_plugins.losses.registry import LogitAdjustedLoss, VectorScalingLoss
 from ldam_plugins.schedules import DeferredSchedule, Progress
 
 _TWICE = (

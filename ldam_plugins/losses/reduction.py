@@ -1,4 +1,4 @@
-"""What the losses of :mod:`ldam_plugins.functional` share: checks, precision, weights, means."""
+"""What the losses of this package share: checks, precision, weights, means."""
 
 from __future__ import annotations
 

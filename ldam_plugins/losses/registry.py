@@ -1,4 +1,4 @@
-"""The losses of :mod:`ldam_plugins.functional` as modules that know the class counts."""
+"""The losses of :mod:`ldam_plugins.losses.functional` as modules that know the class counts."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldam_plugins import functional
 from ldam_plugins._validation import check_choice, check_real, must_be
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.kernels.chunked_cosines import ChunkedCosines
-from ldam_plugins.loss_base import ClassificationLoss, option_names
+from ldam_plugins.losses import functional
+from ldam_plugins.losses.base import ClassificationLoss, option_names
 
 
 class CrossEntropyLoss(ClassificationLoss):
-    """Cross-entropy, see :func:`ldam_plugins.functional.cross_entropy`."""
+    """Cross-entropy, see :func:`.cross_entropy`."""
 
     takes_chunked_head = True
 
@@ -29,7 +29,7 @@ class CrossEntropyLoss(ClassificationLoss):
 
 
 class FocalLoss(ClassificationLoss):
-    """Focal loss, see :func:`ldam_plugins.functional.focal_loss`.
+    """Focal loss, see :func:`.focal_loss`.
 
     Args:
         class_counts: :class:`ClassCounts` or counts.
@@ -86,7 +86,7 @@ class _MarginLoss(ClassificationLoss):
 
 
 class LDAMLoss(_MarginLoss):
-    """Label-distribution-aware margin loss, see :func:`ldam_plugins.functional.ldam_loss`.
+    """Label-distribution-aware margin loss, see :func:`.ldam_loss`.
 
     ``CE(z - scale * m[y] at the target)`` with ``m[c] = max_margin * (n_c / n_min) ** -1/4`` on
     the logits ``z = scale * cos(theta)`` of a cosine head (:func:`ldam_plugins.use_cosine_head`).
@@ -116,21 +116,21 @@ class UniformMarginLoss(_MarginLoss):
 
 
 class LDAMHingeLoss(_MarginLoss):
-    """The hinge form of LDAM (LDAM-HG), see :func:`ldam_plugins.functional.hinge_loss`."""
+    """The hinge form of LDAM (LDAM-HG), see :func:`.hinge_loss`."""
 
     takes_chunked_head = False
     function = staticmethod(functional.hinge_loss)
 
 
 class HingeLoss(UniformMarginLoss):
-    """Hinge loss with one margin for all (HG), see :func:`ldam_plugins.functional.hinge_loss`."""
+    """Hinge loss with one margin for all (HG), see :func:`.hinge_loss`."""
 
     takes_chunked_head = False
     function = staticmethod(functional.hinge_loss)
 
 
 class LogitAdjustedLoss(ClassificationLoss):
-    """Logit-adjusted loss, see :func:`ldam_plugins.functional.logit_adjusted_loss`.
+    """Logit-adjusted loss, see :func:`.logit_adjusted_loss`.
 
     Args:
         class_counts: :class:`ClassCounts` or counts; the prior is their share.
@@ -153,7 +153,7 @@ class LogitAdjustedLoss(ClassificationLoss):
 
 
 class VectorScalingLoss(ClassificationLoss):
-    """Vector-scaling loss, see :func:`ldam_plugins.functional.vector_scaling_loss`.
+    """Vector-scaling loss, see :func:`.vector_scaling_loss`.
 
     Args:
         class_counts: :class:`ClassCounts` or counts.
