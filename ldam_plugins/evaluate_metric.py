@@ -27,7 +27,7 @@ Args:
     references: class indices 0..C-1; -100 for rows that count nowhere.
 
 Returns:
-    The dictionary of `ldam_plugins.metrics.long_tail_metrics`.
+    The dictionary of `ldam_plugins.metrics.long_tail.long_tail_metrics`.
 """
 _CITATION = """
 @inproceedings{cao2019ldam,
@@ -40,12 +40,12 @@ _CITATION = """
 
 
 class LongTailMetrics(evaluate.Metric):
-    """:func:`~ldam_plugins.metrics.long_tail_metrics` for evaluate and for ``Trainer``.
+    """:func:`.long_tail_metrics` for evaluate and for ``Trainer``.
 
     As an ``evaluate.Metric`` it takes logits as ``predictions`` and class indices as
     ``references``, through ``add``, ``add_batch``, ``compute`` and ``evaluate.combine``, and
     returns the whole dictionary. Nothing is loaded from the hub. evaluate holds the logits in
-    memory; for very many classes feed a :class:`~ldam_plugins.metrics.MetricAccumulator`.
+    memory; for very many classes feed a :class:`~ldam_plugins.metrics.long_tail.MetricAccumulator`.
 
     As ``Trainer(compute_metrics=LongTailMetrics(counts))`` it returns floats only, which every
     tracker can log: ``top1_error`` (%), ``balanced_accuracy``, ``worst_class_accuracy``, ``many``,
@@ -104,7 +104,7 @@ class LongTailMetrics(evaluate.Metric):
         Raises:
             TypeError: ``logits`` are not floats or ``labels`` not integers.
             ValueError: no output, or several, of the logits' shape, or as
-                :func:`~ldam_plugins.metrics.long_tail_metrics`.
+                :func:`.long_tail_metrics`.
         """
         loops = _evaluations()
         own, begins = loops[0] if loops else (None, False)
@@ -125,7 +125,7 @@ class LongTailMetrics(evaluate.Metric):
         """The metrics of all rows added, as ``evaluate.Metric.compute``; forgets them.
 
         Raises:
-            ValueError: as :func:`~ldam_plugins.metrics.long_tail_metrics`, or rows that do not have
+            ValueError: as :func:`.long_tail_metrics`, or rows that do not have
                 the form of the metric. The rows are forgotten then, too.
         """
         try:

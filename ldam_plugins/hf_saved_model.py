@@ -76,7 +76,7 @@ def measure_saved(
         batch_size: Texts a forward pass.
 
     Returns:
-        As of :func:`~ldam_plugins.metrics.long_tail_metrics`.
+        As of :func:`.long_tail_metrics`.
 
     Raises:
         ValueError: the model has other classes than ``class_counts``, or another order of them.

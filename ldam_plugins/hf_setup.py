@@ -194,7 +194,7 @@ def fold_when_saved(model: nn.Module) -> None:
 
     So every way of saving writes a model that stock ``from_pretrained`` reads, with the same
     largest logit, and from which a cosine head takes back its exact tensors. See
-    :func:`ldam_plugins.heads.folded_state_dict`. Calling it twice changes nothing.
+    :func:`ldam_plugins.heads.cosine.folded_state_dict`. Calling it twice changes nothing.
     """
     for head in cosine_heads(model).values():
         if not getattr(head, "folds_when_saved", False):

@@ -374,7 +374,7 @@ def class_errors(test: Mapping[str, Any], class_counts: ClassCounts) -> dict[str
     a test sample are left out.
 
     Args:
-        test: Metrics as of :func:`~ldam_plugins.metrics.long_tail_metrics`.
+        test: Metrics as of :func:`.long_tail_metrics`.
         class_counts: Training samples per class; unnamed classes are called by index.
 
     Example:

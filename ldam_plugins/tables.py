@@ -34,7 +34,7 @@ def class_rows(test: Mapping[str, Any], class_counts: ClassCounts) -> list[Class
     """Every class with its training samples, group and accuracy, from head to tail.
 
     Args:
-        test: Metrics as of :func:`~ldam_plugins.metrics.long_tail_metrics`.
+        test: Metrics as of :func:`.long_tail_metrics`.
         class_counts: Training samples per class; unnamed classes are shown by index.
 
     Raises:
@@ -82,7 +82,7 @@ def per_class_table(
     """The table of a run: classes from head to tail, below it the metrics of the whole test set.
 
     Args:
-        test: Metrics as of :func:`~ldam_plugins.metrics.long_tail_metrics`.
+        test: Metrics as of :func:`.long_tail_metrics`.
         class_counts: Training samples per class, with names if there are any.
         max_rows: With more classes than that, the first and last ones only, at least 2.
 

@@ -35,7 +35,7 @@ from ldam_plugins import ClassCounts, DeferredSchedule, register
 from ldam_plugins._validation import must_be
 from ldam_plugins.experiments import to_csv
 from ldam_plugins.hf_text import trainer_checkpoints
-from ldam_plugins.probe import head_inputs, linear_probe
+from ldam_plugins.metrics import head_inputs, linear_probe
 from ldam_plugins.run_files import read_metrics, write_atomic
 from ldam_plugins.runtime import checkpoints
 

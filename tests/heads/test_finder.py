@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from ldam_plugins.head_names import find_head
+from ldam_plugins.heads.finder import find_head
 
 
 class Net(nn.Module):

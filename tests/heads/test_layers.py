@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from ldam_plugins.head_layers import CosineConv2d, CosineLinear, plain_layer
+from ldam_plugins.heads.layers import CosineConv2d, CosineLinear, plain_layer
 
 
 def cosine_by_loops(features, rows, scale):

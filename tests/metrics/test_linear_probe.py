@@ -13,7 +13,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 from torch import nn
 
 from ldam_plugins import ClassCounts, DeferredSchedule, use_cosine_head
-from ldam_plugins.probe import head_inputs, linear_probe
+from ldam_plugins.metrics import head_inputs, linear_probe
 from ldam_plugins.timm_plugin import CifarResNet
 
 

@@ -11,7 +11,12 @@ from hypothesis import strategies as st
 from sklearn.metrics import balanced_accuracy_score, log_loss, recall_score
 
 from ldam_plugins import ClassCounts
-from ldam_plugins.metrics import ECE_BINS, MetricAccumulator, _exact_parts, long_tail_metrics
+from ldam_plugins.metrics.long_tail import (
+    ECE_BINS,
+    MetricAccumulator,
+    _exact_parts,
+    long_tail_metrics,
+)
 
 KEYS = [
     "top1_error",
@@ -203,7 +208,7 @@ def test_chunks_of_rows_do_not_matter(monkeypatch):
     logits, labels = make_rows()
     labels[::3] = -100
     expected = long_tail_metrics(logits, labels, COUNTS)
-    monkeypatch.setattr("ldam_plugins.metrics._CHUNK_ELEMENTS", 40)
+    monkeypatch.setattr("ldam_plugins.metrics.long_tail._CHUNK_ELEMENTS", 40)
     assert long_tail_metrics(logits, labels, COUNTS) == expected
 
 
@@ -278,7 +283,7 @@ def test_bad_input(logits, labels, error, message):
 
 
 def test_nan_is_named_by_its_row_among_ignored_ones_and_leaves_the_sums_alone(monkeypatch):
-    monkeypatch.setattr("ldam_plugins.metrics._CHUNK_ELEMENTS", 12)
+    monkeypatch.setattr("ldam_plugins.metrics.long_tail._CHUNK_ELEMENTS", 12)
     logits, labels = make_rows()
     accumulator = MetricAccumulator(COUNTS)
     accumulator.update(logits, labels)

@@ -19,8 +19,8 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from ldam_plugins import DeferredSchedule, LDAMLoss, create_loss, fold_cosine_head, list_losses
-from ldam_plugins.head_guard import HeadGuard
 from ldam_plugins.heads import CosineLinear, cosine_heads
+from ldam_plugins.heads.guard import HeadGuard
 from ldam_plugins.hf_plugin import DRWCallback
 
 

@@ -17,7 +17,7 @@ from hf_samples import (
 from transformers import Trainer, TrainerCallback
 
 from ldam_plugins import use_cosine_head
-from ldam_plugins.head_guard import HeadGuard
+from ldam_plugins.heads.guard import HeadGuard
 from ldam_plugins.hf_plugin import DRWCallback
 
 ONE_BATCH = {"max_steps": 1, "per_device_train_batch_size": sum(COUNTS), "optim": "sgd"}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ldam_plugins._validation import must_be
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.heads import cosine_heads, find_head
-from ldam_plugins.metrics import long_tail_metrics
+from ldam_plugins.metrics.long_tail import long_tail_metrics
 
 _ITERATIONS = 2000
 
@@ -45,7 +45,7 @@ def linear_probe(
         inverse_strength: ``C`` of scikit-learn's ``LogisticRegression``: larger is less L2.
 
     Returns:
-        As :func:`~ldam_plugins.metrics.long_tail_metrics`.
+        As :func:`~ldam_plugins.metrics.long_tail.long_tail_metrics`.
 
     Raises:
         ValueError: a class without a training sample, or arrays that do not fit each other.

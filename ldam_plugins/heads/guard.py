@@ -16,9 +16,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ldam_plugins._validation import must_be
-from ldam_plugins.head_layers import Cosine, CosineConv2d, CosineLinear, is_sharded
-from ldam_plugins.head_names import refuse_adapted
-from ldam_plugins.head_trace import unwrapped
+from ldam_plugins.heads.finder import refuse_adapted
+from ldam_plugins.heads.layers import Cosine, CosineConv2d, CosineLinear, is_sharded
+from ldam_plugins.heads.trace import unwrapped
 
 _FUSING = ("fuse", "reparameterize", "switch_to_deploy")
 

@@ -23,7 +23,7 @@ def logits_of_both(
     Args:
         model: A model with cosine heads.
         layers: The folded layer of each of them.
-        inputs: Batches, see :func:`ldam_plugins.heads.fold_cosine_head`.
+        inputs: Batches, see :func:`ldam_plugins.heads.cosine.fold_cosine_head`.
 
     Raises:
         TypeError: the model's output is neither a tensor nor holds ``logits``.

@@ -14,17 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from ldam_plugins._validation import check_choice, check_real, must_be
-from ldam_plugins.head_fit import closest_factor, logits_of_both
-from ldam_plugins.head_guard import (
-    check_heads,
+from ldam_plugins.heads.finder import find_head, refuse_adapted
+from ldam_plugins.heads.folding import closest_factor, logits_of_both
+from ldam_plugins.heads.guard import (
     check_replaceable,
     cosine_heads,
     keep_in_place,
     let_go,
 )
-from ldam_plugins.head_layers import (
+from ldam_plugins.heads.layers import (
     Cosine,
-    CosineConv2d,
     CosineLinear,
     check_unpartitioned,
     cosine_layer,
@@ -33,18 +32,6 @@ from ldam_plugins.head_layers import (
     of_all_shards,
     plain_layer,
 )
-from ldam_plugins.head_names import find_head, refuse_adapted
-
-__all__ = [
-    "CosineConv2d",
-    "CosineLinear",
-    "check_heads",
-    "cosine_heads",
-    "find_head",
-    "fold_cosine_head",
-    "folded_state_dict",
-    "use_cosine_head",
-]
 
 
 def use_cosine_head(

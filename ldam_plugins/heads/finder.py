@@ -8,7 +8,7 @@ from typing import Any, TypeGuard
 from torch import nn
 
 from ldam_plugins._validation import check_choice, must_be, quoted
-from ldam_plugins.head_trace import Mix, Reader, Stack, Untraceable, is_adapter
+from ldam_plugins.heads.trace import Mix, Reader, Stack, Untraceable, is_adapter
 
 Layers = dict[str, nn.Linear | nn.Conv2d]
 
@@ -24,7 +24,7 @@ def find_head(model: nn.Module, head: str | Sequence[str] | None = None) -> tupl
     1. ``head``, one dotted name or several.
     2. timm's ``pretrained_cfg["classifier"]``, which names the layer inside containers, the two
        heads of distilled models and the auxiliary ones, of the model or of one inside it.
-    3. Otherwise what ``forward`` shows (see :mod:`ldam_plugins.head_trace`): the layer whose
+    3. Otherwise what ``forward`` shows (see :mod:`ldam_plugins.heads.trace`): the layer whose
        output the model returns in training, maybe reshaped, cast or averaged over places; all
        layers whose outputs are averaged; all whose outputs are returned under names such as
        ``logits`` and ``aux_logits``.
