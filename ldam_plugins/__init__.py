@@ -4,8 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ldam_plugins.counts import ClassCounts
+from ldam_plugins.data.long_tail import long_tail_counts, long_tail_indices
 from ldam_plugins.heads import fold_cosine_head, use_cosine_head
-from ldam_plugins.long_tail import long_tail_counts, long_tail_indices
 from ldam_plugins.losses import LDAMLoss, create_loss, list_losses
 from ldam_plugins.schedules import DeferredSchedule
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ldam_plugins._validation import check_choice, check_int, check_real, must_be
-from ldam_plugins.long_tail import PROFILES
+from ldam_plugins.data.long_tail import PROFILES
 from ldam_plugins.losses.registry import list_losses
 from ldam_plugins.schedules import KINDS
 

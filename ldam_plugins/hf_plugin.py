@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from ldam_plugins._validation import check_int, check_real, must_be
 from ldam_plugins.counts import ClassCounts
-from ldam_plugins.hf_labels import GIVE_COUNTS, IGNORED, TrainingLabels
+from ldam_plugins.data.labels import GIVE_COUNTS, IGNORED, TrainingLabels
 from ldam_plugins.hf_loss_mapping import register
 from ldam_plugins.hf_mixup import FeatureMixup, remove_mixup
 from ldam_plugins.hf_run import RESAMPLING, TrainingRun, give_back_sampler, users_sampler

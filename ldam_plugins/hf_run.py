@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.utils import logging
 
 from ldam_plugins._validation import must_be
-from ldam_plugins.hf_labels import TrainingLabels
+from ldam_plugins.data.labels import TrainingLabels
 from ldam_plugins.hf_mixup import FeatureMixup
 from ldam_plugins.hf_updates import UpdateWatch
 from ldam_plugins.losses.base import ClassificationLoss

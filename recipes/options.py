@@ -15,7 +15,7 @@ from transformers import HfArgumentParser
 
 from ldam_plugins import ClassCounts, DeferredSchedule, create_loss, list_losses
 from ldam_plugins._validation import check_choice, check_int, check_real, must_be
-from ldam_plugins.long_tail import CLASS_ORDERS, PROFILES
+from ldam_plugins.data.long_tail import CLASS_ORDERS, PROFILES
 from ldam_plugins.losses import loss_options
 from ldam_plugins.losses.base import ClassificationLoss
 from ldam_plugins.preset_files import read_preset

@@ -51,8 +51,8 @@ from vision_setup import (
 )
 
 from ldam_plugins import register
-from ldam_plugins.batches import InMemoryImages
 from ldam_plugins.data import LabelledImages
+from ldam_plugins.data.in_memory import InMemoryImages
 from ldam_plugins.losses import enter_stage, warn_of_combination
 from ldam_plugins.losses.base import ClassificationLoss
 from ldam_plugins.metrics import MetricAccumulator

@@ -33,9 +33,9 @@ from image_sets import (
 from paths import DATA
 from PIL import Image
 
-from ldam_plugins.data import LabelledImages, load_images, map_in_threads
-from ldam_plugins.image_files import natural_key
-from ldam_plugins.image_sources import ArraySource, FileSource, decode_image
+from ldam_plugins.data.images import LabelledImages, load_images, map_in_threads
+from ldam_plugins.data.readers.base import ArraySource, FileSource, decode_image
+from ldam_plugins.data.readers.paths import natural_key
 
 CIFAR10 = DATA / "cifar10"
 
@@ -94,7 +94,7 @@ def test_labels_need_no_pixels(tmp_path, monkeypatch):
         raise AssertionError("decoded")
 
     given = hub_layout(tmp_path / "set")
-    monkeypatch.setattr("ldam_plugins.image_sources.decode_image", refuse)
+    monkeypatch.setattr("ldam_plugins.data.readers.base.decode_image", refuse)
     monkeypatch.setattr(datasets.Image, "decode_example", refuse)
     train, _ = load_images(**given)
     assert train.labels.tolist() == list(TRAIN)

@@ -11,10 +11,16 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import functional
 
-from ldam_plugins.batches import CropFlip, InMemoryImages, RandomCropFlip, crop_flip, normalize
 from ldam_plugins.data import LabelledImages
-from ldam_plugins.image_files import find_files
-from ldam_plugins.image_sources import FileSource
+from ldam_plugins.data.in_memory import (
+    CropFlip,
+    InMemoryImages,
+    RandomCropFlip,
+    crop_flip,
+    normalize,
+)
+from ldam_plugins.data.readers.base import FileSource
+from ldam_plugins.data.readers.paths import find_files
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 

@@ -18,7 +18,7 @@ from torchvision.datasets import CIFAR10, MNIST, ImageFolder
 from transformers import BatchEncoding, TrainerCallback, default_data_collator
 
 from ldam_plugins import DRWCallback
-from ldam_plugins.hf_labels import TrainingLabels, class_indices, count_labels, known_labels
+from ldam_plugins.data.labels import TrainingLabels, class_indices, count_labels, known_labels
 
 LABELS = [2, 0, 1, 0, 0, 1]
 
@@ -259,7 +259,7 @@ class TestExamplesAreLoaded:
         assert not data.loaded  # in this process
 
     def test_progress_is_shown(self, capsys, monkeypatch):
-        monkeypatch.setattr("ldam_plugins.hf_labels._SECONDS_BEFORE_A_BAR", 0.0)
+        monkeypatch.setattr("ldam_plugins.data.labels._SECONDS_BEFORE_A_BAR", 0.0)
         labels = _read(_Rows())
         labels.args.disable_tqdm = False
         labels.read()

@@ -5,9 +5,9 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Sequence, Value
 from paths import DATA
 
-from ldam_plugins import docstrings
-from ldam_plugins.docstrings import read_docstrings
-from ldam_plugins.text_data import load_texts, thin_classes
+from ldam_plugins.data.readers import stdlib_docstrings as docstrings
+from ldam_plugins.data.readers.stdlib_docstrings import read_docstrings
+from ldam_plugins.data.texts import load_texts, thin_classes
 
 ROWS = {"text": ["good film", "bad film", "so so"], "label": [1, 0, 1]}
 NAMED = Features({"text": Value("string"), "label": ClassLabel(names=["neg", "pos"])})

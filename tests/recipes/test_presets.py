@@ -8,7 +8,7 @@ import text_setup
 import vision_setup
 
 from ldam_plugins.data import LabelledImages, load_images
-from ldam_plugins.image_sources import ArraySource
+from ldam_plugins.data.readers.base import ArraySource
 
 PRESETS = sorted(path.stem for path in recipe_options.PRESETS.glob("*.yaml"))
 BANKING77 = [

@@ -23,6 +23,7 @@ from transformers import (
     Trainer,
 )
 
+from ldam_plugins.data import load_texts
 from ldam_plugins.hf_dropout import ATTENTION
 from ldam_plugins.hf_text import (
     class_errors,
@@ -32,7 +33,6 @@ from ldam_plugins.hf_text import (
 from ldam_plugins.hf_tokenizer import train_tokenizer
 from ldam_plugins.run_lock import LOCK_FILE
 from ldam_plugins.runtime import choose_precision
-from ldam_plugins.text_data import load_texts
 
 WORDS = ("apple pear plum", "iron zinc lead", "oak elm birch")
 TINY = ["--epochs", "2", "--start", "1", "--batch_size", "8", "--hidden_size", "8"]

@@ -14,9 +14,8 @@ from timm.models import save_for_hf
 from vision_runs import parsed, picture_folder, recipe_options, vision_lt, vision_setup
 
 from ldam_plugins import create_loss, register
-from ldam_plugins.batches import InMemoryImages
-from ldam_plugins.data import load_images
-from ldam_plugins.long_tail import long_tail_indices
+from ldam_plugins.data import load_images, long_tail_indices
+from ldam_plugins.data.in_memory import InMemoryImages
 
 register()
 

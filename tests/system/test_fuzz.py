@@ -24,7 +24,7 @@ from paths import RECIPES
 
 from ldam_plugins import ClassCounts, DeferredSchedule
 from ldam_plugins.data import load_images
-from ldam_plugins.image_sources import decode_image
+from ldam_plugins.data.readers.base import decode_image
 
 REFUSED = (ValueError, TypeError)
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]

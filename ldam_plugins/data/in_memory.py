@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from ldam_plugins._validation import check_int, check_real, must_be
-from ldam_plugins.data import LabelledImages, map_in_threads
+from ldam_plugins.data.images import LabelledImages, map_in_threads
 
 
 class InMemoryImages(Dataset[tuple[Tensor, Any]]):

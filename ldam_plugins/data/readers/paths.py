@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from ldam_plugins._validation import quoted
-from ldam_plugins.image_sources import IMAGE_SUFFIXES, is_inside
+from ldam_plugins.data.readers.base import IMAGE_SUFFIXES, is_inside
 
 
 def listing(folder: Path) -> str:

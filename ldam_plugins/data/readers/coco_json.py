@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from ldam_plugins._validation import quoted
-from ldam_plugins.image_files import composed, find_files, read_text
-from ldam_plugins.image_sources import FileSource, ImageRows
+from ldam_plugins.data.readers.base import FileSource, ImageRows
+from ldam_plugins.data.readers.paths import composed, find_files, read_text
 
 _KINDS: dict[str, tuple[type[Any], ...]] = {
     "id": (int, str),

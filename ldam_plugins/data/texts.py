@@ -11,9 +11,9 @@ import numpy as np
 
 from ldam_plugins._validation import check_choice, check_int, check_real, must_be, quoted
 from ldam_plugins.counts import check_label_range, label_array
-from ldam_plugins.docstrings import read_docstrings
-from ldam_plugins.image_loaders import TEST_SPLITS
-from ldam_plugins.image_tables import open_tables, read_labels
+from ldam_plugins.data.readers.hub import open_tables, read_labels
+from ldam_plugins.data.readers.registry import TEST_SPLITS
+from ldam_plugins.data.readers.stdlib_docstrings import read_docstrings
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -37,7 +37,7 @@ def load_texts(
 
     What ``dataset`` may be: a hub id; a local folder of files as the hub serves them, or one that
     ``save_to_disk`` wrote; or ``"stdlib_docstrings"``, docstrings of Python's own standard library
-    labelled by module (see :func:`~ldam_plugins.docstrings.read_docstrings`).
+    labelled by module (see :func:`~ldam_plugins.data.readers.stdlib_docstrings.read_docstrings`).
 
     Args:
         dataset: One of the above.

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from ldam_plugins._validation import must_be, quoted
-from ldam_plugins.image_files import composed
-from ldam_plugins.image_sources import TableSource
+from ldam_plugins.data.readers.base import TableSource
+from ldam_plugins.data.readers.paths import composed
 
 _LABEL_COLUMNS = ("label", "fine_label")
 """Which of several class columns is meant (CIFAR-100 has fine and coarse ones)."""

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from ldam_plugins._validation import quoted
-from ldam_plugins.image_files import (
+from ldam_plugins.data.readers.base import IMAGE_SUFFIXES, FileSource, ImageRows
+from ldam_plugins.data.readers.paths import (
     at_line,
     class_folders,
     find_files,
@@ -17,7 +18,6 @@ from ldam_plugins.image_files import (
     natural_key,
     read_lines,
 )
-from ldam_plugins.image_sources import IMAGE_SUFFIXES, FileSource, ImageRows
 
 TINY_IMAGENET_FILES = ("wnids.txt", "val/val_annotations.txt")
 """What Tiny ImageNet's own layout is known by; ``words.txt`` is used where it is there."""
@@ -73,7 +73,7 @@ def read_lists(root: Path, train_list: Path, test_list: Path) -> tuple[ImageRows
     """Read two files of lines ``relative/path.jpg 17``; class names are the labels.
 
     Between path and label are blanks, tabs, a comma or a semicolon; a path may have any form that
-    :func:`~ldam_plugins.image_files.find_files` knows. The classes are 0 to the largest label of
+    :func:`.find_files` knows. The classes are 0 to the largest label of
     the training list, which is below its number of lines since each class needs a sample.
 
     Raises:

@@ -12,8 +12,8 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from ldam_plugins._validation import check_int, must_be, quoted
-from ldam_plugins.image_loaders import ImageRequest, load_rows
-from ldam_plugins.image_sources import ImageSource
+from ldam_plugins.data.readers.base import ImageSource
+from ldam_plugins.data.readers.registry import ImageRequest, load_rows
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -10,16 +10,16 @@ from pathlib import Path
 import numpy as np
 
 from ldam_plugins._validation import must_be, quoted
-from ldam_plugins.image_annotations import read_annotations
-from ldam_plugins.image_files import listing
-from ldam_plugins.image_layouts import (
+from ldam_plugins.data.readers.base import ArraySource, ImageRows
+from ldam_plugins.data.readers.class_folders import (
     TINY_IMAGENET_FILES,
     read_class_folders,
     read_lists,
     read_tiny_imagenet,
 )
-from ldam_plugins.image_sources import ArraySource, ImageRows
-from ldam_plugins.image_tables import open_tables, pick_columns, read_labels, table_source
+from ldam_plugins.data.readers.coco_json import read_annotations
+from ldam_plugins.data.readers.hub import open_tables, pick_columns, read_labels, table_source
+from ldam_plugins.data.readers.paths import listing
 
 TEST_SPLITS = ("test", "validation", "valid", "val")
 """Names of the test split in order of preference, for folders and tables alike."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
@@ -22,8 +23,6 @@ from torch.utils.data import (
     Subset,
 )
 from tqdm.auto import tqdm
-from transformers import TrainingArguments
-from transformers.utils import logging
 
 from ldam_plugins._validation import must_be, quoted
 from ldam_plugins.counts import ClassCounts, label_array, label_fault
@@ -34,7 +33,7 @@ IGNORED = -100
 """Label of rows that count nowhere, as in ``torch.nn.functional.cross_entropy``."""
 GIVE_COUNTS = "Write DRWCallback(class_counts=[...]), one count per class."
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 _SECONDS_BEFORE_A_BAR = 1.0
 _SECONDS_BETWEEN_PARTS = 20.0
 _BATCHES_COMPARED = 4
@@ -63,7 +62,7 @@ class TrainingLabels:
     Args:
         loader: The Trainer's data loader. Its collator is not called, but for examples that do not
             name their label, such as ``(image, label)``: these are compared in a few batches.
-        args: The Trainer's: size of a batch, processes, and whether progress is shown.
+        args: ``TrainingArguments``: size of a batch, processes, and whether progress is shown.
         ignored: Label of the examples that count nowhere, also given to those that are None.
         way_out: What to write where the labels cannot be read.
     """
@@ -71,7 +70,7 @@ class TrainingLabels:
     def __init__(
         self,
         loader: Any,
-        args: TrainingArguments,
+        args: Any,
         *,
         ignored: int = IGNORED,
         way_out: str = GIVE_COUNTS,

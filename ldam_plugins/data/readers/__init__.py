@@ -1,0 +1,1 @@
+"""One module for each layout that data sets come in."""
