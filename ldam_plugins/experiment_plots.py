@@ -25,7 +25,7 @@ from ldam_plugins.experiments import (
     varying_options,
 )
 from ldam_plugins.intervals import Interval, mean_interval
-from ldam_plugins.plots import INK, WIDTH, png
+from ldam_plugins.reports.plots import INK, WIDTH, png
 from ldam_plugins.schedules import KINDS
 
 _DIGEST_KEY = "Results"

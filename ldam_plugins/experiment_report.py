@@ -26,9 +26,9 @@ from ldam_plugins.experiments import (
     varying_options,
     write_record,
 )
-from ldam_plugins.pages import Plot, render
-from ldam_plugins.run_files import write_atomic
-from ldam_plugins.run_folder import MAY_CHANGE
+from ldam_plugins.reports.html import Plot, render
+from ldam_plugins.training.history import write_atomic
+from ldam_plugins.training.run_dir import MAY_CHANGE
 
 RECORDS, TABLES_FILE, PAGE_FILE = "results", "results.md", "report.html"
 CSV_FILE, PARQUET_FILE = "results.csv", "results.parquet"

@@ -16,15 +16,15 @@ from ldam_plugins._validation import must_be, quoted
 from ldam_plugins.grid import METHODS
 from ldam_plugins.intervals import Interval, mean_interval
 from ldam_plugins.losses.registry import create_loss, loss_options
-from ldam_plugins.run_files import (
+from ldam_plugins.schedules import KINDS
+from ldam_plugins.training.history import (
     COMMAND_FILE,
     METRICS_FILE,
     METRICS_KEYS,
     read_metrics,
     write_atomic,
 )
-from ldam_plugins.run_folder import MAY_CHANGE
-from ldam_plugins.schedules import KINDS
+from ldam_plugins.training.run_dir import MAY_CHANGE
 
 Record = dict[str, Any]
 """``metrics.json`` of one run, with its ``name`` and the ``command`` that made it."""

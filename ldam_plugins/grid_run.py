@@ -19,9 +19,9 @@ from typing import IO, Any, NamedTuple
 import psutil
 import torch
 
-from ldam_plugins.run_files import COMMAND_FILE, METRICS_FILE, read_metrics, write_atomic
-from ldam_plugins.run_folder import differing_options
-from ldam_plugins.runtime import PREEMPTED, noted_sigterm
+from ldam_plugins.training.environment import PREEMPTED, noted_sigterm
+from ldam_plugins.training.history import COMMAND_FILE, METRICS_FILE, read_metrics, write_atomic
+from ldam_plugins.training.run_dir import differing_options
 
 LOG_FILE = "log.txt"
 _POLL_SECONDS = 0.2

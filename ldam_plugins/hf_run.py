@@ -22,9 +22,9 @@ from ldam_plugins.hf_updates import UpdateWatch
 from ldam_plugins.losses.base import ClassificationLoss
 from ldam_plugins.losses.model_outputs import find_logits, one_label_a_row
 from ldam_plugins.losses.reweighting import enter_stage
-from ldam_plugins.runtime import own_rows
 from ldam_plugins.samplers import DeferredSampler
 from ldam_plugins.schedules import DeferredSchedule, Progress
+from ldam_plugins.training.environment import own_rows
 
 RESAMPLING = ("rs", "drs", "progressive")
 """Kinds of schedule that change the sampler."""

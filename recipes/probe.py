@@ -36,8 +36,8 @@ from ldam_plugins._validation import must_be
 from ldam_plugins.experiments import to_csv
 from ldam_plugins.hf_text import trainer_checkpoints
 from ldam_plugins.metrics import head_inputs, linear_probe
-from ldam_plugins.run_files import read_metrics, write_atomic
-from ldam_plugins.runtime import checkpoints
+from ldam_plugins.training.environment import checkpoints
+from ldam_plugins.training.history import read_metrics, write_atomic
 
 COLUMNS = ("top1_error", "balanced_accuracy", "many", "medium", "few")
 

@@ -46,8 +46,8 @@ from ldam_plugins.experiments import (
     read_records,
     shown,
 )
-from ldam_plugins.run_files import write_atomic
 from ldam_plugins.schedules import KINDS
+from ldam_plugins.training.history import write_atomic
 
 RESULTS = Path(__file__).parent / "results"
 TIMINGS = Path(__file__).parent / "timings"

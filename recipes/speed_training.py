@@ -43,7 +43,7 @@ from vision_setup import (
 )
 
 from ldam_plugins import ClassCounts, DRWCallback
-from ldam_plugins.runtime import keep_freed_memory
+from ldam_plugins.training.environment import keep_freed_memory
 
 
 def processes(options: SpeedOptions) -> Iterator[Row]:

@@ -49,22 +49,22 @@ from ldam_plugins.hf_text import (
     newest_trainer_checkpoint,
 )
 from ldam_plugins.losses.base import ClassificationLoss
-from ldam_plugins.reports import per_class_table, write_report
-from ldam_plugins.run_files import (
+from ldam_plugins.reports.run_report import per_class_table, write_report
+from ldam_plugins.training.environment import (
+    check_processes,
+    choose_precision,
+    keep_freed_memory,
+    refuse_deepspeed,
+)
+from ldam_plugins.training.history import (
     device_name,
     disk_errors,
     read_history,
     run_versions,
     write_metrics,
 )
-from ldam_plugins.run_folder import claim_output_dir
-from ldam_plugins.run_lock import folders_held
-from ldam_plugins.runtime import (
-    check_processes,
-    choose_precision,
-    keep_freed_memory,
-    refuse_deepspeed,
-)
+from ldam_plugins.training.run_dir import claim_output_dir
+from ldam_plugins.training.run_lock import folders_held
 
 
 @folders_held()

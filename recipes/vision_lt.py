@@ -56,17 +56,9 @@ from ldam_plugins.data.in_memory import InMemoryImages
 from ldam_plugins.losses import enter_stage, warn_of_combination
 from ldam_plugins.losses.base import ClassificationLoss
 from ldam_plugins.metrics import MetricAccumulator
-from ldam_plugins.reports import per_class_table, write_report
-from ldam_plugins.run_files import (
-    HistoryWriter,
-    device_name,
-    read_history,
-    run_versions,
-    write_metrics,
-)
-from ldam_plugins.run_folder import claim_output_dir
-from ldam_plugins.run_lock import folders_held
-from ldam_plugins.runtime import (
+from ldam_plugins.reports.run_report import per_class_table, write_report
+from ldam_plugins.schedules import Progress
+from ldam_plugins.training.environment import (
     drop_partial_checkpoints,
     keep_freed_memory,
     newest_checkpoint,
@@ -75,7 +67,15 @@ from ldam_plugins.runtime import (
     until_preempted,
     write_checkpoint,
 )
-from ldam_plugins.schedules import Progress
+from ldam_plugins.training.history import (
+    HistoryWriter,
+    device_name,
+    read_history,
+    run_versions,
+    write_metrics,
+)
+from ldam_plugins.training.run_dir import claim_output_dir
+from ldam_plugins.training.run_lock import folders_held
 
 AVERAGE_FILE = "average.safetensors"
 

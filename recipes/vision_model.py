@@ -16,7 +16,7 @@ from vision_setup import VisionOptions, image_config
 
 from ldam_plugins import fold_cosine_head
 from ldam_plugins.heads import cosine_heads
-from ldam_plugins.run_files import disk_errors, write_atomic
+from ldam_plugins.training.history import disk_errors, write_atomic
 
 CLASSES_FILE = "classes.txt"
 # What a config of timm says of the checkpoint a model was published with.

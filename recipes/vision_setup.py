@@ -41,16 +41,16 @@ from ldam_plugins.data.in_memory import InMemoryImages, RandomCropFlip, normaliz
 from ldam_plugins.heads import find_head
 from ldam_plugins.kernels.batch_norm import use_fast_batch_norm
 from ldam_plugins.losses.base import ClassificationLoss
-from ldam_plugins.runtime import (
+from ldam_plugins.samplers import DeferredSampler
+from ldam_plugins.schedules import DeferredSchedule
+from ldam_plugins.training.environment import (
     check_processes,
     check_tracker,
     choose_precision,
     epoch_batches,
     refuse_deepspeed,
 )
-from ldam_plugins.samplers import DeferredSampler
-from ldam_plugins.schedules import DeferredSchedule
-from ldam_plugins.updates import Update
+from ldam_plugins.training.step import Update
 
 SCHEDULERS = ("cosine", "multistep", "step", "poly", "tanh", "constant")
 CROP_MODES = ("center", "squash", "border")

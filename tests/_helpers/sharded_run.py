@@ -19,7 +19,7 @@ from ldam_plugins import ClassCounts, DeferredSchedule, create_loss, use_cosine_
 from ldam_plugins.heads import fold_cosine_head
 from ldam_plugins.hf_setup import fold_when_saved
 from ldam_plugins.schedules import Progress
-from ldam_plugins.updates import Update
+from ldam_plugins.training.step import Update
 
 COUNTS = ClassCounts([400, 60, 9, 2, 1])
 UPDATES = 6

@@ -14,7 +14,7 @@ import vision_lt
 import vision_setup
 
 from ldam_plugins import ClassCounts, create_loss, list_losses
-from ldam_plugins.updates import Update
+from ldam_plugins.training.step import Update
 
 COUNTS = ClassCounts([400, 60, 9, 2])
 BATCHES = 3

@@ -8,7 +8,7 @@ import pytest
 from small_cells import began, calls, cells_in, gone
 
 from ldam_plugins.grid_slurm import run_on_slurm, slurm_parameters
-from ldam_plugins.runtime import PREEMPTED
+from ldam_plugins.training.environment import PREEMPTED
 
 
 @pytest.fixture

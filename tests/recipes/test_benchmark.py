@@ -11,7 +11,7 @@ from small_cells import began, calls, cells_in, gone
 from ldam_plugins import grid_run
 from ldam_plugins.grid_run import CellRun, run_cell, run_here, start_cell
 from ldam_plugins.grid_slurm import slurm_parameters
-from ldam_plugins.runtime import PREEMPTED, choose_precision
+from ldam_plugins.training.environment import PREEMPTED, choose_precision
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ldam_plugins.kernels.batch_norm import FastBatchNorm2d
-from ldam_plugins.runtime import choose_precision
+from ldam_plugins.training.environment import choose_precision
 
 TINY = ["--epochs", "2", "--start", "1", "--ratio", "10", "--decay_milestones", "1"]
 

@@ -31,8 +31,8 @@ from ldam_plugins.hf_text import (
     newest_trainer_checkpoint,
 )
 from ldam_plugins.hf_tokenizer import train_tokenizer
-from ldam_plugins.run_lock import LOCK_FILE
-from ldam_plugins.runtime import choose_precision
+from ldam_plugins.training.environment import choose_precision
+from ldam_plugins.training.run_lock import LOCK_FILE
 
 WORDS = ("apple pear plum", "iron zinc lead", "oak elm birch")
 TINY = ["--epochs", "2", "--start", "1", "--batch_size", "8", "--hidden_size", "8"]

@@ -1,7 +1,7 @@
 import pytest
 
 from ldam_plugins import ClassCounts
-from ldam_plugins.tables import class_rows, per_class_table, printable, summary
+from ldam_plugins.reports.class_table import class_rows, per_class_table, printable, summary
 
 COUNTS = ClassCounts([30, 500, 5, 500], class_names=["fox", "cat", "lynx", "dog"])
 TEST = {

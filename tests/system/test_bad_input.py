@@ -26,11 +26,11 @@ from ldam_plugins import (
 )
 from ldam_plugins.data.texts import load_texts, thin_classes
 from ldam_plugins.metrics import MetricAccumulator
-from ldam_plugins.preset_files import read_preset
-from ldam_plugins.run_folder import claim_output_dir
-from ldam_plugins.runtime import write_checkpoint
 from ldam_plugins.samplers import DeferredSampler
 from ldam_plugins.schedules import Progress
+from ldam_plugins.training.environment import write_checkpoint
+from ldam_plugins.training.options import read_preset
+from ldam_plugins.training.run_dir import claim_output_dir
 
 BOTH, VISION, TEXT = ("vision", "text"), ("vision",), ("text",)
 POSITIVE = "a finite number > 0"

@@ -21,9 +21,9 @@ from image_sets import class_folders
 
 from ldam_plugins import ClassCounts, DeferredSchedule, create_loss, use_cosine_head
 from ldam_plugins.hf_text import newest_trainer_checkpoint, trainer_checkpoints
-from ldam_plugins.run_files import HistoryWriter
-from ldam_plugins.runtime import newest_checkpoint
 from ldam_plugins.schedules import Progress
+from ldam_plugins.training.environment import newest_checkpoint
+from ldam_plugins.training.history import HistoryWriter
 
 TINY = ["--epochs", "3", "--start", "1", "--ratio", "100", "--mixed_precision", "no"]
 

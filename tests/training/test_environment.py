@@ -16,7 +16,7 @@ from accelerate.data_loader import BatchSamplerShard
 from torch import distributed
 from torch.utils.data import BatchSampler
 
-from ldam_plugins.runtime import (
+from ldam_plugins.training.environment import (
     any_process,
     check_processes,
     check_tracker,
@@ -76,7 +76,7 @@ def test_processes_must_be_as_many_as_asked_for(monkeypatch):
 
 FAULTS = """
 import resource, sys, torch
-from ldam_plugins.runtime import keep_freed_memory
+from ldam_plugins.training.environment import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -164,7 +164,9 @@ def test_half_written_checkpoint_is_never_picked_up(tmp_path):
 @pytest.mark.parametrize("spelled", ["--num_processes 2", "--num-processes=2"])
 def test_launcher_that_started_one_of_two_is_noticed(tmp_path, spelled):
     script = tmp_path / "script.py"
-    script.write_text("from ldam_plugins.runtime import check_processes; check_processes(1)")
+    script.write_text(
+        "from ldam_plugins.training.environment import check_processes; check_processes(1)"
+    )
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", *spelled.split()]
     environment = {key: value for key, value in os.environ.items() if key != "WORLD_SIZE"}
     done = subprocess.run([*command, str(script)], env=environment, capture_output=True, text=True)

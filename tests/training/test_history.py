@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from ldam_plugins.run_files import (
+from ldam_plugins.training.history import (
     HistoryWriter,
     device_name,
     read_history,
@@ -125,7 +125,7 @@ def test_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatch
     def full(*_args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ldam_plugins.run_files.os.replace", full)
+    monkeypatch.setattr("ldam_plugins.training.history.os.replace", full)
     with pytest.raises(OSError, match="No space left"):
         write_atomic(path, b"new")
     assert names(tmp_path) == ["file"]
@@ -133,7 +133,7 @@ def test_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatch
 
 
 def test_versions_name_what_is_installed_and_what_is_not(monkeypatch):
-    monkeypatch.setattr("ldam_plugins.run_files._PACKAGES", ("torch", "no_such_package"))
+    monkeypatch.setattr("ldam_plugins.training.history._PACKAGES", ("torch", "no_such_package"))
     versions = run_versions()
     assert versions["torch"].startswith(torch.__version__.split("+")[0])
     assert versions["no_such_package"] is None

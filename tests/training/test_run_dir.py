@@ -4,9 +4,9 @@ import sys
 
 import pytest
 
-from ldam_plugins import run_folder
-from ldam_plugins.run_folder import RUN_ENTRIES, claim_output_dir
-from ldam_plugins.run_lock import HOLDER_FILE, LOCK_FILE
+from ldam_plugins.training import run_dir as run_folder
+from ldam_plugins.training.run_dir import RUN_ENTRIES, claim_output_dir
+from ldam_plugins.training.run_lock import HOLDER_FILE, LOCK_FILE
 
 OPTIONS = {"model": "resnet", "lr": 0.1, "seed": 0, "milestones": [1, 2], "list": None}
 

@@ -8,16 +8,16 @@ import sys
 import pytest
 from filelock import FileLock
 
-from ldam_plugins.run_files import HistoryWriter
-from ldam_plugins.run_folder import claim_output_dir
-from ldam_plugins.run_lock import HOLDER_FILE, folders_held, hold_folder
+from ldam_plugins.training.history import HistoryWriter
+from ldam_plugins.training.run_dir import claim_output_dir
+from ldam_plugins.training.run_lock import HOLDER_FILE, folders_held, hold_folder
 
 OPTIONS = {"lr": 0.1}
 # Another process that claims the folder, says so, and stays until its input is closed.
 OTHER = """
 import os, sys
-from ldam_plugins.run_folder import claim_output_dir
-from ldam_plugins.run_lock import folders_held
+from ldam_plugins.training.run_dir import claim_output_dir
+from ldam_plugins.training.run_lock import folders_held
 with folders_held():
     resume = sys.argv[2] if sys.argv[2] != "new" else False
     claim_output_dir(sys.argv[1], {"lr": 0.1}, resume=resume)
@@ -45,7 +45,7 @@ def other(tmp_path):
 
 
 def test_a_second_process_is_refused_and_told_who_is_there(other, tmp_path, monkeypatch):
-    monkeypatch.setattr("ldam_plugins.run_folder._WAIT", 0.1)
+    monkeypatch.setattr("ldam_plugins.training.run_dir._WAIT", 0.1)
     first = other("new")
     assert first.stdout.readline() == "claimed\n"
     holder = f"process {first.pid} on host .* trains there"
@@ -60,7 +60,7 @@ def test_a_second_process_is_refused_and_told_who_is_there(other, tmp_path, monk
 
 
 def test_a_killed_process_leaves_no_lock_nor_does_its_worker_hold_one(other, tmp_path, monkeypatch):
-    monkeypatch.setattr("ldam_plugins.run_folder._WAIT", 0.1)
+    monkeypatch.setattr("ldam_plugins.training.run_dir._WAIT", 0.1)
     first = other("new", "fork")
     assert first.stdout.readline() == "claimed\n"
     first.kill()

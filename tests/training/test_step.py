@@ -8,8 +8,9 @@ import vision_lt
 from accelerate import Accelerator
 from torch import nn
 
-from ldam_plugins import ClassCounts, create_loss, updates
-from ldam_plugins.updates import CapturedPass, Update, add_gradients
+from ldam_plugins import ClassCounts, create_loss
+from ldam_plugins.training import step as updates
+from ldam_plugins.training.step import CapturedPass, Update, add_gradients
 
 COUNTS = ClassCounts([400, 60, 9, 2])
 

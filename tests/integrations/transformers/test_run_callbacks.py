@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerCallback
 from ldam_plugins import DeferredSchedule
 from ldam_plugins.hf_plugin import DRWCallback
 from ldam_plugins.hf_text import CheckpointCallback, HistoryCallback, newest_trainer_checkpoint
-from ldam_plugins.run_files import read_history
+from ldam_plugins.training.history import read_history
 
 SAVING = {"save_strategy": "steps", "save_steps": 1}
 

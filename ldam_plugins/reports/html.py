@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-from importlib.resources import files
 from typing import Any, NamedTuple
 
 import jinja2
@@ -21,13 +20,11 @@ class Plot(NamedTuple):
 def render(template: str, **values: Any) -> bytes:
     """A page from a template of the package; every value is escaped, a missing one an error."""
     environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(_source), autoescape=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.PackageLoader("ldam_plugins.reports"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
     )
     return environment.get_template(template).render(data_uri=_data_uri, **values).encode()
-
-
-def _source(template: str) -> str:
-    return files("ldam_plugins").joinpath(template).read_text(encoding="utf-8")
 
 
 def _data_uri(png: bytes) -> str:

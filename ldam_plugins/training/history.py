@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ldam_plugins._validation import check_int, must_be, quoted
-from ldam_plugins.run_lock import hold_folder
+from ldam_plugins.training.run_lock import hold_folder
 
 OPTIONS_FILE, HISTORY_FILE, METRICS_FILE = "options.json", "history.csv", "metrics.json"
 COMMAND_FILE = "command.txt"

@@ -24,7 +24,7 @@ import torch
 from torch import distributed
 
 from ldam_plugins._validation import check_choice, check_int, must_be
-from ldam_plugins.run_files import flush_folder, flush_names
+from ldam_plugins.training.history import flush_folder, flush_names
 
 PRECISIONS = ("auto", "no", "bf16", "fp16")
 PREEMPTED = 128 + signal.SIGTERM

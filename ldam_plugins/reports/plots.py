@@ -15,7 +15,7 @@ from matplotlib.font_manager import findfont, get_font
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from ldam_plugins.tables import GROUP_NAMES, ClassRow, printable
+from ldam_plugins.reports.class_table import GROUP_NAMES, ClassRow, printable
 
 NAMED_CLASSES = 100
 """Up to so many classes each gets a bar and its name, beyond that a place on the axis."""
@@ -36,7 +36,7 @@ def training_curve(history: Sequence[Mapping[str, Any]], *, dark: bool = False) 
     """Training loss and test error over the epochs, with the switches of the stage marked.
 
     Args:
-        history: Rows as of :func:`~ldam_plugins.run_files.read_history`, at least one.
+        history: Rows as of :func:`~ldam_plugins.training.history.read_history`, at least one.
         dark: For a dark page.
 
     Returns:
@@ -49,7 +49,7 @@ def class_profile(rows: Sequence[ClassRow], *, dark: bool = False) -> bytes:
     """Accuracy and training samples (log axis) of each class, from head to tail.
 
     Args:
-        rows: As of :func:`~ldam_plugins.tables.class_rows`.
+        rows: As of :func:`~ldam_plugins.reports.class_table.class_rows`.
         dark: For a dark page.
 
     Returns:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ldam_plugins.counts import ClassCounts
-from ldam_plugins.pages import Plot, render
-from ldam_plugins.run_files import read_history, read_metrics, write_atomic
-from ldam_plugins.tables import ClassRow, class_rows, per_class_table, percent, summary
+from ldam_plugins.reports.class_table import ClassRow, class_rows, per_class_table, percent, summary
+from ldam_plugins.reports.html import Plot, render
+from ldam_plugins.training.history import read_history, read_metrics, write_atomic
 
 __all__ = ["per_class_table", "write_report"]
 
@@ -56,7 +56,7 @@ def write_report(output_dir: str | os.PathLike[str]) -> Path:
 
 
 def _draw(history: Sequence[Mapping[str, Any]], rows: Sequence[ClassRow]) -> list[Plot]:
-    from ldam_plugins import plots
+    from ldam_plugins.reports import plots
 
     drawn = []
     if history:

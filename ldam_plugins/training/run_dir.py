@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from ldam_plugins._validation import check_choice, must_be, quoted
-from ldam_plugins.run_files import (
+from ldam_plugins.training.history import (
     HISTORY_FILE,
     METRICS_FILE,
     OPTIONS_FILE,
     to_json,
     write_flushed,
 )
-from ldam_plugins.run_lock import hold_folder
+from ldam_plugins.training.run_lock import hold_folder
 
 RUN_ENTRIES = (OPTIONS_FILE, HISTORY_FILE, METRICS_FILE, "checkpoints", "model", "report.html")
 """What makes a folder one that holds a run."""
@@ -37,7 +37,7 @@ def claim_output_dir(
 
     Call it last before training, on one process: a folder is claimed once, and two runs that
     start together, or resume together, cannot both have it. Within
-    :func:`~ldam_plugins.run_lock.folders_held` the folder stays locked until the end of that block.
+    :func:`.folders_held` the folder stays locked until the end of that block.
 
     Args:
         path: The folder, ``--output_dir``. Files in it that are no run's are left alone.
