@@ -10,9 +10,9 @@ from ldam_plugins.losses import LDAMLoss, create_loss, list_losses
 from ldam_plugins.schedules import DeferredSchedule
 
 if TYPE_CHECKING:
-    from ldam_plugins.evaluate_metric import LongTailMetrics
-    from ldam_plugins.hf_plugin import DRWCallback
-    from ldam_plugins.timm_plugin import LongTailTask
+    from ldam_plugins.integrations.hf_evaluate import LongTailMetrics
+    from ldam_plugins.integrations.timm import LongTailTask
+    from ldam_plugins.integrations.transformers import DRWCallback
 
 __version__ = "0.1.0"
 
@@ -33,9 +33,9 @@ __all__ = [
 ]
 
 _LAZY = {
-    "DRWCallback": "ldam_plugins.hf_plugin",
-    "LongTailMetrics": "ldam_plugins.evaluate_metric",
-    "LongTailTask": "ldam_plugins.timm_plugin",
+    "DRWCallback": "ldam_plugins.integrations.transformers",
+    "LongTailMetrics": "ldam_plugins.integrations.hf_evaluate",
+    "LongTailTask": "ldam_plugins.integrations.timm",
 }
 
 
@@ -45,8 +45,8 @@ def register() -> None:
     Afterwards ``timm.create_model("cifar_resnet32")`` and ``config.loss_type = "LDAM"`` work.
     Importing the plugins does the same; calling it twice changes nothing.
     """
-    for plugin in ("ldam_plugins.timm_plugin", "ldam_plugins.hf_plugin"):
-        import_module(plugin).register()
+    for host in ("timm", "transformers"):
+        import_module(f"ldam_plugins.integrations.{host}").register()
 
 
 def __getattr__(name: str) -> Any:

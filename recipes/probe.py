@@ -33,8 +33,8 @@ from transformers import DataCollatorWithPadding, HfArgumentParser
 
 from ldam_plugins import ClassCounts, DeferredSchedule, register
 from ldam_plugins._validation import must_be
-from ldam_plugins.experiments import to_csv
-from ldam_plugins.hf_text import trainer_checkpoints
+from ldam_plugins.benchmark.records import to_csv
+from ldam_plugins.integrations.transformers.run_callbacks import trainer_checkpoints
 from ldam_plugins.metrics import head_inputs, linear_probe
 from ldam_plugins.training.environment import checkpoints
 from ldam_plugins.training.history import read_metrics, write_atomic

@@ -28,8 +28,15 @@ from functools import partial
 from pathlib import Path
 
 from ldam_plugins._validation import check_choice, must_be
-from ldam_plugins.experiment_plots import PLOTS
-from ldam_plugins.experiment_tables import (
+from ldam_plugins.benchmark.plots import PLOTS
+from ldam_plugins.benchmark.records import (
+    Record,
+    error_matrices,
+    heads_of_losses,
+    read_records,
+    shown,
+)
+from ldam_plugins.benchmark.tables import (
     comparison_rows,
     interval_rows,
     markdown,
@@ -38,13 +45,6 @@ from ldam_plugins.experiment_tables import (
     ratio_matrix,
     ratio_rows,
     spread,
-)
-from ldam_plugins.experiments import (
-    Record,
-    error_matrices,
-    heads_of_losses,
-    read_records,
-    shown,
 )
 from ldam_plugins.schedules import KINDS
 from ldam_plugins.training.history import write_atomic

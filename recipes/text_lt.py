@@ -38,16 +38,16 @@ from transformers import (
 
 from ldam_plugins import ClassCounts, DRWCallback, LongTailMetrics, fold_cosine_head
 from ldam_plugins.heads import cosine_heads
-from ldam_plugins.hf_dropout import use_fast_dropout
-from ldam_plugins.hf_run import RESAMPLING
-from ldam_plugins.hf_saved_model import describe_saved, measure_saved
-from ldam_plugins.hf_text import (
+from ldam_plugins.integrations.transformers.fast_attention import use_fast_dropout
+from ldam_plugins.integrations.transformers.run_callbacks import (
     CheckpointCallback,
     HistoryCallback,
     class_errors,
     drop_partial_trainer_checkpoints,
     newest_trainer_checkpoint,
 )
+from ldam_plugins.integrations.transformers.saved_model import describe_saved, measure_saved
+from ldam_plugins.integrations.transformers.training_run import RESAMPLING
 from ldam_plugins.losses.base import ClassificationLoss
 from ldam_plugins.reports.run_report import per_class_table, write_report
 from ldam_plugins.training.environment import (

@@ -22,9 +22,12 @@ from ldam_plugins import ClassCounts, long_tail_indices, use_cosine_head
 from ldam_plugins._validation import must_be
 from ldam_plugins.data.texts import load_texts, thin_classes
 from ldam_plugins.heads import find_head
-from ldam_plugins.hf_bilstm import BiLSTMConfig, BiLSTMForSequenceClassification
-from ldam_plugins.hf_text import bundled_minilm
-from ldam_plugins.hf_tokenizer import train_tokenizer
+from ldam_plugins.integrations.transformers.bilstm import (
+    BiLSTMConfig,
+    BiLSTMForSequenceClassification,
+)
+from ldam_plugins.integrations.transformers.run_callbacks import bundled_minilm
+from ldam_plugins.integrations.transformers.tokenizer import train_tokenizer
 from ldam_plugins.losses.base import ClassificationLoss
 
 # What the configurations of transformers call the dropout of attention.

@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from graphlib import TopologicalSorter
+from importlib import import_module
 
 import pytest
 from paths import PACKAGE, RECIPES, ROOT
@@ -12,28 +13,16 @@ RECIPES = sorted(RECIPES.glob("*.py"))
 # The rooms of the package, low to high: each may import those before it and itself.
 ROOMS = ["_validation", "counts", "schedules", "kernels", "losses", "heads", "metrics", "data"]
 ROOMS += ["samplers", "training", "posthoc", "reports", "integrations", "benchmark"]
-# Modules that have not moved to their room yet.
-ROOM_OF = {
-    "_checks": "_validation",
-    **dict.fromkeys(["tensors", "chunked_cosines", "margin_cross_entropy"], "kernels"),
-    **dict.fromkeys(["margin_cross_entropy_triton", "batch_norm"], "kernels"),
-    **dict.fromkeys(["host_updates", "model_outputs", "reduction", "functional"], "losses"),
-    **dict.fromkeys(["loss_base", "combinations"], "losses"),
-    **dict.fromkeys(["head_fit", "head_layers", "head_names", "head_guard", "head_trace"], "heads"),
-    "probe": "metrics",
-    **dict.fromkeys(["text_data", "long_tail", "batches", "docstrings"], "data"),
-    **dict.fromkeys(["image_loaders", "image_sources", "image_files"], "data"),
-    **dict.fromkeys(["image_layouts", "image_annotations", "image_tables"], "data"),
-    **dict.fromkeys(["updates", "runtime", "run_files", "run_folder"], "training"),
-    **dict.fromkeys(["run_lock", "preset_files"], "training"),
-    **dict.fromkeys(["reports", "tables", "pages", "plots"], "reports"),
-    **dict.fromkeys(["timm_plugin", "evaluate_metric"], "integrations"),
-    **dict.fromkeys(["hf_plugin", "hf_run", "hf_setup", "hf_text", "hf_mixup"], "integrations"),
-    **dict.fromkeys(["hf_labels", "hf_loss_mapping", "hf_bilstm", "hf_dropout"], "integrations"),
-    **dict.fromkeys(["hf_tokenizer", "hf_updates", "hf_saved_model"], "integrations"),
-    **dict.fromkeys(["experiments", "experiment_tables", "experiment_plots"], "benchmark"),
-    **dict.fromkeys(["experiment_report", "intervals", "grid", "grid_run"], "benchmark"),
-    "grid_slurm": "benchmark",
+OLD_PATHS = {  # where each has moved, and a name that was there
+    "ldam_plugins.timm_plugin": ("ldam_plugins.integrations.timm", "LongTailTask"),
+    "ldam_plugins.hf_bilstm": ("ldam_plugins.integrations.transformers.bilstm", "BiLSTMConfig"),
+    "ldam_plugins.hf_dropout": (
+        "ldam_plugins.integrations.transformers.fast_attention",
+        "use_fast_dropout",
+    ),
+    "ldam_plugins.batch_norm": ("ldam_plugins.kernels.batch_norm", "use_fast_batch_norm"),
+    "ldam_plugins.runtime": ("ldam_plugins.training.environment", "keep_freed_memory"),
+    "ldam_plugins.combinations": ("ldam_plugins.losses.reweighting", "enter_stage"),
 }
 
 
@@ -53,8 +42,7 @@ def imports_of(path):
 
 def room(module):
     """The room of ``ldam_plugins.x.y``; None for the package itself."""
-    parts = module.split(".")
-    return ROOM_OF.get(parts[1], parts[1]) if len(parts) > 1 else None
+    return module.split(".")[1] if "." in module else None
 
 
 def dotted(path):
@@ -63,7 +51,8 @@ def dotted(path):
 
 
 MODULES = {dotted(path): path for path in sorted(PACKAGE.rglob("*.py"))}
-MODULES.pop("ldam_plugins")
+for name in ["ldam_plugins", "ldam_plugins._moved", *OLD_PATHS]:
+    MODULES.pop(name)
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -87,11 +76,21 @@ def test_modules_of_a_room_import_in_no_circle():
 def test_hosts_are_imported_by_their_integrations_only(module):
     hosts = {name.split(".")[0] for name, _ in imports_of(MODULES[module])}
     allowed = set()
-    if module.startswith(("ldam_plugins.integrations.timm", "ldam_plugins.timm_plugin")):
+    if module.startswith(("ldam_plugins.integrations.timm", "ldam_plugins.integrations.timm.task")):
         allowed = {"timm"}
     if module.startswith(("ldam_plugins.integrations.transformers", "ldam_plugins.hf_")):
         allowed = {"transformers", "peft"}
     assert hosts & {"timm", "transformers", "peft"} <= allowed
+
+
+@pytest.mark.parametrize("old", OLD_PATHS)
+def test_old_paths_say_where_their_names_are(old):
+    new, name = OLD_PATHS[old]
+    sys.modules.pop(old, None)
+    with pytest.warns(DeprecationWarning, match=f"`{old}` has moved to `{new}`") as caught:
+        module = import_module(old)
+    assert getattr(module, name) is getattr(import_module(new), name)
+    assert len(caught) == 1
 
 
 def test_package_imports_torch_and_numpy_only():

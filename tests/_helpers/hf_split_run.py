@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, default_data_collator
 
 from ldam_plugins import LongTailMetrics, list_losses, use_cosine_head
-from ldam_plugins.hf_plugin import DRWCallback
+from ldam_plugins.integrations.transformers import DRWCallback
 
 COUNTS = [45, 15, 4]
 BOUNDS = {torch.float32: 1e-6, torch.float64: 1e-12}

@@ -35,7 +35,7 @@ def before(owner, name):
     setattr(owner, name, struck)
 import torch, safetensors.torch
 from ldam_plugins.metrics import MetricAccumulator
-from ldam_plugins import hf_plugin
+from ldam_plugins.integrations.transformers import callback as hf_plugin
 from ldam_plugins.training import history as run_files
 if moment == "step":
     from torch.optim.optimizer import register_optimizer_step_pre_hook

@@ -5,7 +5,7 @@ import time
 
 import psutil
 
-from ldam_plugins.grid_run import CellRun
+from ldam_plugins.benchmark.local import CellRun
 
 # A recipe that does what its --mode says, in a fraction of a second. `signal:NUMBER:PID` sends the
 # signal when it runs first, 0 standing for the process that waits for it, and then hangs.

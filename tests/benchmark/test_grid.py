@@ -1,6 +1,6 @@
 import pytest
 
-from ldam_plugins.grid import METHODS, Grid, expand
+from ldam_plugins.benchmark.grid import METHODS, Grid, expand
 from ldam_plugins.losses import list_losses
 from ldam_plugins.schedules import KINDS
 

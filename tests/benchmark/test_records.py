@@ -10,17 +10,8 @@ from PIL import Image
 from pyarrow import parquet
 from scipy import stats
 
-from ldam_plugins.experiment_plots import PLOTS, digest, heat_map
-from ldam_plugins.experiment_report import write_experiment
-from ldam_plugins.experiment_tables import (
-    comparison_rows,
-    comparisons,
-    interval_rows,
-    matrix_rows,
-    range_rows,
-    spread,
-)
-from ldam_plugins.experiments import (
+from ldam_plugins.benchmark.plots import PLOTS, digest, heat_map
+from ldam_plugins.benchmark.records import (
     by_setting,
     collect_records,
     error_matrices,
@@ -31,6 +22,15 @@ from ldam_plugins.experiments import (
     to_parquet,
     varying_options,
     write_record,
+)
+from ldam_plugins.benchmark.report import write_experiment
+from ldam_plugins.benchmark.tables import (
+    comparison_rows,
+    comparisons,
+    interval_rows,
+    matrix_rows,
+    range_rows,
+    spread,
 )
 
 COUNTS = [300, 100, 30, 5]
@@ -324,7 +324,7 @@ def test_plots_tell_what_they_were_drawn_from(records):
 
 
 def test_curve_goes_from_head_to_tail_whatever_the_order_of_classes(records):
-    from ldam_plugins.experiment_plots import _curve
+    from ldam_plugins.benchmark.plots import _curve
 
     run = copy.deepcopy(records[0])
     run["class_counts"] = [5, 300, 30]

@@ -7,7 +7,7 @@ import sys
 import pytest
 from small_cells import began, calls, cells_in, gone
 
-from ldam_plugins.grid_slurm import run_on_slurm, slurm_parameters
+from ldam_plugins.benchmark.slurm import run_on_slurm, slurm_parameters
 from ldam_plugins.training.environment import PREEMPTED
 
 

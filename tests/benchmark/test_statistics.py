@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ldam_plugins.intervals import holm, mean_interval, paired_comparison
+from ldam_plugins.benchmark.statistics import holm, mean_interval, paired_comparison
 
 # Table values of Student's t, 97.5 %, by degrees of freedom.
 T = {1: 12.706205, 2: 4.302653, 4: 2.776445, 9: 2.262157}

@@ -13,8 +13,8 @@ from datasets import ClassLabel, Dataset, Features, Value
 from torch import nn
 
 from ldam_plugins import ClassCounts, DeferredSchedule, use_cosine_head
+from ldam_plugins.integrations.timm import CifarResNet
 from ldam_plugins.metrics import head_inputs, linear_probe
-from ldam_plugins.timm_plugin import CifarResNet
 
 
 def blobs(samples, spread, seed=0):

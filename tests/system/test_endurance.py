@@ -20,7 +20,10 @@ from hf_samples import text_hub
 from image_sets import class_folders
 
 from ldam_plugins import ClassCounts, DeferredSchedule, create_loss, use_cosine_head
-from ldam_plugins.hf_text import newest_trainer_checkpoint, trainer_checkpoints
+from ldam_plugins.integrations.transformers.run_callbacks import (
+    newest_trainer_checkpoint,
+    trainer_checkpoints,
+)
 from ldam_plugins.schedules import Progress
 from ldam_plugins.training.environment import newest_checkpoint
 from ldam_plugins.training.history import HistoryWriter

@@ -17,7 +17,7 @@ from image_sets import write
 from paths import PACKAGE, RECIPES
 from transformers import BertConfig, BertForSequenceClassification
 
-from ldam_plugins.hf_tokenizer import train_tokenizer
+from ldam_plugins.integrations.transformers.tokenizer import train_tokenizer
 
 TINY = ["--epochs", "1", "--start", "0", "--mixed_precision", "no"]
 

@@ -17,7 +17,7 @@ from timm.models import (
 from timm.optim import create_optimizer_v2
 from torch import nn
 
-from ldam_plugins.timm_plugin import CifarResNet
+from ldam_plugins.integrations.timm import CifarResNet
 
 NAME = "cifar_resnet20"
 # TorchScript is on its way out of torch; timm's models still promise it.

@@ -6,8 +6,8 @@ from torch import nn
 
 from ldam_plugins import ClassCounts, DeferredSchedule, LongTailTask, create_loss, use_cosine_head
 from ldam_plugins.heads import cosine_heads
+from ldam_plugins.integrations.timm import CifarResNet
 from ldam_plugins.schedules import Progress
-from ldam_plugins.timm_plugin import CifarResNet
 
 COUNTS = ClassCounts([50, 20, 9, 1])
 NAMES = ["cifar_resnet20", "cifar_resnet32", "cifar_resnet44", "cifar_resnet56"]

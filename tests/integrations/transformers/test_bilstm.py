@@ -10,8 +10,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from ldam_plugins import fold_cosine_head, use_cosine_head
-from ldam_plugins.hf_bilstm import BiLSTMConfig, BiLSTMForSequenceClassification
-from ldam_plugins.hf_tokenizer import train_tokenizer
+from ldam_plugins.integrations.transformers.bilstm import (
+    BiLSTMConfig,
+    BiLSTMForSequenceClassification,
+)
+from ldam_plugins.integrations.transformers.tokenizer import train_tokenizer
 
 SIZES = {"vocab_size": 30, "embedding_size": 6, "hidden_size": 5, "num_labels": 3}
 

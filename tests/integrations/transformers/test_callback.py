@@ -21,7 +21,7 @@ from transformers.utils import logging
 from ldam_plugins import DeferredSchedule, LDAMLoss, create_loss, fold_cosine_head, list_losses
 from ldam_plugins.heads import CosineLinear, cosine_heads
 from ldam_plugins.heads.guard import HeadGuard
-from ldam_plugins.hf_plugin import DRWCallback
+from ldam_plugins.integrations.transformers import DRWCallback
 
 
 def _parameters(trainer):

@@ -7,8 +7,8 @@ from transformers import Trainer
 
 from ldam_plugins import DeferredSchedule, LDAMLoss, create_loss, use_cosine_head
 from ldam_plugins.heads import cosine_heads
-from ldam_plugins.hf_plugin import DRWCallback
-from ldam_plugins.hf_setup import calling_trainer
+from ldam_plugins.integrations.transformers import DRWCallback
+from ldam_plugins.integrations.transformers.checks import calling_trainer
 
 
 def _relabel(data, labels, name="label"):

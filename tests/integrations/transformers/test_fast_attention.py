@@ -12,8 +12,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForSequenceClassification
 
-from ldam_plugins import DRWCallback, hf_dropout
-from ldam_plugins.hf_dropout import ATTENTION, FastDropout, attention_forward, use_fast_dropout
+from ldam_plugins import DRWCallback
+from ldam_plugins.integrations.transformers import fast_attention as hf_dropout
+from ldam_plugins.integrations.transformers.fast_attention import (
+    ATTENTION,
+    FastDropout,
+    attention_forward,
+    use_fast_dropout,
+)
 
 N, H, L, D = 3, 2, 6, 5
 FAST = [name for name in TEXT_MODELS if make_model(name).config._attn_implementation == "sdpa"]

@@ -6,7 +6,7 @@ from hf_samples import COUNTS, ldam_oracle, make_data, make_model, tensors
 from transformers.loss.loss_utils import LOSS_MAPPING
 
 from ldam_plugins import use_cosine_head
-from ldam_plugins.hf_plugin import register
+from ldam_plugins.integrations.transformers import register
 
 
 def _outputs(name, **changes):

@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback
 
 from ldam_plugins import use_cosine_head
 from ldam_plugins.heads.guard import HeadGuard
-from ldam_plugins.hf_plugin import DRWCallback
+from ldam_plugins.integrations.transformers import DRWCallback
 
 ONE_BATCH = {"max_steps": 1, "per_device_train_batch_size": sum(COUNTS), "optim": "sgd"}
 ONE_BATCH |= {"max_grad_norm": 0.0}

@@ -19,7 +19,7 @@ from transformers import Trainer
 
 from ldam_plugins import DeferredSchedule, use_cosine_head
 from ldam_plugins.heads import cosine_heads
-from ldam_plugins.hf_plugin import DRWCallback
+from ldam_plugins.integrations.transformers import DRWCallback
 
 RATE = 0.01
 

@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerCallback, default_data_collator
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ldam_plugins import LongTailMetrics, create_loss, use_cosine_head
-from ldam_plugins.hf_plugin import DRWCallback
+from ldam_plugins.integrations.transformers import DRWCallback
 from ldam_plugins.losses.model_outputs import find_logits
 from ldam_plugins.metrics import long_tail_metrics
 

@@ -10,8 +10,12 @@ from hf_samples import make_data, make_model, make_trainer
 from transformers import Trainer, TrainerCallback
 
 from ldam_plugins import DeferredSchedule
-from ldam_plugins.hf_plugin import DRWCallback
-from ldam_plugins.hf_text import CheckpointCallback, HistoryCallback, newest_trainer_checkpoint
+from ldam_plugins.integrations.transformers import DRWCallback
+from ldam_plugins.integrations.transformers.run_callbacks import (
+    CheckpointCallback,
+    HistoryCallback,
+    newest_trainer_checkpoint,
+)
 from ldam_plugins.training.history import read_history
 
 SAVING = {"save_strategy": "steps", "save_steps": 1}
@@ -94,7 +98,10 @@ class TestCheckpoints:
 
     def test_are_on_the_disk_before_older_ones_go(self, tmp_path, monkeypatch):
         done = []
-        monkeypatch.setattr("ldam_plugins.hf_text.flush_folder", lambda p: done.append(p.name))
+        monkeypatch.setattr(
+            "ldam_plugins.integrations.transformers.run_callbacks.flush_folder",
+            lambda p: done.append(p.name),
+        )
         monkeypatch.setattr("shutil.rmtree", lambda p: done.append(f"removed {p.name}"))
         trainer = make_trainer(tmp_path, callbacks=[CheckpointCallback()], max_steps=2, **SAVING)
         trainer.train()

@@ -6,9 +6,10 @@ import torch
 from datasets import Dataset
 from transformers import BertConfig, BertForSequenceClassification
 
-from ldam_plugins import ClassCounts, hf_saved_model
-from ldam_plugins.hf_saved_model import describe_saved, measure_saved
-from ldam_plugins.hf_tokenizer import train_tokenizer
+from ldam_plugins import ClassCounts
+from ldam_plugins.integrations.transformers import saved_model as hf_saved_model
+from ldam_plugins.integrations.transformers.saved_model import describe_saved, measure_saved
+from ldam_plugins.integrations.transformers.tokenizer import train_tokenizer
 
 NAMES = ("low", "high")
 COUNTS = ClassCounts([200, 7], class_names=NAMES)
@@ -99,7 +100,7 @@ def test_counts_without_names_fit_any_names(saved, texts):
 
 def test_a_model_that_finds_no_room_is_measured_on_the_cpu(saved, monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 10**9))
-    with caplog.at_level("WARNING", "ldam_plugins.hf_saved_model"):
+    with caplog.at_level("WARNING", "ldam_plugins.integrations.transformers.saved_model"):
         device = hf_saved_model._place(saved.model, torch.device("cuda", 0))
     assert device == torch.device("cpu")
     assert "cuda:0 has 0.0 GiB left: it is measured on the CPU" in caplog.text

@@ -29,7 +29,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from ldam_plugins import create_loss
-from ldam_plugins.hf_plugin import DRWCallback
+from ldam_plugins.integrations.transformers import DRWCallback
 
 
 def _parameters(trainer):

@@ -8,7 +8,7 @@ from hf_samples import COUNTS, ldam_oracle, logged, make_data, make_model, make_
 from transformers import Trainer, TrainerCallback
 
 from ldam_plugins import LDAMLoss
-from ldam_plugins.hf_plugin import DRWCallback
+from ldam_plugins.integrations.transformers import DRWCallback
 
 
 class Drops(Trainer):

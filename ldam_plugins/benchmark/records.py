@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ldam_plugins._validation import must_be, quoted
-from ldam_plugins.grid import METHODS
-from ldam_plugins.intervals import Interval, mean_interval
+from ldam_plugins.benchmark.grid import METHODS
+from ldam_plugins.benchmark.statistics import Interval, mean_interval
 from ldam_plugins.losses.registry import create_loss, loss_options
 from ldam_plugins.schedules import KINDS
 from ldam_plugins.training.history import (

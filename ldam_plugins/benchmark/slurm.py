@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from ldam_plugins._validation import must_be
-from ldam_plugins.grid_run import CellRun, Outcome, ended_before, run_cell
+from ldam_plugins.benchmark.local import CellRun, Outcome, ended_before, run_cell
 from ldam_plugins.training.environment import PREEMPTED, noted_sigterm
 
 _POLL_SECONDS = 1.0

@@ -31,7 +31,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from ldam_plugins._validation import check_int, must_be
 from ldam_plugins.counts import ClassCounts
-from ldam_plugins.hf_setup import calling_trainer
+from ldam_plugins.integrations.transformers.checks import calling_trainer
 from ldam_plugins.schedules import DeferredSchedule, Progress
 from ldam_plugins.training.environment import PREEMPTED, any_process, noted_sigterm
 from ldam_plugins.training.history import HistoryWriter, flush_folder, write_atomic

@@ -6,15 +6,8 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ldam_plugins.experiment_plots import PLOTS
-from ldam_plugins.experiment_tables import (
-    Row,
-    comparison_rows,
-    interval_rows,
-    markdown,
-    matrix_rows,
-)
-from ldam_plugins.experiments import (
+from ldam_plugins.benchmark.plots import PLOTS
+from ldam_plugins.benchmark.records import (
     UNKNOWN,
     Record,
     error_matrices,
@@ -25,6 +18,13 @@ from ldam_plugins.experiments import (
     to_parquet,
     varying_options,
     write_record,
+)
+from ldam_plugins.benchmark.tables import (
+    Row,
+    comparison_rows,
+    interval_rows,
+    markdown,
+    matrix_rows,
 )
 from ldam_plugins.reports.html import Plot, render
 from ldam_plugins.training.history import write_atomic
@@ -68,7 +68,7 @@ def write_experiment(
         records: At least one.
         failed: Name and message of each run that failed; they are listed.
         baseline: What each method is compared with, as for
-            :func:`~ldam_plugins.experiment_tables.comparisons`.
+            :func:`~ldam_plugins.benchmark.tables.comparisons`.
 
     Returns:
         The path of the page.

@@ -17,8 +17,8 @@ from transformers.utils import logging
 
 from ldam_plugins._validation import must_be
 from ldam_plugins.data.labels import TrainingLabels
-from ldam_plugins.hf_mixup import FeatureMixup
-from ldam_plugins.hf_updates import UpdateWatch
+from ldam_plugins.integrations.transformers.mixup import FeatureMixup
+from ldam_plugins.integrations.transformers.update_watch import UpdateWatch
 from ldam_plugins.losses.base import ClassificationLoss
 from ldam_plugins.losses.model_outputs import find_logits, one_label_a_row
 from ldam_plugins.losses.reweighting import enter_stage

@@ -21,7 +21,7 @@ def register() -> None:
 
     Those are the 52 sequence and 41 image classifiers (of 136 and 46, transformers 5.23) that
     call ``self.loss_function``; the others compute cross-entropy in line and need
-    :class:`~ldam_plugins.hf_plugin.DRWCallback`, and so does deferred re-weighting, gradient
+    :class:`.DRWCallback`, and so does deferred re-weighting, gradient
     accumulation and training on several devices. ``model.loss_type = "LDAM"`` works as well.
     The config also says ``class_counts`` (a list) and, if not the defaults, ``ldam_options``
     (``{"max_margin": 0.3, "scale": 30.0}``). Calling it twice changes nothing.

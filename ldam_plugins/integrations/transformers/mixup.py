@@ -12,7 +12,7 @@ from transformers import Trainer
 
 from ldam_plugins._validation import must_be
 from ldam_plugins.heads import cosine_heads, find_head
-from ldam_plugins.hf_setup import calling_trainer
+from ldam_plugins.integrations.transformers.checks import calling_trainer
 
 
 class FeatureMixup:

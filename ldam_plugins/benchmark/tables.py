@@ -9,7 +9,8 @@ import numpy as np
 from tabulate import tabulate
 
 from ldam_plugins._validation import check_choice
-from ldam_plugins.experiments import (
+from ldam_plugins.benchmark.grid import METHODS
+from ldam_plugins.benchmark.records import (
     ABSENT,
     Record,
     Setting,
@@ -21,8 +22,7 @@ from ldam_plugins.experiments import (
     shown,
     varying_options,
 )
-from ldam_plugins.grid import METHODS
-from ldam_plugins.intervals import (
+from ldam_plugins.benchmark.statistics import (
     CONFIDENCE,
     Interval,
     PairedComparison,

@@ -15,10 +15,7 @@ from transformers.utils import logging
 from ldam_plugins._validation import check_int, check_real, must_be
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.data.labels import GIVE_COUNTS, IGNORED, TrainingLabels
-from ldam_plugins.hf_loss_mapping import register
-from ldam_plugins.hf_mixup import FeatureMixup, remove_mixup
-from ldam_plugins.hf_run import RESAMPLING, TrainingRun, give_back_sampler, users_sampler
-from ldam_plugins.hf_setup import (
+from ldam_plugins.integrations.transformers.checks import (
     calling_trainer,
     check_forward,
     check_head,
@@ -28,13 +25,18 @@ from ldam_plugins.hf_setup import (
     fold_when_saved,
     put_head,
 )
+from ldam_plugins.integrations.transformers.mixup import FeatureMixup, remove_mixup
+from ldam_plugins.integrations.transformers.training_run import (
+    RESAMPLING,
+    TrainingRun,
+    give_back_sampler,
+    users_sampler,
+)
 from ldam_plugins.losses.base import ClassificationLoss
 from ldam_plugins.losses.registry import create_loss, loss_options
 from ldam_plugins.losses.reweighting import warn_of_combination
 from ldam_plugins.losses.trainer_updates import check_ignored
 from ldam_plugins.schedules import DeferredSchedule
-
-__all__ = ["DRWCallback", "register"]
 
 logger = logging.get_logger(__name__)
 _SCALE = 30.0  # the paper's
@@ -45,8 +47,6 @@ _DRAW_EVERY_ROW = (
     "LengthGroupedSampler",
     "BatchRebalanceSampler",
 )
-
-register()
 
 
 class DRWCallback(TrainerCallback):
@@ -92,7 +92,7 @@ class DRWCallback(TrainerCallback):
             :func:`~ldam_plugins.use_cosine_head` put on before stays.
         seed: Of re-sampling. Default: the Trainer's ``data_seed``, else its ``seed``.
         mixup: Alpha of Mixup of the features that the head gets, as
-            :class:`~ldam_plugins.hf_mixup.FeatureMixup` describes it; 0: none.
+            :class:`.FeatureMixup` describes it; 0: none.
         **options: Options of the loss, such as ``max_margin`` (LDAM) or ``gamma`` (focal).
 
     Raises:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.markers import CARETLEFTBASE, CARETRIGHTBASE
 
 from ldam_plugins._validation import must_be
-from ldam_plugins.experiments import (
+from ldam_plugins.benchmark.records import (
     Record,
     Setting,
     by_setting,
@@ -24,7 +24,7 @@ from ldam_plugins.experiments import (
     shown,
     varying_options,
 )
-from ldam_plugins.intervals import Interval, mean_interval
+from ldam_plugins.benchmark.statistics import Interval, mean_interval
 from ldam_plugins.reports.plots import INK, WIDTH, png
 from ldam_plugins.schedules import KINDS
 

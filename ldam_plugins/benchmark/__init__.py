@@ -1,0 +1,1 @@
+"""Grids of runs, where they run, and what they show."""

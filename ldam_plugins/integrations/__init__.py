@@ -1,0 +1,1 @@
+"""The hosts: the only modules that import them."""

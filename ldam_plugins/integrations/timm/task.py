@@ -1,0 +1,226 @@
+"""LDAM-DRW as a training task of timm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from timm.task import ClassificationTask
+from timm.utils import unwrap_model
+from torch import Tensor, nn
+
+from ldam_plugins._validation import must_be
+from ldam_plugins.counts import ClassCounts
+from ldam_plugins.heads import (
+    check_heads,
+    cosine_heads,
+    find_head,
+    folded_state_dict,
+    use_cosine_head,
+)
+from ldam_plugins.kernels.chunked_cosines import ChunkedCosines
+from ldam_plugins.losses.base import ClassificationLoss
+from ldam_plugins.losses.registry import create_loss
+from ldam_plugins.losses.reweighting import enter_stage, warn_of_combination
+from ldam_plugins.schedules import DeferredSchedule, Progress
+
+
+class LongTailTask(ClassificationTask):
+    """timm's classification task with a long-tail loss, its cosine head and a schedule.
+
+    ``task(input, target)`` returns ``{"loss": ..., "output": ...}`` as every timm task does; call
+    :meth:`set_progress` before an update (or once an epoch) and the class weights follow the
+    schedule, in place.
+
+    What timm's ``CheckpointSaver`` writes of it (``task=task``) is the stock model, cosine head
+    folded: ``timm.create_model(..., checkpoint_path=...)`` loads it and needs nothing of this
+    package. The exact head is beside it in ``task_state`` (and ``task_state_ema``), from which
+    ``resume_task_checkpoint`` and ``load_task_ema_checkpoint`` go on to the bit.
+
+    Args:
+        model: A timm model, or any module whose classifier :func:`use_cosine_head` finds. Of a
+            lone ``nn.Linear`` the task trains another layer: ``task.get_trainable_module()``.
+        class_counts: :class:`ClassCounts` of the training set, or the bare counts.
+        loss: One of :func:`list_losses`, or a :class:`ClassificationLoss` of one's own.
+        schedule: When classes are re-weighted; the sampling of ``rs`` and ``drs`` is the
+            loader's (:class:`ldam_plugins.samplers.DeferredSampler`).
+        head: Dotted names of the classifier's layers, where the search does not find them.
+        device: Device of the loss buffers. Default: that of the model.
+        dtype: As in timm's task.
+        verbose: As in timm's task.
+        **loss_options: Options of :func:`create_loss`, such as ``max_margin`` and ``scale``.
+            Losses with a margin put the cosine head of their scale on the model, so make the
+            optimizer after the task.
+
+    Raises:
+        TypeError: ``loss_options`` beside a ready loss, or an option the loss does not have.
+        ValueError: unknown loss, bad counts or other counts than a ready loss has, or a
+            classifier that cannot be found.
+
+    Example:
+        >>> import timm
+        >>> task = LongTailTask(timm.create_model("cifar_resnet20"), range(50, 0, -5))
+        >>> task.set_progress(Progress(step=8, total_steps=10, steps_per_epoch=1))
+        'reweighted'
+        >>> sorted(task(torch.zeros(2, 3, 32, 32), torch.tensor([0, 9])))
+        ['loss', 'output']
+    """
+
+    criterion: ClassificationLoss
+
+    def __init__(
+        self,
+        model: nn.Module,
+        class_counts: ClassCounts | Sequence[int],
+        *,
+        loss: str | ClassificationLoss = "ldam",
+        schedule: DeferredSchedule | None = None,
+        head: str | Sequence[str] | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        verbose: bool = True,
+        **loss_options: Any,
+    ) -> None:
+        if isinstance(loss, str):
+            loss = create_loss(loss, class_counts, **loss_options)
+        elif loss_options:
+            raise TypeError(must_be("loss_options", "empty beside a ready loss", loss_options))
+        else:
+            _check_same_counts(class_counts, loss)
+        if loss.needs_cosine_head:
+            model = use_cosine_head(model, loss.scale, head=head)
+        elif head is not None:
+            find_head(model, head)
+        device = _device_of(model) if device is None else device
+        super().__init__(model, loss, device=device, dtype=dtype, verbose=verbose)
+        self.schedule = schedule or DeferredSchedule()
+        self._head_names = head
+        self._heads = cosine_heads(unwrap_model(model)) if loss.needs_cosine_head else {}
+        warn_of_combination(self.criterion, self.schedule, stacklevel=3)
+
+    def set_progress(self, progress: Progress) -> str:
+        """Set the class weights of ``progress`` and return the name of its stage.
+
+        They are written at a change of stage only, so call it before every update if you like.
+        """
+        return enter_stage(self.criterion, self.schedule, progress)
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Loss and logits of one batch.
+
+        Args:
+            input: What the model takes, images (N, in_chans, H, W).
+            target: As the loss takes it: indices (N,) int64 or masses (N, C) floating.
+
+        Raises:
+            TypeError: the model returns something else than one tensor.
+            ValueError: the cosine head that the loss needs is no longer there.
+        """
+        self._check_heads()
+        output = self.trainable_module(input)
+        if not isinstance(output, (Tensor, ChunkedCosines)):
+            raise TypeError(_one_output(output))
+        return {"loss": self.criterion(output, target), "output": output}
+
+    def prepare_distributed(
+        self, device_ids: list[int] | None = None, **ddp_options: Any
+    ) -> LongTailTask:
+        """As in timm's task: wrap the model in ``DistributedDataParallel``.
+
+        Raises:
+            ValueError: the cosine head that the loss needs is no longer there.
+        """
+        self._check_heads()
+        return super().prepare_distributed(device_ids, **ddp_options)
+
+    def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
+        """Parameters whose gradients are clipped: all, or all but those of the classifier.
+
+        Adaptive clipping (timm's ``clip_mode="agc"``) leaves out the classifier. timm takes it for
+        the last two parameters; here it is the layers themselves, however many they are.
+
+        Raises:
+            ValueError: ``exclude_head``, and the classifier is not found (see ``head``).
+        """
+        model = self.get_trainable_module()
+        if not exclude_head:
+            return list(model.parameters())
+        inner = unwrap_model(model)
+        names = tuple(cosine_heads(inner)) or find_head(inner, self._head_names)
+        head = {id(p) for name in names for p in inner.get_submodule(name).parameters()}
+        return [p for p in model.parameters() if id(p) not in head]
+
+    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
+        """Weight and moments of each cosine head, of which the model's state holds the fold."""
+        model = unwrap_model(self.get_eval_model(module, ema=ema))
+        exact: dict[str, Tensor] = {}
+        for name, head in cosine_heads(model).items():
+            prefix = f"{name}." if name else ""
+            exact[f"{prefix}cosine_weight"] = head.weight.detach()
+            exact[f"{prefix}cosine_moments"] = head.cosine_moments
+        return {"cosine_heads": exact} if exact else {}
+
+    def get_checkpoint_state(
+        self, ema: bool = False, unwrap_fn: Callable[[nn.Module], nn.Module] = unwrap_model
+    ) -> dict[str, Any]:
+        """As in timm's task; of a model with cosine heads the model's state is the folded one."""
+        state = super().get_checkpoint_state(ema, unwrap_fn)
+        exact = state.get("task_state_ema" if ema else "task_state", {})
+        if exact:
+            key = "state_dict_ema" if ema else "state_dict"
+            folded = folded_state_dict(unwrap_fn(self.get_eval_model(ema=ema)), state[key])
+            state[key] = {k: v for k, v in folded.items() if k not in exact["cosine_heads"]}
+        return state
+
+    def load_checkpoint_state(
+        self,
+        state_dict: dict[str, Any],
+        task_state: dict[str, Any] | None = None,
+        ema: bool = False,
+        strict: bool = True,
+    ) -> None:
+        """As in timm's task; cosine heads take their exact tensors out of ``task_state``.
+
+        Without it they take the class directions of the folded weight.
+        """
+        model = self.get_eval_model(ema=ema)
+        heads = cosine_heads(unwrap_model(model)) if model is not None else {}
+        for name, tensor in ((task_state or {}).get("cosine_heads") or {}).items():
+            if name.rpartition(".")[0] in heads:  # a task without them goes on from the fold
+                state_dict = {**state_dict, name: tensor}
+        super().load_checkpoint_state(state_dict, task_state, ema=ema, strict=strict)
+
+    def _check_heads(self) -> None:
+        """Check that the cosine heads are those of the last call, or others that suit the loss."""
+        model = unwrap_model(self.trainable_module)
+        if not all(_part(model, name) is head for name, head in self._heads.items()):
+            self._heads = check_heads(model, self.criterion.scale)
+
+
+def _check_same_counts(class_counts: Any, loss: ClassificationLoss) -> None:
+    given = class_counts if isinstance(class_counts, ClassCounts) else ClassCounts(class_counts)
+    if given != loss.class_counts:
+        wanted = f"those of the ready loss, {loss.class_counts!r}"
+        raise ValueError(must_be("class_counts", wanted, given))
+
+
+def _device_of(model: nn.Module) -> torch.device | None:
+    """Where the first parameter is; None where it is nowhere yet."""
+    device = next((p.device for p in model.parameters()), None)
+    return None if device is None or device.type == "meta" else device
+
+
+def _part(model: nn.Module, name: str) -> nn.Module | None:
+    """The submodule of that dotted name, if there is one."""
+    part: Any = model
+    for step in name.split(".") if name else ():
+        part = getattr(part, step, None)
+    return part
+
+
+def _one_output(output: Any) -> str:
+    way_out = "Auxiliary outputs would need a loss of their own: build the model without them"
+    way_out += " (`aux_logits=False`), switch them off (`model.set_distilled_training(False)`), or"
+    way_out += " wrap the model in a module that returns the logits alone."
+    return must_be("logits", "one tensor (N, C)", type(output).__name__, way_out)

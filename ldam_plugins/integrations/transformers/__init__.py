@@ -1,0 +1,26 @@
+"""For transformers: a callback of the Trainer, losses by name, and a BiLSTM."""
+
+from ldam_plugins.integrations.transformers import bilstm, loss_mapping
+from ldam_plugins.integrations.transformers.bilstm import (
+    BiLSTMConfig,
+    BiLSTMForSequenceClassification,
+)
+from ldam_plugins.integrations.transformers.callback import DRWCallback
+from ldam_plugins.integrations.transformers.fast_attention import use_fast_dropout
+
+__all__ = [
+    "BiLSTMConfig",
+    "BiLSTMForSequenceClassification",
+    "DRWCallback",
+    "register",
+    "use_fast_dropout",
+]
+
+
+def register() -> None:
+    """Make ``loss_type = "LDAM"`` and the BiLSTM known to transformers; importing this does it."""
+    loss_mapping.register()
+    bilstm.register()
+
+
+loss_mapping.register()
