@@ -15,13 +15,20 @@ _Value = TypeVar("_Value")
 _MAX_NAMED = 20
 
 
-def must_be(name: str, requirement: str, value: object, way_out: str = "") -> str:
-    """Word the error of a bad argument: ``'`beta` must be in [0, 1), got 1.0'``.
+def invalid(
+    name: str, expected: str, value: object, hint: str = "", *, error: type[Exception] = ValueError
+) -> Exception:
+    """The error of a bad argument, to be raised: ``'`beta` must be in [0, 1), got 1.0'``.
 
-    ``way_out`` is a full sentence that tells the user what to write instead.
+    Args:
+        name: The argument.
+        expected: What it must be.
+        value: What it is.
+        hint: A full sentence that tells the user what to write instead.
+        error: Its type: ``ValueError`` for a value, ``TypeError`` for a type.
     """
-    message = f"`{name}` must be {requirement}, got {value!r}"
-    return f"{message}. {way_out}" if way_out else message
+    message = f"`{name}` must be {expected}, got {value!r}"
+    return error(f"{message}. {hint}" if hint else message)
 
 
 def check_real(
@@ -32,7 +39,7 @@ def check_real(
     high: float = math.inf,
     low_open: bool = False,
     high_open: bool = False,
-    way_out: str = "",
+    hint: str = "",
 ) -> float:
     """Return ``value`` as a finite float inside the interval, else raise.
 
@@ -42,7 +49,7 @@ def check_real(
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         interval = _worded_interval(low, high, low_open, high_open)
-        raise TypeError(must_be(name, interval, value, way_out))
+        raise invalid(name, interval, value, hint=hint, error=TypeError)
     try:
         number = float(value)
     except OverflowError:  # an int beyond every float
@@ -52,7 +59,7 @@ def check_real(
     finite = -math.inf < number < math.inf  # not math.isfinite, where compilers stop
     if not (finite and above and below):
         interval = _worded_interval(low, high, low_open, high_open)
-        raise ValueError(must_be(name, interval, value, way_out))
+        raise invalid(name, interval, value, hint=hint)
     return number
 
 
@@ -72,7 +79,7 @@ def check_int(
     *,
     low: int | None = None,
     high: int | None = None,
-    way_out: str = "",
+    hint: str = "",
 ) -> int:
     """Return ``value`` as an int inside ``[low, high]``, else raise.
 
@@ -80,16 +87,16 @@ def check_int(
         TypeError: ``value`` is not an integer (a bool is not one).
         ValueError: ``value`` lies outside the interval.
     """
-    wanted = "an integer"
+    expected = "an integer"
     if low is not None:
-        wanted += f" >= {low}"
+        expected += f" >= {low}"
     if high is not None:
-        wanted += f" {'and ' if low is not None else ''}<= {high}"
+        expected += f" {'and ' if low is not None else ''}<= {high}"
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(must_be(name, wanted, value, way_out))
+        raise invalid(name, expected, value, hint=hint, error=TypeError)
     number = int(value)
     if (low is not None and number < low) or (high is not None and number > high):
-        raise ValueError(must_be(name, wanted, value, way_out))
+        raise invalid(name, expected, value, hint=hint)
     return number
 
 
@@ -103,8 +110,8 @@ def check_choice(name: str, value: _Value, choices: Collection[_Value]) -> _Valu
         return value
     listed = quoted(choices) if len(choices) <= _MAX_NAMED else f"{len(choices)} known names"
     near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], cutoff=0.5)
-    way_out = f"Did you mean {quoted(near)}?" if near else ""
-    raise ValueError(must_be(name, f"one of {listed}", value, way_out))
+    hint = f"Did you mean {quoted(near)}?" if near else ""
+    raise invalid(name, f"one of {listed}", value, hint=hint)
 
 
 def quoted(values: Iterable[object]) -> str:
@@ -124,9 +131,9 @@ def check_logits(logits: Tensor) -> None:
     """
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         shown = getattr(logits, "dtype", type(logits).__name__)
-        raise TypeError(must_be("logits", "a floating-point tensor", shown))
+        raise invalid("logits", "a floating-point tensor", shown, error=TypeError)
     if logits.ndim != 2 or logits.shape[1] == 0:
-        raise ValueError(must_be("logits", "of shape (N, C)", tuple(logits.shape)))
+        raise invalid("logits", "of shape (N, C)", tuple(logits.shape))
 
 
 def check_target(target: Tensor, logits: Tensor) -> None:
@@ -141,12 +148,14 @@ def check_target(target: Tensor, logits: Tensor) -> None:
     """
     if target.shape == logits.shape[:1]:
         if target.dtype != torch.int64:
-            way_out = "Class indices are int64: use `target.long()`."
-            raise TypeError(must_be("target", "an int64 tensor of indices", target.dtype, way_out))
+            hint = "Class indices are int64: use `target.long()`."
+            raise invalid(
+                "target", "an int64 tensor of indices", target.dtype, hint=hint, error=TypeError
+            )
     elif target.shape == logits.shape:
         if not target.is_floating_point():
-            way_out = "Class masses are floats (mixup, label smoothing): use `target.float()`."
-            raise TypeError(must_be("target", "floating-point", target.dtype, way_out))
+            hint = "Class masses are floats (mixup, label smoothing): use `target.float()`."
+            raise invalid("target", "floating-point", target.dtype, hint=hint, error=TypeError)
     else:
-        wanted = f"of shape ({len(logits)},) or {tuple(logits.shape)}"
-        raise ValueError(must_be("target", wanted, tuple(target.shape)))
+        expected = f"of shape ({len(logits)},) or {tuple(logits.shape)}"
+        raise invalid("target", expected, tuple(target.shape))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldam_plugins._validation import check_int, check_real, must_be, quoted
+from ldam_plugins._validation import check_int, check_real, invalid, quoted
 
 MANY_ABOVE = 100
 """Classes with more training samples belong to the *many* group (Liu et al., CVPR 2019)."""
@@ -49,11 +49,11 @@ class ClassCounts:
     ) -> None:
         array = _as_integers("counts", _in_class_order(counts)).copy()
         if len(array) == 0:
-            raise ValueError(must_be("counts", "one count per class", counts))
+            raise invalid("counts", "one count per class", counts)
         names = None if class_names is None else tuple(str(name) for name in class_names)
         if names is not None and len(names) != len(array):
-            wanted = f"one name for each of the {len(array)} counts"
-            raise ValueError(must_be("class_names", wanted, f"{len(names)} names"))
+            expected = f"one name for each of the {len(array)} counts"
+            raise invalid("class_names", expected, f"{len(names)} names")
         _refuse_empty_classes(array, names)
         array.flags.writeable = False
         self.counts: np.ndarray = array
@@ -85,7 +85,7 @@ class ClassCounts:
         """
         array = label_array(labels)
         if len(array) == 0:
-            raise ValueError(must_be("labels", "at least one label", "none"))
+            raise invalid("labels", "at least one label", "none")
         if num_classes is None:
             num_classes = int(array.max()) + 1 if class_names is None else len(class_names)
         check_int("num_classes", num_classes, low=1)
@@ -186,14 +186,14 @@ def label_array(labels: Any) -> np.ndarray:
         labels = table.to_pylist() if table.null_count else table.to_numpy()
     array = _plain_array(labels)
     if array is not None and array.ndim == 0:
-        raise ValueError(must_be("labels", "one-dimensional", labels))
+        raise invalid("labels", "one-dimensional", labels)
     if array is not None and array.ndim == 1 and (array.dtype.kind in "iu" or not array.size):
         return _as_integers("labels", array)
     fault, row, value = label_fault(labels if array is None else array)
-    wanted, way_out = _LABEL_FAULTS[fault]
+    expected, hint = _LABEL_FAULTS[fault]
     shown = value if row in (None, 0) else f"{value} in row {row}"
     error = ValueError if fault in ("missing", "column") else TypeError
-    raise error(must_be("labels", wanted, shown, way_out))
+    raise invalid("labels", expected, shown, hint=hint, error=error)
 
 
 _LABEL_FAULTS = {
@@ -274,11 +274,11 @@ def check_label_range(labels: np.ndarray, num_classes: int) -> None:
     """
     if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
         row = int(np.flatnonzero((labels < 0) | (labels >= num_classes))[0])
-        wanted = f"class indices in 0..{num_classes - 1}"
-        way_out = ""
+        expected = f"class indices in 0..{num_classes - 1}"
+        hint = ""
         if labels.min() > 0 and labels.max() - labels.min() < num_classes:
-            way_out = _first_label(int(labels.min()))
-        raise ValueError(must_be("labels", wanted, f"{labels[row]} in row {row}", way_out))
+            hint = _first_label(int(labels.min()))
+        raise invalid("labels", expected, f"{labels[row]} in row {row}", hint=hint)
 
 
 def _first_label(first: int) -> str:
@@ -298,8 +298,8 @@ def _refuse_other_numbering(counts: np.ndarray, names: list[str] | None) -> None
         why = _first_label(int(found[0]))
     else:
         why = "Number classes without gaps: `np.unique(labels, return_inverse=True)[1]` does."
-    way_out = "Every class needs a training sample: else remove the class or add samples to it."
-    raise ValueError(f"no training sample in class {named}. {why} {way_out}")
+    hint = "Every class needs a training sample: else remove the class or add samples to it."
+    raise ValueError(f"no training sample in class {named}. {why} {hint}")
 
 
 def _in_class_order(counts: Any) -> Any:
@@ -309,8 +309,8 @@ def _in_class_order(counts: Any) -> Any:
         ValueError: the classes are not 0..C-1, each once; or a table of several columns.
     """
     if hasattr(counts, "columns"):
-        way_out = "Give the column that holds the counts, with the classes as its index."
-        raise ValueError(must_be("counts", "one-dimensional", type(counts).__name__, way_out))
+        hint = "Give the column that holds the counts, with the classes as its index."
+        raise invalid("counts", "one-dimensional", type(counts).__name__, hint=hint)
     if isinstance(counts, Mapping):
         keys, values = list(counts), list(counts.values())
     elif hasattr(counts, "to_numpy") and hasattr(counts, "index"):  # a Series of pandas
@@ -320,14 +320,14 @@ def _in_class_order(counts: Any) -> Any:
         return counts
     by_class = {key: place for place, key in enumerate(keys)}
     if len(by_class) < len(keys) or by_class.keys() != set(range(len(keys))):
-        way_out = (
+        hint = (
             "Classes are numbered from 0 without a gap: count the class indices that the model is "
             "trained on, with ClassCounts.from_labels(labels). Counts that are in class order "
             "already go without their index: counts.to_numpy(); a class that is not there, "
             "counts.reindex(range(C), fill_value=0), needs a sample."
         )
-        wanted = f"indexed by the classes 0..{len(keys) - 1}, each once"
-        raise ValueError(must_be("counts", wanted, keys[:10], way_out))
+        expected = f"indexed by the classes 0..{len(keys) - 1}, each once"
+        raise invalid("counts", expected, keys[:10], hint=hint)
     return [values[by_class[label]] for label in range(len(keys))]
 
 
@@ -339,11 +339,11 @@ def _as_integers(name: str, values: Any) -> np.ndarray:
     if array.size == 0 and array.ndim == 1:
         return np.zeros(0, dtype=np.int64)
     if not np.issubdtype(array.dtype, np.integer):
-        way_out = "Map class names or floats to class indices 0..C-1 first."
+        hint = "Map class names or floats to class indices 0..C-1 first."
         example = array.flat[0] if array.size else None
-        raise TypeError(must_be(name, "integers", example, way_out))
+        raise invalid(name, "integers", example, hint=hint, error=TypeError)
     if array.ndim != 1:
-        raise ValueError(must_be(name, "one-dimensional", f"shape {array.shape}"))
+        raise invalid(name, "one-dimensional", f"shape {array.shape}")
     return array.astype(np.int64, copy=False)
 
 
@@ -351,12 +351,12 @@ def _refuse_empty_classes(counts: np.ndarray, names: tuple[str, ...] | None) -> 
     negative = np.flatnonzero(counts < 0)
     if len(negative):
         first = int(negative[0])
-        raise ValueError(must_be("counts", ">= 1 in every class", f"{counts[first]} in {first}"))
+        raise invalid("counts", ">= 1 in every class", f"{counts[first]} in {first}")
     empty = np.flatnonzero(counts == 0)
     if len(empty):
         named = quoted(int(c) if names is None else names[c] for c in empty)
-        way_out = "Every class needs a training sample: remove the class or add samples to it."
-        raise ValueError(f"no training sample in class {named}. {way_out}")
+        hint = "Every class needs a training sample: remove the class or add samples to it."
+        raise ValueError(f"no training sample in class {named}. {hint}")
 
 
 def _tensor(values: np.ndarray, dtype: torch.dtype | None) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Sampler
 
-from ldam_plugins._validation import check_int, check_real, must_be
+from ldam_plugins._validation import check_int, check_real, invalid
 from ldam_plugins.counts import ClassCounts, label_array
 from ldam_plugins.schedules import DeferredSchedule, Progress
 
@@ -68,8 +68,8 @@ class DeferredSampler(Sampler[int]):
     ) -> None:
         if steps_per_epoch is None:
             if schedule.unit == "step":
-                wanted = "given where the schedule's start counts steps"
-                raise ValueError(must_be("steps_per_epoch", wanted, steps_per_epoch))
+                expected = "given where the schedule's start counts steps"
+                raise invalid("steps_per_epoch", expected, steps_per_epoch)
             steps_per_epoch = 1
         array = label_array(labels)
         self.schedule = schedule

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldam_plugins._validation import check_choice, check_int, check_real, must_be
+from ldam_plugins._validation import check_choice, check_int, check_real, invalid
 from ldam_plugins.counts import ClassCounts
 
 KINDS = ("none", "rw", "rs", "drw", "drs", "progressive")
@@ -110,9 +110,9 @@ class DeferredSchedule:
         step = int(self.start) * (steps_per_epoch if unit == "epoch" else 1)
         if step >= total_steps:
             length = total_steps / steps_per_epoch if unit == "epoch" else total_steps
-            wanted = f"before the end of the training at {unit} {length:g}"
-            way_out = "Use a smaller start, or kind 'none' for no second stage."
-            raise ValueError(must_be("start", wanted, self.start, way_out))
+            expected = f"before the end of the training at {unit} {length:g}"
+            hint = "Use a smaller start, or kind 'none' for no second stage."
+            raise invalid("start", expected, self.start, hint=hint)
         return step
 
     def reweights(self, progress: Progress) -> bool:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
 from transformers import HfArgumentParser
 
 from ldam_plugins import ClassCounts, DeferredSchedule, create_loss, list_losses
-from ldam_plugins._validation import check_choice, check_int, check_real, must_be
+from ldam_plugins._validation import check_choice, check_int, check_real, invalid
 from ldam_plugins.data.long_tail import CLASS_ORDERS, PROFILES
 from ldam_plugins.losses import loss_options
 from ldam_plugins.losses.base import ClassificationLoss
@@ -124,20 +124,20 @@ class CoreOptions:
                 continue
             value, hint = getattr(self, option_.name), hints[option_.name]
             check = check_int if int in (hint, *get_args(hint)) else check_real
-            way_out = f"Give another --{option_.name} or leave it out."
+            hint = f"Give another --{option_.name} or leave it out."
             for number in value if isinstance(value, list) else [value]:
                 if number is not None:
-                    check(option_.name, number, **self.LIMITS[option_.name], way_out=way_out)
+                    check(option_.name, number, **self.LIMITS[option_.name], hint=hint)
         if not self.output_dir.strip():
-            wanted = "the folder of the run"
-            raise ValueError(must_be("output_dir", wanted, self.output_dir, "Give --output_dir."))
+            expected = "the folder of the run"
+            raise invalid("output_dir", expected, self.output_dir, hint="Give --output_dir.")
         self.make_schedule()
 
     def make_schedule(self) -> DeferredSchedule:
         """The schedule the options describe."""
         if not re.fullmatch(r"\d{1,18}|(\d+\.\d*|\.\d+|\d+(?=e))(e-?\d+)?", self.start, re.ASCII):
-            wanted = "a share such as 0.8 or an epoch such as 160"
-            raise ValueError(must_be("start", wanted, self.start))
+            expected = "a share such as 0.8 or an epoch such as 160"
+            raise invalid("start", expected, self.start)
         start = int(self.start) if self.start.isdigit() else float(self.start)
         return DeferredSchedule(self.schedule, start=start, unit=self.start_unit, beta=self.beta)
 
@@ -185,9 +185,9 @@ def _check_ratio(options: CoreOptions, preset: Mapping[str, Any], flags: list[st
     if options.profile != "none" or options.ratio == 1 or not (own or "--ratio" in flagged):
         return
     if "--profile" not in flagged and "profile" not in preset:
-        way_out = "Add --profile exp or --profile step to cut the training samples, or leave it out"
-        way_out += " to train on all of them."
-        raise ValueError(must_be("ratio", "left out without a profile", options.ratio, way_out))
+        hint = "Add --profile exp or --profile step to cut the training samples, or leave it out"
+        hint += " to train on all of them."
+        raise invalid("ratio", "left out without a profile", options.ratio, hint=hint)
     if int(os.environ.get("RANK", 0)) == 0:
         logger.warning(f"--ratio {options.ratio:g} has no effect: --profile is none.")
 

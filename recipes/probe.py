@@ -32,7 +32,7 @@ from tqdm import tqdm
 from transformers import DataCollatorWithPadding, HfArgumentParser
 
 from ldam_plugins import ClassCounts, DeferredSchedule, register
-from ldam_plugins._validation import must_be
+from ldam_plugins._validation import invalid
 from ldam_plugins.benchmark.records import to_csv
 from ldam_plugins.integrations.transformers.run_callbacks import trainer_checkpoints
 from ldam_plugins.metrics import head_inputs, linear_probe
@@ -67,7 +67,7 @@ def main(options: ProbeOptions) -> list[dict[str, Any]]:
     """Probe the runs; returns a row a run and epoch, as the CSV has them."""
     register()
     if not options.runs:
-        raise ValueError(must_be("runs", "at least one folder of a finished run", options.runs))
+        raise invalid("runs", "at least one folder of a finished run", options.runs)
     rows = [row for run in tqdm(options.runs, unit="run") for row in probe_run(options, Path(run))]
     Path(options.output).parent.mkdir(parents=True, exist_ok=True)
     write_atomic(options.output, to_csv(rows).encode())
@@ -106,8 +106,8 @@ def last_epoch_before_switch(trained: CoreOptions) -> int:
 def switch_epoch(schedule: DeferredSchedule, epochs: int) -> int:
     """The epoch in which the second stage begins."""
     if schedule.unit == "step":
-        way_out = "Name the --epochs to probe."
-        raise ValueError(must_be("start_unit", "'epoch' or 'fraction'", "step", way_out))
+        hint = "Name the --epochs to probe."
+        raise invalid("start_unit", "'epoch' or 'fraction'", "step", hint=hint)
     fine = 10**6
     return schedule.start_step(epochs * fine, fine) // fine
 
@@ -115,8 +115,8 @@ def switch_epoch(schedule: DeferredSchedule, epochs: int) -> int:
 def load_checkpoint(subject: Subject, epochs: int, run: Path) -> None:
     """Give the model the weights it had after so many epochs."""
     if epochs not in subject.checkpoints:
-        wanted = f"one of those {str(run)!r} has a checkpoint of ({sorted(subject.checkpoints)})"
-        raise ValueError(must_be("epochs", wanted, epochs, "Train with more --keep_checkpoints."))
+        expected = f"one of those {str(run)!r} has a checkpoint of ({sorted(subject.checkpoints)})"
+        raise invalid("epochs", expected, epochs, hint="Train with more --keep_checkpoints.")
     weights = load_file(subject.checkpoints[epochs] / "model.safetensors")
     compiled = "_orig_mod."
     subject.model.load_state_dict({k.removeprefix(compiled): v for k, v in weights.items()})

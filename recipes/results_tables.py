@@ -27,7 +27,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from ldam_plugins._validation import check_choice, must_be
+from ldam_plugins._validation import check_choice, invalid
 from ldam_plugins.benchmark.plots import PLOTS
 from ldam_plugins.benchmark.records import (
     Record,
@@ -93,7 +93,7 @@ def content(experiment: str, words: Sequence[str] = (), folder: Path = RESULTS) 
     kind, *baseline = [word for word in words if word not in filters] or ["range"]
     check_choice("kind", kind, [*TABLES, "compare", *PLOTS])
     if len(baseline) > (kind == "compare"):
-        raise ValueError(must_be("words", f"those of {kind!r}", words))
+        raise invalid("words", f"those of {kind!r}", words)
     if kind in PLOTS:
         place = os.path.relpath(plot_path(experiment, kind), folder)
         return f"![{PLOTS[kind][0]}]({Path(place).as_posix()})"
@@ -102,7 +102,7 @@ def content(experiment: str, words: Sequence[str] = (), folder: Path = RESULTS) 
         check_choice("option", name, records[0]["options"])
         records = [r for r in records if shown(r["options"][name]) in values.split(",")]
     if not records:
-        raise ValueError(must_be("words", "of options that some runs have", words))
+        raise invalid("words", "of options that some runs have", words)
     if kind == "compare":
         return markdown(comparison_rows(records, *baseline))
     return TABLES[kind](records)

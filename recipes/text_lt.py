@@ -73,7 +73,7 @@ def main(options: TextOptions) -> dict[str, Any]:
     set_seed(options.seed)
     arguments = make_arguments(options)
     check_processes(arguments.world_size, options.num_processes)
-    refuse_deepspeed(arguments.deepspeed_plugin, stages=(3,), way_out="Use ZeRO-2 or FSDP2.")
+    refuse_deepspeed(arguments.deepspeed_plugin, stages=(3,), hint="Use ZeRO-2 or FSDP2.")
     train, test, counts = load_data(options, show=arguments.process_index == 0)
     criterion = options.make_loss(counts)
     tokenizer, model = make_model(options, train, criterion)

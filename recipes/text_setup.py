@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from ldam_plugins import ClassCounts, long_tail_indices, use_cosine_head
-from ldam_plugins._validation import must_be
-from ldam_plugins.data.texts import load_texts, thin_classes
+from ldam_plugins._validation import invalid
+from ldam_plugins.data.texts import load_texts, subsample_classes
 from ldam_plugins.heads import find_head
 from ldam_plugins.integrations.transformers.bilstm import (
     BiLSTMConfig,
@@ -102,7 +102,7 @@ def load_data(options: TextOptions, show: bool = False) -> tuple[Dataset, Datase
     names = train.features["label"].names
     labels = np.asarray(train["label"])
     train = train.select(
-        thin_classes(
+        subsample_classes(
             train["label"], names, options.rare_classes, options.rare_fraction, options.subset_seed
         )
     )
@@ -132,8 +132,8 @@ def make_model(
     }
     if options.model == "bilstm":
         if options.attention_dropout is not None:
-            wanted = "None for a bilstm, which has no attention"
-            raise ValueError(must_be("attention_dropout", wanted, options.attention_dropout))
+            expected = "None for a bilstm, which has no attention"
+            raise invalid("attention_dropout", expected, options.attention_dropout)
         tokenizer, model = make_bilstm(options, train, labels)
     else:
         folder = _MODELS.get(options.model, lambda: options.model)()
@@ -164,9 +164,9 @@ def attention_options(options: TextOptions, folder: str) -> dict[str, float]:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     known = [name for name in _ATTENTION_DROPOUTS if hasattr(config, name)]
     if not known:
-        way_out = "Leave --attention_dropout out."
-        wanted = f"None for a model of type {config.model_type!r}"
-        raise ValueError(must_be("attention_dropout", wanted, options.attention_dropout, way_out))
+        hint = "Leave --attention_dropout out."
+        expected = f"None for a model of type {config.model_type!r}"
+        raise invalid("attention_dropout", expected, options.attention_dropout, hint=hint)
     return dict.fromkeys(known, options.attention_dropout)
 
 

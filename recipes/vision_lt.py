@@ -53,7 +53,7 @@ from vision_setup import (
 from ldam_plugins import register
 from ldam_plugins.data import LabelledImages
 from ldam_plugins.data.in_memory import InMemoryImages
-from ldam_plugins.losses import enter_stage, warn_of_combination
+from ldam_plugins.losses import apply_stage, warn_of_combination
 from ldam_plugins.losses.base import ClassificationLoss
 from ldam_plugins.metrics import MetricAccumulator
 from ldam_plugins.reports.run_report import per_class_table, write_report
@@ -62,7 +62,7 @@ from ldam_plugins.training.environment import (
     drop_partial_checkpoints,
     keep_freed_memory,
     newest_checkpoint,
-    own_rows,
+    num_unpadded_rows,
     seed_epoch,
     until_preempted,
     write_checkpoint,
@@ -114,13 +114,13 @@ def main(options: VisionOptions) -> dict[str, Any]:
         "test": result,
     }
     if accelerator.is_main_process:
-        leave(options, metrics)
+        save_outputs(options, metrics)
         print(per_class_table(result, counts))
     accelerator.end_training()
     return metrics
 
 
-def leave(options: VisionOptions, metrics: dict[str, Any]) -> None:
+def save_outputs(options: VisionOptions, metrics: dict[str, Any]) -> None:
     """Write the metrics and the report."""
     seconds = sum(row["seconds"] for row in read_history(options.output_dir))
     metrics["train_seconds"] = seconds
@@ -176,7 +176,7 @@ def fit(
         samples = without_repeats(accelerator, loader, options.batch_size, len(sampler))
         for step, parts in enumerate(grouped(samples, options.accumulation), epoch * steps):
             progress = Progress(step, options.epochs * steps, steps)
-            stage = enter_stage(criterion, schedule, progress, stage)
+            stage = apply_stage(criterion, schedule, progress, stage)
             parts = [mix(to_input(images, generator), labels) for images, labels in parts]
             total += update(parts)
             if ema is not None:
@@ -245,7 +245,7 @@ def without_repeats(
     """The batches of this process, without labels for rows that repeat samples to fill them up."""
     process, processes = accelerator.process_index, accelerator.num_processes
     for index, (images, labels) in enumerate(loader):
-        yield images, labels[: own_rows(samples, index, batch_size, process, processes)]
+        yield images, labels[: num_unpadded_rows(samples, index, batch_size, process, processes)]
 
 
 def grouped(loader: Iterable[Any], size: int) -> Iterator[list[Any]]:

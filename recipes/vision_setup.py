@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ldam_plugins import ClassCounts, use_cosine_head
-from ldam_plugins._validation import check_choice, check_int, must_be
+from ldam_plugins._validation import check_choice, check_int, invalid
 from ldam_plugins.data import LabelledImages, load_images, long_tail_indices
 from ldam_plugins.data.in_memory import InMemoryImages, RandomCropFlip, normalize
 from ldam_plugins.heads import find_head
@@ -50,7 +50,7 @@ from ldam_plugins.training.environment import (
     epoch_batches,
     refuse_deepspeed,
 )
-from ldam_plugins.training.step import Update
+from ldam_plugins.training.step import TrainStep
 
 SCHEDULERS = ("cosine", "multistep", "step", "poly", "tanh", "constant")
 CROP_MODES = ("center", "squash", "border")
@@ -154,8 +154,8 @@ def make_accelerator(options: VisionOptions) -> Accelerator:
         project_dir=options.output_dir,
     )
     check_processes(accelerator.num_processes, options.num_processes)
-    way_out = "Use recipes/accelerate/ddp.yaml; recipes/text_lt.py takes ZeRO-2."
-    refuse_deepspeed(accelerator.state.deepspeed_plugin, stages=range(4), way_out=way_out)
+    hint = "Use recipes/accelerate/ddp.yaml; recipes/text_lt.py takes ZeRO-2."
+    refuse_deepspeed(accelerator.state.deepspeed_plugin, stages=range(4), hint=hint)
     return accelerator
 
 
@@ -211,8 +211,8 @@ def make_model(options: VisionOptions, criterion: ClassificationLoss) -> nn.Modu
         given |= {"num_classes": classes, "pretrained": options.pretrained}
         model = timm.create_model(**given)
     except (OSError, RuntimeError, ValueError) as error:
-        wanted = "a model that timm can make with these options"
-        raise ValueError(must_be("model", wanted, options.model, f"timm says: {error}")) from error
+        expected = "a model that timm can make with these options"
+        raise invalid("model", expected, options.model, hint=f"timm says: {error}") from error
     if criterion.needs_cosine_head or options.head == "cosine":
         use_cosine_head(model, options.scale or 30.0)
     elif options.pretrained:
@@ -335,17 +335,19 @@ def check_images(options: VisionOptions, model: nn.Module, images: int, processe
         return
     unfit = failure(model, 2, size)
     if unfit is not None:
-        wanted = "one that gives logits (N, C) in training on images of " + "x".join(map(str, size))
-        way_out = f"It fails: {unfit}. Choose another --model or --image_size."
-        raise ValueError(must_be("model", wanted, options.model, way_out)) from unfit
+        expected = "one that gives logits (N, C) in training on images of " + "x".join(
+            map(str, size)
+        )
+        hint = f"It fails: {unfit}. Choose another --model or --image_size."
+        raise invalid("model", expected, options.model, hint=hint) from unfit
     if error is not None:
         larger = itertools.count(options.batch_size + 1)
         other = next(size for size in larger if images % size != 1)
-        way_out = f"{options.model} cannot train on one image ({error}), and one would be a batch"
-        way_out += f" of the {images}. Choose another --batch_size, such as {other}."
-        wanted = "one that leaves no batch of a single image"
+        hint = f"{options.model} cannot train on one image ({error}), and one would be a batch"
+        hint += f" of the {images}. Choose another --batch_size, such as {other}."
+        expected = "one that leaves no batch of a single image"
         # Whole as it is: where in the model it failed is nothing to mend.
-        raise ValueError(must_be("batch_size", wanted, options.batch_size, way_out)) from None
+        raise invalid("batch_size", expected, options.batch_size, hint=hint) from None
 
 
 def failure(model: nn.Module, rows: int, size: tuple[int, ...]) -> Exception | None:
@@ -397,8 +399,8 @@ def updates_per_epoch(accelerator: Accelerator, options: VisionOptions, images: 
     batches = epoch_batches(
         images, options.batch_size, accelerator.num_processes, drop_last=mixes(options)
     )
-    way_out = f"Choose a smaller --batch_size; there are {images} training images."
-    check_int("whole batches an epoch", batches, low=1, way_out=way_out)
+    hint = f"Choose a smaller --batch_size; there are {images} training images."
+    check_int("whole batches an epoch", batches, low=1, hint=hint)
     return math.ceil(batches / options.accumulation)
 
 
@@ -456,10 +458,10 @@ def make_update(
     net: nn.Module,
     criterion: ClassificationLoss,
     optimizer: torch.optim.Optimizer,
-) -> Update:
+) -> TrainStep:
     """What turns micro-batches into an update, of all that Accelerate has prepared."""
     clip, replay = options.clip_grad, options.compile
-    return Update(accelerator, net, criterion, optimizer, clip_grad=clip, replay=replay)
+    return TrainStep(accelerator, net, criterion, optimizer, clip_grad=clip, replay=replay)
 
 
 def make_average(
@@ -475,8 +477,8 @@ def make_target(options: VisionOptions, classes: int) -> Callable[..., tuple[Ten
     """Mixup, CutMix and label smoothing by timm: (images, labels) -> (images, targets)."""
     if mixes(options):
         if options.batch_size % 2:
-            wanted = "even for --mixup and --cutmix, which mix pairs of images"
-            raise ValueError(must_be("batch_size", wanted, options.batch_size))
+            expected = "even for --mixup and --cutmix, which mix pairs of images"
+            raise invalid("batch_size", expected, options.batch_size)
         return Mixup(
             options.mixup, options.cutmix, label_smoothing=options.smoothing, num_classes=classes
         )

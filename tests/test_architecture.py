@@ -22,7 +22,7 @@ OLD_PATHS = {  # where each has moved, and a name that was there
     ),
     "ldam_plugins.batch_norm": ("ldam_plugins.kernels.batch_norm", "use_fast_batch_norm"),
     "ldam_plugins.runtime": ("ldam_plugins.training.environment", "keep_freed_memory"),
-    "ldam_plugins.combinations": ("ldam_plugins.losses.reweighting", "enter_stage"),
+    "ldam_plugins.combinations": ("ldam_plugins.losses.reweighting", "apply_stage"),
 }
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ldam_plugins._validation import check_choice, check_int, check_real, must_be
+from ldam_plugins._validation import check_choice, check_int, check_real, invalid
 from ldam_plugins.data.long_tail import PROFILES
 from ldam_plugins.losses.registry import list_losses
 from ldam_plugins.schedules import KINDS
@@ -124,8 +124,8 @@ def expand(grid: Grid, known: Collection[str]) -> list[Cell]:
     ]
     named = {*common, *(name for axis in axes for name, _ in axis)}
     if grid.ratios and not (grid.profiles or grid.preset) and "dataset" in named:
-        way_out = "Add --profiles exp or --profiles step, or leave it out to train on all samples."
-        raise ValueError(must_be("ratios", "left out without a profile", grid.ratios, way_out))
+        hint = "Add --profiles exp or --profiles step, or leave it out to train on all samples."
+        raise invalid("ratios", "left out without a profile", grid.ratios, hint=hint)
     methods = [_method(entry, known) for entry in grid.methods] + _product(grid)
     tails = list(itertools.product(_profiles(grid), _ratios(grid)))
     seeds = [check_int("seeds", seed, low=0) for seed in grid.seeds]
@@ -137,8 +137,8 @@ def expand(grid: Grid, known: Collection[str]) -> list[Cell]:
         cell = _cell(grid.preset, loss, schedule, common, special, tail, seed)
         cells[cell.name] = cell
     if not cells:
-        way_out = "Name methods, or losses and schedules, and at least one seed."
-        raise ValueError(must_be("grid", "one with a cell", grid, way_out))
+        hint = "Name methods, or losses and schedules, and at least one seed."
+        raise invalid("grid", "one with a cell", grid, hint=hint)
     return list(cells.values())
 
 
@@ -179,7 +179,7 @@ def _cell(
 def _product(grid: Grid) -> list[tuple[str, str, Settings]]:
     if bool(grid.losses) != bool(grid.schedules):
         missing, given = ("schedules", "losses") if grid.losses else ("losses", "schedules")
-        raise ValueError(must_be(missing, f"given where `{given}` are", []))
+        raise invalid(missing, f"given where `{given}` are", [])
     losses = [check_choice("losses", loss, list_losses()) for loss in grid.losses]
     schedules = [check_choice("schedules", kind, KINDS) for kind in grid.schedules]
     return [(loss, schedule, {}) for loss, schedule in itertools.product(losses, schedules)]
@@ -211,13 +211,11 @@ def _settings(entries: Iterable[str], place: str, known: Collection[str]) -> Set
     for entry in entries:
         name, equals, value = entry.partition("=")
         if not equals or not value:
-            way_out = "Commas go between the values of a list."
-            raise ValueError(must_be(place, "made of option=value", entry, way_out))
+            hint = "Commas go between the values of a list."
+            raise invalid(place, "made of option=value", entry, hint=hint)
         if name in OWN_OPTIONS:
-            way_out = OWN_OPTIONS[name].format(value=value.replace(",", " "))
-            raise ValueError(
-                must_be(f"option in {place}", "one the grid leaves free", name, way_out)
-            )
+            hint = OWN_OPTIONS[name].format(value=value.replace(",", " "))
+            raise invalid(f"option in {place}", "one the grid leaves free", name, hint=hint)
         settings[check_choice(f"option in {place}", name, known)] = value
     return settings
 
@@ -227,6 +225,6 @@ def _check_effect(special: Mapping[str, str], schedule: str) -> None:
     for name in special:
         schedules = _SCHEDULES_OF.get(name, (schedule,))
         if schedule not in schedules:
-            way_out = f"Give it to those methods alone: ldam_drw:{name}={special[name]}"
-            wanted = f"set for a method with schedule {' or '.join(schedules)}"
-            raise ValueError(must_be(name, wanted, schedule, way_out))
+            hint = f"Give it to those methods alone: ldam_drw:{name}={special[name]}"
+            expected = f"set for a method with schedule {' or '.join(schedules)}"
+            raise invalid(name, expected, schedule, hint=hint)

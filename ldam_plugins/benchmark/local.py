@@ -19,7 +19,7 @@ from typing import IO, Any, NamedTuple
 import psutil
 import torch
 
-from ldam_plugins.training.environment import PREEMPTED, noted_sigterm
+from ldam_plugins.training.environment import PREEMPTED, defer_sigterm
 from ldam_plugins.training.history import COMMAND_FILE, METRICS_FILE, read_metrics, write_atomic
 from ldam_plugins.training.run_dir import differing_options
 
@@ -77,8 +77,8 @@ def is_finished(run: CellRun) -> bool:
     stored = {**run.defaults, **read_metrics(run.folder)["options"]}
     differing = differing_options(stored, json.loads(json.dumps(run.options)))
     if differing:
-        wanted = f"that of the run in {str(run.folder)!r}"
-        raise ValueError(f"`options` must be {wanted}; {'; '.join(differing)}. {_OTHER_FOLDER}")
+        expected = f"that of the run in {str(run.folder)!r}"
+        raise ValueError(f"`options` must be {expected}; {'; '.join(differing)}. {_OTHER_FOLDER}")
     return True
 
 
@@ -113,7 +113,7 @@ def run_here(
     """
     waiting, running, took = deque(runs), dict[int, _Begun](), list[float]()
     free = deque(range(jobs))
-    with noted_sigterm() as told, _stopped_at_the_end(running):
+    with defer_sigterm() as told, _stopped_at_the_end(running):
         while waiting or running:
             if told.is_set():
                 raise SystemExit(PREEMPTED)

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.markers import CARETLEFTBASE, CARETRIGHTBASE
 
-from ldam_plugins._validation import must_be
+from ldam_plugins._validation import invalid
 from ldam_plugins.benchmark.records import (
     Record,
     Setting,
@@ -83,8 +83,8 @@ def heat_map(records: Sequence[Record], *, dark: bool = False) -> bytes:
         ValueError: the records make no such matrix.
     """
     if not error_matrices(records):
-        wanted = "of two losses, one of them with two schedules"
-        raise ValueError(must_be("records", wanted, sorted(by_setting(records))))
+        expected = "of two losses, one of them with two schedules"
+        raise invalid("records", expected, sorted(by_setting(records)))
     return _drawn(_draw_matrices, records, dark)
 
 

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ldam_plugins._validation import must_be, quoted
+from ldam_plugins._validation import invalid, quoted
 from ldam_plugins.benchmark.grid import METHODS
 from ldam_plugins.benchmark.statistics import Interval, mean_interval
 from ldam_plugins.losses.registry import create_loss, loss_options
@@ -55,7 +55,7 @@ def read_records(folder: str | os.PathLike[str]) -> list[Record]:
     """
     paths = sorted(Path(folder).glob("*.json"))
     if not paths:
-        raise ValueError(must_be("experiment", "a folder with results as JSON", str(folder)))
+        raise invalid("experiment", "a folder with results as JSON", str(folder))
     return [_read_record(path) for path in paths]
 
 
@@ -63,8 +63,8 @@ def _read_record(path: Path) -> Record:
     record = json.loads(path.read_text(encoding="utf-8"))
     missing = [key for key in METRICS_KEYS if key not in record]
     if missing:
-        wanted = f"a whole record, with {quoted(missing)}"
-        raise ValueError(must_be(str(path), wanted, list(record)))
+        expected = f"a whole record, with {quoted(missing)}"
+        raise invalid(str(path), expected, list(record))
     return {"name": path.stem, "command": None, **record}
 
 
@@ -166,7 +166,7 @@ def by_setting(records: Sequence[Record]) -> dict[Setting, list[Record]]:
         seeds = [other["options"]["seed"] for other in found[setting]]
         if record["options"]["seed"] in seeds:
             same = [record["name"], found[setting][-1]["name"]]
-            raise ValueError(must_be("results", "of different runs", same, "Remove one of them."))
+            raise invalid("results", "of different runs", same, hint="Remove one of them.")
         found[setting].append(record)
     return dict(sorted(found.items(), key=lambda item: _order(item[0])))
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
-from ldam_plugins._validation import must_be
+from ldam_plugins._validation import invalid
 from ldam_plugins.benchmark.local import CellRun, Outcome, ended_before, run_cell
-from ldam_plugins.training.environment import PREEMPTED, noted_sigterm
+from ldam_plugins.training.environment import PREEMPTED, defer_sigterm
 
 _POLL_SECONDS = 1.0
 _TIMEOUT_MINUTES = 60
@@ -42,11 +42,11 @@ def slurm_parameters(entries: Iterable[str]) -> dict[str, Any]:
     for entry in entries:
         name, equals, value = entry.partition("=")
         if not equals or not value:
-            raise ValueError(must_be("slurm", "made of name=value", entry))
+            raise invalid("slurm", "made of name=value", entry)
         name = name.removeprefix("slurm_")
         if name in _ONE_PROCESS:
-            way_out = "Leave it out: a cell is one process."
-            raise ValueError(must_be("slurm", "without several processes a cell", entry, way_out))
+            hint = "Leave it out: a cell is one process."
+            raise invalid("slurm", "without several processes a cell", entry, hint=hint)
         key = name if name in _SHARED else f"slurm_{name}"
         parameters[key] = value.split(",") if name in _LISTS else yaml.safe_load(value)
     return parameters
@@ -107,7 +107,7 @@ class CellJob:
 
 def _outcomes(runs: Sequence[CellRun], jobs: Sequence[Any]) -> Iterator[Outcome]:
     waiting = {run.name: job for run, job in zip(runs, jobs, strict=True)}
-    with noted_sigterm() as told, _cancelled_at_the_end(waiting):
+    with defer_sigterm() as told, _cancelled_at_the_end(waiting):
         while waiting:
             if told.is_set():
                 raise SystemExit(PREEMPTED)
@@ -136,8 +136,8 @@ def _executor(folder: str | os.PathLike[str], cluster: str, parameters: Paramete
         executor.update_parameters(timeout_min=_TIMEOUT_MINUTES)
         executor.update_parameters(**parameters)
     except (AssertionError, NameError, TypeError, ValueError) as error:
-        wanted = "parameters that submitit takes"
-        raise ValueError(must_be("slurm", wanted, dict(parameters), f"\n{error}")) from error
+        expected = "parameters that submitit takes"
+        raise invalid("slurm", expected, dict(parameters), hint=f"\n{error}") from error
     return executor
 
 
@@ -145,7 +145,9 @@ def _import_submitit() -> Any:
     try:
         import submitit
     except ModuleNotFoundError as error:
-        way_out = 'Run `pip install "ldam-plugins[slurm]"`, or leave --launcher at local.'
-        message = must_be("launcher", "one whose package is installed", "slurm", way_out)
-        raise ModuleNotFoundError(message) from error
+        hint = 'Run `pip install "ldam-plugins[slurm]"`, or leave --launcher at local.'
+        expected = "one whose package is installed"
+        raise invalid(
+            "launcher", expected, "slurm", hint=hint, error=ModuleNotFoundError
+        ) from error
     return submitit

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import optimize, stats
 
-from ldam_plugins._validation import check_int, check_real, must_be
+from ldam_plugins._validation import check_int, check_real, invalid
 
 CONFIDENCE = 0.95
 _POWER = 0.8
@@ -45,7 +45,7 @@ def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> In
     """
     check_real("confidence", confidence, low=0, high=1, low_open=True, high_open=True)
     if not len(values):
-        raise ValueError(must_be("values", "at least one", list(values)))
+        raise invalid("values", "at least one", list(values))
     mean, n = float(np.mean(values)), len(values)
     if n == 1:
         return Interval(mean, None, 1)
@@ -94,7 +94,7 @@ def paired_comparison(
         (-3.0, 0.0091)
     """
     if len(first) != len(second):
-        raise ValueError(must_be("second", f"as long as `first` ({len(first)})", len(second)))
+        raise invalid("second", f"as long as `first` ({len(first)})", len(second))
     check_int("tests", tests, low=1)
     differences = np.subtract(second, first)
     interval = mean_interval(differences.tolist())

@@ -126,11 +126,11 @@ def comparisons(records: Sequence[Record], baseline: str = "erm") -> list[Compar
         ValueError: an unknown baseline.
     """
     names, settings = varying_options(records), by_setting(records)
-    wanted, options = read_baseline(baseline, records[0]["options"])
+    expected, options = read_baseline(baseline, records[0]["options"])
     chosen = [s for s, runs in settings.items() if _has(runs[0], options)]
     found = []
     for setting, runs in settings.items():
-        for base in _bases(chosen, setting, wanted):
+        for base in _bases(chosen, setting, expected):
             pairs = _pairs(settings[base], runs)
             if pairs:
                 titles = (method_title(names, base), method_title(names, setting))
@@ -173,9 +173,9 @@ def _has(record: Record, options: Mapping[str, str]) -> bool:
 
 
 def _bases(
-    settings: Collection[Setting], setting: Setting, wanted: tuple[str, str]
+    settings: Collection[Setting], setting: Setting, expected: tuple[str, str]
 ) -> list[Setting]:
-    pattern = [own if want == "*" else want for want, own in zip(wanted, setting, strict=False)]
+    pattern = [own if want == "*" else want for want, own in zip(expected, setting, strict=False)]
     bases = [base for base in settings if list(base[:2]) == pattern]
     if setting in bases:
         return []  # the baseline itself, or another setting of it

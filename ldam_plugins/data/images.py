@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from torch.utils.data import Dataset
 
-from ldam_plugins._validation import check_int, must_be, quoted
+from ldam_plugins._validation import check_int, invalid, quoted
 from ldam_plugins.data.readers.base import ImageSource
 from ldam_plugins.data.readers.registry import ImageRequest, load_rows
 
@@ -58,10 +58,10 @@ class LabelledImages(Dataset[tuple[Any, int]]):
         self.class_names = tuple(class_names)
         self.transform = transform
         if len(self.labels) != len(self.rows):
-            wanted = f"one label for each of the {len(self.rows)} images"
-            raise ValueError(must_be("labels", wanted, f"{len(self.labels)} labels"))
+            expected = f"one label for each of the {len(self.rows)} images"
+            raise invalid("labels", expected, f"{len(self.labels)} labels")
         if len(self.labels) == 0:
-            raise ValueError(must_be("labels", "those of at least one image", "none"))
+            raise invalid("labels", "those of at least one image", "none")
         check_int("labels.min()", int(self.labels.min()), low=0)
         check_int("labels.max()", int(self.labels.max()), high=len(self.class_names) - 1)
         self.labels.flags.writeable = False
@@ -85,8 +85,8 @@ class LabelledImages(Dataset[tuple[Any, int]]):
         except Exception as error:  # decoders answer damaged bytes with nearly any exception
             if isinstance(error, OSError) and error.errno in _EXHAUSTED:
                 raise
-            way_out = "repair or remove it, or leave such images out with --skip_corrupt"
-            message = f"image {self.source.describe(row)} cannot be read ({error}); {way_out}"
+            hint = "repair or remove it, or leave such images out with --skip_corrupt"
+            message = f"image {self.source.describe(row)} cannot be read ({error}); {hint}"
             raise ValueError(message) from error
 
     def describe(self, index: int) -> str:
@@ -223,11 +223,11 @@ def load_images(
 def _integers(name: str, values: Sequence[int] | np.ndarray) -> np.ndarray:
     array = np.asarray(values)
     if array.size and (array.dtype.kind not in "iu" or array.ndim != 1):
-        raise TypeError(must_be(name, "a sequence of integers", array.dtype.name))
+        raise invalid(name, "a sequence of integers", array.dtype.name, error=TypeError)
     return np.array(array, dtype=np.int64)
 
 
 def _as_text(name: str, value: str | os.PathLike[str]) -> str:
     if not isinstance(value, (str, os.PathLike)):
-        raise TypeError(must_be(name, "a name or a path", value))
+        raise invalid(name, "a name or a path", value, error=TypeError)
     return os.fspath(value)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from ldam_plugins._validation import check_int, check_real, must_be
+from ldam_plugins._validation import check_int, check_real, invalid
 from ldam_plugins.data.images import LabelledImages, map_in_threads
 
 
@@ -35,10 +35,10 @@ class InMemoryImages(Dataset[tuple[Tensor, Any]]):
     def __init__(self, pixels: Tensor, labels: Tensor, class_names: Sequence[str] = ()) -> None:
         _check_images("pixels", pixels)
         if labels.dtype != torch.int64:
-            raise TypeError(must_be("labels", "an int64 tensor", labels.dtype))
+            raise invalid("labels", "an int64 tensor", labels.dtype, error=TypeError)
         if pixels.shape[1] != 3 or labels.shape != pixels.shape[:1]:
-            wanted = f"of shape (N, 3, H, W) with labels (N,) = {tuple(labels.shape)}"
-            raise ValueError(must_be("pixels", wanted, tuple(pixels.shape)))
+            expected = f"of shape (N, 3, H, W) with labels (N,) = {tuple(labels.shape)}"
+            raise invalid("pixels", expected, tuple(pixels.shape))
         self.pixels = pixels
         self.labels = labels
         self.class_names = tuple(class_names)
@@ -71,7 +71,7 @@ class InMemoryImages(Dataset[tuple[Tensor, Any]]):
         if size is not None:
             check_int("size", size, low=1)
             if images.transform is not None:
-                raise ValueError(must_be("size", "None where images have a transform", size))
+                raise invalid("size", "None where images have a transform", size)
         shape = _decode(images, 0, size).shape
         pixels = _allocate((len(images), *shape), path)
 
@@ -80,8 +80,8 @@ class InMemoryImages(Dataset[tuple[Tensor, Any]]):
                 image = _decode(images, index, size)
                 if image.shape != shape:
                     first, this = (size[:0:-1] for size in (shape, image.shape))
-                    way_out = f"All must be as the first one, {first}; resize them."
-                    raise ValueError(must_be(images.describe(index), "of one size", this, way_out))
+                    hint = f"All must be as the first one, {first}; resize them."
+                    raise invalid(images.describe(index), "of one size", this, hint=hint)
                 pixels[index] = image
 
         try:
@@ -175,7 +175,7 @@ class CropFlip:
         """
         _check_images("images", images)
         if len(images) != len(self):
-            raise ValueError(must_be("images", f"as many as the {len(self)} draws", len(images)))
+            raise invalid("images", f"as many as the {len(self)} draws", len(images))
         top, left, flip = (_sent(draw, images.device) for draw in (self.top, self.left, self.flip))
         return crop_flip(images, top, left, flip, padding=self.padding)
 
@@ -209,7 +209,7 @@ class RandomCropFlip:
             ValueError: ``generator`` is not on the CPU.
         """
         if generator.device.type != "cpu":
-            raise ValueError(must_be("generator", "on the CPU", str(generator.device)))
+            raise invalid("generator", "on the CPU", str(generator.device))
         places = 2 * self.padding + 1
         top = torch.randint(places, (rows,), generator=generator)
         left = torch.randint(places, (rows,), generator=generator)
@@ -247,7 +247,7 @@ def normalize(
     """
     _check_images("images", images)
     if not dtype.is_floating_point:
-        raise TypeError(must_be("dtype", "a floating dtype", dtype))
+        raise invalid("dtype", "a floating dtype", dtype, error=TypeError)
     if not isinstance(std, Tensor):
         std = [check_real("std", value, low=0, low_open=True) for value in std]
     shift = 255 * _per_channel("mean", mean, images)
@@ -265,23 +265,24 @@ def _sent(tensor: Tensor, device: torch.device) -> Tensor:
 def _per_channel(name: str, values: Sequence[float] | Tensor, images: Tensor) -> Tensor:
     column = torch.as_tensor(values, dtype=torch.float32, device=images.device)
     if column.shape != images.shape[1:2]:
-        wanted = f"one value for each of {images.shape[1]} channels"
-        raise ValueError(must_be(name, wanted, tuple(column.shape)))
+        expected = f"one value for each of {images.shape[1]} channels"
+        raise invalid(name, expected, tuple(column.shape))
     return column[:, None, None]
 
 
 def _check_images(name: str, images: Tensor) -> None:
     if images.dtype != torch.uint8:
-        raise TypeError(must_be(name, "a uint8 tensor", images.dtype))
+        raise invalid(name, "a uint8 tensor", images.dtype, error=TypeError)
     if images.ndim != 4:
-        raise ValueError(must_be(name, "of shape (N, C, H, W)", tuple(images.shape)))
+        raise invalid(name, "of shape (N, C, H, W)", tuple(images.shape))
 
 
 def _allocate(shape: tuple[int, ...], path: str | os.PathLike[str] | None) -> np.ndarray:
     if path is None:
         return np.empty(shape, dtype=np.uint8)
     if os.path.exists(path):
-        raise FileExistsError(must_be("path", "a file that is not there yet", os.fspath(path)))
+        expected = "a file that is not there yet"
+        raise invalid("path", expected, os.fspath(path), error=FileExistsError)
     return np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
 
 
@@ -292,9 +293,9 @@ def _decode(images: LabelledImages, index: int, size: int | None) -> np.ndarray:
     if images.transform is not None:
         if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.ndim != 3:
             got = (image.dtype, tuple(image.shape)) if isinstance(image, Tensor) else type(image)
-            way_out = "Augment batches with RandomCropFlip and normalize instead."
-            wanted = "one that gives uint8 tensors (3, H, W)"
-            raise TypeError(must_be("images.transform", wanted, got, way_out))
+            hint = "Augment batches with RandomCropFlip and normalize instead."
+            expected = "one that gives uint8 tensors (3, H, W)"
+            raise invalid("images.transform", expected, got, hint=hint, error=TypeError)
         return image.numpy()
     if size is not None:
         image = image.resize((size, size), Image.Resampling.BICUBIC)

@@ -24,7 +24,7 @@ from torch.utils.data import (
 )
 from tqdm.auto import tqdm
 
-from ldam_plugins._validation import must_be, quoted
+from ldam_plugins._validation import invalid, quoted
 from ldam_plugins.counts import ClassCounts, label_array, label_fault
 
 LABEL_COLUMNS = ("labels", "label", "label_ids")
@@ -64,7 +64,7 @@ class TrainingLabels:
             name their label, such as ``(image, label)``: these are compared in a few batches.
         args: ``TrainingArguments``: size of a batch, processes, and whether progress is shown.
         ignored: Label of the examples that count nowhere, also given to those that are None.
-        way_out: What to write where the labels cannot be read.
+        hint: What to write where the labels cannot be read.
     """
 
     def __init__(
@@ -73,13 +73,13 @@ class TrainingLabels:
         args: Any,
         *,
         ignored: int = IGNORED,
-        way_out: str = GIVE_COUNTS,
+        hint: str = GIVE_COUNTS,
     ) -> None:
         self.loader = loader
         self.dataset: Any = getattr(loader, "dataset", None)
         self.args = args
         self.ignored = ignored
-        self.way_out = way_out
+        self.hint = hint
         self._labels: np.ndarray | None = None
         self._unnamed = False
 
@@ -157,11 +157,11 @@ class TrainingLabels:
 
     def _own_parts(self) -> Iterator[np.ndarray]:
         if isinstance(self.dataset, IterableDataset) or not isinstance(self.dataset, Sized):
-            wanted = "a dataset of known length, whose labels can be counted"
+            expected = "a dataset of known length, whose labels can be counted"
             shown = type(self.loader if self.dataset is None else self.dataset).__name__
-            raise ValueError(must_be("train_dataset", wanted, shown, self.way_out))
+            raise invalid("train_dataset", expected, shown, hint=self.hint)
         with _random_states_kept():
-            labels = known_labels(self.dataset, self.way_out)
+            labels = known_labels(self.dataset, self.hint)
             parts: Iterable[np.ndarray] = self._loaded() if labels is None else [labels]
             held = []
             for part in parts:
@@ -173,7 +173,7 @@ class TrainingLabels:
     def _loaded(self) -> Iterator[np.ndarray]:
         """Labels read off the examples; a part every few seconds, so that no process times out."""
         total = len(self.dataset)
-        logger.info(f"Reading the labels of {total} examples. {self.way_out}")
+        logger.info(f"Reading the labels of {total} examples. {self.hint}")
         batches = BatchSampler(SequentialSampler(self.dataset), self.args.train_batch_size, False)
         first, held, began = 0, [], time.monotonic()
         delay, quiet = _SECONDS_BEFORE_A_BAR, bool(self.args.disable_tqdm)
@@ -183,16 +183,16 @@ class TrainingLabels:
                 self._unnamed |= unnamed
                 unknown = next((label for label in found if isinstance(label, _Unknown)), None)
                 if unknown is not None or len(found) != len(rows):
-                    wanted = "a dataset whose examples hold one label"
+                    expected = "a dataset whose examples hold one label"
                     shown = unknown.example if unknown else f"{len(found)} of {len(rows)} examples"
-                    way_out = f"Name it one of {quoted(LABEL_COLUMNS)}. Or: {self.way_out}"
-                    raise ValueError(must_be("train_dataset", wanted, shown, way_out))
+                    hint = f"Name it one of {quoted(LABEL_COLUMNS)}. Or: {self.hint}"
+                    raise invalid("train_dataset", expected, shown, hint=hint)
                 held += found
                 bar.update(len(found))
                 if time.monotonic() - began > _SECONDS_BETWEEN_PARTS:
-                    yield class_indices(held, self.way_out, first_row=first)
+                    yield class_indices(held, self.hint, first_row=first)
                     first, held, began = first + len(held), [], time.monotonic()
-        yield class_indices(held, self.way_out, first_row=first)
+        yield class_indices(held, self.hint, first_row=first)
 
     def _batches(
         self, batches: Iterable[list[int]], collate: Callable[[list[Any]], Any]
@@ -216,9 +216,9 @@ class TrainingLabels:
                 given = next(found)
             except Exception as error:
                 row, cause = self._unreadable(rows, error, workers)
-                wanted = "a dataset whose examples can all be loaded"
+                expected = "a dataset whose examples can all be loaded"
                 shown = f"{type(cause).__name__} in row {row}: {cause}"
-                raise ValueError(must_be("train_dataset", wanted, shown, self.way_out)) from error
+                raise invalid("train_dataset", expected, shown, hint=self.hint) from error
             yield rows, given
 
     def _unreadable(
@@ -246,11 +246,13 @@ class TrainingLabels:
             made, kept = found
             own = labels[rows] if len(made) == len(rows) else labels[rows][kept]
             if len(own) == len(made) and not np.array_equal(own, made):
-                wanted = f"one that takes the integers of the examples, {own.tolist()}, for labels"
-                raise ValueError(must_be("data_collator", wanted, made, self.way_out))
+                expected = (
+                    f"one that takes the integers of the examples, {own.tolist()}, for labels"
+                )
+                raise invalid("data_collator", expected, made, hint=self.hint)
 
 
-def known_labels(dataset: Any, way_out: str = GIVE_COUNTS) -> np.ndarray | None:
+def known_labels(dataset: Any, hint: str = GIVE_COUNTS) -> np.ndarray | None:
     """Labels that the data set gives for certain, (N,) int64, without loading an example.
 
     These are columns of a ``datasets.Dataset`` without a transform, and what the data sets of
@@ -267,14 +269,14 @@ def known_labels(dataset: Any, way_out: str = GIVE_COUNTS) -> np.ndarray | None:
     """
     method = _method_of(dataset)
     if method == "torch.utils.data.dataset.Subset.__getitem__":
-        labels = known_labels(dataset.dataset, way_out)
+        labels = known_labels(dataset.dataset, hint)
         return None if labels is None else labels[np.asarray(dataset.indices, dtype=np.int64)]
     if method == "torch.utils.data.dataset.ConcatDataset.__getitem__":
-        parts = [known_labels(part, way_out) for part in dataset.datasets]
+        parts = [known_labels(part, hint) for part in dataset.datasets]
         known = [part for part in parts if part is not None]
         return np.concatenate(known) if len(known) == len(parts) else None
     if method == "datasets.arrow_dataset.Dataset.__getitem__":
-        return _read_columns(dataset, way_out) if dataset.format["type"] in _FORMATS else None
+        return _read_columns(dataset, hint) if dataset.format["type"] in _FORMATS else None
     if getattr(dataset, "target_transform", None) is not None:
         return None
     name = _ATTRIBUTE_READ.get(method)
@@ -313,21 +315,21 @@ def count_labels(
     """
     kept = labels[labels != ignored]
     if not len(kept):
-        wanted = "a dataset with labels"
+        expected = "a dataset with labels"
         shown = f"{len(labels)} examples labelled {ignored}" if len(labels) else "no example"
-        raise ValueError(must_be("train_dataset", wanted, shown))
+        raise invalid("train_dataset", expected, shown)
     if kept.min() < 0:
         row = int(np.flatnonzero((labels < 0) & (labels != ignored))[0])
-        way_out = f"Leave examples without a label out, or label them {ignored}."
+        hint = f"Leave examples without a label out, or label them {ignored}."
         shown = f"{labels[row]} in row {row}"
-        raise ValueError(must_be("labels", "class indices, from 0", shown, way_out))
+        raise invalid("labels", "class indices, from 0", shown, hint=hint)
     found = np.unique(kept)
     if num_classes is not None and found[-1] >= num_classes:
-        raise ValueError(_too_few_classes(found, num_classes, column))
+        raise _too_few_classes(found, num_classes, column)
     if num_classes is not None and found[-1] == len(found) - 1 < num_classes - 1:
         missing = quoted(range(len(found), num_classes))
-        way_out = f"Create the model with num_labels={len(found)}, or add examples."
-        raise ValueError(f"no training sample in class {missing}. {way_out}")
+        hint = f"Create the model with num_labels={len(found)}, or add examples."
+        raise ValueError(f"no training sample in class {missing}. {hint}")
     if names is not None and len(names) != num_classes:
         names = None
     return ClassCounts.from_labels(kept, num_classes, names)
@@ -346,7 +348,7 @@ def class_names(dataset: Any) -> list[str] | None:
 
 
 def class_indices(
-    values: Any, way_out: str = GIVE_COUNTS, *, column: str | None = None, first_row: int = 0
+    values: Any, hint: str = GIVE_COUNTS, *, column: str | None = None, first_row: int = 0
 ) -> np.ndarray:
     """``values``, one of them an example, as (N,) int64, or an error that says how to encode them.
 
@@ -354,7 +356,7 @@ def class_indices(
 
     Args:
         values: Integers, or what else labels may be.
-        way_out: What to write where they cannot be counted.
+        hint: What to write where they cannot be counted.
         column: Name of their column in a ``datasets.Dataset``, for the way out of an error.
         first_row: Row of the first of them.
 
@@ -367,18 +369,20 @@ def class_indices(
     except (TypeError, ValueError):
         fault, row, value = label_fault(values)
     if fault == "column":
-        return class_indices([v[0] for v in values], way_out, column=column, first_row=first_row)
+        return class_indices([v[0] for v in values], hint, column=column, first_row=first_row)
     if fault == "missing":
         shown = f"{value} in row {first_row + (row or 0)}"
         advice = _encoded(column, value, fault)
-        raise ValueError(must_be("labels", "given for every example", shown, advice))
+        raise invalid("labels", "given for every example", shown, hint=advice)
     if fault == "masses":
-        advice = f"Soft labels have no counts to read. {way_out}"
+        advice = f"Soft labels have no counts to read. {hint}"
     elif fault == "several":
         advice = _several(values)
     else:
         advice = _encoded(column, value, fault)
-    raise TypeError(must_be("labels", "one integer an example, of 0..C-1", value, advice))
+    raise invalid(
+        "labels", "one integer an example, of 0..C-1", value, hint=advice, error=TypeError
+    )
 
 
 def _encoded(column: str | None, value: Any, fault: str) -> str:
@@ -415,7 +419,7 @@ def _several(values: Any) -> str:
     return "DRWCallback is for one class an example; one a token has no LDAM here."
 
 
-def _too_few_classes(found: np.ndarray, num_classes: int, column: str | None) -> str:
+def _too_few_classes(found: np.ndarray, num_classes: int, column: str | None) -> Exception:
     """Words for labels beyond those of the model: other numbering, or a model too small."""
     first, last = int(found[0]), int(found[-1])
     shown = f"{first}..{last}" if last - first < len(found) else quoted(found.tolist())
@@ -426,19 +430,19 @@ def _too_few_classes(found: np.ndarray, num_classes: int, column: str | None) ->
         return new if column else f"let `__getitem__` return `{index.format('label')}`"
 
     if first > 0 and last - first < num_classes:
-        way_out = f"Labels count from 0: subtract {first}, {mapped(f'{{}} - {first}')}."
+        hint = f"Labels count from 0: subtract {first}, {mapped(f'{{}} - {first}')}."
     elif len(found) <= num_classes:
-        way_out = f"Number the classes without gaps: {mapped(f'{found.tolist()}.index({{}})')}."
+        hint = f"Number the classes without gaps: {mapped(f'{found.tolist()}.index({{}})')}."
     elif len(found) == last + 1:
-        wanted = f"above {last}, a label of the training set"
-        way_out = f"Create the model with num_labels={last + 1}."
-        return must_be("num_labels", wanted, num_classes, way_out)
+        expected = f"above {last}, a label of the training set"
+        hint = f"Create the model with num_labels={last + 1}."
+        return invalid("num_labels", expected, num_classes, hint=hint)
     else:
-        way_out = (
+        hint = (
             f"Create the model with num_labels={len(found)} and number the classes without gaps: "
             f"`classes = sorted(set(labels))`, then {mapped('classes.index({})')}."
         )
-    return must_be("labels", f"class indices in 0..{num_classes - 1}", shown, way_out)
+    return invalid("labels", f"class indices in 0..{num_classes - 1}", shown, hint=hint)
 
 
 def _shown(counts: np.ndarray) -> str:
@@ -446,21 +450,21 @@ def _shown(counts: np.ndarray) -> str:
     return f"[{listed}{', ...' if len(counts) > 20 else ''}]"
 
 
-def _read_columns(dataset: Any, way_out: str) -> np.ndarray:
+def _read_columns(dataset: Any, hint: str) -> np.ndarray:
     """Labels of a ``datasets.Dataset``, from the one column that holds them."""
     columns = {name: _raw_column(dataset, name) for name in _label_columns(dataset)}
     if not columns:
-        wanted = f"a dataset with one of the columns {quoted(LABEL_COLUMNS)}"
-        advice = f'Write `train_dataset.rename_column("...", "label")`. Or: {way_out}'
-        raise ValueError(must_be("train_dataset", wanted, dataset.column_names, advice))
+        expected = f"a dataset with one of the columns {quoted(LABEL_COLUMNS)}"
+        advice = f'Write `train_dataset.rename_column("...", "label")`. Or: {hint}'
+        raise invalid("train_dataset", expected, dataset.column_names, hint=advice)
     (first, labels), *others = columns.items()
     for name, column in others:
         if not column.equals(labels):
             advice = f'Write `train_dataset.remove_columns("{name}")`, or remove the other.'
-            raise ValueError(must_be(name, f"the same labels as {first!r}", "others", advice))
+            raise invalid(name, f"the same labels as {first!r}", "others", hint=advice)
     plain = not labels.null_count and str(labels.type).lstrip("u").startswith("int")
     values = labels.to_numpy() if plain else labels.to_pylist()
-    return class_indices(values, way_out, column=first)
+    return class_indices(values, hint, column=first)
 
 
 def _raw_column(dataset: Any, name: str) -> Any:
@@ -567,9 +571,9 @@ def _rows_of_every_class(labels: np.ndarray, size: int) -> list[list[int]]:
     """A few batches of rows with one of each class, the rarest classes first."""
     _, first, counts = np.unique(labels, return_index=True, return_counts=True)
     chosen = first[np.argsort(counts, kind="stable")][: size * _BATCHES_COMPARED]
-    wanted = min(-(-len(chosen) // size) * size, len(labels))  # whole batches
-    more = np.setdiff1d(np.arange(min(len(labels), wanted + len(chosen))), chosen)
-    rows = [*chosen.tolist(), *more.tolist()][:wanted]
+    expected = min(-(-len(chosen) // size) * size, len(labels))  # whole batches
+    more = np.setdiff1d(np.arange(min(len(labels), expected + len(chosen))), chosen)
+    rows = [*chosen.tolist(), *more.tolist()][:expected]
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ldam_plugins._validation import check_choice, check_int, check_real, must_be
+from ldam_plugins._validation import check_choice, check_int, check_real, invalid
 from ldam_plugins.counts import check_label_range, label_array
 
 PROFILES = ("exp", "step", "none")
@@ -52,9 +52,9 @@ def long_tail_counts(
     elif profile == "step":
         kept[num_classes // 2 :] = _share(n_max, ratio, 1, 1)
     if kept.min() == 0:
-        way_out = f"Use a ratio of at most {n_max}."
-        wanted = f"small enough that every class keeps a sample of {n_max}"
-        raise ValueError(must_be("ratio", wanted, ratio, way_out))
+        hint = f"Use a ratio of at most {n_max}."
+        expected = f"small enough that every class keeps a sample of {n_max}"
+        raise invalid("ratio", expected, ratio, hint=hint)
     return kept
 
 
@@ -117,7 +117,7 @@ def long_tail_indices(
     check_choice("class_order", class_order, CLASS_ORDERS)
     check_int("seed", seed, low=0, high=2**32 - 1)
     if len(array) == 0:
-        raise ValueError(must_be("labels", "at least one label", "none"))
+        raise invalid("labels", "at least one label", "none")
     classes = num_classes if num_classes is not None else int(array.max()) + 1
     check_label_range(array, check_int("num_classes", classes, low=1))
     if profile == "none":
@@ -130,11 +130,11 @@ def long_tail_indices(
     by_size = class_order == "size"
     order = np.argsort(-available, kind="stable") if by_size else np.arange(classes)
     n_max = int(available.max()) if by_size else len(array) // classes
-    wanted = np.empty(classes, dtype=np.int64)
-    wanted[order] = long_tail_counts(n_max, classes, ratio, profile)
+    expected = np.empty(classes, dtype=np.int64)
+    expected[order] = long_tail_counts(n_max, classes, ratio, profile)
     generator = np.random.RandomState(seed)
     chosen = []
-    for label, count in enumerate(np.minimum(wanted, available)):
+    for label, count in enumerate(np.minimum(expected, available)):
         members = np.flatnonzero(array == label)
         generator.shuffle(members)
         chosen.append(members[:count])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ldam_plugins._validation import check_choice, check_int, check_real, must_be, quoted
+from ldam_plugins._validation import check_choice, check_int, check_real, invalid, quoted
 from ldam_plugins.counts import check_label_range, label_array
 from ldam_plugins.data.readers.hub import open_tables, read_labels
 from ldam_plugins.data.readers.registry import TEST_SPLITS
@@ -87,7 +87,7 @@ def load_texts(
     return parts[0], parts[1]
 
 
-def thin_classes(
+def subsample_classes(
     labels: Any,
     class_names: Sequence[str],
     rare_classes: Sequence[str],
@@ -112,7 +112,7 @@ def thin_classes(
         ValueError: an unknown class, a fraction out of range, or a class that would keep nothing.
 
     Example:
-        >>> thin_classes([0, 0, 0, 0, 1, 1], ["neg", "pos"], ["neg"], 0.5)
+        >>> subsample_classes([0, 0, 0, 0, 1, 1], ["neg", "pos"], ["neg"], 0.5)
         array([2, 3, 4, 5])
     """
     array = label_array(labels)
@@ -127,8 +127,10 @@ def thin_classes(
         members = np.flatnonzero(array == label)
         kept = int(rare_fraction * len(members))
         if kept == 0:
-            wanted = f"large enough that {class_names[label]!r} keeps one of {len(members)} samples"
-            raise ValueError(must_be("rare_fraction", wanted, rare_fraction))
+            expected = (
+                f"large enough that {class_names[label]!r} keeps one of {len(members)} samples"
+            )
+            raise invalid("rare_fraction", expected, rare_fraction)
         random.shuffle(members)
         removed[members[kept:]] = True
     return np.flatnonzero(~removed)
@@ -167,8 +169,8 @@ def _features(class_names: Sequence[str]) -> Features:
 def _refuse_columns(given: Mapping[str, object]) -> None:
     for name, value in given.items():
         if value is not None:
-            way_out = f"It means nothing for {EMBEDDED!r}."
-            raise ValueError(must_be(name, "left out", value, way_out))
+            hint = f"It means nothing for {EMBEDDED!r}."
+            raise invalid(name, "left out", value, hint=hint)
 
 
 def _pick_splits(
@@ -177,10 +179,10 @@ def _pick_splits(
     """The rows to train on and those to test on, by what they were asked for as."""
     test = test_split or next((name for name in TEST_SPLITS if name in tables), None)
     if test is None:
-        wanted = f"given, for none of {quoted(tables)} is named {', '.join(TEST_SPLITS)}"
-        raise ValueError(must_be("test_split", wanted, None))
+        expected = f"given, for none of {quoted(tables)} is named {', '.join(TEST_SPLITS)}"
+        raise invalid("test_split", expected, None)
     if test == train_split:
-        raise ValueError(must_be("test_split", "other rows than `train_split`", test))
+        raise invalid("test_split", "other rows than `train_split`", test)
     train = _pick_rows("train_split", tables, train_split)
     return {train_split: train, test: _pick_rows("test_split", tables, test)}
 
@@ -196,10 +198,10 @@ def _pick_rows(argument: str, tables: Mapping[str, Any], asked: str) -> Any:
     try:
         (rows,) = ReadInstruction.from_spec(asked).to_absolute({name: len(table)})
     except (ValueError, AssertionError) as error:
-        wanted = f"a split or a slice of one, such as '{name}[:10%]'"
-        raise ValueError(must_be(argument, wanted, asked)) from error
+        expected = f"a split or a slice of one, such as '{name}[:10%]'"
+        raise invalid(argument, expected, asked) from error
     if rows.from_ >= rows.to:
-        raise ValueError(must_be(argument, f"a slice that holds one of {len(table)} rows", asked))
+        raise invalid(argument, f"a slice that holds one of {len(table)} rows", asked)
     return table.select(range(rows.from_, rows.to))
 
 
@@ -234,20 +236,20 @@ def _check_columns(features: Mapping[str, Any], split: str, text: str, label: st
     """Refuse texts that are no strings, and labels that are not one class a text."""
     for argument, column in (("text_column", text), ("label_column", label)):
         if column not in features:
-            wanted = f"a column of split {split}, one of {quoted(features)}"
-            raise ValueError(must_be(argument, wanted, column))
+            expected = f"a column of split {split}, one of {quoted(features)}"
+            raise invalid(argument, expected, column)
     if not _is_string(features[text]):
-        wanted = "a column of strings"
-        raise ValueError(must_be("text_column", wanted, f"{text} ({_kind(features[text])})"))
+        expected = "a column of strings"
+        raise invalid("text_column", expected, f"{text} ({_kind(features[text])})")
     kind = _kind(features[label])
-    way_out = ""
+    hint = ""
     if "float" in kind:
-        way_out = f'Cast it: `dataset.cast_column("{label}", Value("int64"))`, if it holds classes.'
+        hint = f'Cast it: `dataset.cast_column("{label}", Value("int64"))`, if it holds classes.'
     elif "list" in kind.lower():
-        way_out = "Several labels a text have no long tail of classes: choose one of them."
-    if way_out:
-        wanted = "a column of one class a text (class labels, integers or strings)"
-        raise ValueError(must_be("label_column", wanted, f"{label} ({kind})", way_out))
+        hint = "Several labels a text have no long tail of classes: choose one of them."
+    if hint:
+        expected = "a column of one class a text (class labels, integers or strings)"
+        raise invalid("label_column", expected, f"{label} ({kind})", hint=hint)
 
 
 def _with_texts(table: Any, column: str, split: str, skip_empty: bool) -> Any:
@@ -256,10 +258,10 @@ def _with_texts(table: Any, column: str, split: str, skip_empty: bool) -> Any:
     if not empty:
         return table
     if not skip_empty:
-        wanted = f"a text in every row of split {split}"
-        way_out = "Leave such rows out with --skip_empty (skip_empty=True)."
+        expected = f"a text in every row of split {split}"
+        hint = "Leave such rows out with --skip_empty (skip_empty=True)."
         found = f"none in {len(empty)} rows, the first is row {empty[0]}"
-        raise ValueError(f"`{column}` must be {wanted}, got {found}. {way_out}")
+        raise ValueError(f"`{column}` must be {expected}, got {found}. {hint}")
     return table.select(np.setdiff1d(np.arange(len(table)), empty))
 
 

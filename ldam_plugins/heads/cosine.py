@@ -13,9 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ldam_plugins._validation import check_choice, check_real, must_be
+from ldam_plugins._validation import check_choice, check_real, invalid
 from ldam_plugins.heads.finder import find_head, refuse_adapted
-from ldam_plugins.heads.folding import closest_factor, logits_of_both
+from ldam_plugins.heads.folding import logits_of_both, matching_scale
 from ldam_plugins.heads.guard import (
     check_replaceable,
     cosine_heads,
@@ -29,7 +29,7 @@ from ldam_plugins.heads.layers import (
     cosine_layer,
     folded_weight,
     is_sharded,
-    of_all_shards,
+    mean_over_shards,
     plain_layer,
 )
 
@@ -153,7 +153,7 @@ def fold_cosine_head(
     _check_whole(heads)
     layers = {head: plain_layer(head) for head in heads.values()}
     if inputs is not None:
-        factor = closest_factor(*logits_of_both(model, layers, inputs))
+        factor = matching_scale(*logits_of_both(model, layers, inputs))
         for layer in layers.values():
             layer.weight.data.mul_(factor)
     let_go(model)
@@ -189,7 +189,7 @@ def folded_state_dict(
         exact = state[f"{prefix}weight"]
         check_unpartitioned(name, head, exact)
         state[f"{prefix}cosine_weight"] = exact
-        moments = of_all_shards(state[f"{prefix}cosine_moments"], exact)
+        moments = mean_over_shards(state[f"{prefix}cosine_moments"], exact)
         state[f"{prefix}cosine_moments"] = moments
         state[f"{prefix}weight"] = folded_weight(head, exact, moments)
         if head.folded_bias:
@@ -199,26 +199,26 @@ def folded_state_dict(
 
 def _check_same_scale(name: str, layer: Cosine, scale: float) -> None:
     if layer.scale != scale:
-        way_out = f"The head {name!r} is there with that scale: ask for the same, or call"
-        way_out += " fold_cosine_head(model) first and then put on a new one."
-        raise ValueError(must_be("scale", f"{layer.scale:g}", scale, way_out))
+        hint = f"The head {name!r} is there with that scale: ask for the same, or call"
+        hint += " fold_cosine_head(model) first and then put on a new one."
+        raise invalid("scale", f"{layer.scale:g}", scale, hint=hint)
 
 
 def _set_chunked(name: str, layer: Cosine, chunked: bool | None) -> None:
     if isinstance(layer, CosineLinear):
         layer.chunked = layer.chunked if chunked is None else chunked
     elif chunked:
-        wanted = f"False where the head {name!r} is a convolution"
-        raise ValueError(must_be("chunked", wanted, chunked))
+        expected = f"False where the head {name!r} is a convolution"
+        raise invalid("chunked", expected, chunked)
 
 
 def _check_plain(name: str, layer: nn.Linear | nn.Conv2d) -> None:
     weight = dict(layer.named_parameters(recurse=False)).get("weight")
     if weight is None or torch.nn.parameter.is_lazy(weight) or not weight.is_floating_point():
-        wanted = f"a model whose head {name!r} holds its weights as floats"
-        way_out = "Load a quantised head in full, run a batch through a lazy one, or remove the"
-        way_out += " parametrization (weight norm, pruning) first."
-        raise TypeError(must_be("model", wanted, type(layer).__name__, way_out))
+        expected = f"a model whose head {name!r} holds its weights as floats"
+        hint = "Load a quantised head in full, run a batch through a lazy one, or remove the"
+        hint += " parametrization (weight norm, pruning) first."
+        raise invalid("model", expected, type(layer).__name__, hint=hint, error=TypeError)
     check_unpartitioned(name, layer, weight)
 
 
@@ -236,8 +236,8 @@ def _replaced(model: nn.Module, layers: Mapping[Any, nn.Module]) -> nn.Module:
 def _required_heads(model: nn.Module) -> dict[str, Cosine]:
     heads = cosine_heads(model)
     if not heads:
-        way_out = "Call use_cosine_head(model) before training."
-        raise ValueError(must_be("model", "one with a cosine head", type(model).__name__, way_out))
+        hint = "Call use_cosine_head(model) before training."
+        raise invalid("model", "one with a cosine head", type(model).__name__, hint=hint)
     refuse_adapted(heads)
     return heads
 
@@ -245,7 +245,7 @@ def _required_heads(model: nn.Module) -> dict[str, Cosine]:
 def _check_whole(heads: Mapping[str, Cosine]) -> None:
     for name, head in heads.items():
         if is_sharded(head.weight):
-            way_out = "Gather folded_state_dict(model) and load it into the stock architecture."
-            wanted = f"whole on every process, its head {name!r} at least"
-            raise ValueError(must_be("model", wanted, "a sharded one", way_out))
+            hint = "Gather folded_state_dict(model) and load it into the stock architecture."
+            expected = f"whole on every process, its head {name!r} at least"
+            raise invalid("model", expected, "a sharded one", hint=hint)
         check_unpartitioned(name, head, head.weight)

@@ -7,7 +7,7 @@ from typing import Any, TypeGuard
 
 from torch import nn
 
-from ldam_plugins._validation import check_choice, must_be, quoted
+from ldam_plugins._validation import check_choice, invalid, quoted
 from ldam_plugins.heads.trace import Mix, Reader, Stack, Untraceable, is_adapter
 
 Layers = dict[str, nn.Linear | nn.Conv2d]
@@ -52,7 +52,7 @@ def find_head(model: nn.Module, head: str | Sequence[str] | None = None) -> tupl
         ('2',)
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(must_be("model", "a torch.nn.Module", type(model).__name__))
+        raise invalid("model", "a torch.nn.Module", type(model).__name__, error=TypeError)
     layers = _layers(model)
     if head is not None:
         names = _given(head, layers)
@@ -71,9 +71,9 @@ def refuse_adapted(names: Iterable[str]) -> None:
     """
     adapted = [name for name in names if name.rpartition(".")[2] == _ADAPTED]
     if adapted:
-        way_out = "Put the cosine head on before `get_peft_model`, and name it in"
-        way_out += " `modules_to_save` instead of `target_modules`: it trains in full."
-        raise ValueError(must_be("model", "without an adapter on its head", adapted[0], way_out))
+        hint = "Put the cosine head on before `get_peft_model`, and name it in"
+        hint += " `modules_to_save` instead of `target_modules`: it trains in full."
+        raise invalid("model", "without an adapter on its head", adapted[0], hint=hint)
 
 
 def is_layer(module: object) -> TypeGuard[nn.Linear | nn.Conv2d]:
@@ -109,9 +109,9 @@ def _shells(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _given(head: str | Sequence[str], layers: Layers) -> tuple[str, ...]:
     names = (head,) if isinstance(head, str) else tuple(head)
     if not all(isinstance(name, str) for name in names):
-        raise TypeError(must_be("head", "a dotted module name or several", head))
+        raise invalid("head", "a dotted module name or several", head, error=TypeError)
     if not names:
-        raise ValueError(must_be("head", "at least one dotted module name", head))
+        raise invalid("head", "at least one dotted module name", head)
     return tuple(check_choice("head", name, layers) for name in names)
 
 
@@ -124,19 +124,19 @@ def _by_output(model: nn.Module, layers: Layers) -> tuple[str, ...]:
         names = _by_getter(model, reader) or _by_label_count(model, layers)
         if names:
             return names
-        wanted = "a model whose classifier can be found"
+        expected = "a model whose classifier can be found"
         reason = f"Its forward() cannot be followed ({failure})."
-        raise ValueError(_unsettled(wanted, model, layers, reason)) from failure
+        raise _unsettled(expected, model, layers, reason) from failure
     names = answers[0]
     if not names or any(other != names for other in answers):
         seen = {name: layers[name] for answer in answers for name in answer if name in layers}
-        wanted = "a model whose classifier can be found"
+        expected = "a model whose classifier can be found"
         reason = "What it returns in training is not what one of its layers gives: take away what "
         reason += "changes the logits after the classifier (norm, dropout, softmax, factor), or,"
         reason += " where the layer gives them all the same, name it."
         if seen:
             reason = "Which layer gives its output depends on the input."
-        raise ValueError(_unsettled(wanted, model, seen or layers, reason))
+        raise _unsettled(expected, model, seen or layers, reason)
     return names
 
 
@@ -184,9 +184,9 @@ def _logit_layers(reader: Reader, returned: Any, model: nn.Module) -> tuple[str,
         return ()
     if len(given) > 1 and main is None and not called:
         several = {name: reader.layers[name] for names in given for name in names}
-        wanted = "a model with one output that a classifier gives"
+        expected = "a model with one output that a classifier gives"
         reason = f"It returns {len(given)} in training. Name all those that give logits of classes."
-        raise ValueError(_unsettled(wanted, model, several, reason))  # type: ignore[arg-type]
+        raise _unsettled(expected, model, several, reason)  # type: ignore[arg-type]
     return tuple(dict.fromkeys(name for names in given for name in names))
 
 
@@ -252,21 +252,21 @@ def _refuse_headless(model: nn.Module) -> None:
         if classes and not features_only:
             return
         if classes == 0 or features_only:
-            wanted = "a model with a classifier"
+            expected = "a model with a classifier"
             built = "`features_only=True`" if features_only else "`num_classes=0`"
-            way_out = f"It was built for features ({built}): build it with the number of"
-            way_out += " classes, or name the layer that gives the logits with `head=`."
-            raise ValueError(must_be("model", wanted, type(module).__name__, way_out))
+            hint = f"It was built for features ({built}): build it with the number of"
+            hint += " classes, or name the layer that gives the logits with `head=`."
+            raise invalid("model", expected, type(module).__name__, hint=hint)
 
 
-def _unsettled(wanted: str, model: nn.Module, layers: Layers, reason: str) -> str:
+def _unsettled(expected: str, model: nn.Module, layers: Layers, reason: str) -> Exception:
     """Word the error of a search that found no head or too many, likeliest candidates first."""
     shown = []
     for name, layer in reversed(layers.items()):
         inputs, outputs = _sizes(layer)
         shown.append(f"{name} ({type(layer).__name__}, {inputs} -> {outputs})")
     if shown:
-        way_out = f"Say which layer it is with `head=`, one name or several of: {quoted(shown)}."
+        hint = f"Say which layer it is with `head=`, one name or several of: {quoted(shown)}."
     else:
-        way_out = "It holds no linear layer and no 1x1 convolution that could be the head."
-    return must_be("model", wanted, type(model).__name__, f"{reason} {way_out}")
+        hint = "It holds no linear layer and no 1x1 convolution that could be the head."
+    return invalid("model", expected, type(model).__name__, hint=f"{reason} {hint}")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldam_plugins._validation import must_be
+from ldam_plugins._validation import invalid
 
 _WIDEST_FACTOR = 2.0**20
 
@@ -40,10 +40,10 @@ def logits_of_both(
                 for hook in hooks:
                     hook.remove()
     if not pairs:
-        raise ValueError(must_be("inputs", "at least one batch", inputs))
+        raise invalid("inputs", "at least one batch", inputs)
     cosine, linear = (torch.cat(part).float() for part in zip(*pairs, strict=True))
     if not (linear.isfinite().all() and cosine.isfinite().all() and linear.any()):
-        raise ValueError(must_be("inputs", "examples with finite logits, not all zero", inputs))
+        raise invalid("inputs", "examples with finite logits, not all zero", inputs)
     return cosine, linear
 
 
@@ -58,8 +58,8 @@ def _logits(model: nn.Module, batch: Any) -> Tensor:
         output = model(batch if isinstance(batch, Tensor) else batch[0])
     logits = output.get("logits") if isinstance(output, Mapping) else output
     if not isinstance(logits, Tensor):
-        wanted = "batches on which the model gives a tensor or an output with `logits`"
-        raise TypeError(must_be("inputs", wanted, type(output).__name__))
+        expected = "batches on which the model gives a tensor or an output with `logits`"
+        raise invalid("inputs", expected, type(output).__name__, error=TypeError)
     return logits.flatten(0, -2)
 
 
@@ -75,16 +75,16 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def closest_factor(cosine: Tensor, linear: Tensor) -> float:
+def matching_scale(cosine: Tensor, linear: Tensor) -> float:
     """Return the f with the least mean KL(softmax(cosine) || softmax(f * linear)).
 
     The divergence is convex in f; its slope is the difference of the mean logit under the two
     distributions, whose zero is bracketed on a logarithmic scale.
     """
-    wanted = (cosine.softmax(-1) * linear).sum(-1)
+    expected = (cosine.softmax(-1) * linear).sum(-1)
     low, high = 1 / _WIDEST_FACTOR, _WIDEST_FACTOR
     while high / low > 1 + 1e-6:
         middle = math.sqrt(low * high)
-        slope = ((middle * linear).softmax(-1) * linear).sum(-1) - wanted
+        slope = ((middle * linear).softmax(-1) * linear).sum(-1) - expected
         low, high = (low, middle) if slope.mean() >= 0 else (middle, high)
     return math.sqrt(low * high)

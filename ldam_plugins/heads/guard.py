@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ldam_plugins._validation import must_be
+from ldam_plugins._validation import invalid
 from ldam_plugins.heads.finder import refuse_adapted
 from ldam_plugins.heads.layers import Cosine, CosineConv2d, CosineLinear, is_sharded
 from ldam_plugins.heads.trace import unwrapped
@@ -30,7 +30,7 @@ def cosine_heads(model: nn.Module) -> dict[str, Cosine]:
         TypeError: ``model`` is not a module.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(must_be("model", "a torch.nn.Module", type(model).__name__))
+        raise invalid("model", "a torch.nn.Module", type(model).__name__, error=TypeError)
     modules = model.named_modules()
     return {name: part for name, part in modules if isinstance(part, (CosineLinear, CosineConv2d))}
 
@@ -43,12 +43,12 @@ def check_heads(model: nn.Module, scale: float) -> dict[str, Cosine]:
     """
     heads = cosine_heads(model)
     if not heads:
-        way_out = f"Call use_cosine_head(model, scale={scale:g}) before the optimizer is made."
-        raise ValueError(must_be("model", "one with a cosine head", type(model).__name__, way_out))
+        hint = f"Call use_cosine_head(model, scale={scale:g}) before the optimizer is made."
+        raise invalid("model", "one with a cosine head", type(model).__name__, hint=hint)
     for name, head in heads.items():
         if head.scale != scale:
-            wanted = f"{head.scale:g}, that of head {name!r}, for the loss as well"
-            raise ValueError(must_be("scale", wanted, scale))
+            expected = f"{head.scale:g}, that of head {name!r}, for the loss as well"
+            raise invalid("scale", expected, scale)
     for part, guard in _guards(model):
         guard.check(part)
     return heads
@@ -90,12 +90,12 @@ class HeadGuard:
         if len(inside) >= (len(self.names) if part is None else 1):
             refuse_adapted(inside)
             return
-        wanted = f"one with the cosine head {name!r}, on which margins depend, in training"
-        way_out = "It was replaced since use_cosine_head(model), by reset_classifier, fusing,"
-        way_out += " quantising or the like. Call use_cosine_head(model) again before the"
-        way_out += " optimizer is made; to train on without it, fold_cosine_head(model) first."
+        expected = f"one with the cosine head {name!r}, on which margins depend, in training"
+        hint = "It was replaced since use_cosine_head(model), by reset_classifier, fusing,"
+        hint += " quantising or the like. Call use_cosine_head(model) again before the"
+        hint += " optimizer is made; to train on without it, fold_cosine_head(model) first."
         found = "none" if part is None else type(part).__name__
-        raise ValueError(must_be("model", wanted, found, way_out))
+        raise invalid("model", expected, found, hint=hint)
 
     def _check_parallel(self, module: nn.Module) -> None:
         """Check once that a data-parallel wrapper around the model knows the heads."""
@@ -105,7 +105,7 @@ class HeadGuard:
         known = {id(parameter) for parameter in wrapper._module_parameters}
         for name, head in cosine_heads(module).items():
             if head.weight.requires_grad and id(head.weight) not in known:
-                raise ValueError(_wrapped(name, wrapper))
+                raise _wrapped(name, wrapper)
         self._trusted = id(wrapper)
 
 
@@ -169,16 +169,16 @@ def check_replaceable(model: nn.Module, layers: Mapping[str, nn.Linear | nn.Conv
         for part in _around(model, name):
             engine = any(kind.__name__ == "DeepSpeedEngine" for kind in type(part).__mro__)
             if engine or isinstance(part, kinds):
-                raise ValueError(_wrapped(name, part))
+                raise _wrapped(name, part)
         if is_sharded(layer.weight) or getattr(layer.weight, "_fsdp_flattened", False):
-            raise ValueError(_wrapped(name, model))
+            raise _wrapped(name, model)
         parts = [(n, p) for n, p in model.named_modules() if p is not layer]
         tied = [n for n, p in parts if any(v is layer.weight for v in p._parameters.values())]
         if tied:
-            wanted = f"one whose head {name!r} has a weight of its own"
-            way_out = "A cosine head would part them: give the head its own first,"
-            way_out += " `layer.weight = nn.Parameter(layer.weight.detach().clone())`."
-            raise ValueError(must_be("model", wanted, f"that of {tied[0]!r}", way_out))
+            expected = f"one whose head {name!r} has a weight of its own"
+            hint = "A cosine head would part them: give the head its own first,"
+            hint += " `layer.weight = nn.Parameter(layer.weight.detach().clone())`."
+            raise invalid("model", expected, f"that of {tied[0]!r}", hint=hint)
 
 
 def _guards(model: nn.Module) -> Iterator[tuple[nn.Module, HeadGuard]]:
@@ -189,11 +189,11 @@ def _guards(model: nn.Module) -> Iterator[tuple[nn.Module, HeadGuard]]:
                 yield part, hook
 
 
-def _wrapped(name: str, wrapper: nn.Module) -> str:
-    way_out = "The wrapper would never see the new weight. Call use_cosine_head(model) first, then"
-    way_out += " wrap (DistributedDataParallel, FSDP, DeepSpeed, accelerator.prepare)."
-    wanted = f"one not yet wrapped or sharded where its head {name!r} is replaced"
-    return must_be("model", wanted, type(wrapper).__name__, way_out)
+def _wrapped(name: str, wrapper: nn.Module) -> Exception:
+    hint = "The wrapper would never see the new weight. Call use_cosine_head(model) first, then"
+    hint += " wrap (DistributedDataParallel, FSDP, DeepSpeed, accelerator.prepare)."
+    expected = f"one not yet wrapped or sharded where its head {name!r} is replaced"
+    return invalid("model", expected, type(wrapper).__name__, hint=hint)
 
 
 def _at(model: nn.Module, name: str) -> nn.Module | None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldam_plugins._validation import check_real, must_be
+from ldam_plugins._validation import check_real, invalid
 from ldam_plugins.kernels.chunked_cosines import (
     SMALLEST_LENGTH,
     ChunkedCosines,
@@ -182,12 +182,12 @@ class CosineLinear(CosineHead, nn.Linear):
         if not (self.chunked and self.training):
             return self._cosines(input)
         if hasattr(self.weight, "ds_id"):  # the loss is computed when it is partitioned again
-            raise ValueError(must_be("chunked", "False under DeepSpeed's ZeRO-3", True))
+            raise invalid("chunked", "False under DeepSpeed's ZeRO-3", True)
         if input.ndim != 2:
-            wanted = "of shape (N, H) for a chunked head"
-            raise ValueError(must_be("input", wanted, tuple(input.shape)))
+            expected = "of shape (N, H) for a chunked head"
+            raise invalid("input", expected, tuple(input.shape))
         if is_sharded(self.weight):
-            raise ValueError(must_be("chunked", "False where the head's weight is sharded", True))
+            raise invalid("chunked", "False where the head's weight is sharded", True)
         cosines = ChunkedCosines(input, followed(self.weight), self.scale)
         if len(input):
             self._observe(_lengths(input.to(cosines.dtype)))
@@ -279,11 +279,11 @@ def check_unpartitioned(name: str, layer: nn.Linear | nn.Conv2d, weight: Tensor)
     else:
         whole = (layer.out_features, layer.in_features)
     if tuple(weight.shape) != whole:
-        wanted = f"one whose head {name!r} has its whole weight, {whole}, on every process"
-        way_out = "It is partitioned, as by DeepSpeed's ZeRO-3: use ZeRO-2 or FSDP2, put the head"
-        way_out += " on before the model is partitioned, and save what is gathered:"
-        way_out += " folded_state_dict(model, accelerator.get_state_dict(model))."
-        raise ValueError(must_be("model", wanted, tuple(weight.shape), way_out))
+        expected = f"one whose head {name!r} has its whole weight, {whole}, on every process"
+        hint = "It is partitioned, as by DeepSpeed's ZeRO-3: use ZeRO-2 or FSDP2, put the head"
+        hint += " on before the model is partitioned, and save what is gathered:"
+        hint += " folded_state_dict(model, accelerator.get_state_dict(model))."
+        raise invalid("model", expected, tuple(weight.shape), hint=hint)
 
 
 def is_sharded(weight: Tensor) -> bool:
@@ -291,7 +291,7 @@ def is_sharded(weight: Tensor) -> bool:
     return hasattr(weight, "device_mesh")
 
 
-def of_all_shards(moments: Tensor, weight: Tensor) -> Tensor:
+def mean_over_shards(moments: Tensor, weight: Tensor) -> Tensor:
     """Mean moments of the processes that share a sharded weight: each has met batches of its own.
 
     Every shard must be scaled by the same k. Collective, as is all that gathers a sharded model.

@@ -12,7 +12,7 @@ import evaluate
 import numpy as np
 from torch import Tensor
 
-from ldam_plugins._validation import must_be, quoted
+from ldam_plugins._validation import invalid, quoted
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.losses.model_outputs import find_logits, one_label_a_row
 from ldam_plugins.metrics import MetricAccumulator, long_tail_metrics
@@ -169,22 +169,22 @@ def _batches(predictions: Any, labels: Any, classes: int) -> Iterator[tuple[Any,
     parts = zip(predictions, labels, strict=True) if isinstance(predictions, list) else None
     for outputs, target in parts or [(predictions, labels)]:
         if isinstance(target, tuple):
-            wanted = "one array of class indices"
-            way_out = "Keep one name in `label_names` of the training arguments."
-            raise ValueError(must_be("labels", wanted, f"{len(target)} of them", way_out))
+            expected = "one array of class indices"
+            hint = "Keep one name in `label_names` of the training arguments."
+            raise invalid("labels", expected, f"{len(target)} of them", hint=hint)
         yield _logits(outputs, len(target), classes), one_label_a_row(target)
 
 
 def _logits(outputs: Any, rows: int, classes: int) -> Any:
-    way_out = (
+    hint = (
         "Of a model that returns no dict the Trainer drops the first item: let `forward` return "
         '{"logits": logits}. Of several outputs of one shape, choose with '
         "`Trainer(preprocess_logits_for_metrics=lambda outputs, labels: outputs[0])`."
     )
-    logits = find_logits(outputs, rows, classes, way_out)
+    logits = find_logits(outputs, rows, classes, hint)
     if tuple(logits.shape[:1]) != (rows,):
-        wanted = f"of shape ({rows}, {classes}), a row for each label"
-        raise ValueError(must_be("predictions", wanted, tuple(logits.shape), way_out))
+        expected = f"of shape ({rows}, {classes}), a row for each label"
+        raise invalid("predictions", expected, tuple(logits.shape), hint=hint)
     return logits
 
 
@@ -210,5 +210,5 @@ def _evaluations() -> list[tuple[int, bool]]:
 def _check_distinct(keys: list[str]) -> None:
     twice = [key for key, times in Counter(keys).items() if times > 1]
     if twice:
-        wanted = "False where classes share a name"
-        raise ValueError(must_be("per_class", wanted, f"True and twice {quoted(twice)}"))
+        expected = "False where classes share a name"
+        raise invalid("per_class", expected, f"True and twice {quoted(twice)}")

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import register_pytree_node
 
-from ldam_plugins._validation import must_be
-from ldam_plugins.kernels.dispatch import ordinary, readable, takes_own_functions
+from ldam_plugins._validation import invalid
+from ldam_plugins.kernels.dispatch import can_inspect_values, ordinary, takes_own_functions
 
 CHUNK_ELEMENTS = 1 << 22
 """Of the logits, and of the weight rows, at a time: 16 MiB in float32."""
@@ -87,13 +87,13 @@ class ChunkedCosines:
     def __torch_function__(
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> NoReturn:
-        way_out = (
+        hint = (
             "A chunked cosine head has no logits in training mode. Use the losses ce, ldam or "
             "uniform_margin of create_loss, outside the model (without `labels` for transformers); "
             "or model.eval(), or use_cosine_head(model, chunked=False)."
         )
         name = getattr(func, "__name__", repr(func))
-        raise TypeError(must_be(f"input of {name}", "a tensor", cls.__name__, way_out))
+        raise invalid(f"input of {name}", "a tensor", cls.__name__, hint=hint, error=TypeError)
 
     def cross_entropy(self, target: Tensor, shift: Tensor | None = None) -> Tensor:
         """``F.cross_entropy(z - shift * one_hot(target), target, reduction="none")``, (N,).
@@ -113,11 +113,12 @@ class ChunkedCosines:
         """
         _check_held(self.weight)
         classes = self.shape[1]
-        if readable(target) and target.numel():
+        if can_inspect_values(target) and target.numel():
             lowest, highest = (int(value) for value in target.aminmax())
             if not 0 <= lowest <= highest < classes:
-                wanted = f"class indices in 0..{classes - 1}"
-                raise IndexError(must_be("target", wanted, f"indices from {lowest} to {highest}"))
+                expected = f"class indices in 0..{classes - 1}"
+                found = f"indices from {lowest} to {highest}"
+                raise invalid("target", expected, found, error=IndexError)
         with full_precision(self.device.type):
             features = self.features.to(self.dtype)
             if shift is None:
@@ -180,11 +181,11 @@ class _Followed(torch.autograd.Function):
 
 def _check_held(weight: Tensor) -> None:
     if ordinary(weight) and weight.numel() and not weight.untyped_storage().size():
-        wanted = "False under FSDP that frees the head's weight after its forward pass"
-        way_out = "The loss needs it until the backward pass: shard the module that holds the head"
-        way_out += " with `reshard_after_forward=False`, or call"
-        way_out += " use_cosine_head(model, chunked=False)."
-        raise ValueError(must_be("chunked", wanted, True, way_out))
+        expected = "False under FSDP that frees the head's weight after its forward pass"
+        hint = "The loss needs it until the backward pass: shard the module that holds the head"
+        hint += " with `reshard_after_forward=False`, or call"
+        hint += " use_cosine_head(model, chunked=False)."
+        raise invalid("chunked", expected, True, hint=hint)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -33,7 +33,7 @@ def _only_default_devices() -> bool:
     return all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack())
 
 
-def readable(*tensors: Tensor | None) -> bool:
+def can_inspect_values(*tensors: Tensor | None) -> bool:
     """Whether values may decide what is computed: of ordinary tensors, without a wait for them."""
     return ordinary(*tensors) and all(tensor is None or tensor.is_cpu for tensor in tensors)
 
@@ -84,6 +84,6 @@ def _fake_where_all_are(values: Tensor, logits: Any) -> Tensor:
     return torch.tensor(numbers, dtype=values.dtype, device=values.device)
 
 
-def learned(*tensors: Tensor | None) -> bool:
+def any_requires_grad(*tensors: Tensor | None) -> bool:
     """Whether one of them asks for a gradient."""
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)

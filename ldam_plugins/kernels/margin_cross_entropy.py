@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldam_plugins.kernels.dispatch import learned, readable
+from ldam_plugins.kernels.dispatch import any_requires_grad, can_inspect_values
 
 CHUNK_ELEMENTS = 1 << 18
 """Done at a time: 1 MiB in float32, to stay in the cache of a core."""
@@ -24,12 +24,12 @@ FEWEST_ELEMENTS = 3 << 15
 """Below, the definition is faster: it takes fewer calls."""
 
 
-def worthwhile(reduction: str, logits: Tensor, *others: Tensor | None) -> bool:
+def can_fuse(reduction: str, logits: Tensor, *others: Tensor | None) -> bool:
     """Whether this module can compute a loss of these, and does it faster than the definition."""
-    if reduction == "none" or not readable(logits, *others):
+    if reduction == "none" or not can_inspect_values(logits, *others):
         return False
     large = logits.numel() >= FEWEST_ELEMENTS and logits.dtype != torch.float16
-    return large and not learned(*others)
+    return large and not any_requires_grad(*others)
 
 
 def margin_cross_entropy(
@@ -135,7 +135,7 @@ def _free_to_give(of_loss: Tensor) -> bool:
     Only where the factor is the 1 that a backward pass usually begins with and the graph goes
     after this pass: whoever gets the gradient may write into it.
     """
-    if torch.is_grad_enabled() or not readable(of_loss):
+    if torch.is_grad_enabled() or not can_inspect_values(of_loss):
         return False
     return not torch._C._autograd._get_current_graph_task_keep_graph() and of_loss.item() == 1
 

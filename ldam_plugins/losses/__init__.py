@@ -24,8 +24,8 @@ from ldam_plugins.losses.registry import (
     loss_options,
 )
 from ldam_plugins.losses.reweighting import (
+    apply_stage,
     combination_advice,
-    enter_stage,
     warn_of_combination,
 )
 
@@ -39,11 +39,11 @@ __all__ = [
     "LogitAdjustedLoss",
     "UniformMarginLoss",
     "VectorScalingLoss",
+    "apply_stage",
     "chunked_cross_entropy",
     "combination_advice",
     "create_loss",
     "cross_entropy",
-    "enter_stage",
     "focal_loss",
     "hinge_loss",
     "ldam_loss",

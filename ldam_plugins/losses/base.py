@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ldam_plugins._validation import check_choice, check_int, must_be
+from ldam_plugins._validation import check_choice, check_int, invalid
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.kernels.chunked_cosines import ChunkedCosines
 from ldam_plugins.kernels.dispatch import beside, ordinary
@@ -128,8 +128,8 @@ class ClassificationLoss(nn.Module):
         if denominator is None:
             return loss(logits, target, **self._common(self.reduction))
         if self.reduction != "mean":
-            wanted = "None where `reduction` is not 'mean'"
-            raise ValueError(must_be("denominator", wanted, self.reduction))
+            expected = "None where `reduction` is not 'mean'"
+            raise invalid("denominator", expected, self.reduction)
         return loss(logits, target, **self._common("sum")) / denominator
 
     def denominator(self, target: Tensor) -> Tensor:
@@ -183,12 +183,12 @@ class ClassificationLoss(nn.Module):
                 predict something else; or as for a call.
         """
         if labels is None:
-            way_out = (
+            hint = (
                 'Name the label column "label" or "labels": the Trainer hands on no other. Of a '
                 "model whose `forward` has no argument `labels` it drops that one, too, but for "
                 'TrainingArguments(label_names=["labels"]).'
             )
-            raise ValueError(must_be("labels", "a tensor", None, way_out))
+            raise invalid("labels", "a tensor", None, hint=hint)
         check_item_count(num_items_in_batch, self.ignore_index)
         labels = one_label_a_row(labels)
         logits = find_logits(outputs, len(labels), len(self.class_counts))
@@ -218,8 +218,10 @@ class ClassificationLoss(nn.Module):
 
     def _chunked_loss(self, cosines: ChunkedCosines, target: Tensor, **common: Any) -> Tensor:
         """The same without the (N, C) logits, where the loss can be had so."""
-        way_out = "Only ce, ldam and uniform_margin do. Use use_cosine_head(model, chunked=False)."
-        raise TypeError(must_be("loss", "one for a chunked head", type(self).__name__, way_out))
+        hint = "Only ce, ldam and uniform_margin do. Use use_cosine_head(model, chunked=False)."
+        raise invalid(
+            "loss", "one for a chunked head", type(self).__name__, hint=hint, error=TypeError
+        )
 
     def _common(self, reduction: str) -> dict[str, Any]:
         return {
@@ -230,14 +232,14 @@ class ClassificationLoss(nn.Module):
 
     def _check_classes(self, logits: Tensor | ChunkedCosines) -> None:
         if not isinstance(logits, (Tensor, ChunkedCosines)):
-            wanted = f"a floating-point tensor of shape (N, {len(self.class_counts)})"
-            way_out = _way_to_logits(logits)
-            raise TypeError(must_be("logits", wanted, type(logits).__name__, way_out))
+            expected = f"a floating-point tensor of shape (N, {len(self.class_counts)})"
+            hint = _way_to_logits(logits)
+            raise invalid("logits", expected, type(logits).__name__, hint=hint, error=TypeError)
         if logits.ndim != 2 or logits.shape[1] != len(self.class_counts):
-            wanted = f"of shape (N, {len(self.class_counts)}), one column per class count"
-            way_out = "The loss is for one class an example, not one a token or pixel."
+            expected = f"of shape (N, {len(self.class_counts)}), one column per class count"
+            hint = "The loss is for one class an example, not one a token or pixel."
             shape = tuple(logits.shape)
-            raise ValueError(must_be("logits", wanted, shape, way_out if len(shape) > 2 else ""))
+            raise invalid("logits", expected, shape, hint=hint if len(shape) > 2 else "")
 
     def _set_constant(self, name: str, values: Tensor) -> None:
         """Keep float64 ``values`` (C,) that follow from the counts."""

@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldam_plugins._validation import check_choice, check_real, must_be
+from ldam_plugins._validation import check_choice, check_real, invalid
 from ldam_plugins.kernels.chunked_cosines import ChunkedCosines
-from ldam_plugins.kernels.dispatch import learned, ordinary
+from ldam_plugins.kernels.dispatch import any_requires_grad, ordinary
 from ldam_plugins.kernels.margin_cross_entropy import (
+    can_fuse,
     margin_cross_entropy,
     margin_cross_entropy_of_masses,
-    worthwhile,
 )
 from ldam_plugins.losses.reduction import (
     REDUCTIONS,
@@ -133,7 +133,7 @@ def ldam_loss(
     weight = None if weight is None else per_class("weight", weight, logits)
     if target.ndim == 2:
         target = target.to(margins.dtype)
-        if worthwhile(reduction, logits, target, margins, weight):
+        if can_fuse(reduction, logits, target, margins, weight):
             factors = margins.new_ones(1) if weight is None else weight
             factors = factors / (-len(target) if reduction == "mean" else -1)
             return margin_cross_entropy_of_masses(logits, target, margins * -scale, factors)
@@ -148,7 +148,7 @@ def ldam_loss(
             return rows
         total = rows.sum()
         return total / sum_or_one(row_weight) if reduction == "mean" else total
-    elif worthwhile(reduction, logits, target, margins, weight):
+    elif can_fuse(reduction, logits, target, margins, weight):
         index, coefficient = index_and_weight(target, weight, ignore_index, margins.dtype)
         divisor = sum_or_one(coefficient).item() if reduction == "mean" else 1.0
         addend = (margins.gather(0, index) * -scale).unsqueeze(1)
@@ -284,8 +284,8 @@ def chunked_cross_entropy(
     """
     check_choice("reduction", reduction, REDUCTIONS)
     if target.shape != cosines.shape[:1] or target.dtype != torch.int64:
-        wanted = f"int64 class indices of shape ({cosines.shape[0]},) for a chunked head"
-        raise ValueError(must_be("target", wanted, (target.dtype, tuple(target.shape))))
+        expected = f"int64 class indices of shape ({cosines.shape[0]},) for a chunked head"
+        raise invalid("target", expected, (target.dtype, tuple(target.shape)))
     shift = None if margins is None else per_class("margins", margins, cosines) * scale
     rows = cosines.cross_entropy(target.masked_fill(target == ignore_index, 0), shift)
     weight = None if weight is None else per_class("weight", weight, cosines)
@@ -298,4 +298,4 @@ def _in_one_kernel(logits: Tensor, target: Tensor, margins: Tensor, weight: Tens
     """Whether a kernel of Triton can do it."""
     if not logits.is_cuda or not ordinary(logits, target, margins, weight):
         return False
-    return not learned(margins, weight) and find_spec("triton") is not None
+    return not any_requires_grad(margins, weight) and find_spec("triton") is not None

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ldam_plugins._validation import must_be
+from ldam_plugins._validation import invalid
 
 _RETURN_A_DICT = 'Let `forward` return {"logits": logits, ...}.'
 
 
-def find_logits(outputs: Any, rows: int, classes: int, way_out: str = _RETURN_A_DICT) -> Any:
+def find_logits(outputs: Any, rows: int, classes: int, hint: str = _RETURN_A_DICT) -> Any:
     """The logits (N, C) of a model's output.
 
     These are the output itself where it is a tensor or array; else its ``logits``, an attribute or
@@ -23,7 +23,7 @@ def find_logits(outputs: Any, rows: int, classes: int, way_out: str = _RETURN_A_
         outputs: A tensor, an array, a tuple or list, a mapping, or an object with ``logits``.
         rows: N, the rows of the labels.
         classes: C.
-        way_out: What to write where they are not found.
+        hint: What to write where they are not found.
 
     Raises:
         ValueError: no member, or more than one, has that shape.
@@ -36,9 +36,9 @@ def find_logits(outputs: Any, rows: int, classes: int, way_out: str = _RETURN_A_
     fitting = [member for member in members if _shape(member) == (rows, classes)]
     if len(fitting) == 1:
         return fitting[0]
-    wanted = f"one with a single tensor of shape ({rows}, {classes}), the logits, or one so named"
+    expected = f"one with a single tensor of shape ({rows}, {classes}), the logits, or one so named"
     shown = [_shape(member) for member in members] or type(found).__name__
-    raise ValueError(must_be("model output", wanted, shown, way_out))
+    raise invalid("model output", expected, shown, hint=hint)
 
 
 def refuse_lost_logits(outputs: Any, logits: Any) -> None:
@@ -61,10 +61,10 @@ def refuse_lost_logits(outputs: Any, logits: Any) -> None:
         return
     later = isinstance(outputs, tuple | list) and outputs[0] is not logits
     if not later and _trainer_drops_first():
-        wanted = "one whose `forward` returns a dict with `logits` (or a ModelOutput)"
+        expected = "one whose `forward` returns a dict with `logits` (or a ModelOutput)"
         why = "Of other outputs the Trainer drops the first item, in predict() and for metrics."
-        way_out = f"{_RETURN_A_DICT} {why}"
-        raise ValueError(must_be("model", wanted, f"a {type(outputs).__name__}", way_out))
+        hint = f"{_RETURN_A_DICT} {why}"
+        raise invalid("model", expected, f"a {type(outputs).__name__}", hint=hint)
 
 
 def one_label_a_row(labels: Any) -> Any:

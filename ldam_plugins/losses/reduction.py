@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldam_plugins._validation import check_choice, check_logits, check_target, must_be
+from ldam_plugins._validation import check_choice, check_logits, check_target, invalid
 from ldam_plugins.kernels.chunked_cosines import ChunkedCosines
-from ldam_plugins.kernels.dispatch import beside, readable
+from ldam_plugins.kernels.dispatch import beside, can_inspect_values
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -63,8 +63,8 @@ def widened(dtype: torch.dtype) -> torch.dtype:
 def per_class(name: str, values: Tensor, logits: Tensor | ChunkedCosines) -> Tensor:
     """Values (C,) on the device of the logits, in the precision the loss is computed in."""
     if values.shape != logits.shape[1:]:
-        wanted = f"of shape ({logits.shape[1]},), one value per logit"
-        raise ValueError(must_be(name, wanted, tuple(values.shape)))
+        expected = f"of shape ({logits.shape[1]},), one value per logit"
+        raise invalid(name, expected, tuple(values.shape))
     return beside(values, logits).to(device=logits.device, dtype=widened(logits.dtype))
 
 
@@ -80,7 +80,7 @@ def index_and_weight(
 ) -> tuple[Tensor, Tensor]:
     """Class of each row (N,), 0 where it is ignored, and its weight (N,), 0 there too."""
     ignored = target == ignore_index
-    any_ignored = not readable(target, weight) or bool(ignored.any())
+    any_ignored = not can_inspect_values(target, weight) or bool(ignored.any())
     index = target.masked_fill(ignored, 0) if any_ignored else target
     if weight is None:
         return index, (~ignored).to(dtype)
@@ -108,7 +108,7 @@ def torch_cross_entropy(
     logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str
 ) -> Tensor:
     """Torch's, but for the mean of nothing, which is 0."""
-    may_read = readable(logits, target, weight)
+    may_read = can_inspect_values(logits, target, weight)
     if target.ndim == 2 and weight is not None and may_read and _are_ones(weight):
         weight = None  # torch would multiply (N, C) by it, twice
     options: dict[str, Any] = {} if target.ndim == 2 else {"ignore_index": ignore_index}

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldam_plugins._validation import check_choice, check_real, must_be
+from ldam_plugins._validation import check_choice, check_real, invalid
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.kernels.chunked_cosines import ChunkedCosines
 from ldam_plugins.losses import functional
@@ -235,8 +235,8 @@ def create_loss(
     known = loss_options(name)
     for option in options:
         if option not in known:
-            wanted = f"an option of {name!r} (one of {', '.join(known)})"
-            raise TypeError(must_be("options", wanted, option))
+            expected = f"an option of {name!r} (one of {', '.join(known)})"
+            raise invalid("options", expected, option, error=TypeError)
     return loss(class_counts, **options)
 
 

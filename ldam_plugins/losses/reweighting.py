@@ -26,7 +26,7 @@ ADVICE: dict[tuple[type[ClassificationLoss], str], str] = {
 """Why a loss and a kind of schedule do not go together."""
 
 
-def enter_stage(
+def apply_stage(
     loss: ClassificationLoss,
     schedule: DeferredSchedule,
     progress: Progress,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ldam_plugins._validation import must_be
+from ldam_plugins._validation import invalid
 
 HOST_IGNORES = -100
 """The label that the Trainer leaves out when it counts the items of an update."""
@@ -37,11 +37,11 @@ def check_ignored(ignore_index: int) -> None:
         ValueError: it leaves out another label.
     """
     if ignore_index != HOST_IGNORES:
-        way_out = (
+        hint = (
             "The Trainer counts every label but -100, so the loss would be divided by too many "
             f"items. Label such rows -100 instead of {ignore_index}: `train_dataset.map(...)`."
         )
-        raise ValueError(must_be("ignore_index", f"{HOST_IGNORES} here", ignore_index, way_out))
+        raise invalid("ignore_index", f"{HOST_IGNORES} here", ignore_index, hint=hint)
 
 
 def _check_one_part() -> None:
@@ -52,14 +52,14 @@ def _check_one_part() -> None:
     scaled = trainer.compute_loss_func is not None or trainer.model_accepts_loss_kwargs
     divides = not scaled or getattr(trainer, "loss_is_scaled_for_ga", None) is False
     if parts * processes > 1 and not divides:
-        way_out = (
+        hint = (
             f"An update has {parts} micro-batches on {processes} processes and is divided by all "
             f"its items. Let compute_loss() of {type(trainer).__name__} hand the count on: "
             "`super().compute_loss(model, inputs, return_outputs, num_items_in_batch)`. A model "
             "that keeps it to itself is trained with callbacks=[DRWCallback()]."
         )
-        wanted = "given where an update has several parts"
-        raise ValueError(must_be("num_items_in_batch", wanted, None, way_out))
+        expected = "given where an update has several parts"
+        raise invalid("num_items_in_batch", expected, None, hint=hint)
 
 
 def _calling_trainer() -> Any:

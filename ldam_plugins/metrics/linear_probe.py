@@ -12,7 +12,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
-from ldam_plugins._validation import must_be
+from ldam_plugins._validation import invalid
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.heads import cosine_heads, find_head
 from ldam_plugins.metrics.long_tail import long_tail_metrics
@@ -54,8 +54,8 @@ def linear_probe(
     """
     missing = np.setdiff1d(np.arange(len(class_counts)), train_labels)
     if len(missing):
-        wanted = f"of all {len(class_counts)} classes"
-        raise ValueError(must_be("train_labels", wanted, f"none of {missing.tolist()}"))
+        expected = f"of all {len(class_counts)} classes"
+        raise invalid("train_labels", expected, f"none of {missing.tolist()}")
     probe = make_pipeline(
         StandardScaler(),
         LogisticRegression(
@@ -83,7 +83,7 @@ def head_inputs(
     """
     names = tuple(cosine_heads(model)) or find_head(model)
     if len(names) != 1:
-        raise ValueError(must_be("model", "one with a single head", names))
+        raise invalid("model", "one with a single head", names)
     seen: list[Tensor] = []
     hook = model.get_submodule(names[0]).register_forward_pre_hook(
         lambda module, arguments: seen.append(arguments[0].float().cpu())
@@ -104,9 +104,9 @@ def _one_call(
     seen.clear()
     run(model, batch)
     if len(seen) != 1:
-        raise ValueError(must_be("calls of the head for a batch", "1", len(seen)))
+        raise invalid("calls of the head for a batch", "1", len(seen))
     features = seen[0].flatten(1) if seen[0].ndim == 4 else seen[0]  # 1x1 maps of a conv head
     if features.ndim != 2:
-        wanted = "(samples, features)"
-        raise ValueError(must_be("input of the head", wanted, tuple(features.shape)))
+        expected = "(samples, features)"
+        raise invalid("input of the head", expected, tuple(features.shape))
     return features

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldam_plugins._validation import check_int, check_logits, must_be
+from ldam_plugins._validation import check_int, check_logits, invalid
 from ldam_plugins.counts import ClassCounts, check_label_range, label_array
 
 ECE_BINS = 15
@@ -148,8 +148,8 @@ class MetricAccumulator:
         """
         ours, theirs = self.class_counts, other.class_counts
         if ours != theirs or self.ignore_index != other.ignore_index:
-            wanted = f"an accumulator for {ours!r} and ignore_index {self.ignore_index}"
-            raise ValueError(must_be("other", wanted, (theirs, other.ignore_index)))
+            expected = f"an accumulator for {ours!r} and ignore_index {self.ignore_index}"
+            raise invalid("other", expected, (theirs, other.ignore_index))
         self._samples += other._samples
         self._correct += other._correct
         self._bin_correct += other._bin_correct
@@ -165,8 +165,8 @@ class MetricAccumulator:
         """
         total, correct = int(self._samples.sum()), int(self._correct.sum())
         if total == 0:
-            wanted = f"other than {self.ignore_index} (ignore_index) in at least one row"
-            raise ValueError(must_be("labels", wanted, "no such row"))
+            expected = f"other than {self.ignore_index} (ignore_index) in at least one row"
+            raise invalid("labels", expected, "no such row")
         gaps = zip(self._bin_confidence, self._bin_correct.tolist(), strict=True)
         ece = math.fsum(abs(math.fsum([*parts, -hits])) for parts, hits in gaps) / total
         return {
@@ -211,8 +211,8 @@ def _check_scores(logits: Any, num_classes: int) -> Tensor:
     scores = _as_tensor(logits)
     check_logits(scores)
     if scores.shape[1] != num_classes:
-        wanted = f"of shape (N, {num_classes}), one column for each class count"
-        raise ValueError(must_be("logits", wanted, tuple(scores.shape)))
+        expected = f"of shape (N, {num_classes}), one column for each class count"
+        raise invalid("logits", expected, tuple(scores.shape))
     return scores
 
 
@@ -222,10 +222,10 @@ def _as_tensor(logits: Any) -> Tensor:
     try:
         array = np.asarray(logits)
     except ValueError as error:
-        wanted = "of shape (N, C)"
-        raise ValueError(must_be("logits", wanted, "rows of different lengths")) from error
+        expected = "of shape (N, C)"
+        raise invalid("logits", expected, "rows of different lengths") from error
     if not np.issubdtype(array.dtype, np.number):
-        raise TypeError(must_be("logits", "floating-point numbers", array.dtype))
+        raise invalid("logits", "floating-point numbers", array.dtype, error=TypeError)
     return torch.from_numpy(np.require(array, requirements=["C", "W"]))
 
 
@@ -234,16 +234,16 @@ def _check_labels(labels: Any, logits: Tensor, ignore_index: int) -> np.ndarray:
     shape = tuple(np.shape(labels))
     if len(shape) == 2:
         if shape[1] == 1:
-            way_out = "Drop the second axis: `labels.squeeze(-1)`."
+            hint = "Drop the second axis: `labels.squeeze(-1)`."
         elif shape == tuple(logits.shape):
-            way_out = "One-hot or soft labels have no class index: give `labels.argmax(-1)`."
+            hint = "One-hot or soft labels have no class index: give `labels.argmax(-1)`."
         else:
-            way_out = "The metrics are for one class a row, not one a token or pixel."
-        raise ValueError(must_be("labels", "class indices of shape (N,)", shape, way_out))
+            hint = "The metrics are for one class a row, not one a token or pixel."
+        raise invalid("labels", "class indices of shape (N,)", shape, hint=hint)
     target = label_array(labels)
     if len(target) != len(logits):
-        wanted = f"of shape ({len(logits)},), one for each row of `logits`"
-        raise ValueError(must_be("labels", wanted, target.shape))
+        expected = f"of shape ({len(logits)},), one for each row of `logits`"
+        raise invalid("labels", expected, target.shape)
     check_label_range(np.where(target == ignore_index, 0, target), logits.shape[1])
     return target
 
@@ -278,7 +278,7 @@ def _score_chunk(
     bad = np.flatnonzero(~np.isfinite(chosen).all(axis=1))
     if len(bad):
         found = "NaN" if logits[int(bad[0])].isnan().any() else "an infinite value"
-        way_out = "Has training diverged? A smaller learning rate or gradient clipping may help."
-        raise ValueError(must_be("logits", "finite", f"{found} in row {rows[bad[0]]}", way_out))
+        hint = "Has training diverged? A smaller learning rate or gradient clipping may help."
+        raise invalid("logits", "finite", f"{found} in row {rows[bad[0]]}", hint=hint)
     confidence = np.fromiter(map(math.exp, chosen[:, 1].tolist()), float, len(chosen))
     return -chosen[:, 0], confidence, (predicted == label).cpu().numpy()

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tabulate import tabulate
 
-from ldam_plugins._validation import check_int, must_be
+from ldam_plugins._validation import check_int, invalid
 from ldam_plugins.counts import FEW_BELOW, MANY_ABOVE, ClassCounts
 
 GROUP_NAMES = {
@@ -42,8 +42,8 @@ def class_rows(test: Mapping[str, Any], class_counts: ClassCounts) -> list[Class
     """
     accuracies = test["per_class_accuracy"]
     if len(accuracies) != len(class_counts):
-        wanted = f"one accuracy for each of the {len(class_counts)} classes"
-        raise ValueError(must_be("per_class_accuracy", wanted, len(accuracies)))
+        expected = f"one accuracy for each of the {len(class_counts)} classes"
+        raise invalid("per_class_accuracy", expected, len(accuracies))
     names = class_counts.class_names or [str(index) for index in range(len(class_counts))]
     group_of = {index: group for group, ids in class_counts.groups().items() for index in ids}
     columns = zip(names, class_counts.counts.tolist(), accuracies, strict=True)
@@ -136,10 +136,10 @@ def kept_table(before: ClassCounts, after: ClassCounts, *, max_rows: int = 30) -
         12 of 18 training samples are kept, 6 are left out.
     """
     if len(before) != len(after):
-        raise ValueError(must_be("after", f"counts of {len(before)} classes", len(after)))
+        raise invalid("after", f"counts of {len(before)} classes", len(after))
     left = before.counts - after.counts
     if left.min() < 0:
-        raise ValueError(must_be("after", "at most what there is of each class", left.tolist()))
+        raise invalid("after", "at most what there is of each class", left.tolist())
     names = after.class_names or [str(index) for index in range(len(after))]
     order = np.argsort(-after.counts, kind="stable")
     cells = [(printable(names[c]), str(after.counts[c]), str(left[c])) for c in order]

@@ -23,7 +23,7 @@ import psutil
 import torch
 from torch import distributed
 
-from ldam_plugins._validation import check_choice, check_int, must_be
+from ldam_plugins._validation import check_choice, check_int, invalid
 from ldam_plugins.training.history import flush_folder, flush_names
 
 PRECISIONS = ("auto", "no", "bf16", "fp16")
@@ -106,7 +106,7 @@ def keep_freed_memory(device: torch.device | str) -> Iterator[None]:
         libc.malloc_trim(0)
 
 
-def check_processes(running: int, wanted: int | None = None) -> None:
+def check_processes(running: int, expected: int | None = None) -> None:
     """Check that as many processes run together as were asked for.
 
     Some launch lines start several processes that do not know of each other, or only one; each
@@ -114,28 +114,29 @@ def check_processes(running: int, wanted: int | None = None) -> None:
 
     Args:
         running: Processes that train together (``accelerator.num_processes``).
-        wanted: How many the user asked for; None: what the launcher started or was told to.
+        expected: How many the user asked for; None: what the launcher started or was told to.
 
     Raises:
         RuntimeError: the two differ.
     """
-    asked = wanted or int(os.environ.get("WORLD_SIZE", 0)) or _asked_of_launcher() or running
+    asked = expected or int(os.environ.get("WORLD_SIZE", 0)) or _asked_of_launcher() or running
     if asked != running:
-        way_out = (
+        hint = (
             "Start several processes with `accelerate launch --multi_gpu --num_processes N "
             "--main_process_port 0` (on a CPU with ACCELERATE_USE_CPU=true before it) or torchrun."
         )
-        raise RuntimeError(must_be("num_processes", f"{asked}, as asked for", running, way_out))
+        count = f"{asked}, as asked for"
+        raise invalid("num_processes", count, running, hint=hint, error=RuntimeError)
 
 
-def refuse_deepspeed(plugin: Any, *, stages: Collection[int], way_out: str) -> None:
+def refuse_deepspeed(plugin: Any, *, stages: Collection[int], hint: str) -> None:
     """Refuse the ZeRO stages of DeepSpeed under which a training or its model would be wrong.
 
     Args:
         plugin: Accelerate's ``DeepSpeedPlugin`` (``TrainingArguments.deepspeed_plugin``,
             ``accelerator.state.deepspeed_plugin``); None: no DeepSpeed.
         stages: Those that go wrong.
-        way_out: What to use instead.
+        hint: What to use instead.
 
     Raises:
         ValueError: the plugin asks for one of them.
@@ -143,8 +144,8 @@ def refuse_deepspeed(plugin: Any, *, stages: Collection[int], way_out: str) -> N
     if plugin is None or plugin.zero_stage not in stages:
         return
     right = [stage for stage in range(4) if stage not in stages]
-    wanted = f"one of {right}" if right else "left out: DeepSpeed takes the update's steps itself"
-    raise ValueError(must_be("zero_stage", wanted, plugin.zero_stage, way_out))
+    expected = f"one of {right}" if right else "left out: DeepSpeed takes the update's steps itself"
+    raise invalid("zero_stage", expected, plugin.zero_stage, hint=hint)
 
 
 def _asked_of_launcher() -> int | None:
@@ -168,12 +169,13 @@ def check_tracker(name: str) -> None:
         ModuleNotFoundError: it is not (Accelerate would go on without it).
     """
     if name != "none" and find_spec(name) is None:
-        wanted = "an installed tracker or 'none'"
-        raise ModuleNotFoundError(must_be("report_to", wanted, name, f"Run `pip install {name}`."))
+        expected = "an installed tracker or 'none'"
+        hint = f"Run `pip install {name}`."
+        raise invalid("report_to", expected, name, hint=hint, error=ModuleNotFoundError)
 
 
 @contextmanager
-def noted_sigterm(
+def defer_sigterm(
     runs: Callable[[FrameType | None], bool] | None = None,
 ) -> Iterator[threading.Event]:
     """Note SIGTERM, which schedulers send before they kill a job, instead of ending at once.
@@ -247,7 +249,7 @@ def until_preempted(epochs: Iterable[int]) -> Iterator[int]:
         SystemExit: with the code :data:`PREEMPTED`, after the loop's body has finished (and
             saved) the epoch in which SIGTERM came.
     """
-    with noted_sigterm() as told:
+    with defer_sigterm() as told:
         for epoch in epochs:
             yield epoch
             if any_process(told.is_set()):
@@ -258,7 +260,7 @@ def until_preempted(epochs: Iterable[int]) -> Iterator[int]:
 def epoch_batches(
     samples: int, batch_size: int, processes: int = 1, *, drop_last: bool = False
 ) -> int:
-    """Batches of each process in an epoch, as Accelerate deals them; see :func:`own_rows`.
+    """Batches of each process in an epoch, as Accelerate deals them; see :func:`num_unpadded_rows`.
 
     Args:
         samples: Samples of the epoch, over all processes.
@@ -274,7 +276,9 @@ def epoch_batches(
     return samples // turn if drop_last else -(-samples // turn)
 
 
-def own_rows(samples: int, batch: int, batch_size: int, process: int, processes: int) -> int:
+def num_unpadded_rows(
+    samples: int, batch: int, batch_size: int, process: int, processes: int
+) -> int:
     """Rows of a process's ``batch``-th batch (0-based) that are samples of the epoch.
 
     Accelerate deals whole batches to the processes in turn and fills up those of the last turn
@@ -288,7 +292,7 @@ def own_rows(samples: int, batch: int, batch_size: int, process: int, processes:
         processes: Processes that share the epoch.
 
     Example:
-        >>> [own_rows(10, 1, 4, process, 2) for process in range(2)]  # 4 + 4, then 2 + none
+        >>> [num_unpadded_rows(10, 1, 4, process, 2) for process in range(2)]  # 4 + 4, 2 + none
         [2, 0]
     """
     first = (batch * processes + process) * batch_size
@@ -346,8 +350,8 @@ def write_checkpoint(
             flush_folder(beside)
     except Exception as error:  # torch, safetensors and the system each word a full disk otherwise
         shutil.rmtree(beside, ignore_errors=True)
-        way_out = "Make room or mend the folder, then go on from the last one with --resume"
-        raise OSError(f"checkpoint {target} cannot be written ({error}). {way_out}.") from error
+        hint = "Make room or mend the folder, then go on from the last one with --resume"
+        raise OSError(f"checkpoint {target} cannot be written ({error}). {hint}.") from error
     if main:
         if target.exists():
             target.rename(target.with_name(f".{target.name}.old{_PARTIAL}"))

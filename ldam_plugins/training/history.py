@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ldam_plugins._validation import check_int, must_be, quoted
+from ldam_plugins._validation import check_int, invalid, quoted
 from ldam_plugins.training.run_lock import hold_folder
 
 OPTIONS_FILE, HISTORY_FILE, METRICS_FILE = "options.json", "history.csv", "metrics.json"
@@ -48,8 +48,8 @@ def disk_errors(output_dir: str | os.PathLike[str]) -> Iterator[None]:
         number = int(told[1]) if told else number
         if number not in _DISK_ERRORS and "PytorchStreamWriter failed" not in str(error):
             raise
-        way_out = "Make room or mend the folder, then go on from the last checkpoint with --resume"
-        message = f"output_dir {str(output_dir)!r} cannot be written ({error}). {way_out}."
+        hint = "Make room or mend the folder, then go on from the last checkpoint with --resume"
+        message = f"output_dir {str(output_dir)!r} cannot be written ({error}). {hint}."
         raise OSError(message) from error
 
 
@@ -134,8 +134,8 @@ def read_history(output_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
     reader = csv.DictReader(io.StringIO(whole))
     if tuple(reader.fieldnames or ()) != HISTORY_COLUMNS:
-        wanted = f"the columns of a run ({', '.join(HISTORY_COLUMNS)})"
-        raise ValueError(must_be(str(path), wanted, reader.fieldnames))
+        expected = f"the columns of a run ({', '.join(HISTORY_COLUMNS)})"
+        raise invalid(str(path), expected, reader.fieldnames)
     return [{name: _parsed(name, value) for name, value in row.items()} for row in reader]
 
 
@@ -167,7 +167,7 @@ def write_metrics(output_dir: str | os.PathLike[str], metrics: Mapping[str, Any]
     """
     missing = [key for key in METRICS_KEYS if key not in metrics]
     if missing:
-        raise ValueError(must_be("metrics", f"complete, with {quoted(missing)}", list(metrics)))
+        raise invalid("metrics", f"complete, with {quoted(missing)}", list(metrics))
     path = Path(output_dir) / METRICS_FILE
     write_atomic(path, to_json(dict(metrics), name="metrics").encode())
     return path
@@ -193,7 +193,7 @@ def to_json(value: Any, *, name: str) -> str:
     plain = json.loads(json.dumps(value, default=_plain))
     for key, number in _numbers(plain, name):
         if not math.isfinite(number):
-            raise ValueError(must_be(key, "a finite number, which JSON can hold", number))
+            raise invalid(key, "a finite number, which JSON can hold", number)
     return json.dumps(plain, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -202,7 +202,7 @@ def _plain(value: Any) -> Any:
         return os.fspath(value)
     if hasattr(value, "tolist"):
         return value.tolist()
-    raise TypeError(must_be("value", "a number, text, list or mapping", value))
+    raise invalid("value", "a number, text, list or mapping", value, error=TypeError)
 
 
 def _numbers(value: Any, key: str) -> Iterator[tuple[str, float]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from ldam_plugins._validation import must_be
+from ldam_plugins._validation import invalid
 
 _SCALARS = (str, int, float, type(None))
 
@@ -28,23 +28,23 @@ def read_preset(
     Raises:
         ValueError: there is no such file, it cannot be read, or it holds anything else.
     """
-    wanted = "a file of `option: value` lines"
+    expected = "a file of `option: value` lines"
     if not Path(path).is_file():
-        raise ValueError(must_be(what, "a file that exists", str(path)))
+        raise invalid(what, "a file that exists", str(path))
     try:
         entries = yaml.safe_load(Path(path).read_bytes())  # JSON is YAML
     except (OSError, ValueError, RecursionError, TypeError, yaml.YAMLError) as error:
-        way_out = f"It cannot be read: {error}"
-        raise ValueError(must_be(what, wanted, str(path), way_out)) from error
+        hint = f"It cannot be read: {error}"
+        raise invalid(what, expected, str(path), hint=hint) from error
     if not isinstance(entries, dict):
-        raise ValueError(must_be(what, wanted, str(path)))
+        raise invalid(what, expected, str(path))
     for key, value in entries.items():
         nested = value if mappings and isinstance(value, dict) else {key: value}
         if not isinstance(key, str) or not all(map(_is_plain, nested, nested.values())):
             # Only the type is shown: YAML aliases can nest lists into lists without end.
-            wanted = "one word and its value a number, a word or a list of such"
+            expected = "one word and its value a number, a word or a list of such"
             shown = f"{type(key).__name__} and {type(value).__name__}"
-            raise ValueError(must_be(f"{key!s:.40} in {path}", wanted, shown))
+            raise invalid(f"{key!s:.40} in {path}", expected, shown)
     return entries
 
 

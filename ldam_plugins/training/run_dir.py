@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from ldam_plugins._validation import check_choice, must_be, quoted
+from ldam_plugins._validation import check_choice, invalid, quoted
 from ldam_plugins.training.history import (
     HISTORY_FILE,
     METRICS_FILE,
@@ -89,8 +89,8 @@ def _write_new(path: Path, content: bytes) -> None:
 def _check_no_run(folder: Path) -> None:
     held = [name for name in RUN_ENTRIES if (folder / name).exists()]
     if held:
-        way_out = f"It has {quoted(held)}: choose another --output_dir, or add --resume to go on."
-        raise ValueError(must_be("output_dir", "a folder that holds no run", str(folder), way_out))
+        hint = f"It has {quoted(held)}: choose another --output_dir, or add --resume to go on."
+        raise invalid("output_dir", "a folder that holds no run", str(folder), hint=hint)
 
 
 def _check_writable(folder: Path) -> None:
@@ -99,17 +99,17 @@ def _check_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        way_out = f"Choose another --output_dir ({error.strerror})."
-        wanted = "a folder that can be written"
-        raise ValueError(must_be("output_dir", wanted, str(folder), way_out)) from error
+        hint = f"Choose another --output_dir ({error.strerror})."
+        expected = "a folder that can be written"
+        raise invalid("output_dir", expected, str(folder), hint=hint) from error
 
 
 def _check_same_options(folder: Path, options: dict[str, Any], may_change: Collection[str]) -> None:
     differing = differing_options(_stored_options(folder), options, may_change)
     if differing:
-        way_out = "Give the same options, or choose another --output_dir without --resume."
-        wanted = f"those of the run in {str(folder)!r}"
-        raise ValueError(f"`options` must be {wanted}; {'; '.join(differing)}. {way_out}")
+        hint = "Give the same options, or choose another --output_dir without --resume."
+        expected = f"those of the run in {str(folder)!r}"
+        raise ValueError(f"`options` must be {expected}; {'; '.join(differing)}. {hint}")
 
 
 def differing_options(
@@ -125,12 +125,12 @@ def differing_options(
 
 
 def _stored_options(folder: Path) -> dict[str, Any]:
-    wanted = "a folder that holds a run to resume"
+    expected = "a folder that holds a run to resume"
     try:
         return dict(json.loads((folder / OPTIONS_FILE).read_text(encoding="utf-8")))
     except FileNotFoundError as error:
-        way_out = f"It has no {OPTIONS_FILE}: leave out --resume to start a run there."
-        raise ValueError(must_be("output_dir", wanted, str(folder), way_out)) from error
+        hint = f"It has no {OPTIONS_FILE}: leave out --resume to start a run there."
+        raise invalid("output_dir", expected, str(folder), hint=hint) from error
     except (OSError, ValueError, TypeError) as error:
-        way_out = f"Its {OPTIONS_FILE} cannot be read ({error}): choose another --output_dir."
-        raise ValueError(must_be("output_dir", wanted, str(folder), way_out)) from error
+        hint = f"Its {OPTIONS_FILE} cannot be read ({error}): choose another --output_dir."
+        raise invalid("output_dir", expected, str(folder), hint=hint) from error

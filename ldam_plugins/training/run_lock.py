@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 
 from filelock import FileLock, Timeout
 
-from ldam_plugins._validation import must_be
+from ldam_plugins._validation import invalid
 
 LOCK_FILE, HOLDER_FILE = ".run.lock", ".run.json"
 
@@ -60,13 +60,13 @@ def _acquired(folder: Path, wait: float) -> FileLock:
     try:
         lock.acquire()
     except Timeout as error:
-        way_out = "Wait until it has ended or end it, or choose another --output_dir."
-        wanted = f"a folder in which no other run is at work; {_holder(folder)} trains there"
-        raise ValueError(must_be("output_dir", wanted, str(folder), way_out)) from error
+        hint = "Wait until it has ended or end it, or choose another --output_dir."
+        expected = f"a folder in which no other run is at work; {_holder(folder)} trains there"
+        raise invalid("output_dir", expected, str(folder), hint=hint) from error
     except (OSError, NotImplementedError) as error:
-        way_out = f"Choose an --output_dir on another file system ({error})."
-        wanted = "a folder that can be locked"
-        raise ValueError(must_be("output_dir", wanted, str(folder), way_out)) from error
+        hint = f"Choose an --output_dir on another file system ({error})."
+        expected = "a folder that can be locked"
+        raise invalid("output_dir", expected, str(folder), hint=hint) from error
     holder = {"pid": os.getpid(), "host": platform.node()}
     with suppress(OSError):  # it only words the message of another process
         (folder / HOLDER_FILE).write_text(json.dumps(holder), encoding="utf-8")

@@ -21,7 +21,7 @@ WARM_UP = 3
 """Updates before the capture, in which libraries choose kernels and allocate what they keep."""
 
 
-class Update:
+class TrainStep:
     """Updates of one model, compiled for its whole batches only.
 
     Batches of another shape than the first (the last of an epoch) are not worth another

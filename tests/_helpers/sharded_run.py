@@ -19,7 +19,7 @@ from ldam_plugins import ClassCounts, DeferredSchedule, create_loss, use_cosine_
 from ldam_plugins.heads import fold_cosine_head
 from ldam_plugins.integrations.transformers.checks import fold_when_saved
 from ldam_plugins.schedules import Progress
-from ldam_plugins.training.step import Update
+from ldam_plugins.training.step import TrainStep
 
 COUNTS = ClassCounts([400, 60, 9, 2, 1])
 UPDATES = 6
@@ -47,7 +47,7 @@ def train(accelerator, name, micro, shard):
     model, criterion = make_model(shard), create_loss(name, COUNTS)
     schedule = DeferredSchedule("drw", start=0.5, beta=0.99)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    update = Update(accelerator, model, criterion, optimizer)
+    update = TrainStep(accelerator, model, criterion, optimizer)
     generator = torch.Generator().manual_seed(0)
     for step in range(UPDATES):
         images = torch.randn(48, 6, generator=generator)

@@ -14,7 +14,7 @@ import vision_lt
 import vision_setup
 
 from ldam_plugins import ClassCounts, create_loss, list_losses
-from ldam_plugins.training.step import Update
+from ldam_plugins.training.step import TrainStep
 
 COUNTS = ClassCounts([400, 60, 9, 2])
 BATCHES = 3
@@ -43,7 +43,7 @@ def train(accelerator, name, weighted, soft, micro, dtype):
     criterion = criterion.to(accelerator.device)
     images, target = (part.to(accelerator.device) for part in data(soft))
     target = target.to(dtype) if soft else target
-    update = Update(accelerator, net, criterion, optimizer)
+    update = TrainStep(accelerator, net, criterion, optimizer)
     for batch, aims in zip(images.to(dtype), target, strict=True):
         parts = zip(
             batch.tensor_split(accelerator.num_processes * micro),
@@ -73,7 +73,7 @@ def train_epoch(accelerator, name, weighted, soft, rows, micro):
     options = vision_setup.VisionOptions(batch_size=size, smoothing=0.1 if soft else 0.0)
     mix = vision_setup.make_target(options, 4)
     batches = vision_lt.without_repeats(accelerator, loader, size, rows)
-    update = Update(accelerator, net, criterion, optimizer)
+    update = TrainStep(accelerator, net, criterion, optimizer)
     for group in vision_lt.grouped(batches, micro):
         parts = [mix(x, y) for x, y in group]
         parts = [(x, y.double() if soft else y) for x, y in parts]

@@ -7,7 +7,7 @@ from paths import DATA
 
 from ldam_plugins.data.readers import stdlib_docstrings as docstrings
 from ldam_plugins.data.readers.stdlib_docstrings import read_docstrings
-from ldam_plugins.data.texts import load_texts, thin_classes
+from ldam_plugins.data.texts import load_texts, subsample_classes
 
 ROWS = {"text": ["good film", "bad film", "so so"], "label": [1, 0, 1]}
 NAMED = Features({"text": Value("string"), "label": ClassLabel(names=["neg", "pos"])})
@@ -195,19 +195,19 @@ def test_a_test_set_whose_classes_are_in_another_order_is_refused(tmp_path):
 
 def test_thin_classes_keeps_a_share_of_the_rare_ones():
     labels = np.array([0, 1] * 50)
-    kept = thin_classes(labels, ["neg", "pos"], ["neg"], 0.1)
+    kept = subsample_classes(labels, ["neg", "pos"], ["neg"], 0.1)
     assert np.bincount(labels[kept]).tolist() == [5, 50]
     assert (np.diff(kept) > 0).all()
     order = np.flatnonzero(labels == 0)
     np.random.RandomState(0).shuffle(order)
     assert set(kept[labels[kept] == 0]) == set(order[:5])
-    other = thin_classes(labels, ["neg", "pos"], ["neg"], 0.1, seed=1)
+    other = subsample_classes(labels, ["neg", "pos"], ["neg"], 0.1, seed=1)
     assert set(other) != set(kept)
 
 
 def test_thin_classes_without_rare_classes_keeps_all():
-    assert thin_classes([1, 0, 1], ["a", "b"], [], 0.1).tolist() == [0, 1, 2]
-    assert thin_classes([1, 0, 1], ["a", "b"], ["a", "b"], 1).tolist() == [0, 1, 2]
+    assert subsample_classes([1, 0, 1], ["a", "b"], [], 0.1).tolist() == [0, 1, 2]
+    assert subsample_classes([1, 0, 1], ["a", "b"], ["a", "b"], 1).tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_thin_classes_without_rare_classes_keeps_all():
 )
 def test_thin_classes_refuses(rare, fraction, message):
     with pytest.raises(ValueError, match=message):
-        thin_classes([0, 0, 0, 1], ["neg", "pos"], rare, fraction)
+        subsample_classes([0, 0, 0, 1], ["neg", "pos"], rare, fraction)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import BertConfig, BertModel, BertPreTrainedModel
 
 from ldam_plugins import ClassCounts, DeferredSchedule, LDAMLoss, create_loss, list_losses
-from ldam_plugins.losses import enter_stage
+from ldam_plugins.losses import apply_stage
 from ldam_plugins.schedules import Progress
 
 COUNTS = [999_999_937, 70_001, 257, 13]
@@ -152,7 +152,7 @@ def test_loaded_weights_are_wide_and_the_next_stage_is_exact(assign, dtype, star
     whole(loss, "ldam")
     assert loss.weight.dtype == torch.float32
     assert torch.equal(loss.weight, weights.to(dtype).float())
-    enter_stage(loss, DeferredSchedule("rw", beta=0.999), Progress(0, 10, 1))
+    apply_stage(loss, DeferredSchedule("rw", beta=0.999), Progress(0, 10, 1))
     assert torch.equal(loss.weight, weights)
 
 
@@ -206,7 +206,7 @@ def test_initialising_a_model_leaves_the_weights_of_its_loss():
 
 
 class TestFilledWeights:
-    """``enter_stage`` computes and copies at a change only."""
+    """``apply_stage`` computes and copies at a change only."""
 
     SCHEDULE = DeferredSchedule("drw", start=0.5, beta=0.999)
     EARLY, LATE = Progress(0, 10, 1), Progress(9, 10, 1)
@@ -218,7 +218,7 @@ class TestFilledWeights:
         of = ClassCounts.weights
         with monkeypatch.context() as patch:
             patch.setattr(ClassCounts, "weights", lambda *a, **k: calls.append(a) or of(*a, **k))
-            enter_stage(loss, schedule, progress)
+            apply_stage(loss, schedule, progress)
         return len(calls)
 
     def test_at_a_change_of_stage(self, monkeypatch):
@@ -226,7 +226,7 @@ class TestFilledWeights:
         asked = [self.EARLY, self.EARLY, self.LATE, self.LATE, self.LATE, self.EARLY]
         counted = [self.entered(loss, progress, monkeypatch) for progress in asked]
         assert counted == [1, 0, 1, 0, 0, 1]
-        enter_stage(loss, self.SCHEDULE, self.LATE)
+        apply_stage(loss, self.SCHEDULE, self.LATE)
         assert torch.equal(loss.weight, self.WEIGHTS)
 
     @pytest.mark.parametrize(
@@ -244,14 +244,14 @@ class TestFilledWeights:
     )
     def test_after_a_change_by_others(self, change, monkeypatch):
         loss = LDAMLoss(COUNTS)
-        enter_stage(loss, self.SCHEDULE, self.LATE)
+        apply_stage(loss, self.SCHEDULE, self.LATE)
         change(loss)
         assert self.entered(loss, self.LATE, monkeypatch) == 1
         torch.testing.assert_close(loss.weight.float(), self.WEIGHTS, rtol=1e-7, atol=0)
 
     def test_in_copies(self, monkeypatch):
         loss = LDAMLoss(COUNTS)
-        enter_stage(loss, self.SCHEDULE, self.LATE)
+        apply_stage(loss, self.SCHEDULE, self.LATE)
         for twin in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
             twin.weight.fill_(2)
             assert self.entered(twin, self.LATE, monkeypatch) == 1
@@ -259,7 +259,7 @@ class TestFilledWeights:
 
     def test_another_schedule_and_one_that_moves_its_weights(self, monkeypatch):
         loss = LDAMLoss(COUNTS)
-        enter_stage(loss, self.SCHEDULE, self.LATE)
+        apply_stage(loss, self.SCHEDULE, self.LATE)
         other = DeferredSchedule("drw", start=0.5, beta=0.9)
         assert self.entered(loss, self.LATE, monkeypatch, other) == 1
 
@@ -268,12 +268,12 @@ class TestFilledWeights:
                 return torch.full((len(class_counts),), progress.share)
 
         for step in (2, 4):
-            enter_stage(loss, Moving("rw"), Progress(step, 10, 1))
+            apply_stage(loss, Moving("rw"), Progress(step, 10, 1))
             assert loss.weight.tolist() == pytest.approx([step / 10] * CLASSES)
 
     def test_what_the_caller_keeps(self):
         loss = LDAMLoss(COUNTS)
-        stage = enter_stage(loss, self.SCHEDULE, self.LATE)
+        stage = apply_stage(loss, self.SCHEDULE, self.LATE)
         loss.weight.fill_(3)
-        enter_stage(loss, self.SCHEDULE, self.LATE, stage)
+        apply_stage(loss, self.SCHEDULE, self.LATE, stage)
         assert loss.weight.tolist() == [3] * CLASSES

@@ -465,7 +465,7 @@ class TestDenominators:
 
 
 @pytest.mark.parametrize(
-    ("outputs", "way_out"),
+    ("outputs", "hint"),
     [
         (lambda z: (z, z), r"criterion\(outputs\[0\], target\)"),
         (lambda z: [z, z], r"several outputs in training"),
@@ -474,9 +474,9 @@ class TestDenominators:
         (lambda z: None, ""),
     ],
 )
-def test_what_is_no_tensor_is_refused_with_a_way_out(outputs, way_out):
+def test_what_is_no_tensor_is_refused_with_a_way_out(outputs, hint):
     loss, logits, target = make("ldam", SMALL, "indices", weighted=False)
-    wanted = rf"`logits` must be a floating-point tensor of shape \(N, 5\), got .*{way_out}"
+    wanted = rf"`logits` must be a floating-point tensor of shape \(N, 5\), got .*{hint}"
     with pytest.raises(TypeError, match=wanted):
         loss(outputs(logits), target)
 

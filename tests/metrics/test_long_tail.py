@@ -302,9 +302,9 @@ def test_merge_refuses_other_classes_and_other_ignored_labels():
 
 
 @pytest.mark.parametrize(
-    ("shape", "way_out"), [((60, 1), r"squeeze\(-1\)"), ((60, 6), "argmax"), ((60, 7), "a token")]
+    ("shape", "hint"), [((60, 1), r"squeeze\(-1\)"), ((60, 6), "argmax"), ((60, 7), "a token")]
 )
-def test_labels_of_two_axes_are_told_what_they_are(shape, way_out):
+def test_labels_of_two_axes_are_told_what_they_are(shape, hint):
     logits, _ = make_rows(rows=60)
-    with pytest.raises(ValueError, match=rf"`labels` must be .*{way_out}"):
+    with pytest.raises(ValueError, match=rf"`labels` must be .*{hint}"):
         long_tail_metrics(logits, torch.zeros(shape, dtype=torch.int64), COUNTS)

@@ -24,7 +24,7 @@ from ldam_plugins import (
     long_tail_indices,
     use_cosine_head,
 )
-from ldam_plugins.data.texts import load_texts, thin_classes
+from ldam_plugins.data.texts import load_texts, subsample_classes
 from ldam_plugins.metrics import MetricAccumulator
 from ldam_plugins.samplers import DeferredSampler
 from ldam_plugins.schedules import Progress
@@ -265,7 +265,7 @@ CALLS = {
         r"`options\['lr'\]` must be a finite number",
     ),
     "rare class": (
-        lambda: thin_classes([0, 1], ["neg", "pos"], ["nag"], 0.5),
+        lambda: subsample_classes([0, 1], ["neg", "pos"], ["nag"], 0.5),
         ValueError,
         "`rare_classes` must be one of 'neg', 'pos', got 'nag'. Did you mean 'neg'",
     ),

@@ -110,10 +110,10 @@ def test_the_trainer_shards_what_can_be(loss, plugin, tmp_path):
 
 
 def test_refused_stages_are_named():
-    refuse_deepspeed(None, stages=range(4), way_out="")
-    refuse_deepspeed(ZERO_2, stages=(3,), way_out="")
+    refuse_deepspeed(None, stages=range(4), hint="")
+    refuse_deepspeed(ZERO_2, stages=(3,), hint="")
     with pytest.raises(ValueError, match=r"one of \[0, 1, 2\], got 3. Use ZeRO-2."):
-        refuse_deepspeed(ZERO_3, stages=(3,), way_out="Use ZeRO-2.")
+        refuse_deepspeed(ZERO_3, stages=(3,), hint="Use ZeRO-2.")
 
 
 def test_the_text_recipe_stops_before_it_reads_data(tmp_path, monkeypatch):

@@ -21,10 +21,10 @@ from ldam_plugins.training.environment import (
     check_processes,
     check_tracker,
     choose_precision,
+    defer_sigterm,
     drop_partial_checkpoints,
     epoch_batches,
     newest_checkpoint,
-    noted_sigterm,
     seed_epoch,
     until_preempted,
     write_checkpoint,
@@ -239,12 +239,12 @@ def _raise():
 @pytest.mark.parametrize("kind", [signal.SIG_DFL, signal.SIG_IGN, lambda *_: None])
 def test_sigterm_has_its_handler_back(kind, sigterm):
     signal.signal(signal.SIGTERM, kind)
-    with noted_sigterm() as told:
+    with defer_sigterm() as told:
         assert sigterm() is not kind
-    with pytest.raises(_Left), noted_sigterm():
+    with pytest.raises(_Left), defer_sigterm():
         raise _Left
     assert sigterm() is kind
-    with noted_sigterm() as told:
+    with defer_sigterm() as told:
         signal.raise_signal(signal.SIGTERM)
         assert told.is_set()
     assert sigterm() is kind
@@ -262,16 +262,16 @@ def test_sigterm_has_its_handler_back(kind, sigterm):
 
 def test_a_handler_that_others_set_since_is_theirs(sigterm):
     theirs = lambda *_: None  # noqa: E731
-    with noted_sigterm():
+    with defer_sigterm():
         signal.signal(signal.SIGTERM, theirs)
     assert sigterm() is theirs
 
 
 def test_blocks_within_each_other(sigterm):
     before = sigterm()
-    with noted_sigterm() as outer:
+    with defer_sigterm() as outer:
         note = sigterm()
-        with noted_sigterm() as inner:
+        with defer_sigterm() as inner:
             signal.raise_signal(signal.SIGTERM)
         assert inner.is_set()
         assert not outer.is_set()
@@ -282,7 +282,7 @@ def test_blocks_within_each_other(sigterm):
 def test_sigterm_after_what_it_is_noted_for_is_the_old_handlers(sigterm):
     got, runs = [], [True]
     signal.signal(signal.SIGTERM, lambda *_: got.append(1))
-    block = noted_sigterm(lambda frame: runs[0])
+    block = defer_sigterm(lambda frame: runs[0])
     told = block.__enter__()  # and is never left
     runs[0] = False
     signal.raise_signal(signal.SIGTERM)
@@ -295,7 +295,7 @@ def test_other_threads_are_not_told_and_do_no_harm(sigterm):
     before, found = sigterm(), []
 
     def run():
-        with noted_sigterm() as told:
+        with defer_sigterm() as told:
             found.append((sigterm(), told.is_set()))
 
     thread = threading.Thread(target=run)
@@ -307,7 +307,7 @@ def test_other_threads_are_not_told_and_do_no_harm(sigterm):
 def test_a_handler_that_is_not_pythons_is_left_as_it_is(sigterm, monkeypatch, caplog):
     before = sigterm()
     monkeypatch.setattr(signal, "getsignal", lambda number: None)
-    with noted_sigterm() as told:
+    with defer_sigterm() as told:
         pass
     monkeypatch.undo()
     assert sigterm() is before

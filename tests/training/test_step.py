@@ -10,7 +10,7 @@ from torch import nn
 
 from ldam_plugins import ClassCounts, create_loss
 from ldam_plugins.training import step as updates
-from ldam_plugins.training.step import CapturedPass, Update, add_gradients
+from ldam_plugins.training.step import CapturedPass, TrainStep, add_gradients
 
 COUNTS = ClassCounts([400, 60, 9, 2])
 
@@ -35,7 +35,7 @@ class Training:
 
     def update(self, net=None, **options):
         net = self.model if net is None else net
-        return Update(self.accelerator, net, self.criterion, self.optimizer, **options)
+        return TrainStep(self.accelerator, net, self.criterion, self.optimizer, **options)
 
     def parameters(self):
         return torch.cat([p.detach().flatten() for p in self.model.parameters()])
@@ -143,7 +143,7 @@ def test_replayed_updates_are_those_of_a_plain_run(name):
         criterion = create_loss(name, COUNTS).to(accelerator.device)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
         net, optimizer = accelerator.prepare(model, optimizer)
-        update = Update(accelerator, net, criterion, optimizer, clip_grad=5.0, replay=replay)
+        update = TrainStep(accelerator, net, criterion, optimizer, clip_grad=5.0, replay=replay)
         generator = torch.Generator().manual_seed(0)
         losses = []
         for step in range(24):

@@ -100,8 +100,8 @@ def _read_list(root: Path, file: Path, classes: int | None) -> tuple[list[str], 
     for row, line in enumerate(lines):
         match = _LIST_LINE.fullmatch(line.strip())
         if match is None:
-            wanted = "a path and a label from 0 on, as in 'relative/path.jpg 17'"
-            raise ValueError(f"{at_line(file, row)}: must be {wanted}, got {line[:200]!r}")
+            expected = "a path and a label from 0 on, as in 'relative/path.jpg 17'"
+            raise ValueError(f"{at_line(file, row)}: must be {expected}, got {line[:200]!r}")
         name, digits = match.groups()
         if len(digits) > 18 or int(digits) >= limit:
             raise ValueError(f"{at_line(file, row)}: label {digits[:40]} is too large for {reason}")
@@ -117,8 +117,10 @@ def _read_tiny_val(root: Path, ids: tuple[str, ...]) -> tuple[list[str], np.ndar
     for row, line in enumerate(read_lines(file)):
         fields = line.split()
         if len(fields) < 2 or fields[1] not in index:
-            wanted = "a file name and an id of wnids.txt"
-            raise ValueError(f"{at_line(file, row)}: must begin with {wanted}, got {line[:200]!r}")
+            expected = "a file name and an id of wnids.txt"
+            raise ValueError(
+                f"{at_line(file, row)}: must begin with {expected}, got {line[:200]!r}"
+            )
         names.append(f"val/images/{fields[0]}")
         labels.append(index[fields[1]])
     found = find_files(root, names, lambda row: at_line(file, row))

@@ -140,8 +140,8 @@ class _Annotations:
         value = entry.get(key)
         kinds = kinds or _KINDS[key]
         if not isinstance(value, kinds) or isinstance(value, bool):
-            wanted = " or ".join(kind.__name__ for kind in kinds)
-            raise ValueError(f"{place}: `{key}` must be {wanted}, got {value!r:.200}")
+            expected = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"{place}: `{key}` must be {expected}, got {value!r:.200}")
         if key == "category_id" and value < 0:
             raise ValueError(f"{place}: `{key}` must be >= 0, got {value}")
         return value

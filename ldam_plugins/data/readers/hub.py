@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ldam_plugins._validation import must_be, quoted
+from ldam_plugins._validation import invalid, quoted
 from ldam_plugins.data.readers.base import TableSource
 from ldam_plugins.data.readers.paths import composed
 
@@ -31,12 +31,11 @@ def open_tables(dataset: str, cache_dir: str | None = None) -> Mapping[str, Any]
             return datasets.load_from_disk(dataset)
         return datasets.load_dataset(dataset, cache_dir=cache_dir)
     except datasets.exceptions.DatasetNotFoundError as error:
-        raise ValueError(
-            _no_dataset(dataset, f"The hub has none of that name ({error})")
-        ) from error
+        reason = f"The hub has none of that name ({error})"
+        raise _no_dataset(dataset, reason) from error
     except ConnectionError as error:
         reason = f"There is no such folder, and the hub could not be reached ({error})"
-        raise ConnectionError(_no_dataset(dataset, reason)) from error
+        raise _no_dataset(dataset, reason, ConnectionError) from error
     except Exception as error:  # each file format fails in a way of its own
         cause = error.__cause__ or error
         raise ValueError(f"dataset {dataset!r} cannot be read: {cause}") from error
@@ -73,7 +72,7 @@ def pick_columns(
     preferred = [name for name in _LABEL_COLUMNS if name in labels][:1]
     image = _pick_column("image_column", image_column, images, features)
     if image not in images and features[image].dtype not in _READABLE:
-        raise ValueError(must_be("image_column", "a column of images", image, _columns(features)))
+        raise invalid("image_column", "a column of images", image, hint=_columns(features))
     return image, _pick_column("label_column", label_column, preferred or labels, features)
 
 
@@ -99,8 +98,8 @@ def read_labels(
     if feature.dtype in ("string", "large_string"):
         return _read_strings(values, split, class_names)
     if "int" not in str(feature.dtype):
-        way_out = _columns(table.features)
-        raise ValueError(must_be("label_column", "a column of class labels", column, way_out))
+        hint = _columns(table.features)
+        raise invalid("label_column", "a column of class labels", column, hint=hint)
     labels = values.to_numpy()
     names = getattr(feature, "names", None) or class_names
     if class_names is not None and tuple(names or ()) != tuple(class_names):
@@ -133,7 +132,7 @@ def _pick_column(
 ) -> str:
     if asked is not None:
         if asked not in features:
-            raise ValueError(must_be(argument, "a column that is there", asked, _columns(features)))
+            raise invalid(argument, "a column that is there", asked, hint=_columns(features))
         return asked
     if len(found) != 1:
         kind = "several columns" if found else "no column"
@@ -151,7 +150,7 @@ def _bad_label(row: int, split: str, label: int, limit: int) -> str:
     return f"{what}; -1 marks rows without label: choose a split that has them"
 
 
-def _no_dataset(dataset: str, reason: str) -> str:
-    wanted = "'digits', a folder that is there or a hub id"
-    way_out = f"{reason}. A local folder in hub layout works without a network."
-    return must_be("dataset", wanted, dataset, way_out)
+def _no_dataset(dataset: str, reason: str, error: type[Exception] = ValueError) -> Exception:
+    expected = "'digits', a folder that is there or a hub id"
+    hint = f"{reason}. A local folder in hub layout works without a network."
+    return invalid("dataset", expected, dataset, hint=hint, error=error)

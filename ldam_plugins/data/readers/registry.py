@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ldam_plugins._validation import must_be, quoted
+from ldam_plugins._validation import invalid, quoted
 from ldam_plugins.data.readers.base import ArraySource, ImageRows
 from ldam_plugins.data.readers.class_folders import (
     TINY_IMAGENET_FILES,
@@ -61,8 +61,8 @@ def load_rows(request: ImageRequest) -> _Pair:
     for field in fields(request):
         value = getattr(request, field.name)
         if field.name not in uses and value != field.default and field.name != "dataset":
-            way_out = f"It means nothing for {request.dataset!r}, read as {kind}."
-            raise ValueError(must_be(field.name, "left out", value, way_out))
+            hint = f"It means nothing for {request.dataset!r}, read as {kind}."
+            raise invalid(field.name, "left out", value, hint=hint)
     return load(request)
 
 
@@ -75,8 +75,8 @@ def _kind(request: ImageRequest) -> str:
         return _folder_kind(request.root, request.train_split)
     if _HUB_ID.fullmatch(request.dataset):
         return "tables"
-    wanted = "'digits', a folder that is there or a hub id"
-    raise ValueError(must_be("dataset", wanted, request.dataset, "There is no such folder."))
+    expected = "'digits', a folder that is there or a hub id"
+    raise invalid("dataset", expected, request.dataset, hint="There is no such folder.")
 
 
 def _folder_kind(root: Path, train_split: str) -> str:
@@ -134,15 +134,15 @@ def _load_digits(request: ImageRequest) -> _Pair:
 
 def _load_lists(request: ImageRequest) -> _Pair:
     if not request.root.is_dir():
-        wanted = "the folder that the listed paths are relative to"
-        raise ValueError(must_be("dataset", wanted, request.dataset, "There is no such folder."))
+        expected = "the folder that the listed paths are relative to"
+        raise invalid("dataset", expected, request.dataset, hint="There is no such folder.")
     for name in ("train_list", "test_list"):
         if getattr(request, name) is None:
-            raise ValueError(must_be(name, "given, since the other list is", None))
+            raise invalid(name, "given, since the other list is", None)
     files = [Path(str(name)).expanduser() for name in (request.train_list, request.test_list)]
     kinds = {file.suffix.lower() == ".json" for file in files}
     if len(kinds) > 1:
-        raise ValueError(must_be("test_list", f"of the kind of {files[0].name}", files[1].name))
+        raise invalid("test_list", f"of the kind of {files[0].name}", files[1].name)
     read = read_annotations if True in kinds else read_lists
     return read(request.root, files[0], files[1])
 
@@ -185,10 +185,10 @@ def _pick_splits(request: ImageRequest, available: list[str]) -> tuple[str, str]
     test = request.test_split or next((name for name in TEST_SPLITS if name in available), None)
     there = f"one of {quoted(available)}, the splits of {request.dataset}"
     if request.train_split not in available:
-        raise ValueError(must_be("train_split", there, request.train_split))
+        raise invalid("train_split", there, request.train_split)
     if test not in available:
-        way_out = "" if test else f"None is named {', '.join(TEST_SPLITS)}."
-        raise ValueError(must_be("test_split", there, test, way_out))
+        hint = "" if test else f"None is named {', '.join(TEST_SPLITS)}."
+        raise invalid("test_split", there, test, hint=hint)
     return request.train_split, test
 
 

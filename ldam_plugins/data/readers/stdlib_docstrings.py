@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ldam_plugins._validation import must_be
+from ldam_plugins._validation import invalid
 
 MIN_TEXTS = 20
 """A module with fewer texts is left out."""
@@ -47,9 +47,9 @@ def read_docstrings(
     by_module = _distinct({name: list(_texts_of(root, name)) for name in _module_names()})
     kept = {name: texts for name, texts in by_module.items() if len(texts) >= MIN_TEXTS}
     if len(kept) < 2:
-        wanted = "a folder with the sources of Python's standard library"
-        way_out = "Install Python with its .py files, or give a hub id or a local folder."
-        raise ValueError(must_be("root", wanted, str(root), way_out))
+        expected = "a folder with the sources of Python's standard library"
+        hint = "Install Python with its .py files, or give a hub id or a local folder."
+        raise invalid("root", expected, str(root), hint=hint)
     parts: tuple[list[str], list[str]] = ([], [])
     labels: tuple[list[int], list[int]] = ([], [])
     random = np.random.RandomState(_SEED)

@@ -10,7 +10,7 @@ from timm.task import ClassificationTask
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from ldam_plugins._validation import must_be
+from ldam_plugins._validation import invalid
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.heads import (
     check_heads,
@@ -22,7 +22,7 @@ from ldam_plugins.heads import (
 from ldam_plugins.kernels.chunked_cosines import ChunkedCosines
 from ldam_plugins.losses.base import ClassificationLoss
 from ldam_plugins.losses.registry import create_loss
-from ldam_plugins.losses.reweighting import enter_stage, warn_of_combination
+from ldam_plugins.losses.reweighting import apply_stage, warn_of_combination
 from ldam_plugins.schedules import DeferredSchedule, Progress
 
 
@@ -85,7 +85,9 @@ class LongTailTask(ClassificationTask):
         if isinstance(loss, str):
             loss = create_loss(loss, class_counts, **loss_options)
         elif loss_options:
-            raise TypeError(must_be("loss_options", "empty beside a ready loss", loss_options))
+            raise invalid(
+                "loss_options", "empty beside a ready loss", loss_options, error=TypeError
+            )
         else:
             _check_same_counts(class_counts, loss)
         if loss.needs_cosine_head:
@@ -104,7 +106,7 @@ class LongTailTask(ClassificationTask):
 
         They are written at a change of stage only, so call it before every update if you like.
         """
-        return enter_stage(self.criterion, self.schedule, progress)
+        return apply_stage(self.criterion, self.schedule, progress)
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Loss and logits of one batch.
@@ -120,7 +122,7 @@ class LongTailTask(ClassificationTask):
         self._check_heads()
         output = self.trainable_module(input)
         if not isinstance(output, (Tensor, ChunkedCosines)):
-            raise TypeError(_one_output(output))
+            raise _one_output(output)
         return {"loss": self.criterion(output, target), "output": output}
 
     def prepare_distributed(
@@ -201,8 +203,8 @@ class LongTailTask(ClassificationTask):
 def _check_same_counts(class_counts: Any, loss: ClassificationLoss) -> None:
     given = class_counts if isinstance(class_counts, ClassCounts) else ClassCounts(class_counts)
     if given != loss.class_counts:
-        wanted = f"those of the ready loss, {loss.class_counts!r}"
-        raise ValueError(must_be("class_counts", wanted, given))
+        expected = f"those of the ready loss, {loss.class_counts!r}"
+        raise invalid("class_counts", expected, given)
 
 
 def _device_of(model: nn.Module) -> torch.device | None:
@@ -219,8 +221,9 @@ def _part(model: nn.Module, name: str) -> nn.Module | None:
     return part
 
 
-def _one_output(output: Any) -> str:
-    way_out = "Auxiliary outputs would need a loss of their own: build the model without them"
-    way_out += " (`aux_logits=False`), switch them off (`model.set_distilled_training(False)`), or"
-    way_out += " wrap the model in a module that returns the logits alone."
-    return must_be("logits", "one tensor (N, C)", type(output).__name__, way_out)
+def _one_output(output: Any) -> Exception:
+    hint = "Auxiliary outputs would need a loss of their own: build the model without them"
+    hint += " (`aux_logits=False`), switch them off (`model.set_distilled_training(False)`), or"
+    hint += " wrap the model in a module that returns the logits alone."
+    shown = type(output).__name__
+    return invalid("logits", "one tensor (N, C)", shown, hint=hint, error=TypeError)

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from ldam_plugins._validation import check_int, check_real, must_be
+from ldam_plugins._validation import check_int, check_real, invalid
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.data.labels import GIVE_COUNTS, IGNORED, TrainingLabels
 from ldam_plugins.integrations.transformers.checks import (
+    attach_cosine_head,
     calling_trainer,
     check_forward,
     check_head,
@@ -23,7 +24,6 @@ from ldam_plugins.integrations.transformers.checks import (
     check_sharding,
     class_count,
     fold_when_saved,
-    put_head,
 )
 from ldam_plugins.integrations.transformers.mixup import FeatureMixup, remove_mixup
 from ldam_plugins.integrations.transformers.training_run import (
@@ -154,7 +154,7 @@ class DRWCallback(TrainerCallback):
         """Check the set-up and put on the cosine head, before there is an optimizer."""
         trainer = calling_trainer()
         self._check(trainer)
-        if self._cosine_head and put_head(trainer, self._scale):
+        if self._cosine_head and attach_cosine_head(trainer, self._scale):
             self._untrained.add(trainer.model)
         fold_when_saved(trainer.model)
 
@@ -270,20 +270,20 @@ class DRWCallback(TrainerCallback):
         ours = isinstance(getattr(loss, "__self__", None), TrainingRun)
         explicit = self._given is not None and loss == self._given.compute_loss_func
         if not (loss is None or ours or explicit):
-            way_out = "Write `compute_loss_func=criterion.compute_loss_func, "
-            way_out += "callbacks=[DRWCallback(criterion)]`, or leave the function out."
-            wanted = "that of the callback's criterion, or None"
-            raise ValueError(must_be("compute_loss_func", wanted, loss, way_out))
+            hint = "Write `compute_loss_func=criterion.compute_loss_func, "
+            hint += "callbacks=[DRWCallback(criterion)]`, or leave the function out."
+            expected = "that of the callback's criterion, or None"
+            raise invalid("compute_loss_func", expected, loss, hint=hint)
 
     def _labels(self, args: TrainingArguments, train_dataloader: Any) -> TrainingLabels:
         """The labels of the training set, not read yet."""
-        way_out = GIVE_COUNTS
+        hint = GIVE_COUNTS
         if self.schedule.kind in RESAMPLING:
-            way_out = "Use schedule='drw' and class_counts=[...]: re-sampling needs every label."
+            hint = "Use schedule='drw' and class_counts=[...]: re-sampling needs every label."
         ignored = self._options.get("ignore_index", IGNORED)
         if self._given is not None:
             ignored = self._given.ignore_index
-        return TrainingLabels(train_dataloader, args, ignored=ignored, way_out=way_out)
+        return TrainingLabels(train_dataloader, args, ignored=ignored, hint=hint)
 
     def _criterion_for(self, trainer: Trainer, labels: TrainingLabels) -> ClassificationLoss:
         """The loss given, or one made for the counts given, or for the training labels."""
@@ -292,8 +292,8 @@ class DRWCallback(TrainerCallback):
         if counts is None:
             counts = labels.count(classes)
         if classes is not None and len(counts) != classes:
-            way_out = f"Create the model with num_labels={len(counts)}, or give its counts."
-            raise ValueError(must_be("class_counts", f"{classes} counts", len(counts), way_out))
+            hint = f"Create the model with num_labels={len(counts)}, or give its counts."
+            raise invalid("class_counts", f"{classes} counts", len(counts), hint=hint)
         if self._given is not None:
             return self._given
         return create_loss(self._loss, counts, **self._options)
@@ -336,8 +336,8 @@ def _schedule(
     if not isinstance(schedule, DeferredSchedule):
         return DeferredSchedule(schedule, **given)
     if given:
-        way_out = "The DeferredSchedule has its own."
-        raise ValueError(must_be(", ".join(given), "left out", list(given.values()), way_out))
+        hint = "The DeferredSchedule has its own."
+        raise invalid(", ".join(given), "left out", list(given.values()), hint=hint)
     return schedule
 
 
@@ -345,27 +345,27 @@ def _check_criterion(
     criterion: ClassificationLoss, class_counts: ClassCounts | None, given: dict[str, Any]
 ) -> None:
     if not isinstance(criterion, ClassificationLoss):
-        way_out = "Make one with create_loss(name, class_counts), or name it: loss='ldam'."
-        raise TypeError(must_be("criterion", "a loss of ldam_plugins", criterion, way_out))
+        hint = "Make one with create_loss(name, class_counts), or name it: loss='ldam'."
+        raise invalid("criterion", "a loss of ldam_plugins", criterion, hint=hint, error=TypeError)
     if criterion.reduction != "mean":
-        raise ValueError(must_be("criterion.reduction", "'mean'", criterion.reduction))
+        raise invalid("criterion.reduction", "'mean'", criterion.reduction)
     if class_counts is not None and class_counts != criterion.class_counts:
-        wanted = f"those of the criterion, {criterion.class_counts}"
-        raise ValueError(must_be("class_counts", wanted, class_counts))
+        expected = f"those of the criterion, {criterion.class_counts}"
+        raise invalid("class_counts", expected, class_counts)
     again = {name: value for name, value in given.items() if value is not None}
     if again:
-        way_out = "The criterion has its own."
-        raise ValueError(must_be(", ".join(again), "left out", list(again.values()), way_out))
+        hint = "The criterion has its own."
+        raise invalid(", ".join(again), "left out", list(again.values()), hint=hint)
 
 
-def _head_scale(scale: float | None, criterion: ClassificationLoss, wanted: bool) -> float:
+def _head_scale(scale: float | None, criterion: ClassificationLoss, expected: bool) -> float:
     """Scale of the cosine head: the loss's own, the one given, or the paper's."""
     own = getattr(criterion, "scale", None)
     if scale is None:
         return _SCALE if own is None else own
     if own not in (None, scale):
-        raise ValueError(must_be("scale", f"{own:g} or left out, as the criterion's", scale))
-    if own is None and not wanted:
-        way_out = "This loss has no margin: cosine_head=True puts a cosine head on all the same."
-        raise ValueError(must_be("scale", "left out", scale, way_out))
+        raise invalid("scale", f"{own:g} or left out, as the criterion's", scale)
+    if own is None and not expected:
+        hint = "This loss has no margin: cosine_head=True puts a cosine head on all the same."
+        raise invalid("scale", "left out", scale, hint=hint)
     return check_real("scale", scale, low=0, low_open=True)

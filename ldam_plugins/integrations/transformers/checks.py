@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Trainer, TrainerCallback
 
-from ldam_plugins._validation import must_be
+from ldam_plugins._validation import invalid
 from ldam_plugins.heads import (
     CosineConv2d,
     check_heads,
@@ -59,12 +59,12 @@ def check_setup(trainer: Trainer, kind: type[TrainerCallback], *, resampling: bo
     _check_arguments(trainer, resampling)
     _check_config(getattr(trainer.model, "config", None))
     if getattr(trainer, "loss_is_scaled_for_ga", None) is False:
-        way_out = "The loss is divided by the items of the whole batch already; remove the line."
-        raise ValueError(must_be("loss_is_scaled_for_ga", "None or True", False, way_out))
+        hint = "The loss is divided by the items of the whole batch already; remove the line."
+        raise invalid("loss_is_scaled_for_ga", "None or True", False, hint=hint)
     same = [cb for cb in trainer.callback_handler.callbacks if isinstance(cb, kind)]
     if len(same) > 1:
-        way_out = "Each would set the loss and its weights: remove the others."
-        raise ValueError(must_be("callbacks", f"given one {kind.__name__}", len(same), way_out))
+        hint = "Each would set the loss and its weights: remove the others."
+        raise invalid("callbacks", f"given one {kind.__name__}", len(same), hint=hint)
 
 
 def check_sharding(trainer: Trainer, *, cosine_head: bool) -> None:
@@ -75,15 +75,15 @@ def check_sharding(trainer: Trainer, *, cosine_head: bool) -> None:
     package is partitioned.
 
     Raises:
-        ValueError: stage 3, and a cosine head is there or wanted.
+        ValueError: stage 3, and a cosine head is there or expected.
     """
     if cosine_head or cosine_heads(trainer.model):
-        way_out = "Shard a model with a cosine head by ZeRO-2 or FSDP2, or choose a loss without"
-        way_out += " margin, such as loss='logit_adjusted' or loss='ce'."
-        refuse_deepspeed(trainer.args.deepspeed_plugin, stages=(3,), way_out=way_out)
+        hint = "Shard a model with a cosine head by ZeRO-2 or FSDP2, or choose a loss without"
+        hint += " margin, such as loss='logit_adjusted' or loss='ce'."
+        refuse_deepspeed(trainer.args.deepspeed_plugin, stages=(3,), hint=hint)
 
 
-def put_head(trainer: Trainer, scale: float) -> bool:
+def attach_cosine_head(trainer: Trainer, scale: float) -> bool:
     """Put a cosine head on the Trainer's model unless one is there, before it has an optimizer.
 
     The rows of the old head stay as directions of length 1, so that a model saved earlier still
@@ -97,14 +97,14 @@ def put_head(trainer: Trainer, scale: float) -> bool:
     """
     new = not cosine_heads(trainer.model)
     if trainer.model_init is not None and new:
-        way_out = f"Let it return `use_cosine_head(model, scale={scale:g})`."
-        wanted = "a function that puts the cosine head on, for it builds the model anew"
-        raise ValueError(must_be("model_init", wanted, trainer.model_init, way_out))
+        hint = f"Let it return `use_cosine_head(model, scale={scale:g})`."
+        expected = "a function that puts the cosine head on, for it builds the model anew"
+        raise invalid("model_init", expected, trainer.model_init, hint=hint)
     try:
         use_cosine_head(trainer.model, scale, init="keep")
     except ValueError as error:
-        way_out = f"Call use_cosine_head(model, scale={scale:g}, head=...) before Trainer(...)."
-        raise ValueError(f"{error} {way_out}") from error
+        hint = f"Call use_cosine_head(model, scale={scale:g}, head=...) before Trainer(...)."
+        raise ValueError(f"{error} {hint}") from error
     if new:
         for head in cosine_heads(trainer.model).values():
             rows = head.weight.data
@@ -120,17 +120,17 @@ def check_head(model: nn.Module, optimizer: Any, scale: float) -> None:
     """
     before = f"Call use_cosine_head(model, scale={scale:g}) before the optimizer is made."
     if not cosine_heads(model):
-        way_out = f"Give the callback to Trainer(callbacks=[...]). Or: {before}"
-        raise ValueError(must_be("model", "one with a cosine head", type(model).__name__, way_out))
+        hint = f"Give the callback to Trainer(callbacks=[...]). Or: {before}"
+        raise invalid("model", "one with a cosine head", type(model).__name__, hint=hint)
     heads = check_heads(model, scale)
     trained = [head.weight for head in heads.values() if head.weight.requires_grad]
     if not trained:
-        way_out = "Write `head.requires_grad_(True)`; with PEFT name it in `modules_to_save`."
-        raise ValueError(must_be("model", "one whose head trains", list(heads), way_out))
+        hint = "Write `head.requires_grad_(True)`; with PEFT name it in `modules_to_save`."
+        raise invalid("model", "one whose head trains", list(heads), hint=hint)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     known = any(id(parameter) in held for parameter in model.parameters())  # not if sharded
     if known and not all(id(weight) in held for weight in trained):
-        raise ValueError(must_be("optimizer", "one that holds the head", list(heads), before))
+        raise invalid("optimizer", "one that holds the head", list(heads), hint=before)
 
 
 def check_forward(trainer: Trainer) -> None:
@@ -149,7 +149,7 @@ def check_forward(trainer: Trainer) -> None:
         called = called.get_base_model() if hasattr(called, "get_base_model") else called  # PEFT's
     labels = inspect.signature(called.forward).parameters.get("labels")
     if labels is not None and labels.default is labels.empty:
-        raise ValueError(_needs_labels(called))
+        raise _needs_labels(called)
     compiled = called is not model or getattr(model, "_compiled_call_impl", None) is not None
     of_a_host = type(model).__module__.startswith(("transformers.", "peft."))
     if not (compiled or trainer.args.torch_compile or of_a_host or "forward" in vars(model)):
@@ -172,13 +172,13 @@ def _explained(forward: Any) -> Any:
     return first_forward
 
 
-def _needs_labels(model: nn.Module) -> str:
-    way_out = (
+def _needs_labels(model: nn.Module) -> Exception:
+    hint = (
         "Write `labels=None` there, and return no loss where they are None: the Trainer gives the "
         "labels to the loss of DRWCallback, not to the model."
     )
-    return must_be(
-        "model", "one whose `forward` works without labels", type(model).__name__, way_out
+    return invalid(
+        "model", "one whose `forward` works without labels", type(model).__name__, hint=hint
     )
 
 
@@ -212,32 +212,32 @@ def _fold_entries(
 def _check_arguments(trainer: Trainer, resampling: bool) -> None:
     args = trainer.args
     if args.label_smoothing_factor != 0:
-        way_out = "The Trainer ignores it where the loss is given: remove label_smoothing_factor."
+        hint = "The Trainer ignores it where the loss is given: remove label_smoothing_factor."
         value = args.label_smoothing_factor
-        raise ValueError(must_be("label_smoothing_factor", "0 with DRWCallback", value, way_out))
+        raise invalid("label_smoothing_factor", "0 with DRWCallback", value, hint=hint)
     if args.label_names is not None and "labels" not in args.label_names:
-        way_out = 'Leave it out, and write `train_dataset.rename_column("...", "label")`.'
-        raise ValueError(must_be("label_names", "['labels'] or None", args.label_names, way_out))
+        hint = 'Leave it out, and write `train_dataset.rename_column("...", "label")`.'
+        raise invalid("label_names", "['labels'] or None", args.label_names, hint=hint)
     if args.world_size > 1 and not args.average_tokens_across_devices:
-        way_out = "Else the update depends on which process gets which example."
-        wanted = "True where several processes train"
-        raise ValueError(must_be("average_tokens_across_devices", wanted, False, way_out))
+        hint = "Else the update depends on which process gets which example."
+        expected = "True where several processes train"
+        raise invalid("average_tokens_across_devices", expected, False, hint=hint)
     strategy = getattr(args, "train_sampling_strategy", "random")
     if resampling and strategy != "random":
-        way_out = "The schedule re-samples the examples itself."
-        raise ValueError(must_be("train_sampling_strategy", "'random'", strategy, way_out))
+        hint = "The schedule re-samples the examples itself."
+        raise invalid("train_sampling_strategy", "'random'", strategy, hint=hint)
 
 
 def _check_config(config: Any) -> None:
     """Refuse models whose task is not one class of several, or that answer with tuples."""
     problem = getattr(config, "problem_type", None)
     if problem not in (None, "single_label_classification"):
-        way_out = "A margin per class needs one class an example; other tasks have no LDAM."
-        wanted = "None or 'single_label_classification'"
-        raise ValueError(must_be("config.problem_type", wanted, problem, way_out))
+        hint = "A margin per class needs one class an example; other tasks have no LDAM."
+        expected = "None or 'single_label_classification'"
+        raise invalid("config.problem_type", expected, problem, hint=hint)
     if getattr(config, "num_labels", 2) < 2:
-        way_out = "Create the model with num_labels=2 for two classes."
-        raise ValueError(must_be("config.num_labels", ">= 2", config.num_labels, way_out))
+        hint = "Create the model with num_labels=2 for two classes."
+        raise invalid("config.num_labels", ">= 2", config.num_labels, hint=hint)
     if getattr(config, "return_dict", True) is False:
-        way_out = "The Trainer drops the first item of tuple outputs where the loss is given."
-        raise ValueError(must_be("config.return_dict", "True", False, way_out))
+        hint = "The Trainer drops the first item of tuple outputs where the loss is given."
+        raise invalid("config.return_dict", "True", False, hint=hint)

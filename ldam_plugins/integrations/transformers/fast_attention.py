@@ -13,7 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from ldam_plugins.kernels.dispatch import readable
+from ldam_plugins.kernels.dispatch import can_inspect_values
 
 ATTENTION = "sdpa_fast_dropout"
 """Name under which transformers finds this attention."""
@@ -68,7 +68,7 @@ class FastDropout(nn.Dropout):
     def forward(self, input: Tensor) -> Tensor:
         """Input of any shape, each element 0 with probability p and else divided by 1 - p."""
         steps = _dropped_steps(self.p)
-        if not (self.training and 0 < steps < _STEPS and readable(input)):
+        if not (self.training and 0 < steps < _STEPS and can_inspect_values(input)):
             return super().forward(input)
         kept = _draw(input.shape, steps).ge_(0).to(input.dtype).mul_(_STEPS / (_STEPS - steps))
         return input.mul_(kept) if self.inplace else input * kept
@@ -104,7 +104,7 @@ def attention_forward(
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     usual = (
-        not readable(query, key, value, attention_mask)
+        not can_inspect_values(query, key, value, attention_mask)
         or not 0 < _dropped_steps(dropout) < _STEPS
         or getattr(module, "num_key_value_groups", 1) > 1
         or any(kwargs.get(name) for name in ("softcap", "output_attentions"))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.loss.loss_utils import LOSS_MAPPING
 
-from ldam_plugins._validation import must_be
+from ldam_plugins._validation import invalid
 from ldam_plugins.losses.registry import LDAMLoss
 
 LOSS_TYPE = "LDAM"
@@ -55,8 +55,8 @@ def ldam_of_config(
     """
     counts = getattr(config, "class_counts", None)
     if counts is None:
-        way_out = "Write `config.class_counts = [...]`, the training samples of each class."
-        raise ValueError(must_be("config.class_counts", "one count per class", None, way_out))
+        hint = "Write `config.class_counts = [...]`, the training samples of each class."
+        raise invalid("config.class_counts", "one count per class", None, hint=hint)
     options = getattr(config, "ldam_options", None) or {}
     criterion = _criterion(tuple(counts), tuple(sorted(options.items())), pooled_logits.device)
     labels = labels.to(pooled_logits.device)

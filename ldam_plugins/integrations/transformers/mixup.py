@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Trainer
 
-from ldam_plugins._validation import must_be
+from ldam_plugins._validation import invalid
 from ldam_plugins.heads import cosine_heads, find_head
 from ldam_plugins.integrations.transformers.checks import calling_trainer
 
@@ -35,9 +35,9 @@ class FeatureMixup:
 
     def __init__(self, trainer: Trainer, alpha: float) -> None:
         if trainer.args.n_gpu > 1:
-            way_out = "Start one process a GPU with `accelerate launch` or `torchrun`."
-            wanted = "0 where one process trains on several GPUs"
-            raise ValueError(must_be("mixup", wanted, alpha, way_out))
+            hint = "Start one process a GPU with `accelerate launch` or `torchrun`."
+            expected = "0 where one process trains on several GPUs"
+            raise invalid("mixup", expected, alpha, hint=hint)
         self.alpha = alpha
         self._lam: float | None = None
         self._partner: Tensor | None = None
@@ -60,9 +60,9 @@ class FeatureMixup:
             raise RuntimeError("mixup: the model computed logits without its head; use mixup=0.")
         if labels.ndim == 1:
             if bool(((labels < 0) | (labels >= num_classes)).any()):
-                way_out = "Leave such examples out of the training set, or use mixup=0."
-                wanted = f"in 0..{num_classes - 1} for Mixup"
-                raise ValueError(must_be("labels", wanted, labels.tolist(), way_out))
+                hint = "Leave such examples out of the training set, or use mixup=0."
+                expected = f"in 0..{num_classes - 1} for Mixup"
+                raise invalid("labels", expected, labels.tolist(), hint=hint)
             labels = functional.one_hot(labels, num_classes).to(torch.get_default_dtype())
         return labels.lerp(labels[partner.to(labels.device)], 1 - lam)
 
@@ -78,9 +78,9 @@ class FeatureMixup:
             return None
         features, *others = args
         if features.ndim != 2:
-            way_out = "Features of single tokens belong to no one place of another text."
-            wanted = f"0 for a head that gets features of shape {tuple(features.shape)}"
-            raise ValueError(must_be("mixup", wanted, self.alpha, way_out))
+            hint = "Features of single tokens belong to no one place of another text."
+            expected = f"0 for a head that gets features of shape {tuple(features.shape)}"
+            raise invalid("mixup", expected, self.alpha, hint=hint)
         if self._partner is None:
             self._partner = torch.randperm(len(features))
         partner = features[self._partner.to(features.device)]

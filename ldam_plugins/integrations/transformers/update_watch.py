@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
-from ldam_plugins._validation import must_be
+from ldam_plugins._validation import invalid
 from ldam_plugins.losses.trainer_updates import HOST_IGNORES
 
 
@@ -74,12 +74,12 @@ class UpdateWatch:
             found = trainer.accelerator.reduce(found, "sum")
         labelled, odd = found.tolist()
         if not odd and labelled != counted:
-            way_out = (
+            hint = (
                 f"The loss of {kind} is divided by it. Let compute_loss() hand on the count that "
                 "training_step() gets, and get_batch_samples() return what super()'s returns."
             )
-            wanted = f"{labelled}, the labels of the first update"
-            raise ValueError(must_be("num_items_in_batch", wanted, counted, way_out))
+            expected = f"{labelled}, the labels of the first update"
+            raise invalid("num_items_in_batch", expected, counted, hint=hint)
 
     def _check_factor(self, trainer: Trainer, kind: str) -> None:
         replicas = trainer.args.n_gpu if trainer.args.n_gpu > 1 else trainer.args.world_size
