@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -417,6 +418,11 @@ def _twin(module: nn.Module) -> Any:
         k: None if buffer is None else buffer.clone() for k, buffer in module._buffers.items()
     }
     state["training"] = True
+    if "_original_forward" in state:
+        # Under mixed precision Accelerate's `prepare` puts a function around `forward` that casts
+        # what it returns to float32, by a look at the dtype, which a stand-in cannot answer.
+        forward = state["_original_forward"]
+        state["forward"] = types.MethodType(getattr(forward, "__func__", forward), twin)
     twin.__dict__ = state
     return twin
 

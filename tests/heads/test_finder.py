@@ -8,6 +8,8 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
+import transformers
+from accelerate import Accelerator
 from torch import nn
 
 from ldam_plugins.heads.finder import find_head
@@ -376,3 +378,25 @@ def test_an_adapter_on_the_head_is_refused(lora):
     model = lora(target_modules=["body.0", "fc"])
     with pytest.raises(ValueError, match=r"base_model\.model\.fc\.base_layer.*modules_to_save"):
         find_head(model)
+
+
+class Outer(nn.Module):
+    """Gives what the model inside gives, as a model under adapters does."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids):
+        return self.model(input_ids)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_model_that_accelerate_has_prepared(precision):
+    """Its forward is then one that casts the outputs, which are looked at for that."""
+    config = transformers.BertConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, num_labels=3
+    )
+    model = Outer(transformers.BertForSequenceClassification(config))
+    prepared = Accelerator(cpu=True, mixed_precision=precision).prepare(model)
+    assert find_head(prepared) == ("model.classifier",)
