@@ -264,11 +264,11 @@ BAD = {
     ),
     "no such image column": (
         then(saved_to_disk, image_column="x"),
-        "`image_column` must be a column",
+        "`image_column` must be one of 'img', 'label', got 'x'",
     ),
     "column not labels": (then(saved_to_disk, label_column="img"), "a column of class labels"),
     "column not images": (then(saved_to_disk, image_column="label"), "a column of images"),
-    "no image column": (no_image_column, r"no column could be the `image_column`.*text \(Value\)"),
+    "no image column": (no_image_column, r"no column could be the `image_column`.*text \(string\)"),
     "no such split": (
         then(saved_to_disk, train_split="x"),
         "`train_split` must be one of 'train', 'va",

@@ -161,7 +161,7 @@ def test_no_column_of_labels(hub_folder):
 
 def test_no_test_split(hub_folder):
     folder = hub_folder(test_split="extra")
-    expect("`test_split` must be given, for none of 'train', 'extra' is named test", folder)
+    expect("`test_split` must be one of 'train', 'extra', got None. None is named test", folder)
 
 
 @pytest.mark.parametrize(
