@@ -173,8 +173,10 @@ class TrainingLabels:
         logger.info(f"Reading the labels of {total} examples. {self.hint}")
         batches = BatchSampler(SequentialSampler(self.dataset), self.batch_size, False)
         first, held, began = 0, [], time.monotonic()
-        bar_options = {"delay": _SECONDS_BEFORE_A_BAR, "disable": not self.progress}
-        with tqdm(total=total, desc="Reading labels", **bar_options) as bar:
+        quiet = not self.progress
+        with tqdm(
+            total=total, desc="Reading labels", delay=_SECONDS_BEFORE_A_BAR, disable=quiet
+        ) as bar:
             for rows, examples in self._batches(batches, partial(_labels_of, self.ignored)):
                 found, unnamed = examples
                 self._unnamed |= unnamed

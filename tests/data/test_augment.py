@@ -10,12 +10,7 @@ import torch
 from torchvision import transforms
 from torchvision.transforms import functional
 
-from ldam_plugins.data.augment import (
-    CropFlip,
-    RandomCropFlip,
-    crop_flip,
-    normalize,
-)
+from ldam_plugins.data.augment import CropFlip, RandomCropFlip, crop_flip, normalize
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 

@@ -83,7 +83,9 @@ def _read(readers: Sequence[Reader[Any, Any]], request: Request) -> tuple[Any, A
 def _unknown(readers: Sequence[Reader[Any, Any]], request: Request) -> Exception:
     if not request.is_folder:
         return _missing(readers, request, "There is no such folder")
-    what = f"{request.root} is no known kind of data set. Known are: {_layouts(readers, request)}."
+    what = (
+        f"{request.root} is no known kind of data set. Known layouts: {_layouts(readers, request)}."
+    )
     return ValueError(f"{what} There is {listing(request.root)}.")
 
 
@@ -93,10 +95,8 @@ def _missing(
     reason: str,
     error: type[Exception] = ValueError,
 ) -> Exception:
-    hint = (
-        f"{reason}. Known are: {_layouts(readers, request)}. A local folder in hub layout works "
-        "without a network."
-    )
+    layouts = _layouts(readers, request)
+    hint = f"{reason}. Known layouts: {layouts}. A folder in hub layout needs no network."
     expected = "a folder that is there, or the name of a data set"
     return invalid("dataset", expected, request.dataset, hint=hint, error=error)
 

@@ -100,7 +100,7 @@ HUB_TEXTS = Reader(
     name="tables",
     layout="a hub id, or a folder of files that `datasets.load_dataset` reads",
     options=("text_column", "label_column", "train_split", "test_split", "skip_empty"),
-    accepts=lambda request: True,  # the last one asked; `datasets` says what is wrong
+    accepts=lambda request: bool(request.dataset),  # the last one asked: `datasets` knows others
     read=_read_texts,
 )
 
