@@ -100,7 +100,9 @@ def check_int(
     return number
 
 
-def check_choice(name: str, value: _Value, choices: Collection[_Value]) -> _Value:
+def check_choice(
+    name: str, value: _Value, choices: Collection[_Value], *, hint: str = ""
+) -> _Value:
     """Return ``value`` if it is one of ``choices``, else raise and name the nearest ones.
 
     Raises:
@@ -110,8 +112,8 @@ def check_choice(name: str, value: _Value, choices: Collection[_Value]) -> _Valu
         return value
     listed = quoted(choices) if len(choices) <= _MAX_NAMED else f"{len(choices)} known names"
     near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], cutoff=0.5)
-    hint = f"Did you mean {quoted(near)}?" if near else ""
-    raise invalid(name, f"one of {listed}", value, hint=hint)
+    advice = f"Did you mean {quoted(near)}? {hint}" if near else hint
+    raise invalid(name, f"one of {listed}", value, hint=advice.rstrip())
 
 
 def quoted(values: Iterable[object]) -> str:

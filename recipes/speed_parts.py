@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchvision import transforms
 
 from ldam_plugins import ClassCounts, DeferredSchedule, LDAMLoss, use_cosine_head
-from ldam_plugins.data.in_memory import RandomCropFlip, normalize
+from ldam_plugins.data.augment import RandomCropFlip, normalize
 from ldam_plugins.metrics import MetricAccumulator
 from ldam_plugins.samplers import DeferredSampler
 

@@ -37,7 +37,8 @@ from torch.utils.data import DataLoader, Dataset
 from ldam_plugins import ClassCounts, use_cosine_head
 from ldam_plugins._validation import check_choice, check_int, invalid
 from ldam_plugins.data import LabelledImages, load_images, long_tail_indices
-from ldam_plugins.data.in_memory import InMemoryImages, RandomCropFlip, normalize
+from ldam_plugins.data.augment import RandomCropFlip, normalize
+from ldam_plugins.data.in_memory import InMemoryImages
 from ldam_plugins.heads import find_head
 from ldam_plugins.kernels.batch_norm import use_fast_batch_norm
 from ldam_plugins.losses.base import ClassificationLoss

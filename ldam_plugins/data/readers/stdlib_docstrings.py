@@ -1,4 +1,4 @@
-"""The embedded text set: docstrings of Python's standard library, labelled by module."""
+"""Docstrings of Python's standard library, labelled by module: texts that need no network."""
 
 from __future__ import annotations
 
@@ -8,10 +8,17 @@ import sysconfig
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ldam_plugins._validation import invalid
+from ldam_plugins.data.readers.base import Reader, TextRequest, text_table
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_NAME = "stdlib_docstrings"
 
 MIN_TEXTS = 20
 """A module with fewer texts is left out."""
@@ -61,6 +68,20 @@ def read_docstrings(
             labels[index].extend([label] * len(rows))
     train, test = (np.array(values, dtype=np.int64) for values in labels)
     return (parts[0], train), (parts[1], test), tuple(kept)
+
+
+def _read(request: TextRequest) -> tuple[Dataset, Dataset]:
+    train, test, class_names = read_docstrings()
+    return text_table(*train, class_names), text_table(*test, class_names)
+
+
+STDLIB_DOCSTRINGS = Reader(
+    name="embedded docstrings",
+    layout=f"{_NAME!r}",
+    options=("skip_empty",),  # no text is empty
+    accepts=lambda request: request.dataset == _NAME,
+    read=_read,
+)
 
 
 def _module_names() -> list[str]:

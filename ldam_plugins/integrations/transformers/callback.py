@@ -14,7 +14,8 @@ from transformers.utils import logging
 
 from ldam_plugins._validation import check_int, check_real, invalid
 from ldam_plugins.counts import ClassCounts
-from ldam_plugins.data.labels import GIVE_COUNTS, IGNORED, TrainingLabels
+from ldam_plugins.data.labels import GIVE_COUNTS, IGNORED
+from ldam_plugins.data.training_labels import TrainingLabels
 from ldam_plugins.integrations.transformers.checks import (
     attach_cosine_head,
     calling_trainer,
@@ -283,7 +284,15 @@ class DRWCallback(TrainerCallback):
         ignored = self._options.get("ignore_index", IGNORED)
         if self._given is not None:
             ignored = self._given.ignore_index
-        return TrainingLabels(train_dataloader, args, ignored=ignored, hint=hint)
+        return TrainingLabels(
+            train_dataloader,
+            args.train_batch_size,
+            num_processes=args.world_size,
+            process_index=args.process_index,
+            progress=not args.disable_tqdm,
+            ignored=ignored,
+            hint=hint,
+        )
 
     def _criterion_for(self, trainer: Trainer, labels: TrainingLabels) -> ClassificationLoss:
         """The loss given, or one made for the counts given, or for the training labels."""

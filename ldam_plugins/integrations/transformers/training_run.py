@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.utils import logging
 
 from ldam_plugins._validation import invalid
-from ldam_plugins.data.labels import TrainingLabels
+from ldam_plugins.data.training_labels import TrainingLabels
 from ldam_plugins.integrations.transformers.mixup import FeatureMixup
 from ldam_plugins.integrations.transformers.update_watch import UpdateWatch
 from ldam_plugins.losses.base import ClassificationLoss
