@@ -1,4 +1,11 @@
-"""The base of the losses: class counts, a weight per class, and how a batch is averaged."""
+"""The base of the losses as modules: class counts, a weight per class, the form of the Trainer.
+
+Each loss has a file of its own, with a pure function of tensors and a module that knows the class
+counts. What all of them take stands once: a batch and its checks in
+:func:`.reduction.check_batch`, weight, ignored index and reduction in
+:class:`.reduction.CommonOptions`. Arithmetic is float32 for 16-bit logits, else in the logits' own
+precision.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +20,22 @@ from torch import Tensor, nn
 from ldam_plugins._validation import check_choice, check_int, invalid
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.kernels.chunked_cosines import ChunkedCosines
-from ldam_plugins.kernels.dispatch import beside, ordinary
-from ldam_plugins.losses.functional import cross_entropy
+from ldam_plugins.kernels.dispatch import match_tensor_kind, runs_eagerly
 from ldam_plugins.losses.model_outputs import find_logits, one_label_a_row, refuse_lost_logits
 from ldam_plugins.losses.reduction import (
     REDUCTIONS,
     mean_denominator,
+    prepare,
     wide_default,
     widened,
 )
 from ldam_plugins.losses.trainer_updates import check_item_count
 
+DEFAULT_SCALE = 30.0
+"""Scale s of a cosine head, ``z = s cos(theta)``, and of the margins in its logits.
+
+Source: Cao et al., NeurIPS 2019, arXiv 1906.07413 (their code: s = 30).
+"""
 _INITIALISED = "_is_hf_initialized"
 """Flag of transformers, on what a checkpoint held and on modules that have been initialised."""
 
@@ -40,7 +52,7 @@ class Filled(NamedTuple):
     @classmethod
     def of(cls, source: Hashable, buffer: Tensor) -> Filled | None:
         """As the buffer is now; None where torch does not count who writes into it."""
-        if not ordinary(buffer) or buffer.is_inference():
+        if not runs_eagerly(buffer) or buffer.is_inference():
             return None
         values = buffer.clone() if buffer.is_cpu else None
         return cls(source, buffer, buffer.data_ptr(), buffer._version, values)
@@ -58,8 +70,11 @@ class ClassificationLoss(nn.Module):
     """Base of all losses: class counts, a weight per class, and how a batch is averaged.
 
     Calling it gives the loss of ``logits`` (N, C) against ``target``, class indices (N,) int64 or
-    class masses (N, C) floating; shapes, dtypes and ``reduction="mean"`` are those of
-    :mod:`ldam_plugins.losses.functional`.
+    soft targets (N, C) floating, which need not sum to 1 (mixup, cutmix, label smoothing). The mean
+    is that of :class:`.reduction.CommonOptions`.
+
+    A loss of one's own overrides ``_loss``, says below what is true of it, and is entered in
+    :mod:`.losses.registry`.
 
     ``weight`` is a buffer (C,) of ones, to be filled in place (``loss.weight.copy_(w)``) when a
     schedule says so: one module, one graph. It stays float32 or float64 when the module is made,
@@ -76,11 +91,13 @@ class ClassificationLoss(nn.Module):
         ValueError: bad counts, or an unknown reduction.
     """
 
-    weight: Tensor
     needs_cosine_head = False
     """Whether the loss is meant for logits ``scale * cos(theta)``: its margins are in cosines."""
     takes_chunked_head = False
     """Whether it takes the output of ``use_cosine_head(model, chunked=True)`` in training."""
+    corrects_prior = False
+    """Whether the loss alone, without class weights, divides by the class prior at its optimum."""
+    weight: Tensor
     scale: float
 
     def __init__(
@@ -133,12 +150,12 @@ class ClassificationLoss(nn.Module):
         return loss(logits, target, **self._common("sum")) / denominator
 
     def denominator(self, target: Tensor) -> Tensor:
-        """What ``reduction="mean"`` divides by: ``sum(w_y)`` for indices, N for masses (0-d)."""
+        """What the mean divides by: ``sum(w_y)`` for indices, N for soft targets (0-d)."""
         return mean_denominator(target, self.weight, self.ignore_index)
 
     def mean_weight(self) -> Tensor:
         """Mean weight of a training sample, ``sum(n_c w_c) / sum(n_c)`` (0-d); 1 for ones."""
-        weight = beside(self.weight, self.weight)
+        weight = match_tensor_kind(self.weight, self.weight)
         return (self._constant("prior", weight) * weight).sum()
 
     def fill_weight(self, source: Hashable, make: Callable[[], Tensor]) -> None:
@@ -196,8 +213,8 @@ class ClassificationLoss(nn.Module):
         items, replicas = self._items(labels, num_items_in_batch)
         if not torch.is_grad_enabled():
             self._check_classes(logits)
-            total = cross_entropy(logits, labels, ignore_index=self.ignore_index, reduction="sum")
-            return total / (_near(items, logits) * replicas)
+            batch = prepare(logits, labels, ignore_index=self.ignore_index, reduction="sum")
+            return batch.cross_entropy(batch.logits) / (_near(items, logits) * replicas)
         divisor = _near(self.mean_weight(), logits) * _near(items, logits) * replicas
         return self.forward(logits, labels, divisor)
 
@@ -205,7 +222,7 @@ class ClassificationLoss(nn.Module):
         """Items to divide by, at least 1, and the replicas the host multiplies the loss by."""
         if counted is None:
             return mean_denominator(labels, None, self.ignore_index).clamp_min(1), 1
-        # The host counts entries of the masses, not rows.
+        # The host counts entries of soft targets, not rows.
         entries = labels.shape[1] if labels.ndim == 2 else 1
         if not isinstance(counted, Tensor):
             return max(counted / entries, 1), 1
@@ -218,7 +235,10 @@ class ClassificationLoss(nn.Module):
 
     def _chunked_loss(self, cosines: ChunkedCosines, target: Tensor, **common: Any) -> Tensor:
         """The same without the (N, C) logits, where the loss can be had so."""
-        hint = "Only ce, ldam and uniform_margin do. Use use_cosine_head(model, chunked=False)."
+        from ldam_plugins.losses.registry import list_losses, loss_class  # it imports this module
+
+        *most, last = (name for name in list_losses() if loss_class(name).takes_chunked_head)
+        hint = f"Only {', '.join(most)} and {last} do. Use use_cosine_head(model, chunked=False)."
         raise invalid(
             "loss", "one for a chunked head", type(self).__name__, hint=hint, error=TypeError
         )
@@ -249,7 +269,7 @@ class ClassificationLoss(nn.Module):
     def _bring_constants(self) -> None:
         """Have the constants where the weight is, in its precision; not where nothing is kept."""
         place = self.weight.device, self.weight.dtype
-        if ordinary(self.weight) and not self.weight.is_meta:
+        if runs_eagerly(self.weight) and not self.weight.is_meta:
             with torch.inference_mode(False):
                 self._at_hand = {name: exact.to(*place) for name, exact in self._exact.items()}
 
@@ -257,8 +277,8 @@ class ClassificationLoss(nn.Module):
         """The constant ``name`` in the precision the loss is computed in."""
         dtype, ready = widened(logits.dtype), self._at_hand.get(name)
         if ready is None or ready.device != logits.device or ready.dtype.itemsize < dtype.itemsize:
-            return beside(self._exact[name], logits).to(logits.device, dtype)
-        return beside(ready, logits)
+            return match_tensor_kind(self._exact[name], logits).to(logits.device, dtype)
+        return match_tensor_kind(ready, logits)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As ever, but ``weight`` stays wide, and of ones where transformers has nothing for it.
@@ -309,7 +329,7 @@ def _near(number: Tensor | float, logits: Tensor | ChunkedCosines) -> Any:
     """A number (0-d) for arithmetic with the logits; one on the CPU goes with every device."""
     if not isinstance(number, Tensor):
         return number
-    return beside(number if number.is_cpu else number.to(logits.device), logits)
+    return match_tensor_kind(number if number.is_cpu else number.to(logits.device), logits)
 
 
 def _way_to_logits(outputs: Any) -> str:
