@@ -69,14 +69,14 @@ def margin_cross_entropy(
 class _KeepsGradient(torch.autograd.Function):
     """The loss, and its gradient with respect to the logits in their dtype.
 
-    The second output is there to be kept: as an output it has a derivative of its own, which
-    makes the backward pass differentiable without the logits. A gradient is
-    ``total * softmax - part``; ``ctx.terms`` makes total (N, 1) and part (N, C) of what is kept.
+    As an output the gradient has a derivative of its own, so the backward pass is differentiable
+    without the logits. It is ``total * softmax - part``; ``ctx.terms`` computes total (N, 1) and
+    part (N, C) from the tensors that are kept.
     """
 
     @staticmethod
     def keep(ctx: Any, terms: Callable[..., tuple[Tensor, Tensor]], *tensors: Tensor) -> None:
-        """For the other passes: first of the tensors is the gradient."""
+        """Save tensors for the backward pass and forward mode, the gradient first."""
         ctx.terms = terms
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
@@ -89,7 +89,7 @@ class _KeepsGradient(torch.autograd.Function):
         gradient = ctx.saved_tensors[0]
         result = None
         if of_loss is not None:
-            result = gradient if _free_to_give(of_loss) else gradient * of_loss
+            result = gradient if _can_return_kept(of_loss) else gradient * of_loss
         if of_gradient is not None:
             through = _product(gradient, ctx.terms(*ctx.saved_tensors), of_gradient)
             result = through if result is None else result + through
@@ -148,11 +148,11 @@ def _terms_of_target_probs(
     return part.sum(1, keepdim=True), part
 
 
-def _free_to_give(of_loss: Tensor) -> bool:
-    """Whether a backward pass may hand out the gradient that was kept, which saves a copy of it.
+def _can_return_kept(of_loss: Tensor) -> bool:
+    """Whether a backward pass may return the gradient that was kept itself, and save a copy.
 
-    Only where the factor is the 1 that a backward pass usually begins with and the graph goes
-    after this pass: whoever gets the gradient may write into it.
+    Only where the factor is the 1 that a backward pass usually begins with and the graph is freed
+    after this pass, as the receiver may write into the gradient.
     """
     if torch.is_grad_enabled() or not can_inspect_values(of_loss):
         return False
@@ -179,7 +179,7 @@ def _row_chunks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
 
 
 def _scratch(like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Room for a chunk of rows in some precision."""
+    """An uninitialised chunk of rows in some precision."""
     rows = min(_rows_at_once(like), len(like))
     return like.new_empty((rows, like.shape[1]), dtype=dtype)
 

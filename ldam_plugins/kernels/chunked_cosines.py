@@ -99,7 +99,7 @@ class ChunkedCosines:
     def cross_entropy(self, target: Tensor, shift: Tensor | None = None) -> Tensor:
         """``F.cross_entropy(z - shift * one_hot(target), target, reduction="none")``, (N,).
 
-        Peak memory beside the gradients is a few times ``CHUNK_ELEMENTS``; derivatives of first
+        Peak memory, gradients not counted, is a few times ``CHUNK_ELEMENTS``; derivatives of first
         order only. Transforms of torch.func and tensor subclasses (``DTensor``) get the definition,
         with all logits at once and derivatives of every order.
 

@@ -6,7 +6,13 @@ from ldam_plugins.losses.focal import FocalLoss, focal_loss
 from ldam_plugins.losses.hinge import HingeLoss, LDAMHingeLoss, hinge_loss
 from ldam_plugins.losses.ldam import LDAMLoss, UniformMarginLoss, ldam_loss
 from ldam_plugins.losses.logit_adjusted import LogitAdjustedLoss, logit_adjusted_loss
-from ldam_plugins.losses.registry import create_loss, list_losses, loss_class, loss_options
+from ldam_plugins.losses.registry import (
+    create_loss,
+    list_losses,
+    loss_class,
+    loss_options,
+    losses_with,
+)
 from ldam_plugins.losses.reweighting import (
     apply_stage,
     combination_advice,
@@ -36,6 +42,7 @@ __all__ = [
     "logit_adjusted_loss",
     "loss_class",
     "loss_options",
+    "losses_with",
     "vector_scaling_loss",
     "warn_of_combination",
 ]

@@ -1,4 +1,4 @@
-"""What every loss is given beside logits and targets: a batch, its weights, and its mean."""
+"""What all losses share: the checks of a batch, the weights of its rows, and its mean."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ldam_plugins._validation import check_choice, invalid
 from ldam_plugins.counts import ClassCounts
-from ldam_plugins.losses.base import ClassificationLoss, option_names
+from ldam_plugins.losses.base import ClassificationLoss, option_defaults
 from ldam_plugins.losses.cross_entropy import CrossEntropyLoss
 from ldam_plugins.losses.focal import FocalLoss
 from ldam_plugins.losses.hinge import HingeLoss, LDAMHingeLoss
@@ -85,4 +85,15 @@ def loss_options(name: str) -> tuple[str, ...]:
     Raises:
         ValueError: an unknown name.
     """
-    return option_names(loss_class(name))
+    return tuple(option_defaults(loss_class(name)))
+
+
+def losses_with(option: str) -> dict[str, Any]:
+    """Losses that take an option of this name, and its default there.
+
+    Example:
+        >>> losses_with("gamma")
+        {'focal': 2.0, 'vector_scaling': 0.15}
+    """
+    defaults = {name: option_defaults(loss) for name, loss in _LOSSES.items()}
+    return {name: own[option] for name, own in defaults.items() if option in own}

@@ -142,7 +142,7 @@ def test_caller_keeps_his_logits(criterion):
     assert torch.equal(logits, before)
 
 
-def test_compiled_is_the_same_in_one_graph_whatever_the_weights(name):
+def test_compiled_is_the_same_in_one_graph_for_all_weights(name):
     torch._dynamo.reset()
     counter = CompileCounter()
     loss = create_loss(name, COUNTS)

@@ -1,7 +1,7 @@
 import pytest
 
 from ldam_plugins import create_loss, list_losses
-from ldam_plugins.losses import ClassificationLoss, LDAMLoss, loss_class, loss_options
+from ldam_plugins.losses import ClassificationLoss, LDAMLoss, loss_class, loss_options, losses_with
 
 COUNTS = [5000, 1077, 232, 50]
 
@@ -13,7 +13,8 @@ def test_options_of_a_loss_are_what_it_takes_and_keeps(name):
     assert issubclass(loss_class(name), ClassificationLoss)
     options = {option: getattr(loss, option) for option in loss_options(name)}
     assert repr(create_loss(name, COUNTS, **options)) == repr(loss)
-    assert {"reduction", "ignore_index"} < {*options, "another"}
+    assert {"reduction", "ignore_index"} <= {*options}
+    assert all(losses_with(option)[name] == value for option, value in options.items())
 
 
 def test_a_class_by_its_name():

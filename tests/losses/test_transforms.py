@@ -1,4 +1,4 @@
-"""Losses under whatever looks on: every transform, mode and tensor type of F.cross_entropy."""
+"""Losses under every transform, mode and tensor type of F.cross_entropy."""
 
 import copy
 import itertools
