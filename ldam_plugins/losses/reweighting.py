@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
 
 from ldam_plugins.losses.base import ClassificationLoss
@@ -15,15 +14,15 @@ _TWICE = (
     "this loss, or this schedule with 'ce' or 'ldam'"
 )
 
-ADVICE: dict[tuple[type[ClassificationLoss], str], str] = {
+ADVICE: dict[type[ClassificationLoss], str] = {
     # With class weights w and prior pi the optimum is f_y = log p(y | x) + log w_y - tau log pi_y
     # (times the factors of vector scaling). tau = 1 alone is the balanced classifier; w ~ 1 / pi
     # on top of it is as far from that one as plain cross-entropy is, on the other side. Measured
     # (README.md): more error, or no gain beyond noise. Sampling throughout was not found to hurt.
-    key: _TWICE
-    for key in itertools.product((LogitAdjustedLoss, VectorScalingLoss), ("rw", "drw", "drs"))
+    loss: _TWICE
+    for loss in (LogitAdjustedLoss, VectorScalingLoss)
 }
-"""Why a loss and a kind of schedule do not go together."""
+"""Why a loss does not go together with schedules that re-weight, or re-sample late."""
 
 
 def apply_stage(
@@ -65,8 +64,9 @@ def combination_advice(loss: ClassificationLoss, schedule: DeferredSchedule) -> 
         "loss LogitAdjustedLoss under schedule 'drw'"
     """
     tau = getattr(loss, "tau", 1.0)
-    acts = tau > 0 and schedule.beta > 0
-    why = ADVICE.get((type(loss), schedule.kind)) if acts else None
+    late_sampling = schedule.is_resampling and schedule.is_deferred
+    acts = tau > 0 and schedule.beta > 0 and (schedule.is_reweighting or late_sampling)
+    why = ADVICE.get(type(loss)) if acts else None
     if why is None:
         return None
     return f"loss {type(loss).__name__} under schedule {schedule.kind!r}: {why.format(tau=tau)}."

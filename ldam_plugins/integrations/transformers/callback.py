@@ -27,19 +27,18 @@ from ldam_plugins.integrations.transformers.checks import (
 )
 from ldam_plugins.integrations.transformers.mixup import FeatureMixup, remove_mixup
 from ldam_plugins.integrations.transformers.training_run import (
-    RESAMPLING,
     TrainingRun,
     give_back_sampler,
     users_sampler,
 )
 from ldam_plugins.losses.base import ClassificationLoss
+from ldam_plugins.losses.ldam import DEFAULT_SCALE
 from ldam_plugins.losses.registry import create_loss, loss_options
 from ldam_plugins.losses.reweighting import warn_of_combination
 from ldam_plugins.losses.trainer_updates import check_ignored
 from ldam_plugins.schedules import DeferredSchedule
 
 logger = logging.get_logger(__name__)
-_SCALE = 30.0  # the paper's
 _DRAW_EVERY_ROW = (
     "SequentialSampler",
     "RandomSampler",
@@ -129,7 +128,7 @@ class DRWCallback(TrainerCallback):
             _check_criterion(criterion, class_counts, {"loss": loss, **options})
         else:
             if "scale" in loss_options(self._loss):
-                self._options = {"scale": _SCALE if scale is None else scale, **options}
+                self._options = {"scale": DEFAULT_SCALE if scale is None else scale, **options}
             criterion = create_loss(self._loss, [1, 1], **self._options)  # refuses bad options now
         self._ignored = criterion.ignore_index
         self._cosine_head = criterion.needs_cosine_head if cosine_head is None else cosine_head
@@ -263,7 +262,7 @@ class DRWCallback(TrainerCallback):
             self._untrained.discard(model)
 
     def _check(self, trainer: Trainer) -> None:
-        check_setup(trainer, DRWCallback, resampling=self.schedule.kind in RESAMPLING)
+        check_setup(trainer, DRWCallback, resampling=self.schedule.is_resampling)
         check_sharding(trainer, cosine_head=self._cosine_head)
         check_ignored(self._ignored)
         loss = trainer.compute_loss_func
@@ -278,7 +277,7 @@ class DRWCallback(TrainerCallback):
     def _labels(self, args: TrainingArguments, train_dataloader: Any) -> TrainingLabels:
         """The labels of the training set, not read yet."""
         hint = GIVE_COUNTS
-        if self.schedule.kind in RESAMPLING:
+        if self.schedule.is_resampling:
             hint = "Use schedule='drw' and class_counts=[...]: re-sampling needs every label."
         ignored = self._options.get("ignore_index", IGNORED)
         if self._given is not None:
@@ -305,7 +304,7 @@ class DRWCallback(TrainerCallback):
             return
         counted = self._given is None and self.class_counts is None
         said = ["the classes were counted in the whole train_dataset"] if counted else []
-        if self.schedule.kind in ("rw", "drw"):
+        if self.schedule.is_reweighting:
             said += ["the class weights correct once more what a balancing sampler corrects"]
         if said:
             logger.warning(
@@ -362,7 +361,7 @@ def _head_scale(scale: float | None, criterion: ClassificationLoss, expected: bo
     """Scale of the cosine head: the loss's own, the one given, or the paper's."""
     own = getattr(criterion, "scale", None)
     if scale is None:
-        return _SCALE if own is None else own
+        return DEFAULT_SCALE if own is None else own
     if own not in (None, scale):
         raise invalid("scale", f"{own:g} or left out, as the criterion's", scale)
     if own is None and not expected:

@@ -26,9 +26,6 @@ from ldam_plugins.samplers import DeferredSampler
 from ldam_plugins.schedules import DeferredSchedule, Progress
 from ldam_plugins.training.environment import num_unpadded_rows
 
-RESAMPLING = ("rs", "drs", "progressive")
-"""Kinds of schedule that change the sampler."""
-
 logger = logging.get_logger(__name__)
 
 
@@ -82,7 +79,7 @@ class TrainingRun:
         give_back_sampler(train_dataloader)
         self._last_round = _last_round(train_dataloader)
         self._sampler: DeferredSampler | None = None
-        if schedule.kind in RESAMPLING:
+        if schedule.is_resampling:
             self._sampler = self._make_sampler(train_dataloader, labels, total_steps, seed)
 
     def compute_loss(
@@ -176,11 +173,8 @@ class TrainingRun:
 
     def _check_start(self, total_steps: int, train_dataloader: Any) -> None:
         schedule = self.schedule
-        in_epochs = schedule.unit == "epoch" or (
-            schedule.unit == "auto" and not isinstance(schedule.start, float)
-        )
-        deferred = schedule.kind in ("drw", "drs") and schedule.start != 0
-        if deferred and in_epochs and not _has_length(train_dataloader):
+        in_epochs = schedule.starts_at_epoch and schedule.start != 0
+        if in_epochs and not _has_length(train_dataloader):
             hint = (
                 "An epoch of a dataset without length has no known end: use a share of the "
                 'training (start=0.8) or DeferredSchedule("drw", start=1000, unit="step").'
