@@ -35,7 +35,7 @@ from ldam_plugins.losses.base import ClassificationLoss
 from ldam_plugins.losses.ldam import DEFAULT_SCALE
 from ldam_plugins.losses.registry import create_loss, loss_options
 from ldam_plugins.losses.reweighting import warn_of_combination
-from ldam_plugins.losses.trainer_updates import check_ignored
+from ldam_plugins.losses.trainer_checks import check_ignored
 from ldam_plugins.schedules import DeferredSchedule
 
 logger = logging.get_logger(__name__)
@@ -151,7 +151,7 @@ class DRWCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Check the set-up and put on the cosine head, before there is an optimizer."""
-        trainer = calling_trainer()
+        trainer = calling_trainer(self)
         self._check(trainer)
         if self._cosine_head and attach_cosine_head(trainer, self._scale):
             self._untrained.add(trainer.model)
@@ -168,7 +168,7 @@ class DRWCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Make the loss, give it to the Trainer and work out the schedule."""
-        trainer = calling_trainer()
+        trainer = calling_trainer(self)
         self._check(trainer)
         check_forward(trainer)
         if self._cosine_head:
@@ -252,7 +252,7 @@ class DRWCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Say so when a head is evaluated that was put on and never trained."""
-        model = calling_trainer().model
+        model = calling_trainer(self).model
         if model in self._untrained:
             logger.warning(
                 "DRWCallback put a cosine head on the model, with the old head's directions and "
@@ -315,7 +315,7 @@ class DRWCallback(TrainerCallback):
     def _running(self) -> TrainingRun:
         """The run of the Trainer that fires an event; the callback may serve others as well."""
         try:
-            run = getattr(calling_trainer().compute_loss_func, "__self__", None)
+            run = getattr(calling_trainer(self).compute_loss_func, "__self__", None)
         except RuntimeError:
             run = None
         if not isinstance(run, TrainingRun) or not run.serves(self):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Trainer, TrainerCallback
 
+from ldam_plugins._call_stack import find_trainer
 from ldam_plugins._validation import invalid
 from ldam_plugins.heads import (
     CosineConv2d,
@@ -22,32 +23,21 @@ from ldam_plugins.heads import (
 from ldam_plugins.training.environment import refuse_deepspeed
 
 
-def calling_trainer(method: str | None = None) -> Trainer:
-    """The Trainer that fires an event: the nearest one on the stack of calls.
+def calling_trainer(callback: TrainerCallback) -> Trainer:
+    """The Trainer that fires an event of ``callback``.
 
-    Events hand over model, optimizer and data loader but not the Trainer (transformers 5.23),
-    and only its ``compute_loss_func`` sees labels and item count for every model and every cut of
-    the batch.
-
-    Args:
-        method: If given, only a Trainer that runs its method of this name counts.
+    Events hand over model, optimizer and data loader but not the Trainer (transformers 5.23).
 
     Raises:
         RuntimeError: no Trainer is running.
     """
-    frame = inspect.currentframe()
-    try:
-        while frame is not None:
-            owner = frame.f_locals.get("self")
-            if isinstance(owner, Trainer) and method in (None, frame.f_code.co_name):
-                return owner
-            frame = frame.f_back
-    finally:
-        del frame  # a frame that refers to itself would keep its locals alive
-    raise RuntimeError(
-        "DRWCallback works inside transformers.Trainer: "
-        "write Trainer(..., callbacks=[DRWCallback()])."
-    )
+    trainer = find_trainer()
+    if trainer is None:
+        name = type(callback).__name__
+        raise RuntimeError(
+            f"{name} works inside transformers.Trainer: write Trainer(..., callbacks=[{name}()])."
+        )
+    return trainer
 
 
 def check_setup(trainer: Trainer, kind: type[TrainerCallback], *, resampling: bool) -> None:
