@@ -25,6 +25,7 @@ from ldam_plugins.kernels.margin_cross_entropy import (
     margin_cross_entropy,
     margin_cross_entropy_of_masses,
 )
+from ldam_plugins.losses.ldam import DEFAULT_SCALE
 from ldam_plugins.losses.reduction import (
     REDUCTIONS,
     at_target,
@@ -96,7 +97,7 @@ def ldam_loss(
     target: Tensor,
     margins: Tensor,
     *,
-    scale: float = 30.0,
+    scale: float = DEFAULT_SCALE,
     weight: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
@@ -167,7 +168,7 @@ def hinge_loss(
     target: Tensor,
     margins: Tensor,
     *,
-    scale: float = 30.0,
+    scale: float = DEFAULT_SCALE,
     weight: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
@@ -267,7 +268,7 @@ def chunked_cross_entropy(
     target: Tensor,
     margins: Tensor | None = None,
     *,
-    scale: float = 30.0,
+    scale: float = DEFAULT_SCALE,
     weight: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",

@@ -14,6 +14,7 @@ from ldam_plugins.counts import ClassCounts
 from ldam_plugins.kernels.chunked_cosines import ChunkedCosines
 from ldam_plugins.losses import functional
 from ldam_plugins.losses.base import ClassificationLoss, option_names
+from ldam_plugins.losses.ldam import DEFAULT_SCALE
 
 
 class CrossEntropyLoss(ClassificationLoss):
@@ -56,7 +57,7 @@ class _MarginLoss(ClassificationLoss):
         self,
         class_counts: ClassCounts | Sequence[int] | np.ndarray | Tensor,
         max_margin: float = 0.5,
-        scale: float = 30.0,
+        scale: float = DEFAULT_SCALE,
         **common: Any,
     ) -> None:
         super().__init__(class_counts, **common)
