@@ -25,11 +25,12 @@ from ldam_plugins.heads.layers import (
     cosine_layer,
     replace_layers,
 )
+from ldam_plugins.losses.ldam import DEFAULT_SCALE
 
 
 def use_cosine_head(
     model: nn.Module,
-    scale: float = 30.0,
+    scale: float = DEFAULT_SCALE,
     *,
     head: str | Sequence[str] | None = None,
     init: Literal["random", "keep"] = "random",

@@ -17,6 +17,7 @@ from ldam_plugins.kernels.chunked_cosines import (
     followed,
     full_precision,
 )
+from ldam_plugins.losses.ldam import DEFAULT_SCALE
 
 _MOMENT_RATE = 0.01
 _ROUNDING = 1.001
@@ -158,7 +159,7 @@ class CosineLinear(CosineHead, nn.Linear):
         self,
         in_features: int,
         out_features: int,
-        scale: float = 30.0,
+        scale: float = DEFAULT_SCALE,
         *,
         folded_bias: bool = True,
         chunked: bool = False,
@@ -203,7 +204,7 @@ class CosineConv2d(CosineHead, nn.Conv2d):
         self,
         in_channels: int,
         out_channels: int,
-        scale: float = 30.0,
+        scale: float = DEFAULT_SCALE,
         *,
         folded_bias: bool = True,
         device: Any = None,
