@@ -15,15 +15,16 @@ from transformers.utils import logging
 from ldam_plugins._validation import check_int, check_real, invalid
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.data.labels import GIVE_COUNTS, IGNORED, TrainingLabels
+from ldam_plugins.heads.cosine import attach_cosine_head
+from ldam_plugins.heads.finder import class_count
+from ldam_plugins.heads.folding import fold_when_saved
 from ldam_plugins.integrations.transformers.checks import (
-    attach_cosine_head,
     calling_trainer,
     check_forward,
     check_head,
+    check_model_init,
     check_setup,
     check_sharding,
-    class_count,
-    fold_when_saved,
 )
 from ldam_plugins.integrations.transformers.mixup import FeatureMixup, remove_mixup
 from ldam_plugins.integrations.transformers.training_run import (
@@ -153,8 +154,10 @@ class DRWCallback(TrainerCallback):
         """Check the set-up and put on the cosine head, before there is an optimizer."""
         trainer = calling_trainer(self)
         self._check(trainer)
-        if self._cosine_head and attach_cosine_head(trainer, self._scale):
-            self._untrained.add(trainer.model)
+        if self._cosine_head:
+            check_model_init(trainer, self._scale)
+            if attach_cosine_head(trainer.model, self._scale):
+                self._untrained.add(trainer.model)
         fold_when_saved(trainer.model)
 
     def on_train_begin(
