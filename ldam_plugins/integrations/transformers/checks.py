@@ -1,4 +1,4 @@
-"""What a DRWCallback needs of Trainer and model, and the set-ups it refuses."""
+"""The Trainers and models that a DRWCallback refuses, each with what to write instead."""
 
 from __future__ import annotations
 
@@ -86,7 +86,10 @@ def check_head(model: nn.Module, optimizer: Any, scale: float) -> None:
     """
     before = f"Call use_cosine_head(model, scale={scale:g}) before the optimizer is made."
     if not cosine_heads(model):
-        hint = f"Give the callback to Trainer(callbacks=[...]). Or: {before}"
+        hint = (
+            "Give the callback to Trainer(callbacks=[...]), or call its attach(trainer) before the"
+        )
+        hint += f" first train(). Or: {before}"
         raise invalid("model", "one with a cosine head", type(model).__name__, hint=hint)
     heads = check_heads(model, scale)
     trained = [head.weight for head in heads.values() if head.weight.requires_grad]
