@@ -108,8 +108,7 @@ def switch_epoch(schedule: DeferredSchedule, epochs: int) -> int:
     if schedule.unit == "step":
         hint = "Name the --epochs to probe."
         raise invalid("start_unit", "'epoch' or 'fraction'", "step", hint=hint)
-    fine = 10**6
-    return schedule.start_step(epochs * fine, fine) // fine
+    return schedule.start_epoch(epochs)
 
 
 def load_checkpoint(subject: Subject, epochs: int, run: Path) -> None:

@@ -47,7 +47,6 @@ from ldam_plugins.integrations.transformers.run_callbacks import (
     newest_trainer_checkpoint,
 )
 from ldam_plugins.integrations.transformers.saved_model import describe_saved, measure_saved
-from ldam_plugins.integrations.transformers.training_run import RESAMPLING
 from ldam_plugins.losses.base import ClassificationLoss
 from ldam_plugins.reports.run_report import per_class_table, write_report
 from ldam_plugins.training.environment import (
@@ -165,7 +164,7 @@ def model_folder(options: TextOptions) -> str:
 def make_arguments(options: TextOptions) -> TrainingArguments:
     """Arguments of a Trainer that logs, evaluates and saves once an epoch."""
     precision = choose_precision(options.mixed_precision)
-    resampled = options.schedule in RESAMPLING
+    resampled = options.make_schedule().is_resampling
     return TrainingArguments(
         output_dir=str(Path(options.output_dir, "checkpoints")),
         num_train_epochs=options.epochs,

@@ -11,8 +11,17 @@ from paths import PACKAGE, RECIPES, ROOT
 
 RECIPES = sorted(RECIPES.glob("*.py"))
 # The rooms of the package, low to high: each may import those before it and itself.
-ROOMS = ["_validation", "counts", "schedules", "kernels", "losses", "heads", "metrics", "data"]
-ROOMS += ["samplers", "training", "posthoc", "reports", "integrations", "benchmark"]
+ROOMS = ["_validation", "_call_stack", "counts", "schedules", "kernels", "losses", "heads"]
+ROOMS += [
+    "metrics",
+    "data",
+    "samplers",
+    "training",
+    "posthoc",
+    "reports",
+    "integrations",
+    "benchmark",
+]
 OLD_PATHS = {  # where each has moved, and a name that was there
     "ldam_plugins.timm_plugin": ("ldam_plugins.integrations.timm", "LongTailTask"),
     "ldam_plugins.hf_bilstm": ("ldam_plugins.integrations.transformers.bilstm", "BiLSTMConfig"),
@@ -81,6 +90,17 @@ def test_hosts_are_imported_by_their_integrations_only(module):
     if module.startswith(("ldam_plugins.integrations.transformers", "ldam_plugins.hf_")):
         allowed = {"transformers", "peft"}
     assert hosts & {"timm", "transformers", "peft"} <= allowed
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_one_module_looks_at_the_call_stack(module):
+    names = {
+        node.attr
+        for node in ast.walk(ast.parse(MODULES[module].read_text()))
+        if isinstance(node, ast.Attribute)
+    }
+    if module != "ldam_plugins._call_stack":
+        assert not names & {"_getframe", "currentframe", "f_back"}
 
 
 @pytest.mark.parametrize("old", OLD_PATHS)

@@ -8,6 +8,7 @@ from typing import Any, TypeGuard
 from torch import nn
 
 from ldam_plugins._validation import check_choice, invalid, quoted
+from ldam_plugins.heads.layers import cosine_heads
 from ldam_plugins.heads.trace import Mix, Reader, Stack, Untraceable, is_adapter
 
 Layers = dict[str, nn.Linear | nn.Conv2d]
@@ -61,6 +62,18 @@ def find_head(model: nn.Module, head: str | Sequence[str] | None = None) -> tupl
         names = _by_output(model, layers)
     refuse_adapted(names)
     return names
+
+
+def class_count(model: nn.Module) -> int | None:
+    """Number of classes of ``model``, by its cosine head or its ``config``; None if neither says.
+
+    The head is asked for its size and not for the shape of its weight, of which a wrapper may keep
+    a part only.
+    """
+    heads = list(cosine_heads(model).values())
+    if heads:
+        return _sizes(heads[0])[1]
+    return getattr(getattr(model, "config", None), "num_labels", None)
 
 
 def refuse_adapted(names: Iterable[str]) -> None:
@@ -233,7 +246,7 @@ def _by_label_count(model: nn.Module, layers: Layers) -> tuple[str, ...]:
     return ()
 
 
-def _class_count(module: nn.Module) -> int | None:
+def _stated_class_count(module: nn.Module) -> int | None:
     labels: Any = getattr(getattr(module, "config", None), "num_labels", None)
     classes: Any = labels if labels is not None else getattr(module, "num_classes", None)
     return classes if isinstance(classes, int) else None
@@ -248,7 +261,7 @@ def _sizes(layer: nn.Linear | nn.Conv2d) -> tuple[int, int]:
 def _refuse_headless(model: nn.Module) -> None:
     for _, module in _shells(model):
         features_only = hasattr(module, "feature_info") and not hasattr(module, "get_classifier")
-        classes = _class_count(module)
+        classes = _stated_class_count(module)
         if classes and not features_only:
             return
         if classes == 0 or features_only:

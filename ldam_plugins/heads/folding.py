@@ -1,9 +1,13 @@
-"""How long the logits of a folded head should be: fitted to inputs."""
+"""Folding: a cosine head becomes the ordinary layer that was there before.
+
+In memory (`fold_cosine_head`), in a state dict (`folded_state_dict`), or in every state dict of the
+model from now on (`fold_when_saved`). The folded layer is one that the host's own loader reads.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,8 +15,159 @@ import torch
 from torch import Tensor, nn
 
 from ldam_plugins._validation import invalid
+from ldam_plugins.heads.finder import refuse_adapted
+from ldam_plugins.heads.guard import let_go
+from ldam_plugins.heads.layers import (
+    Cosine,
+    CosineConv2d,
+    check_unpartitioned,
+    cosine_heads,
+    is_sharded,
+    plausible_moments,
+    replace_layers,
+)
+from ldam_plugins.kernels.chunked_cosines import SMALLEST_LENGTH
 
 _WIDEST_FACTOR = 2.0**20
+
+
+def fold_cosine_head(
+    model: nn.Module, *, inputs: Iterable[Tensor | Sequence[Any] | Mapping[str, Any]] | None = None
+) -> nn.Module:
+    """Turn every cosine head of ``model`` into an ordinary layer again, in place.
+
+    The new weight is ``k * w[c] / |w[c]|``; the bias, if the replaced layer had one, is zero. For
+    features x the cosine head gives ``s * w.x / (|w| |x|)``, the folded one ``k * w.x / |w|``:
+    one positive factor per example apart, so the largest logit is the same on every input (up
+    to the rounding of the model's dtype), whatever k is. It scales the probabilities:
+
+    * from training: ``k = s * E|x| / E|x|^2``, which minimises ``E (k|x| - s)^2``, with the norms
+      met in the last 100 or so training batches, dropout included;
+    * from ``inputs``: the factor on top of that with the least mean Kullback-Leibler divergence
+      of the folded model's probabilities from the cosine model's on these inputs, both in
+      evaluation mode. Use this where dropout acts on the features, or nothing was trained;
+    * with neither: ``k = s / sqrt(H)``, right for features of unit mean square.
+
+    Models that combine several heads: where the heads read the same features (EfficientFormer,
+    SwiftFormer) they have the same k and their mean is the same up to one factor too. Where they
+    read different ones (DeiT's two tokens, CrossViT's two branches, VOLO's auxiliary head), no
+    linear layers can weigh them as the cosines do: each head keeps its own largest logit,
+    but the combination may differ where the heads disagree and the norms vary. The same holds
+    for logits that are averaged over places after the head.
+
+    Args:
+        model: A model on which `use_cosine_head` was called.
+        inputs: Some batches as the model takes them, on its device: a tensor, a mapping of keyword
+            arguments, or a sequence whose first entry is the tensor, as loaders give. A few
+            hundred examples are enough; their logits are kept in memory.
+
+    Returns:
+        ``model``; if ``model`` itself is the head, the new layer.
+
+    Raises:
+        TypeError: the model's output on ``inputs`` is neither a tensor nor holds ``logits``.
+        ValueError: no cosine head is there, an adapter sits on it, it is sharded (FSDP2, ZeRO-3),
+            or ``inputs`` holds no example or none with a finite, non-zero logit.
+
+    Example:
+        >>> model = use_cosine_head(nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 3)))
+        >>> fold_cosine_head(model)[2]
+        Linear(in_features=4, out_features=3, bias=True)
+    """
+    heads = _required_heads(model)
+    _check_whole(heads)
+    layers = {head: plain_layer(head) for head in heads.values()}
+    if inputs is not None:
+        factor = matching_scale(*logits_of_both(model, layers, inputs))
+        for layer in layers.values():
+            layer.weight.data.mul_(factor)
+    let_go(model)
+    return replace_layers(model, layers)
+
+
+def folded_state_dict(
+    model: nn.Module, state_dict: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Return a state dict that both the stock architecture and ``model`` can load.
+
+    Each head's ``weight`` is the folded one, ``bias`` is zero where the stock layer has one, and
+    the exact weight is added as ``cosine_weight``; all else is untouched. A host that ignores
+    keys it does not know, as ``from_pretrained`` does, gets the folded model; a model with cosine
+    heads takes back the exact tensors, bit for bit.
+
+    Of a sharded model (FSDP2) it is collective and gives sharded tensors. Of one partitioned by
+    DeepSpeed's ZeRO-3 give it ``accelerator.get_state_dict(model)``.
+
+    Args:
+        model: A model with cosine heads.
+        state_dict: Its tensors, where they were gathered elsewhere; ``model.state_dict()`` if not.
+
+    Raises:
+        ValueError: no cosine head is there, an adapter sits on it, or its weight is partitioned.
+    """
+    heads = _required_heads(model)
+    state = dict(model.state_dict() if state_dict is None else state_dict)
+    for name, head in heads.items():
+        prefix = f"{name}." if name else ""
+        if f"{prefix}cosine_weight" in state:  # folded already, as DRWCallback has models saved
+            continue
+        exact = state[f"{prefix}weight"]
+        check_unpartitioned(name, head, exact)
+        state[f"{prefix}cosine_weight"] = exact
+        moments = mean_over_shards(state[f"{prefix}cosine_moments"], exact)
+        state[f"{prefix}cosine_moments"] = moments
+        state[f"{prefix}weight"] = folded_weight(head, exact, moments)
+        if head.folded_bias:
+            state[f"{prefix}bias"] = exact.new_zeros(len(exact))
+    return state
+
+
+def fold_when_saved(model: nn.Module) -> None:
+    """Let ``model.state_dict()`` give cosine heads in the form both hosts and this package load.
+
+    So every way of saving writes a model that stock ``from_pretrained`` reads, with the same
+    largest logit, and from which a cosine head takes back its exact tensors. See
+    :func:`folded_state_dict`. Calling it twice changes nothing.
+    """
+    for head in cosine_heads(model).values():
+        if not getattr(head, "folds_when_saved", False):
+            head.register_state_dict_post_hook(_fold_entries)
+            head.folds_when_saved = True  # type: ignore[assignment]  # copied along with the hook
+
+
+def _fold_entries(
+    head: nn.Module, state_dict: dict[str, Tensor], prefix: str, metadata: dict[str, Any]
+) -> None:
+    own = {name: state_dict[prefix + name] for name in ("weight", "cosine_moments")}
+    state_dict.update({prefix + k: v for k, v in folded_state_dict(head, own).items()})
+
+
+def plain_layer(head: Cosine) -> nn.Linear | nn.Conv2d:
+    """Build the folded layer, without drawing the random numbers of an initialisation."""
+    exact = head.weight
+    outputs, inputs = exact.shape[:2]
+    layer: nn.Linear | nn.Conv2d
+    if isinstance(head, CosineConv2d):
+        layer = nn.Conv2d(inputs, outputs, 1, bias=head.folded_bias, device="meta")
+    else:
+        layer = nn.Linear(inputs, outputs, bias=head.folded_bias, device="meta")
+    trains = exact.requires_grad
+    layer.weight = nn.Parameter(folded_weight(head, exact.detach(), head.cosine_moments), trains)
+    if head.folded_bias:
+        layer.bias = nn.Parameter(exact.detach().new_zeros(outputs), trains)
+    return layer.train(head.training)
+
+
+def folded_weight(head: Cosine, weight: Tensor, moments: Tensor) -> Tensor:
+    """Return ``k * w[c] / |w[c]|``, k from the moments or ``s / sqrt(H)`` where there are none."""
+    rows = weight.flatten(1).to(torch.promote_types(weight.dtype, torch.float32))
+    first, second = moments.to(rows.dtype).to(rows.device).unbind()
+    unit = torch.full_like(first, head.scale / math.sqrt(rows.shape[1]))
+    known = plausible_moments(moments) & (second > 0)
+    factor = torch.where(known.to(first.device), head.scale * first / second, unit)
+    lengths = torch.linalg.vector_norm(rows, dim=-1)
+    unit_rows = rows / lengths.clamp_min(SMALLEST_LENGTH).unsqueeze(-1)
+    return (factor * unit_rows).to(weight.dtype).view_as(weight)
 
 
 def logits_of_both(
@@ -23,7 +178,7 @@ def logits_of_both(
     Args:
         model: A model with cosine heads.
         layers: The folded layer of each of them.
-        inputs: Batches, see :func:`ldam_plugins.heads.cosine.fold_cosine_head`.
+        inputs: Batches, see :func:`fold_cosine_head`.
 
     Raises:
         TypeError: the model's output is neither a tensor nor holds ``logits``.
@@ -88,3 +243,36 @@ def matching_scale(cosine: Tensor, linear: Tensor) -> float:
         slope = ((middle * linear).softmax(-1) * linear).sum(-1) - expected
         low, high = (low, middle) if slope.mean() >= 0 else (middle, high)
     return math.sqrt(low * high)
+
+
+def mean_over_shards(moments: Tensor, weight: Tensor) -> Tensor:
+    """Mean moments of the processes that share a sharded weight: each has met batches of its own.
+
+    Every shard must be scaled by the same k. Collective, as is all that gathers a sharded model.
+    """
+    if not is_sharded(weight):
+        return moments
+    from torch.distributed.tensor import DTensor, Partial
+
+    assert isinstance(weight, DTensor)
+    mesh = weight.device_mesh
+    local = moments.to(weight.device) / mesh.size()
+    return DTensor.from_local(local, mesh, [Partial()] * mesh.ndim).full_tensor()
+
+
+def _required_heads(model: nn.Module) -> dict[str, Cosine]:
+    heads = cosine_heads(model)
+    if not heads:
+        hint = "Call use_cosine_head(model) before training."
+        raise invalid("model", "one with a cosine head", type(model).__name__, hint=hint)
+    refuse_adapted(heads)
+    return heads
+
+
+def _check_whole(heads: Mapping[str, Cosine]) -> None:
+    for name, head in heads.items():
+        if is_sharded(head.weight):
+            hint = "Gather folded_state_dict(model) and load it into the stock architecture."
+            expected = f"whole on every process, its head {name!r} at least"
+            raise invalid("model", expected, "a sharded one", hint=hint)
+        check_unpartitioned(name, head, head.weight)

@@ -17,22 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ldam_plugins._validation import invalid
 from ldam_plugins.heads.finder import refuse_adapted
-from ldam_plugins.heads.layers import Cosine, CosineConv2d, CosineLinear, is_sharded
+from ldam_plugins.heads.layers import Cosine, CosineConv2d, CosineLinear, cosine_heads, is_sharded
 from ldam_plugins.heads.trace import unwrapped
 
 _FUSING = ("fuse", "reparameterize", "switch_to_deploy")
-
-
-def cosine_heads(model: nn.Module) -> dict[str, Cosine]:
-    """Return the cosine heads of ``model`` by dotted name; empty if there are none.
-
-    Raises:
-        TypeError: ``model`` is not a module.
-    """
-    if not isinstance(model, nn.Module):
-        raise invalid("model", "a torch.nn.Module", type(model).__name__, error=TypeError)
-    modules = model.named_modules()
-    return {name: part for name, part in modules if isinstance(part, (CosineLinear, CosineConv2d))}
 
 
 def check_heads(model: nn.Module, scale: float) -> dict[str, Cosine]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,13 +11,13 @@ from torch import Tensor, nn
 
 from ldam_plugins._validation import check_real, invalid
 from ldam_plugins.kernels.chunked_cosines import (
-    SMALLEST_LENGTH,
     ChunkedCosines,
     autocasts,
     cosine_logits,
     followed,
     full_precision,
 )
+from ldam_plugins.losses.base import DEFAULT_SCALE
 
 _MOMENT_RATE = 0.01
 _ROUNDING = 1.001
@@ -76,7 +75,7 @@ class CosineHead(nn.Module):
             return
         moments = self.cosine_moments
         # transformers leaves a buffer unset if its checkpoint lacks it: such moments start anew.
-        kept = torch.where(_plausible(moments), moments, 0.0)
+        kept = torch.where(plausible_moments(moments), moments, 0.0)
         seen = torch.stack((lengths.mean(), lengths.square().mean())).to(kept.dtype)
         seen = torch.where(seen.isfinite().all(), seen, kept)
         # torch.jit.trace runs without no_grad, and would leave the buffer with a past.
@@ -160,7 +159,7 @@ class CosineLinear(CosineHead, nn.Linear):
         self,
         in_features: int,
         out_features: int,
-        scale: float = 30.0,
+        scale: float = DEFAULT_SCALE,
         *,
         folded_bias: bool = True,
         chunked: bool = False,
@@ -205,7 +204,7 @@ class CosineConv2d(CosineHead, nn.Conv2d):
         self,
         in_channels: int,
         out_channels: int,
-        scale: float = 30.0,
+        scale: float = DEFAULT_SCALE,
         *,
         folded_bias: bool = True,
         device: Any = None,
@@ -223,6 +222,18 @@ class CosineConv2d(CosineHead, nn.Conv2d):
 Cosine = CosineLinear | CosineConv2d
 
 
+def cosine_heads(model: nn.Module) -> dict[str, Cosine]:
+    """Return the cosine heads of ``model`` by dotted name; empty if there are none.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise invalid("model", "a torch.nn.Module", type(model).__name__, error=TypeError)
+    modules = model.named_modules()
+    return {name: part for name, part in modules if isinstance(part, (CosineLinear, CosineConv2d))}
+
+
 def cosine_layer(layer: nn.Linear | nn.Conv2d, scale: float, *, keep: bool) -> Cosine:
     """Build the cosine layer that takes the place of ``layer``, with its rows if ``keep``."""
     weight = layer.weight
@@ -238,31 +249,15 @@ def cosine_layer(layer: nn.Linear | nn.Conv2d, scale: float, *, keep: bool) -> C
     return new.train(layer.training)
 
 
-def plain_layer(head: Cosine) -> nn.Linear | nn.Conv2d:
-    """Build the folded layer, without drawing the random numbers of an initialisation."""
-    exact = head.weight
-    outputs, inputs = exact.shape[:2]
-    layer: nn.Linear | nn.Conv2d
-    if isinstance(head, CosineConv2d):
-        layer = nn.Conv2d(inputs, outputs, 1, bias=head.folded_bias, device="meta")
-    else:
-        layer = nn.Linear(inputs, outputs, bias=head.folded_bias, device="meta")
-    trains = exact.requires_grad
-    layer.weight = nn.Parameter(folded_weight(head, exact.detach(), head.cosine_moments), trains)
-    if head.folded_bias:
-        layer.bias = nn.Parameter(exact.detach().new_zeros(outputs), trains)
-    return layer.train(head.training)
-
-
-def folded_weight(head: Cosine, weight: Tensor, moments: Tensor) -> Tensor:
-    """Return ``k * w[c] / |w[c]|``, k from the moments or ``s / sqrt(H)`` where there are none."""
-    rows = weight.flatten(1).to(torch.promote_types(weight.dtype, torch.float32))
-    first, second = moments.to(rows.dtype).to(rows.device).unbind()
-    unit = torch.full_like(first, head.scale / math.sqrt(rows.shape[1]))
-    known = _plausible(moments) & (second > 0)
-    factor = torch.where(known.to(first.device), head.scale * first / second, unit)
-    unit_rows = rows / _lengths(rows).clamp_min(SMALLEST_LENGTH).unsqueeze(-1)
-    return (factor * unit_rows).to(weight.dtype).view_as(weight)
+def replace_layers(model: nn.Module, layers: Mapping[Any, nn.Module]) -> nn.Module:
+    """Put the new modules wherever the old ones are registered; return what is then the model."""
+    if model in layers:
+        return layers[model]
+    places = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if m in layers]
+    for name, old in places:
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, layers[old])
+    return model
 
 
 def check_unpartitioned(name: str, layer: nn.Linear | nn.Conv2d, weight: Tensor) -> None:
@@ -291,26 +286,11 @@ def is_sharded(weight: Tensor) -> bool:
     return hasattr(weight, "device_mesh")
 
 
-def mean_over_shards(moments: Tensor, weight: Tensor) -> Tensor:
-    """Mean moments of the processes that share a sharded weight: each has met batches of its own.
-
-    Every shard must be scaled by the same k. Collective, as is all that gathers a sharded model.
-    """
-    if not is_sharded(weight):
-        return moments
-    from torch.distributed.tensor import DTensor, Partial
-
-    assert isinstance(weight, DTensor)
-    mesh = weight.device_mesh
-    local = moments.to(weight.device) / mesh.size()
-    return DTensor.from_local(local, mesh, [Partial()] * mesh.ndim).full_tensor()
-
-
 def _lengths(vectors: Tensor) -> Tensor:
     return torch.linalg.vector_norm(vectors, dim=-1)
 
 
-def _plausible(moments: Tensor) -> Tensor:
+def plausible_moments(moments: Tensor) -> Tensor:
     """Whether the two can be means of lengths and of their squares, the latter being larger."""
     first, second = moments.unbind()
     return second.isfinite() & (first.square() <= second * _ROUNDING)

@@ -21,7 +21,7 @@ from ldam_plugins._validation import check_choice, check_int, invalid
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.kernels.chunked_cosines import ChunkedCosines
 from ldam_plugins.kernels.dispatch import match_tensor_kind, runs_eagerly
-from ldam_plugins.losses.model_outputs import find_logits, one_label_a_row, refuse_lost_logits
+from ldam_plugins.losses.model_outputs import find_logits, one_label_a_row
 from ldam_plugins.losses.reduction import (
     REDUCTIONS,
     mean_denominator,
@@ -29,7 +29,7 @@ from ldam_plugins.losses.reduction import (
     wide_default,
     widened,
 )
-from ldam_plugins.losses.trainer_updates import check_item_count
+from ldam_plugins.losses.trainer_checks import check_item_count, check_predictions
 
 DEFAULT_SCALE = 30.0
 """Scale s of a cosine head, ``z = s cos(theta)``, and of the margins in its logits.
@@ -216,7 +216,7 @@ class ClassificationLoss(nn.Module):
         check_item_count(num_items_in_batch, self.ignore_index)
         labels = one_label_a_row(labels)
         logits = find_logits(outputs, len(labels), len(self.class_counts))
-        refuse_lost_logits(outputs, logits)
+        check_predictions(outputs, logits)
         items, replicas = self._items(labels, num_items_in_batch)
         if not torch.is_grad_enabled():
             self._check_classes(logits)

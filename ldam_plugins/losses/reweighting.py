@@ -7,12 +7,6 @@ import warnings
 from ldam_plugins.losses.base import ClassificationLoss
 from ldam_plugins.schedules import DeferredSchedule, Progress
 
-# With class weights w and prior pi the optimum of a loss that corrects the prior is
-# f_y = log p(y | x) + log w_y - tau log pi_y (times the factors of vector scaling). tau = 1 alone
-# is the balanced classifier; w ~ 1 / pi on top of it is as far from that one as plain cross-entropy
-# is, on the other side. Measured (README.md): more error, or no gain beyond noise. Sampling
-# throughout was not found to hurt.
-_CORRECTING_SCHEDULES = ("rw", "drw", "drs")
 _TWICE = (
     "the loss divides by the class prior at its optimum (tau={tau:g}) and the schedule does so "
     "again, which favours the rare classes beyond a balanced classifier. Use schedule 'none' with "
@@ -58,10 +52,15 @@ def combination_advice(loss: ClassificationLoss, schedule: DeferredSchedule) -> 
         >>> advice.partition(':')[0]
         "loss LogitAdjustedLoss under schedule 'drw'"
     """
+    # With class weights w and prior pi the optimum of a loss that corrects the prior is
+    # f_y = log p(y | x) + log w_y - tau log pi_y (times the factors of vector scaling). tau = 1
+    # alone is the balanced classifier; w ~ 1 / pi on top of it is as far from that one as plain
+    # cross-entropy is, on the other side. Measured (recipes/results/README.md): more error, or no
+    # gain beyond noise. Sampling throughout was not found to hurt.
     tau = getattr(loss, "tau", 1.0)
-    loss_corrects = loss.corrects_prior and tau > 0
-    schedule_corrects = schedule.kind in _CORRECTING_SCHEDULES and schedule.beta > 0
-    if not (loss_corrects and schedule_corrects):
+    late_sampling = schedule.is_resampling and schedule.is_deferred
+    schedule_corrects = schedule.beta > 0 and (schedule.is_reweighting or late_sampling)
+    if not (loss.corrects_prior and tau > 0 and schedule_corrects):
         return None
     why = _TWICE.format(tau=tau)
     return f"loss {type(loss).__name__} under schedule {schedule.kind!r}: {why}."

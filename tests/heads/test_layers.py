@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from ldam_plugins.heads.layers import CosineConv2d, CosineLinear, plain_layer
+from ldam_plugins.heads.folding import plain_layer
+from ldam_plugins.heads.layers import CosineConv2d, CosineLinear
 
 
 def cosine_by_loops(features, rows, scale):

@@ -12,7 +12,8 @@ from vision_runs import parsed, vision_setup
 
 from ldam_plugins import DRWCallback, fold_cosine_head, use_cosine_head
 from ldam_plugins.heads import folded_state_dict
-from ldam_plugins.integrations.transformers.checks import class_count, fold_when_saved
+from ldam_plugins.heads.finder import class_count
+from ldam_plugins.heads.folding import fold_when_saved
 from ldam_plugins.training.environment import refuse_deepspeed
 
 import text_lt  # isort: skip
