@@ -8,7 +8,7 @@ from typing import Any, TypeGuard
 from torch import nn
 
 from ldam_plugins._validation import check_choice, invalid, quoted
-from ldam_plugins.heads.layers import cosine_heads
+from ldam_plugins.heads.layers import cosine_heads, layer_sizes
 from ldam_plugins.heads.trace import Mix, Reader, Stack, Untraceable, is_adapter
 
 Layers = dict[str, nn.Linear | nn.Conv2d]
@@ -65,14 +65,10 @@ def find_head(model: nn.Module, head: str | Sequence[str] | None = None) -> tupl
 
 
 def class_count(model: nn.Module) -> int | None:
-    """Number of classes of ``model``, by its cosine head or its ``config``; None if neither says.
-
-    The head is asked for its size and not for the shape of its weight, of which a wrapper may keep
-    a part only.
-    """
+    """Number of classes by the model's cosine head or its ``config``; None if neither says."""
     heads = list(cosine_heads(model).values())
     if heads:
-        return _sizes(heads[0])[1]
+        return layer_sizes(heads[0])[1]
     return getattr(getattr(model, "config", None), "num_labels", None)
 
 
@@ -241,7 +237,7 @@ def _by_label_count(model: nn.Module, layers: Layers) -> tuple[str, ...]:
         if isinstance(classes, int) and isinstance(backbone, nn.Module):
             inner = set(backbone.modules())
             outside = [name for name, layer in layers.items() if layer not in inner]
-            fitting = [name for name in outside if _sizes(layers[name])[1] == classes]
+            fitting = [name for name in outside if layer_sizes(layers[name])[1] == classes]
             return tuple(fitting) if len(fitting) == 1 else ()
     return ()
 
@@ -250,12 +246,6 @@ def _stated_class_count(module: nn.Module) -> int | None:
     labels: Any = getattr(getattr(module, "config", None), "num_labels", None)
     classes: Any = labels if labels is not None else getattr(module, "num_classes", None)
     return classes if isinstance(classes, int) else None
-
-
-def _sizes(layer: nn.Linear | nn.Conv2d) -> tuple[int, int]:
-    if isinstance(layer, nn.Conv2d):
-        return layer.in_channels, layer.out_channels
-    return layer.in_features, layer.out_features
 
 
 def _refuse_headless(model: nn.Module) -> None:
@@ -276,7 +266,7 @@ def _unsettled(expected: str, model: nn.Module, layers: Layers, reason: str) -> 
     """Word the error of a search that found no head or too many, likeliest candidates first."""
     shown = []
     for name, layer in reversed(layers.items()):
-        inputs, outputs = _sizes(layer)
+        inputs, outputs = layer_sizes(layer)
         shown.append(f"{name} ({type(layer).__name__}, {inputs} -> {outputs})")
     if shown:
         hint = f"Say which layer it is with `head=`, one name or several of: {quoted(shown)}."
