@@ -15,8 +15,8 @@ from torch import nn
 
 from ldam_plugins._validation import check_choice, check_real, invalid
 from ldam_plugins.heads.finder import find_head, refuse_adapted
-from ldam_plugins.heads.folding import fold_cosine_head
-from ldam_plugins.heads.guard import check_replaceable, keep_in_place
+from ldam_plugins.heads.folding import fold_before_fusing
+from ldam_plugins.heads.guard import check_replaceable, guard_heads
 from ldam_plugins.heads.layers import (
     Cosine,
     CosineLinear,
@@ -38,37 +38,37 @@ def use_cosine_head(
 ) -> nn.Module:
     """Replace the classifier of ``model`` by a cosine head, ``z = scale * cos(angle)``.
 
-    The layer, or all layers of a model with several heads, is replaced in place under its own
-    name, on its device, in its dtype, mode and ``requires_grad``. Call it after the pretrained
-    weights are loaded and before the optimizer is made, which must know the new parameter, and
-    before a wrapper that trains in parallel is put around the model (a compiled model may have
-    been wrapped: it is compiled anew).
+    The layer, or every layer of a model with several heads, is replaced in place: same name,
+    device, dtype, mode and ``requires_grad``. Call it after the pretrained weights are loaded,
+    before the optimizer is made, which must hold the new parameter, and before the model is wrapped
+    for parallel training. A compiled model is compiled anew.
     A model that has the head already, with the same scale, is returned as it is.
 
-    From then on the model checks before every forward pass that trains that the head is in its
-    place: `reset_classifier`, quantising or an adapter that takes its place ends in an error, as
-    margins would meet ordinary logits. Methods that fuse layers for inference (``fuse``,
-    ``reparameterize``) of modules around the head fold it first. Folding ends all this.
+    From then on the model checks before every forward pass that trains that the head is still
+    there. If `reset_classifier`, quantisation or an adapter has taken its place, an error is
+    raised, as the margins would be applied to ordinary logits. Methods of modules around the head
+    that fuse layers for inference (``fuse``, ``reparameterize``) fold it first. After
+    `fold_cosine_head` neither holds any more.
 
     Args:
         model: A timm or transformers classifier, or any module whose last layer is linear.
-        scale: s, the length of the logits; the margin loss must be told the same scale.
+        scale: s, the largest possible logit; the margin loss must have the same scale.
         head: Dotted names of the layers, where `find_head` does not find the right ones.
         init: ``"random"`` directions, or ``"keep"`` the weight rows of the old head (not its
             bias), where that was trained for the same classes; rows of zeros become random.
         chunked: For very many classes: in training mode the head returns no logits but a
-            :class:`.ChunkedCosines`, from which the losses ``ce``,
-            ``ldam`` and ``uniform_margin`` are computed some classes at a time. In evaluation
-            mode it returns logits. The loss must be outside the model: give transformers' models
-            no ``labels`` (a Trainer with ``compute_loss_func`` does not). Default: a head that is
-            there stays as it is, a new one returns logits.
+            :class:`.ChunkedCosines`, from which the losses ``ce``, ``ldam`` and
+            ``uniform_margin`` are computed for some classes at a time. In evaluation mode it
+            returns logits. The loss must be outside the model: pass no ``labels`` to transformers'
+            models (a Trainer with ``compute_loss_func`` does not). Default: an existing head stays
+            as it is, a new one returns logits.
 
     Returns:
         ``model``; if ``model`` itself is the layer, the new layer.
 
     Raises:
         TypeError: an argument of the wrong type, or a head without floating-point weights.
-        ValueError: the head is not found or not settled (see `find_head`), a cosine head of
+        ValueError: the head is not found or not certain (see `find_head`), a cosine head of
             another scale is there, ``scale`` is not a finite number above 0, ``chunked`` is
             asked of a convolution, the head's weight is also another module's, or the model is
             wrapped or sharded already (DistributedDataParallel, FSDP, DeepSpeed).
@@ -96,7 +96,8 @@ def use_cosine_head(
             layer = new.setdefault(layer, cosine_layer(layer, scale, keep=init == "keep"))
         _set_chunked(name, layer, chunked)
     result = replace_layers(model, new)
-    keep_in_place(result, tuple(cosine_heads(result)), fold_cosine_head)
+    guard_heads(result)
+    fold_before_fusing(result)
     return result
 
 

@@ -1,7 +1,8 @@
 """Folding: a cosine head becomes the ordinary layer that was there before.
 
-In memory (`fold_cosine_head`), in a state dict (`folded_state_dict`), or in every state dict of the
-model from now on (`fold_when_saved`). The folded layer is one that the host's own loader reads.
+It is done in memory (`fold_cosine_head`), in a state dict (`folded_state_dict`), in every state
+dict that the model gives from now on (`fold_when_saved`), or before a method that fuses layers
+(`fold_before_fusing`). timm's and transformers' own loaders read the folded layer.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from ldam_plugins._validation import invalid
 from ldam_plugins.heads.finder import refuse_adapted
-from ldam_plugins.heads.guard import let_go
+from ldam_plugins.heads.guard import guards_of, modules_around, remove_guards
 from ldam_plugins.heads.layers import (
     Cosine,
     CosineConv2d,
@@ -28,6 +29,7 @@ from ldam_plugins.heads.layers import (
 )
 from ldam_plugins.kernels.chunked_cosines import SMALLEST_LENGTH
 
+_FUSING_METHODS = ("fuse", "reparameterize", "switch_to_deploy")
 _WIDEST_FACTOR = 2.0**20
 
 
@@ -37,28 +39,28 @@ def fold_cosine_head(
     """Turn every cosine head of ``model`` into an ordinary layer again, in place.
 
     The new weight is ``k * w[c] / |w[c]|``; the bias, if the replaced layer had one, is zero. For
-    features x the cosine head gives ``s * w.x / (|w| |x|)``, the folded one ``k * w.x / |w|``:
-    one positive factor per example apart, so the largest logit is the same on every input (up
-    to the rounding of the model's dtype), whatever k is. It scales the probabilities:
+    features x the cosine head gives ``s * w.x / (|w| |x|)``, the folded one ``k * w.x / |w|``.
+    They differ by one positive factor per example, so the largest logit is the same on every input
+    (up to the rounding of the model's dtype), whatever k is. The probabilities depend on k:
 
-    * from training: ``k = s * E|x| / E|x|^2``, which minimises ``E (k|x| - s)^2``, with the norms
-      met in the last 100 or so training batches, dropout included;
-    * from ``inputs``: the factor on top of that with the least mean Kullback-Leibler divergence
-      of the folded model's probabilities from the cosine model's on these inputs, both in
-      evaluation mode. Use this where dropout acts on the features, or nothing was trained;
-    * with neither: ``k = s / sqrt(H)``, right for features of unit mean square.
+    * after training ``k = s * E|x| / E|x|^2``, which minimises ``E (k|x| - s)^2``. The means are
+      over about the last 100 training batches, dropout included;
+    * with ``inputs`` this k is multiplied by the factor with the smallest mean Kullback-Leibler
+      divergence of the folded model's probabilities from the cosine model's on these inputs, both
+      in evaluation mode. Use this where dropout acts on the features, or nothing was trained;
+    * with neither ``k = s / sqrt(H)``, right for features of unit mean square.
 
-    Models that combine several heads: where the heads read the same features (EfficientFormer,
-    SwiftFormer) they have the same k and their mean is the same up to one factor too. Where they
-    read different ones (DeiT's two tokens, CrossViT's two branches, VOLO's auxiliary head), no
-    linear layers can weigh them as the cosines do: each head keeps its own largest logit,
-    but the combination may differ where the heads disagree and the norms vary. The same holds
-    for logits that are averaged over places after the head.
+    Several heads whose logits are averaged: where the heads read the same features
+    (EfficientFormer, SwiftFormer) they have the same k, and the averages differ by one factor too.
+    Where they read different features (DeiT's two tokens, CrossViT's two branches, VOLO's auxiliary
+    head), linear layers cannot weigh the heads as the cosines do. Each head keeps its own largest
+    logit, but that of the average may differ where the heads disagree and the norms vary. The same
+    holds for logits that are averaged over positions after the head.
 
     Args:
         model: A model on which `use_cosine_head` was called.
         inputs: Some batches as the model takes them, on its device: a tensor, a mapping of keyword
-            arguments, or a sequence whose first entry is the tensor, as loaders give. A few
+            arguments, or a sequence whose first entry is the tensor, as data loaders give. A few
             hundred examples are enough; their logits are kept in memory.
 
     Returns:
@@ -70,6 +72,7 @@ def fold_cosine_head(
             or ``inputs`` holds no example or none with a finite, non-zero logit.
 
     Example:
+        >>> from ldam_plugins.heads import use_cosine_head
         >>> model = use_cosine_head(nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 3)))
         >>> fold_cosine_head(model)[2]
         Linear(in_features=4, out_features=3, bias=True)
@@ -81,7 +84,8 @@ def fold_cosine_head(
         factor = matching_scale(*logits_of_both(model, layers, inputs))
         for layer in layers.values():
             layer.weight.data.mul_(factor)
-    let_go(model)
+    remove_guards(model)
+    _remove_folding_methods(model)
     return replace_layers(model, layers)
 
 
@@ -91,16 +95,16 @@ def folded_state_dict(
     """Return a state dict that both the stock architecture and ``model`` can load.
 
     Each head's ``weight`` is the folded one, ``bias`` is zero where the stock layer has one, and
-    the exact weight is added as ``cosine_weight``; all else is untouched. A host that ignores
-    keys it does not know, as ``from_pretrained`` does, gets the folded model; a model with cosine
-    heads takes back the exact tensors, bit for bit.
+    the exact weight is added as ``cosine_weight``. Nothing else changes. A loader that ignores
+    unknown keys, as ``from_pretrained`` does, gets the folded model; a model with cosine heads gets
+    the exact tensors back, bit for bit.
 
-    Of a sharded model (FSDP2) it is collective and gives sharded tensors. Of one partitioned by
-    DeepSpeed's ZeRO-3 give it ``accelerator.get_state_dict(model)``.
+    For a sharded model (FSDP2) every process must call it, and it returns sharded tensors. For a
+    model partitioned by DeepSpeed's ZeRO-3 pass ``accelerator.get_state_dict(model)``.
 
     Args:
         model: A model with cosine heads.
-        state_dict: Its tensors, where they were gathered elsewhere; ``model.state_dict()`` if not.
+        state_dict: Its tensors, where they were gathered already. Default: ``model.state_dict()``.
 
     Raises:
         ValueError: no cosine head is there, an adapter sits on it, or its weight is partitioned.
@@ -109,7 +113,7 @@ def folded_state_dict(
     state = dict(model.state_dict() if state_dict is None else state_dict)
     for name, head in heads.items():
         prefix = f"{name}." if name else ""
-        if f"{prefix}cosine_weight" in state:  # folded already, as DRWCallback has models saved
+        if f"{prefix}cosine_weight" in state:  # folded already, by `fold_when_saved`
             continue
         exact = state[f"{prefix}weight"]
         check_unpartitioned(name, head, exact)
@@ -123,16 +127,17 @@ def folded_state_dict(
 
 
 def fold_when_saved(model: nn.Module) -> None:
-    """Let ``model.state_dict()`` give cosine heads in the form both hosts and this package load.
+    """Make ``model.state_dict()`` return cosine heads as `folded_state_dict` does, from now on.
 
-    So every way of saving writes a model that stock ``from_pretrained`` reads, with the same
-    largest logit, and from which a cosine head takes back its exact tensors. See
-    :func:`folded_state_dict`. Calling it twice changes nothing.
+    Then everything that saves the model writes one that the stock ``from_pretrained`` loads, with
+    the same largest logit, and from which a cosine head gets its exact tensors back. Calling it
+    twice changes nothing.
     """
     for head in cosine_heads(model).values():
         if not getattr(head, "folds_when_saved", False):
             head.register_state_dict_post_hook(_fold_entries)
-            head.folds_when_saved = True  # type: ignore[assignment]  # copied along with the hook
+            # An attribute of the head, as a copy of the head has a copy of the hook.
+            head.folds_when_saved = True  # type: ignore[assignment]
 
 
 def _fold_entries(
@@ -142,8 +147,48 @@ def _fold_entries(
     state_dict.update({prefix + k: v for k, v in folded_state_dict(head, own).items()})
 
 
+def fold_before_fusing(model: nn.Module) -> None:
+    """Make methods that fuse layers for inference fold the cosine heads first.
+
+    Such methods of modules around a head (timm's RepViT, LeViT) read its weight as that of an
+    ordinary layer. Calling it twice changes nothing.
+    """
+    _remove_folding_methods(model)
+    for name in cosine_heads(model):
+        for module in modules_around(model, name):
+            for method in _FUSING_METHODS:
+                if callable(getattr(type(module), method, None)):
+                    setattr(module, method, _FoldThenCall(module, method))
+
+
+class _FoldThenCall:
+    """The method ``method`` of ``module``, with the cosine heads inside folded first."""
+
+    def __init__(self, module: nn.Module, method: str) -> None:
+        self.module, self.method = module, method
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Fold, then do what the method does.
+
+        The guards stay: the fused model is for inference, and to train it would lose the margins.
+        """
+        if cosine_heads(self.module):
+            guards = list(guards_of(self.module))
+            fold_cosine_head(self.module)
+            for module, guard in guards:
+                module.register_forward_pre_hook(guard)
+        return getattr(type(self.module), self.method)(self.module, *args, **kwargs)
+
+
+def _remove_folding_methods(model: nn.Module) -> None:
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, _FoldThenCall):
+                delattr(module, name)
+
+
 def plain_layer(head: Cosine) -> nn.Linear | nn.Conv2d:
-    """Build the folded layer, without drawing the random numbers of an initialisation."""
+    """Build the folded layer; on the meta device at first, so that no random number is drawn."""
     exact = head.weight
     outputs, inputs = exact.shape[:2]
     layer: nn.Linear | nn.Conv2d
@@ -159,7 +204,13 @@ def plain_layer(head: Cosine) -> nn.Linear | nn.Conv2d:
 
 
 def folded_weight(head: Cosine, weight: Tensor, moments: Tensor) -> Tensor:
-    """Return ``k * w[c] / |w[c]|``, k from the moments or ``s / sqrt(H)`` where there are none."""
+    """Return ``k * w[c] / |w[c]|`` (see `fold_cosine_head`), k from the moments if they are known.
+
+    Args:
+        head: The head, whose scale is s.
+        weight: Its weight, (C, H) or (C, H, 1, 1); may be a DTensor.
+        moments: (2,), ``E|x|`` and ``E|x|^2`` up to a common factor; zeros where unknown.
+    """
     rows = weight.flatten(1).to(torch.promote_types(weight.dtype, torch.float32))
     first, second = moments.to(rows.dtype).to(rows.device).unbind()
     unit = torch.full_like(first, head.scale / math.sqrt(rows.shape[1]))
@@ -173,7 +224,7 @@ def folded_weight(head: Cosine, weight: Tensor, moments: Tensor) -> Tensor:
 def logits_of_both(
     model: nn.Module, layers: Mapping[Any, nn.Module], inputs: Iterable[Any]
 ) -> tuple[Tensor, Tensor]:
-    """Run ``inputs`` through the cosine and the folded model; return both (N, C) logits.
+    """Run ``inputs`` through the cosine model and the folded model; return the (N, C) logits.
 
     Args:
         model: A model with cosine heads.
@@ -185,10 +236,10 @@ def logits_of_both(
         ValueError: ``inputs`` holds no example, or none with a finite, non-zero logit.
     """
     pairs = []
-    with _evaluating(model):
+    with torch.no_grad(), evaluation_mode(model):
         for batch in inputs:
             cosine = _logits(model, batch)
-            hooks = [old.register_forward_hook(_answer_of(new)) for old, new in layers.items()]
+            hooks = [head.register_forward_hook(_output_of(new)) for head, new in layers.items()]
             try:
                 pairs.append((cosine, _logits(model, batch)))
             finally:
@@ -202,7 +253,8 @@ def logits_of_both(
     return cosine, linear
 
 
-def _answer_of(layer: nn.Module) -> Any:
+def _output_of(layer: nn.Module) -> Any:
+    """A forward hook that replaces a head's output by that of ``layer``."""
     return lambda module, args, output: layer(*args)
 
 
@@ -219,22 +271,26 @@ def _logits(model: nn.Module, batch: Any) -> Tensor:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put ``model`` into evaluation mode, and each of its modules back into its own at the end."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
         for module, mode in modes:
             module.training = mode
 
 
 def matching_scale(cosine: Tensor, linear: Tensor) -> float:
-    """Return the f with the least mean KL(softmax(cosine) || softmax(f * linear)).
+    """Return the factor f with the smallest mean KL(softmax(cosine) || softmax(f * linear)).
 
-    The divergence is convex in f; its slope is the difference of the mean logit under the two
-    distributions, whose zero is bracketed on a logarithmic scale.
+    The divergence is convex in f. Its derivative is the mean logit under the second distribution
+    less that under the first; its zero is found by bisection of log(f), from 2^-20 to 2^20.
+
+    Args:
+        cosine: (N, C) logits of the cosine model.
+        linear: (N, C) logits of the folded model.
     """
     expected = (cosine.softmax(-1) * linear).sum(-1)
     low, high = 1 / _WIDEST_FACTOR, _WIDEST_FACTOR
@@ -246,9 +302,10 @@ def matching_scale(cosine: Tensor, linear: Tensor) -> float:
 
 
 def mean_over_shards(moments: Tensor, weight: Tensor) -> Tensor:
-    """Mean moments of the processes that share a sharded weight: each has met batches of its own.
+    """The moments, averaged over the processes where ``weight`` is sharded over them (FSDP2).
 
-    Every shard must be scaled by the same k. Collective, as is all that gathers a sharded model.
+    Each process has seen batches of its own, but every shard must be scaled by the same k. All
+    processes must call it.
     """
     if not is_sharded(weight):
         return moments
