@@ -7,10 +7,9 @@ import shutil
 
 import options as recipe_options
 import pytest
-import text_setup
+import text_lt
 import torch
 import vision_lt
-import vision_setup
 from accelerate.state import AcceleratorState
 from datasets import ClassLabel, Dataset
 from image_sets import write
@@ -35,7 +34,7 @@ class Payload:
 def vision(out, *flags):
     AcceleratorState._reset_state(reset_partial_state=True)
     arguments = [*TINY, "--ratio", "100", "--output_dir", str(out), "--ema_decay", "0.5", *flags]
-    kind = vision_setup.VisionOptions
+    kind = vision_lt.VisionOptions
     return vision_lt.main(recipe_options.parse_options(kind, arguments, default="digits_lt"))
 
 
@@ -93,12 +92,12 @@ def test_models_of_the_hub_bring_no_code(tmp_path):
         '"AutoModelForSequenceClassification": "own.Config"}}',
     )
     flags = [*TINY, "--dataset", "stdlib_docstrings", "--model", str(tmp_path / "model")]
-    parsed = recipe_options.parse_options(text_setup.TextOptions, flags, default="")
+    parsed = recipe_options.parse_options(text_lt.TextOptions, flags, default="")
     train = Dataset.from_dict({"label": [0, 1]})
     train = train.cast_column("label", ClassLabel(names=["x", "y"]))
-    loss = parsed.make_loss(text_setup.ClassCounts([1, 1]))
+    loss = parsed.make_loss(text_lt.ClassCounts([1, 1]))
     with pytest.raises(ValueError, match="trust_remote_code"):
-        text_setup.make_model(parsed, train, loss)
+        text_lt.make_model(parsed, train, loss)
     assert not (tmp_path / "struck").exists()
 
 

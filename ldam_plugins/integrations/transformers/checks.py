@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback
 from ldam_plugins._call_stack import find_trainer
 from ldam_plugins._validation import invalid
 from ldam_plugins.heads import check_heads, cosine_heads
-from ldam_plugins.training.environment import refuse_deepspeed
+from ldam_plugins.training.distributed import refuse_deepspeed
 
 
 def calling_trainer(callback: TrainerCallback) -> Trainer:
