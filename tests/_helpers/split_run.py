@@ -1,6 +1,5 @@
-"""Updates of the vision recipe on a batch cut over processes and micro-batches; run by torchrun."""
+"""Updates of the vision recipe on a batch cut over micro-batches and processes, which run this."""
 
-import gc
 import sys
 
 import torch
@@ -104,7 +103,6 @@ def epochs(whole):
 
 def everything(micros, whole=False):
     accelerator = Accelerator(cpu=True)
-    gc.freeze()  # free_memory collects garbage after every case: let it look at the case's own
     results = {"processes": accelerator.num_processes}
     for micro in micros:
         for case in cases():
@@ -119,7 +117,6 @@ def everything(micros, whole=False):
     results["test"] = vision_lt.evaluate(
         accelerator, nn.Identity(), create_loss("ce", COUNTS), lambda x: x, loader
     )
-    gc.unfreeze()
     return results
 
 
