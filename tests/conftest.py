@@ -9,6 +9,13 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+LONG = ("tests/system", "tests/recipes", "tests/integrations")
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the files that take longest: the last ones end at about the same time."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
+
 
 def pytest_collection_finish():
     """Look for garbage among what the tests make only: each training run has it looked for.

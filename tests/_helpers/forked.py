@@ -22,7 +22,8 @@ from paths import HELPERS, RECIPES
 from torch.distributed import TCPStore
 
 FORKS = get_context("forkserver")
-FORKS.set_forkserver_preload(["text_lt", "vision_lt", "peft", "torch.distributed.fsdp"])
+RUNS = ["text_lt", "vision_lt", "ldam_plugins.reports.plots"]
+FORKS.set_forkserver_preload([*RUNS, "torch.distributed.fsdp"])
 
 
 def start_server():
