@@ -1,4 +1,4 @@
-"""Updates of the vision recipe on a model sharded by FSDP2 over CPU processes; run by torchrun."""
+"""Updates of the vision recipe on a model sharded by FSDP2 over CPU processes, which run this."""
 
 import os
 import sys

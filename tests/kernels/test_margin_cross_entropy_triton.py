@@ -32,7 +32,7 @@ runs_kernels = pytest.mark.skipif(
 @pytest.mark.skipif(ON_GPU or in_interpreter(), reason="the other tests run the kernels here")
 def test_in_the_interpreter():
     """Without a GPU the kernels run line by line; Triton must know before it is imported."""
-    command = [sys.executable, "-m", "pytest", "-q", __file__, "-W", "ignore"]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", __file__, "-W", "ignore"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]

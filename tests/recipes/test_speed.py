@@ -1,9 +1,14 @@
 import json
 import math
+import subprocess
+from types import SimpleNamespace
 
 import pytest
 import speed
 import speed_timing
+import speed_training
+from forked import run_forked
+from paths import RECIPES
 
 TINY = {
     "repeats": 1,
@@ -43,8 +48,22 @@ def test_small_sections(tmp_path, capsys):
     assert "LDAM soft, 256 x 1000, bfloat16" in printed
 
 
+def run_two_forked(log):
+    """A ``subprocess.run`` that forks the two processes of a torchrun; other commands it starts."""
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
+
+    def run(command, *, env, **more):
+        if command[1:5] != torchrun:
+            return subprocess.run(command, env=env, **more)
+        words = command[command.index(str(RECIPES / "vision_lt.py")) :]
+        return run_forked(words[0], words[1:], log, environment=env, processes=2)
+
+    return SimpleNamespace(run=run)
+
+
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_training():
+def test_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed_training, "subprocess", run_two_forked(tmp_path / "log"))
     more = {"compile": False, "dataset": "digits", "text_dataset": "stdlib_docstrings"}
     only = {"only": ["processes", "vision", "text"], "text_model": "bilstm", "max_length": 16}
     rows = speed.main(speed_timing.SpeedOptions(**TINY, **more, **only))

@@ -70,14 +70,17 @@ def bert(folder, tmp_path_factory):
 
 
 @pytest.fixture
-def run(folder, tmp_path):
+def run(folder, tmp_path, monkeypatch):
     """Run the text recipe in this process; returns its metrics and its folder."""
 
-    def start(*flags, out="run"):
+    def start(*flags, out="run", report=False):
         arguments = [*TINY, "--dataset", str(folder), "--output_dir", str(tmp_path / out)]
         arguments += map(str, flags)
         parsed = recipe_options.parse_options(text_lt.TextOptions, arguments, default="stdlib_lt")
-        return text_lt.main(parsed), tmp_path / out
+        with monkeypatch.context() as patch:
+            if not report:  # which takes longer than a small run
+                patch.setattr(text_lt, "write_report", lambda folder: None)
+            return text_lt.main(parsed), tmp_path / out
 
     return start
 
@@ -87,7 +90,7 @@ def rows_of(out):
 
 
 def test_leaves_what_is_promised(run, capsys):
-    _, out = run()
+    _, out = run(report=True)
     left = json.loads((out / "metrics.json").read_text())
     assert left["options"]["loss"] == "ldam"
     assert (left["class_counts"], left["class_names"]) == ([24, 16, 8], ["a", "b", "c"])
@@ -118,7 +121,7 @@ def is_locked(folder):
 def test_the_folder_is_locked_to_the_end_of_the_run(run, monkeypatch):
     locked = []
     monkeypatch.setattr(text_lt, "write_report", lambda out: locked.append(is_locked(Path(out))))
-    _, out = run("--epochs", 1, "--start", 0)
+    _, out = run("--epochs", 1, "--start", 0, report=True)
     assert locked == [True]
     assert not is_locked(out)
 
@@ -189,11 +192,8 @@ def long_texts(tmp_path_factory):
     return path
 
 
-def test_metrics_are_those_of_the_models_that_are_left(
-    run, bert, long_texts, tmp_path, monkeypatch
-):
+def test_metrics_are_those_of_the_models_that_are_left(run, bert, long_texts, tmp_path):
     """At a length that cuts texts off, and in bf16, which a model must not remember."""
-    monkeypatch.setattr(text_lt, "write_report", lambda folder: None)
     names = ["10", "2", "1"]
     flags = ["--dataset", long_texts, "--max_length", 6, "--epochs", 3, "--lr", 0.02]
     measured = {}

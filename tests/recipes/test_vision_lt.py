@@ -11,11 +11,10 @@ import timm
 import torch
 import vision_lt
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from paths import RECIPES
 from PIL import Image
 from safetensors.torch import load_file
-from vision_runs import parsed, picture_folder
+from vision_runs import parsed, picture_folder, vision_run
 
 from ldam_plugins import register
 from ldam_plugins.data import load_images, long_tail_indices
@@ -33,14 +32,9 @@ TINY = ["--epochs", "2", "--start", "1", "--ratio", "10", "--decay_milestones", 
 def run(tmp_path, capsys):
     """Run the vision recipe in this process; returns its metrics and its folder."""
 
-    def start(*flags, folder="run", preset=TINY):
-        AcceleratorState._reset_state(reset_partial_state=True)
+    def start(*flags, folder="run", preset=TINY, report=False):
         out = tmp_path / folder
-        arguments = [*preset, "--output_dir", str(out), *map(str, flags)]
-        parsed = recipe_options.parse_options(
-            vision_lt.VisionOptions, arguments, default="digits_lt"
-        )
-        return vision_lt.main(parsed), out
+        return vision_run(out, *preset, *flags, report=report), out
 
     return start
 
@@ -51,7 +45,7 @@ def weights(out):
 
 
 def test_leaves_what_is_promised(run, capsys):
-    _, out = run("--eval_every", 2)
+    _, out = run("--eval_every", 2, report=True)
     left = json.loads((out / "metrics.json").read_text())
     assert left["options"]["loss"] == "ldam"
     assert left["class_counts"] == [120, 92, 71, 55, 43, 33, 25, 20, 15, 12]
@@ -102,7 +96,7 @@ def test_resumed_run_equals_the_undisturbed_one(run, monkeypatch, flags):
         ("--loss", "vector_scaling", "--schedule", "drs", "--accumulation", 3),
         ("--loss", "ce", "--head", "cosine", "--clip_grad", 1, "--mixed_precision", "bf16"),
         ("--profile", "step", "--report_to", "tensorboard", "--opt", "adamw", "--lr", 1e-3),
-        ("--memory_limit", 0, "--workers", 1, "--model", "test_vit", "--image_size", 160),
+        ("--memory_limit", 0, "--workers", 1, "--model", "test_vit", "--image_size", 32),
     ],
     ids=lambda flags: flags[1],
 )

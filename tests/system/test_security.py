@@ -9,12 +9,11 @@ import options as recipe_options
 import pytest
 import text_lt
 import torch
-import vision_lt
-from accelerate.state import AcceleratorState
 from datasets import ClassLabel, Dataset
 from image_sets import write
-from paths import PACKAGE, RECIPES
+from paths import PACKAGE, RECIPES, ROOT
 from transformers import BertConfig, BertForSequenceClassification
+from vision_runs import vision_run
 
 from ldam_plugins.integrations.transformers.tokenizer import train_tokenizer
 
@@ -32,10 +31,7 @@ class Payload:
 
 
 def vision(out, *flags):
-    AcceleratorState._reset_state(reset_partial_state=True)
-    arguments = [*TINY, "--ratio", "100", "--output_dir", str(out), "--ema_decay", "0.5", *flags]
-    kind = vision_lt.VisionOptions
-    return vision_lt.main(recipe_options.parse_options(kind, arguments, default="digits_lt"))
+    return vision_run(out, *TINY, "--ratio", "100", "--ema_decay", "0.5", *flags)
 
 
 @pytest.fixture(scope="module")
@@ -101,10 +97,10 @@ def test_models_of_the_hub_bring_no_code(tmp_path):
     assert not (tmp_path / "struck").exists()
 
 
-SOURCES = [*PACKAGE.glob("*.py"), *RECIPES.glob("*.py")]
+SOURCES = [*PACKAGE.rglob("*.py"), *RECIPES.glob("*.py")]
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_source_loads_no_pickle_and_runs_no_text(path):
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
