@@ -27,7 +27,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from ldam_plugins._validation import check_choice, invalid
 from ldam_plugins.benchmark.plots import PLOTS
 from ldam_plugins.benchmark.records import (
     Record,
@@ -47,7 +46,8 @@ from ldam_plugins.benchmark.tables import (
     spread,
 )
 from ldam_plugins.schedules import KINDS
-from ldam_plugins.training.history import write_atomic
+from ldam_plugins.training.files import write_atomic
+from ldam_plugins.training.options import check_choice, invalid
 
 RESULTS = Path(__file__).parent / "results"
 TIMINGS = Path(__file__).parent / "timings"

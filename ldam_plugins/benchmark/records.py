@@ -17,14 +17,9 @@ from ldam_plugins.benchmark.grid import METHODS
 from ldam_plugins.benchmark.statistics import Interval, mean_interval
 from ldam_plugins.losses.registry import create_loss, loss_options
 from ldam_plugins.schedules import KINDS
-from ldam_plugins.training.history import (
-    COMMAND_FILE,
-    METRICS_FILE,
-    METRICS_KEYS,
-    read_metrics,
-    write_atomic,
-)
-from ldam_plugins.training.run_dir import MAY_CHANGE
+from ldam_plugins.training.files import write_atomic
+from ldam_plugins.training.history import METRICS_KEYS, read_metrics
+from ldam_plugins.training.run_dir import COMMAND_FILE, MAY_CHANGE, METRICS_FILE
 
 Record = dict[str, Any]
 """``metrics.json`` of one run, with its ``name`` and the ``command`` that made it."""

@@ -27,7 +27,7 @@ from ldam_plugins.benchmark.tables import (
     matrix_rows,
 )
 from ldam_plugins.reports.html import Plot, render
-from ldam_plugins.training.history import write_atomic
+from ldam_plugins.training.files import write_atomic
 from ldam_plugins.training.run_dir import MAY_CHANGE
 
 RECORDS, TABLES_FILE, PAGE_FILE = "results", "results.md", "report.html"

@@ -10,7 +10,8 @@ from typing import Any
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.reports.class_table import ClassRow, class_rows, per_class_table, percent, summary
 from ldam_plugins.reports.html import Plot, render
-from ldam_plugins.training.history import read_history, read_metrics, write_atomic
+from ldam_plugins.training.files import write_atomic
+from ldam_plugins.training.history import read_history, read_metrics
 
 __all__ = ["per_class_table", "write_report"]
 

@@ -8,7 +8,6 @@ from unittest.mock import patch
 import numpy as np
 import options as recipe_options
 import vision_lt
-import vision_setup
 from accelerate.state import AcceleratorState
 from PIL import Image
 
@@ -16,7 +15,7 @@ from PIL import Image
 def parsed(*flags):
     """Options as the recipe's command line makes them."""
     return recipe_options.parse_options(
-        vision_setup.VisionOptions, list(map(str, flags)), default="digits_lt"
+        vision_lt.VisionOptions, list(map(str, flags)), default="digits_lt"
     )
 
 

@@ -11,7 +11,8 @@ from small_cells import began, calls, cells_in, gone
 from ldam_plugins.benchmark import local as grid_run
 from ldam_plugins.benchmark.local import CellRun, run_cell, run_here, start_cell
 from ldam_plugins.benchmark.slurm import slurm_parameters
-from ldam_plugins.training.environment import PREEMPTED, choose_precision
+from ldam_plugins.training.environment import choose_precision
+from ldam_plugins.training.preemption import PREEMPTED
 
 
 @pytest.fixture

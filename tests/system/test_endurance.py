@@ -11,10 +11,8 @@ import psutil
 import pytest
 import safetensors.torch
 import text_lt
-import text_setup
 import torch
 import vision_lt
-import vision_setup
 from hf_samples import text_hub
 from image_sets import class_folders
 from vision_runs import vision_run
@@ -25,7 +23,7 @@ from ldam_plugins.integrations.transformers.run_callbacks import (
     trainer_checkpoints,
 )
 from ldam_plugins.schedules import Progress
-from ldam_plugins.training.environment import newest_checkpoint
+from ldam_plugins.training.checkpoints import newest_checkpoint
 from ldam_plugins.training.history import HistoryWriter
 
 TINY = ["--epochs", "3", "--start", "1", "--ratio", "100", "--mixed_precision", "no"]
@@ -84,7 +82,7 @@ def make_read_only(disk):
 @pytest.mark.parametrize("moment", ["checkpoint", "history"])
 def test_a_folder_that_becomes_read_only(disk, moment, tmp_path, monkeypatch):
     """Before the second checkpoint is written, or the row of the history before it."""
-    save, append, calls = vision_lt.save_epoch, HistoryWriter.append, []
+    save, append, calls = vision_lt.save_checkpoint, HistoryWriter.append, []
 
     def strike(name):
         calls.append(name)
@@ -92,7 +90,9 @@ def test_a_folder_that_becomes_read_only(disk, moment, tmp_path, monkeypatch):
             make_read_only(disk)
 
     with monkeypatch.context() as patch:
-        patch.setattr(vision_lt, "save_epoch", lambda *a: (strike("checkpoint"), save(*a)))
+        patch.setattr(
+            vision_lt, "save_checkpoint", lambda *a, **k: (strike("checkpoint"), save(*a, **k))
+        )
         patch.setattr(
             HistoryWriter, "append", lambda self, **row: (strike("history"), append(self, **row))
         )
@@ -114,7 +114,7 @@ def test_a_disk_that_fails_under_a_text_run(disk, fault, tmp_path, monkeypatch):
 
     def run(*more):
         given = list(map(str, [*flags, *more]))
-        return text_lt.main(recipe_options.parse_options(text_setup.TextOptions, given, default=""))
+        return text_lt.main(recipe_options.parse_options(text_lt.TextOptions, given, default=""))
 
     save, calls = text_lt.Trainer._save_checkpoint, []
 
@@ -143,14 +143,14 @@ def test_a_disk_that_fails_under_a_text_run(disk, fault, tmp_path, monkeypatch):
 def test_a_worker_that_dies_is_told(tmp_path, monkeypatch):
     class_folders(tmp_path / "set")
     here = os.getpid()
-    plain = vision_setup.LabelledImages.image
+    plain = vision_lt.LabelledImages.image
 
     def dies(self, index):
         if os.getpid() != here and self.source.root.endswith("set") and index == 4:
             os._exit(9)
         return plain(self, index)
 
-    monkeypatch.setattr(vision_setup.LabelledImages, "image", dies)
+    monkeypatch.setattr(vision_lt.LabelledImages, "image", dies)
     flags = [
         "--dataset",
         tmp_path / "set",
@@ -166,7 +166,7 @@ def test_a_worker_that_dies_is_told(tmp_path, monkeypatch):
         vision(tmp_path / "run", *flags)
     gc.collect()  # what is left of the worker goes here, not in another test
     assert newest_checkpoint(tmp_path / "run") == (None, 0)
-    monkeypatch.setattr(vision_setup.LabelledImages, "image", plain)
+    monkeypatch.setattr(vision_lt.LabelledImages, "image", plain)
     vision(tmp_path / "run", *flags, "--resume")
 
 

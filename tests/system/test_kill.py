@@ -12,8 +12,8 @@ from image_sets import write
 from kill_run import TEXT, VISION, finish, fork, kill_after, killed_at, result
 from PIL import Image
 
-from ldam_plugins.training.environment import PREEMPTED
 from ldam_plugins.training.history import read_history
+from ldam_plugins.training.preemption import PREEMPTED
 
 
 @pytest.fixture(scope="module")

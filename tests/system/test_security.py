@@ -7,7 +7,7 @@ import shutil
 
 import options as recipe_options
 import pytest
-import text_setup
+import text_lt
 import torch
 from datasets import ClassLabel, Dataset
 from image_sets import write
@@ -88,12 +88,12 @@ def test_models_of_the_hub_bring_no_code(tmp_path):
         '"AutoModelForSequenceClassification": "own.Config"}}',
     )
     flags = [*TINY, "--dataset", "stdlib_docstrings", "--model", str(tmp_path / "model")]
-    parsed = recipe_options.parse_options(text_setup.TextOptions, flags, default="")
+    parsed = recipe_options.parse_options(text_lt.TextOptions, flags, default="")
     train = Dataset.from_dict({"label": [0, 1]})
     train = train.cast_column("label", ClassLabel(names=["x", "y"]))
-    loss = parsed.make_loss(text_setup.ClassCounts([1, 1]))
+    loss = parsed.make_loss(text_lt.ClassCounts([1, 1]))
     with pytest.raises(ValueError, match="trust_remote_code"):
-        text_setup.make_model(parsed, train, loss)
+        text_lt.make_model(parsed, train, loss)
     assert not (tmp_path / "struck").exists()
 
 

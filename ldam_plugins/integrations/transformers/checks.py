@@ -19,7 +19,7 @@ from ldam_plugins.heads import (
     folded_state_dict,
     use_cosine_head,
 )
-from ldam_plugins.training.environment import refuse_deepspeed
+from ldam_plugins.training.distributed import refuse_deepspeed
 
 
 def calling_trainer(method: str | None = None) -> Trainer:

