@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-LONG = ("tests/system", "tests/recipes", "tests/integrations")
+LONG = ("tests/system", "tests/recipes", "tests/integrations", "tests/benchmark", "tests/training")
 
 
 def pytest_collection_modifyitems(items):

@@ -1,8 +1,8 @@
-"""Scripts run in processes that begin with torch and its like imported.
+"""Scripts in processes of their own that begin with what a recipe imports imported already.
 
 A new interpreter spends seconds on the imports of a recipe before the recipe begins, each time.
-Here one server for all tests of a process does them once, before anything has been computed, and
-every script runs in a fork of it: a process of its own, with its own memory and environment.
+Here one server for all tests of a worker does them once, before anything has been computed, and
+every script runs in a fork of it, with memory and environment of its own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from paths import HELPERS, RECIPES
 from torch.distributed import TCPStore
 
 FORKS = get_context("forkserver")
-RUNS = ["text_lt", "vision_lt", "ldam_plugins.reports.plots"]
+RUNS = ["text_lt", "vision_lt", "ldam_plugins.reports.plots", "sklearn.datasets"]
 FORKS.set_forkserver_preload([*RUNS, "torch.distributed.fsdp"])
 
 
@@ -47,44 +47,55 @@ def be(script, arguments, environment, log):
 
 
 def run_forked(script, arguments, log, *, environment=(), processes=1, timeout=600):
-    """Run a script in one process, or in several as torchrun does; the files of output are ``log``.
+    """Run a script in a fork, or in several that know of each other as torchrun's do.
+
+    Args:
+        script: Path.
+        arguments: Words of its command line.
+        log: Where the output goes, with the number of the process as suffix.
+        environment: Variables that differ from those of this process.
+        processes: How many.
+        timeout: Seconds after which all are killed and ``TimeoutError`` is raised.
 
     Returns:
-        The exit status, negative for a signal, and output, of the first process that failed, or
-        else of the first.
+        Exit status (negative for a signal) and output of the first process that failed, which ends
+        the others, or else of process 0.
     """
     start_server()
-    environments = [{**os.environ, "OMP_NUM_THREADS": "1", **dict(environment)}]
+    given = {**os.environ, "OMP_NUM_THREADS": "1", **dict(environment)}
+    ranks = [{}]
     if processes > 1:
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        environments = [environments[0] | rank(i, processes, store) for i in range(processes)]
-    logs = [Path(f"{log}.{i}") for i in range(processes)]
-    words = [str(script), list(map(str, arguments))]
-    running = [
-        FORKS.Process(target=be, args=(*words, *rest), daemon=True)
-        for rest in zip(environments, logs, strict=True)
-    ]
-    for process in running:
-        process.start()
-    until, first = time.monotonic() + timeout, running[0]
+        ranks = [rank(index, processes, store) for index in range(processes)]
+    words, logs = (str(script), [str(word) for word in arguments]), []
+    running = []
     try:
-        left = {process.sentinel: process for process in running}
-        while left:
-            ended = [left.pop(one) for one in wait(list(left), max(0, until - time.monotonic()))]
-            if not ended:
-                raise TimeoutError(f"{script}: {timeout} seconds; {logs[0].read_text()[-3000:]}")
-            for process in ended:
-                process.join()
-            failed = [process for process in ended if process.exitcode]
-            if failed:
-                first = failed[0]
-                break
+        for index, variables in enumerate(ranks):
+            logs.append(Path(f"{log}.{index}"))
+            process = FORKS.Process(target=be, args=(*words, given | variables, logs[-1]))
+            process.start()
+            running.append(process)
+        shown = running.index(first_failed(running, time.monotonic() + timeout) or running[0])
     finally:
         for process in running:
             process.kill()
             process.join()
-    output = logs[running.index(first)].read_text()
-    return subprocess.CompletedProcess(words, first.exitcode, output)
+    status, output = running[shown].exitcode, logs[shown].read_text()
+    return subprocess.CompletedProcess(words, status, output, output)
+
+
+def first_failed(running, until):
+    """Wait for processes, at most to the first that fails; returns it, or None."""
+    left = {process.sentinel: process for process in running}
+    while left:
+        ended = [left.pop(sentinel) for sentinel in wait([*left], until - time.monotonic())]
+        if not ended:
+            raise TimeoutError(f"{len(left)} of {len(running)} processes did not end in time")
+        for process in ended:
+            process.join()
+            if process.exitcode:
+                return process
+    return None
 
 
 def rank(index, processes, store):

@@ -1,6 +1,6 @@
 """Random damage to what users hand over: a ValueError that says so, or a run; nothing else.
 
-The suite tries a few hundred cases; ``pytest -m exhaustive tests/test_fuzz.py`` tries 100,000.
+The suite tries a few hundred cases, ``pytest -m exhaustive tests/system/test_fuzz.py`` 100,000.
 """
 
 import contextlib
