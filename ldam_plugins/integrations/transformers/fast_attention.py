@@ -96,7 +96,8 @@ def attention_forward(
         kwargs |= {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
-    output = dropout_attention(*parts, attention_mask, dropout, scale)
+    query, key, value = parts
+    output = dropout_attention(query, key, value, attention_mask, dropout, scale)
     return output.transpose(1, 2).contiguous(), None
 
 
