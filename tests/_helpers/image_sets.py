@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import datasets
+import pytest
 from PIL import Image
 
 CLASSES = ("ant", "bee", "cat")
@@ -150,3 +151,12 @@ def linked(target: str, link: str, source=lists):
         return given
 
     return build
+
+
+def check_is_refused(build, message: str, root: Path) -> None:
+    """``load_images`` refuses the set of ``build`` with a message that matches."""
+    from ldam_plugins.data import load_images
+
+    given = build(root)
+    with pytest.raises(ValueError, match=message):
+        load_images(**given)

@@ -1,47 +1,16 @@
 """Labels that are known without loading, and what is said of others."""
 
-import random
-
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Value
+from labelled_rows import LABELS, LabelRows, label_table, labels_of
 from PIL import Image
 from timm.data.dataset import ImageDataset
-from torch.utils.data import ConcatDataset, DataLoader, Subset, random_split
-from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import ConcatDataset, Subset, random_split
 from torchvision.datasets import CIFAR10, MNIST, ImageFolder
-from transformers import default_data_collator
 
 from ldam_plugins.data.labels import class_indices, count_labels, known_labels
-from ldam_plugins.data.training_labels import TrainingLabels
-
-LABELS = [2, 0, 1, 0, 0, 1]
-
-
-def _read(data, collate=default_data_collator, size=4, **options):
-    loader = DataLoader(data, size, collate_fn=collate, **options)
-    return TrainingLabels(loader, size, progress=False)
-
-
-def _table(name="label", **more):
-    return Dataset.from_dict({name: LABELS, "text": ["x"] * len(LABELS), **more})
-
-
-class _Rows(TorchDataset):
-    """Rows as dicts; loading one draws random numbers, as augmentations do."""
-
-    def __init__(self, rows=LABELS, name="labels", **attributes):
-        self.rows, self.name, self.loaded = rows, name, []
-        vars(self).update(attributes)
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        self.loaded.append(index)
-        noise = torch.rand(1).item() + np.random.rand() + random.random()
-        return {"x": torch.full((2,), noise), self.name: self.rows[index]}
 
 
 @pytest.fixture
@@ -88,7 +57,7 @@ class TestKnownWithoutLoading:
         ]
         part, _ = random_split(ImageFolder(folder), [4, 2], torch.Generator().manual_seed(0))
         assert known_labels(part).tolist() == [part[i][1] for i in range(4)]
-        both = ConcatDataset([part, Subset(_table("labels"), torch.tensor([0, 5]))])
+        both = ConcatDataset([part, Subset(label_table("labels"), torch.tensor([0, 5]))])
         assert known_labels(both).tolist() == [*(part[i][1] for i in range(4)), 2, 1]
 
     def test_what_a_folder_gives_and_not_its_targets(self, folder):
@@ -111,7 +80,7 @@ class TestKnownWithoutLoading:
         ):
             assert known_labels(data) is None
             assert known_labels(Subset(data, [0])) is None
-        assert _read(ImageFolder(folder, target_transform=swap), _pairs).read().tolist() == [
+        assert labels_of(ImageFolder(folder, target_transform=swap), _pairs).read().tolist() == [
             *(2, 2, 2, 1, 1, 0)
         ]
 
@@ -122,10 +91,10 @@ class TestKnownWithoutLoading:
                 return image, min(target, 1)
 
         assert known_labels(Merged(folder)) is None
-        assert _read(Merged(folder), _pairs).read().tolist() == [0, 0, 0, 1, 1, 1]
+        assert labels_of(Merged(folder), _pairs).read().tolist() == [0, 0, 0, 1, 1, 1]
 
     def test_no_other_column_is_decoded(self):
-        data = _table().with_format("torch")
+        data = label_table().with_format("torch")
         data.set_format("numpy", columns=["label"])
         assert known_labels(data).tolist() == LABELS
 
@@ -166,16 +135,16 @@ CAST = r'cast_column\("label", Value\("int64"\)\)'
 )
 def test_labels_that_are_no_class_indices(labels, error, of_column, of_rows):
     with pytest.raises(error, match=of_column):
-        _read(Dataset.from_dict({"label": labels})).read()
+        labels_of(Dataset.from_dict({"label": labels})).read()
     with pytest.raises(error, match=of_rows):
-        _read(_Rows(labels)).read()
+        labels_of(LabelRows(labels)).read()
     with pytest.raises(error):
         class_indices(labels)
 
 
 def test_the_way_out_of_each_column_leads_on():
     def read(data):
-        return _read(data).read().tolist()
+        return labels_of(data).read().tolist()
 
     table = Dataset.from_dict({"label": [0, None, 1]})
     assert read(table.filter(lambda row: row["label"] is not None)) == [0, 1]

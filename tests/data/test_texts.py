@@ -4,41 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from datasets import ClassLabel, Dataset, Features, Value
 from paths import DATA
 
 from ldam_plugins.data.texts import load_texts, subsample_classes
-
-ROWS = {"text": ["good film", "bad film", "so so"], "label": [1, 0, 1]}
-
-
-NAMED = Features({"text": Value("string"), "label": ClassLabel(names=["neg", "pos"])})
-
-
-@pytest.fixture
-def hub_folder(tmp_path):
-    """Write parquet files as the hub lays them out; returns the folder."""
-
-    def write(train=ROWS, test=None, features=None, test_split="test"):
-        folder = tmp_path / "set"
-        (folder / "data").mkdir(parents=True)
-        for split, rows in (("train", train), (test_split, test or train)):
-            name = f"{split}-00000-of-00001.parquet"
-            Dataset.from_dict(rows, features=features).to_parquet(folder / "data" / name)
-        return folder
-
-    return write
-
-
-def contents(dataset):
-    return dataset["text"][:], dataset["label"][:], dataset.features["label"].names
-
-
-def test_folder_in_hub_layout(hub_folder):
-    train, test = load_texts(hub_folder(features=NAMED))
-    for part in (train, test):
-        assert contents(part) == (ROWS["text"], [1, 0, 1], ["neg", "pos"])
-        assert part.column_names == ["text", "label"]
 
 
 def test_subsample_classes_keeps_a_share_of_the_rare_ones():

@@ -10,6 +10,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from hf_samples import COUNTS, logged, make_data, make_model, make_trainer
+from labelled_rows import LABELS, LabelRows, label_table, labels_of
 from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 from torch.utils.data import Dataset as TorchDataset
 from transformers import BatchEncoding, TrainerCallback, default_data_collator
@@ -17,33 +18,6 @@ from transformers import BatchEncoding, TrainerCallback, default_data_collator
 from ldam_plugins import DRWCallback
 from ldam_plugins.data.labels import count_labels
 from ldam_plugins.data.training_labels import TrainingLabels
-
-LABELS = [2, 0, 1, 0, 0, 1]
-
-
-def _read(data, collate=default_data_collator, size=4, **options):
-    loader = DataLoader(data, size, collate_fn=collate, **options)
-    return TrainingLabels(loader, size, progress=False)
-
-
-def _table(name="label", **more):
-    return Dataset.from_dict({name: LABELS, "text": ["x"] * len(LABELS), **more})
-
-
-class _Rows(TorchDataset):
-    """Rows as dicts; loading one draws random numbers, as augmentations do."""
-
-    def __init__(self, rows=LABELS, name="labels", **attributes):
-        self.rows, self.name, self.loaded = rows, name, []
-        vars(self).update(attributes)
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        self.loaded.append(index)
-        noise = torch.rand(1).item() + np.random.rand() + random.random()
-        return {"x": torch.full((2,), noise), self.name: self.rows[index]}
 
 
 class _Given(TorchDataset):
@@ -76,27 +50,29 @@ def _doubled(rows):
 @pytest.mark.parametrize(
     "data",
     [
-        _table(),
-        _table("labels"),
-        _table("label_ids"),
-        _table(labels=LABELS),
-        _table().with_format("torch"),
-        _table().with_transform(lambda rows: {"pixels": rows["text"], "labels": rows["label"]}),
+        label_table(),
+        label_table("labels"),
+        label_table("label_ids"),
+        label_table(labels=LABELS),
+        label_table().with_format("torch"),
+        label_table().with_transform(
+            lambda rows: {"pixels": rows["text"], "labels": rows["label"]}
+        ),
         Dataset.from_dict({"label": [[y] for y in LABELS]}),
-        _Rows(),
-        _Rows(name="label"),
-        _Rows([torch.tensor(y) for y in LABELS]),
-        _Rows([torch.tensor([y]) for y in LABELS]),
-        _Rows(np.asarray(LABELS, np.uint8)),
+        LabelRows(),
+        LabelRows(name="label"),
+        LabelRows([torch.tensor(y) for y in LABELS]),
+        LabelRows([torch.tensor([y]) for y in LABELS]),
+        LabelRows(np.asarray(LABELS, np.uint8)),
         _Given(*(BatchEncoding({"labels": y}) for y in LABELS)),
         _Given(*(_Example(7, y) for y in LABELS)),
-        Subset(_table(), range(6)),
-        Subset(Subset(_Rows(), [5, 4, 3, 2, 1, 0]), [5, 4, 3, 2, 1, 0]),
-        ConcatDataset([Subset(_table(), [0, 1]), Subset(_Rows(), [2, 3, 4, 5])]),
+        Subset(label_table(), range(6)),
+        Subset(Subset(LabelRows(), [5, 4, 3, 2, 1, 0]), [5, 4, 3, 2, 1, 0]),
+        ConcatDataset([Subset(label_table(), [0, 1]), Subset(LabelRows(), [2, 3, 4, 5])]),
     ],
 )
 def test_order_and_counts(data):
-    labels = _read(data, _never)
+    labels = labels_of(data, _never)
     assert labels.read().dtype == np.int64
     assert labels.read().tolist() == LABELS
     assert labels.count(3).counts.tolist() == [3, 2, 1]
@@ -118,12 +94,12 @@ class TestAttributesAreNotBelieved:
         ],
     )
     def test_of_a_data_set_of_ones_own(self, name, values):
-        assert _read(_Rows(**{name: values})).read().tolist() == LABELS
+        assert labels_of(LabelRows(**{name: values})).read().tolist() == LABELS
 
     def test_of_a_transform(self):
-        data = _table().with_transform(_doubled)
-        assert _read(data).read().tolist() == [4, 0, 2, 0, 0, 2]
-        assert _read(Subset(data, [1, 0])).read().tolist() == [0, 4]
+        data = label_table().with_transform(_doubled)
+        assert labels_of(data).read().tolist() == [4, 0, 2, 0, 0, 2]
+        assert labels_of(Subset(data, [1, 0])).read().tolist() == [0, 4]
 
     def test_of_a_subset_that_labels_anew(self):
         class Other(Subset):
@@ -133,38 +109,38 @@ class TestAttributesAreNotBelieved:
             def __getitems__(self, indices):
                 return [self[index] for index in indices]
 
-        assert _read(Other(_table(), range(6))).read().tolist() == [2 - y for y in LABELS]
+        assert labels_of(Other(label_table(), range(6))).read().tolist() == [2 - y for y in LABELS]
 
     def test_of_a_table_that_gives_its_batches_itself(self):
         class Other(Dataset):
             def __getitems__(self, keys):
                 return [{"labels": 2 - row["label"]} for row in super().__getitems__(keys)]
 
-        table = _table()
-        assert _read(Other(table.data)).read().tolist() == [2 - y for y in LABELS]
+        table = label_table()
+        assert labels_of(Other(table.data)).read().tolist() == [2 - y for y in LABELS]
 
 
 class TestExamplesAreLoaded:
     def test_once_and_for_all_that_ask(self):
-        data = _Rows()
-        labels = _read(data)
+        data = LabelRows()
+        labels = labels_of(data)
         labels.count(3)
         labels.read()
         assert data.loaded == [0, 1, 2, 3, 4, 5]
 
     def test_only_those_of_a_subset(self):
-        data = _Rows()
-        assert _read(Subset(data, [5, 0])).read().tolist() == [1, 2]
+        data = LabelRows()
+        assert labels_of(Subset(data, [5, 0])).read().tolist() == [1, 2]
         assert data.loaded == [5, 0]
 
     def test_in_the_workers_of_the_loader(self):
-        data = _Rows()
-        assert _read(data, num_workers=1).read().tolist() == LABELS
+        data = LabelRows()
+        assert labels_of(data, num_workers=1).read().tolist() == LABELS
         assert not data.loaded  # in this process
 
     def test_progress_is_shown(self, capsys, monkeypatch):
         monkeypatch.setattr("ldam_plugins.data.training_labels._SECONDS_BEFORE_A_BAR", 0.0)
-        labels = _read(_Rows())
+        labels = labels_of(LabelRows())
         labels.progress = True
         labels.read()
         assert "Reading labels: 100%" in capsys.readouterr().err
@@ -181,29 +157,29 @@ class TestExamplesAreLoaded:
             random.seed(5)
             if count and fails:
                 with pytest.raises(ValueError, match="row 1"):
-                    _read(_Rows([0, None])).read()
+                    labels_of(LabelRows([0, None])).read()
             elif count:
-                _read(_Rows()).read()
+                labels_of(LabelRows()).read()
             states.append(draw())
         assert states[0] == states[1]
 
     def test_a_row_that_cannot_be_loaded(self):
-        class Broken(_Rows):
+        class Broken(LabelRows):
             def __getitem__(self, index):
                 return {"labels": 0} if index != 5 else 1 / 0
 
         wanted = r"ZeroDivisionError in row {}: .*class_counts="
         with pytest.raises(ValueError, match=wanted.format(5)) as caught:
-            _read(Broken()).read()
+            labels_of(Broken()).read()
         assert isinstance(caught.value.__cause__, ZeroDivisionError)
         with pytest.raises(ValueError, match=r"in row 4\.\.5: .*class_counts="):
-            _read(Broken(), num_workers=1).read()
+            labels_of(Broken(), num_workers=1).read()
 
 
 class TestCollatorsAreNotNeeded:
     def test_that_drop_examples(self):
         data = _Given(*({"labels": y} for y in LABELS[:3]), None, {"labels": 0})
-        labels = _read(data, _never)
+        labels = labels_of(data, _never)
         assert labels.read().tolist() == [2, 0, 1, -100, 0]
         assert labels.count(3).counts.tolist() == [2, 1, 1]
 
@@ -215,7 +191,7 @@ class TestCollatorsAreNotNeeded:
             masses = torch.eye(3)[[y for _, y in rows]]
             return {"labels": masses.lerp(masses.flip(0), 0.3)}
 
-        assert _read(pairs, mix).read().tolist() == LABELS
+        assert labels_of(pairs, mix).read().tolist() == LABELS
 
     def test_that_take_examples_without_names(self):
         data = TensorDataset(torch.randn(6, 2), torch.tensor(LABELS))
@@ -225,7 +201,7 @@ class TestCollatorsAreNotNeeded:
             x, y = zip(*rows, strict=True)
             return {"x": torch.stack(x), "labels": torch.stack(y)}
 
-        assert _read(data, collate).read().tolist() == LABELS
+        assert labels_of(data, collate).read().tolist() == LABELS
 
     def test_that_look_labels_up(self):
         data = _Given(*((torch.zeros(2), number) for number in range(6)))
@@ -234,7 +210,7 @@ class TestCollatorsAreNotNeeded:
             return {"labels": torch.tensor([LABELS[number] for _, number in rows])}
 
         with pytest.raises(ValueError, match=r"data_collator.*class_counts="):
-            _read(data, collate).read()
+            labels_of(data, collate).read()
 
     @pytest.mark.parametrize(
         "example",
@@ -242,23 +218,23 @@ class TestCollatorsAreNotNeeded:
     )
     def test_a_label_that_is_not_certain(self, example):
         with pytest.raises(ValueError, match=r"examples hold one label.*class_counts="):
-            _read(_Given(example, example), _never).read()
+            labels_of(_Given(example, example), _never).read()
 
     def test_labels_that_differ(self):
         with pytest.raises(ValueError, match="different 'labels', 'label'"):
-            _read(_Given({"label": 0, "labels": 1}), _never).read()
+            labels_of(_Given({"label": 0, "labels": 1}), _never).read()
 
 
 def test_names_of_classes_are_kept():
     features = Features({"label": ClassLabel(names=["a", "b", "c"]), "text": Value("string")})
-    data = _table().cast(features)
-    assert _read(data).count(3).class_names == ("a", "b", "c")
-    assert _read(Subset(data, range(6))).count(3).class_names == ("a", "b", "c")
+    data = label_table().cast(features)
+    assert labels_of(data).count(3).class_names == ("a", "b", "c")
+    assert labels_of(Subset(data, range(6))).count(3).class_names == ("a", "b", "c")
 
 
 @pytest.mark.parametrize("ignored", [-100, 255])
 def test_ignored_rows_count_nowhere(ignored):
-    loader = DataLoader(_Rows([*LABELS, ignored, ignored]))
+    loader = DataLoader(LabelRows([*LABELS, ignored, ignored]))
     labels = TrainingLabels(loader, 4, ignored=ignored)
     assert labels.count(3).counts.tolist() == [3, 2, 1]
     assert len(labels.read()) == 8
@@ -266,28 +242,28 @@ def test_ignored_rows_count_nowhere(ignored):
 
 class TestDifference:
     def test_names_both(self):
-        told = _read(_table()).difference(count_labels(np.array([0, 1, 1, 2, 2, 2]), 3))
+        told = labels_of(label_table()).difference(count_labels(np.array([0, 1, 1, 2, 2, 2]), 3))
         assert "[1, 2, 3]" in told
         assert "[3, 2, 1]" in told
-        assert _read(_table()).difference(count_labels(np.asarray(LABELS), 3)) is None
+        assert labels_of(label_table()).difference(count_labels(np.asarray(LABELS), 3)) is None
 
     def test_is_not_asked_of_examples(self):
-        data = _Rows()
-        assert _read(data).difference(count_labels(np.array([0, 1, 2]), 3)) is None
+        data = LabelRows()
+        assert labels_of(data).difference(count_labels(np.array([0, 1, 2]), 3)) is None
         assert not data.loaded
 
     @pytest.mark.parametrize("labels", [["a", "b"], [[0, 1], [1, 1]], [None, 1], [0, 9]])
     def test_is_not_asked_of_other_labels(self, labels):
         data = Dataset.from_dict({"label": labels})
-        assert _read(data).difference(count_labels(np.array([0, 1]), 2)) is None
+        assert labels_of(data).difference(count_labels(np.array([0, 1]), 2)) is None
 
 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
         (Dataset.from_dict({"y": LABELS}), r'rename_column\("...", "label"\)'),
-        (_table(labels=LABELS[::-1]), "remove_columns"),
-        (_table().to_iterable_dataset(), "class_counts="),
+        (label_table(labels=LABELS[::-1]), "remove_columns"),
+        (label_table().to_iterable_dataset(), "class_counts="),
         (SimpleNamespace(), "class_counts="),
     ],
 )

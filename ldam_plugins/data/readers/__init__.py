@@ -97,7 +97,8 @@ def _missing(
 ) -> Exception:
     layouts = _layouts(readers, request)
     hint = f"{reason}. Known layouts: {layouts}. A folder in hub layout needs no network."
-    expected = "a folder that is there, or the name of a data set"
+    names = [reader.layout for reader in readers if reader.is_name]
+    expected = f"{', '.join(names)}, a folder that is there or a hub id"
     return invalid("dataset", expected, request.dataset, hint=hint, error=error)
 
 

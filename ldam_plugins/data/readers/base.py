@@ -118,6 +118,19 @@ def check_split(
     return check_choice(argument, name, available, hint=f"The data set is {request.dataset}.")
 
 
+def pick_splits(request: Request, available: Collection[str]) -> tuple[str, str]:
+    """Names of the split to train on and of the one to test on.
+
+    Raises:
+        ValueError: one of them is not there.
+    """
+    test_split = request.test_split or default_test_split(available)
+    return (
+        check_split("train_split", request.train_split, available, request),
+        check_split("test_split", test_split, available, request),
+    )
+
+
 # Readers
 
 _Request = TypeVar("_Request", bound=Request)
@@ -137,6 +150,7 @@ class Reader(Generic[_Request, _Split]):
             a request reads it.
         read: Gives the training and the test split, of images as :class:`ImageRows`, of texts as
             a ``datasets.Dataset`` (see :func:`text_table`).
+        is_name: Whether the layout is one data set that is known by a name and needs no file.
     """
 
     name: str
@@ -144,6 +158,7 @@ class Reader(Generic[_Request, _Split]):
     options: Collection[str]
     accepts: Callable[[_Request], bool]
     read: Callable[[_Request], tuple[_Split, _Split]]
+    is_name: bool = False
 
 
 class NoSuchDataset(Exception):

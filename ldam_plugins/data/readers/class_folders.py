@@ -11,17 +11,14 @@ from ldam_plugins.data.readers.base import (
     ImageRequest,
     ImageRows,
     Reader,
-    check_split,
-    default_test_split,
+    pick_splits,
 )
 from ldam_plugins.data.readers.paths import IMAGE_SUFFIXES, class_folders, images_below, listing
 
 
 def _read(request: ImageRequest) -> tuple[ImageRows, ImageRows]:
     folders = sorted(path.name for path in request.root.iterdir() if path.is_dir())
-    test_split = request.test_split or default_test_split(folders)
-    train = check_split("train_split", request.train_split, folders, request)
-    test = check_split("test_split", test_split, folders, request)
+    train, test = pick_splits(request, folders)
     return read_class_folders(request.root, train), read_class_folders(request.root, test)
 
 

@@ -11,6 +11,20 @@ _TRAIN, _TEST = 120, 54  # per class, of 174 to 183
 _SEED = 0
 
 
+def _accepts(request: ImageRequest) -> bool:
+    return request.dataset == _NAME and not request.is_listed
+
+
+DIGITS = Reader(
+    name="embedded digits",
+    layout=f"{_NAME!r}",
+    options=(),
+    accepts=_accepts,
+    read=lambda request: read_digits(),
+    is_name=True,
+)
+
+
 def read_digits() -> tuple[ImageRows, ImageRows]:
     """Draw 120 digits of each class for training and 54 for testing, with a fixed seed.
 
@@ -30,16 +44,3 @@ def read_digits() -> tuple[ImageRows, ImageRows]:
         return ImageRows(source, digits.target[kept].astype(np.int64), names)
 
     return split("train", slice(_TRAIN)), split("test", slice(_TRAIN, _TRAIN + _TEST))
-
-
-def _accepts(request: ImageRequest) -> bool:
-    return request.dataset == _NAME and not request.is_listed
-
-
-DIGITS = Reader(
-    name="embedded digits",
-    layout=f"{_NAME!r}",
-    options=(),
-    accepts=_accepts,
-    read=lambda request: read_digits(),
-)

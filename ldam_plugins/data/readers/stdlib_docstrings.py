@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _NAME = "stdlib_docstrings"
-
 MIN_TEXTS = 20
 """A module with fewer texts is left out."""
 MIN_WORDS = 3
@@ -29,6 +28,21 @@ _SEED = 0
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _NOT_LIBRARY = frozenset(("idlelib", "lib2to3", "pydoc_data", "test", "turtledemo"))
 _NOT_OWN = frozenset(("test", "tests", "idle_test", "_bundled", "_vendor"))
+
+
+def _read(request: TextRequest) -> tuple[Dataset, Dataset]:
+    train, test, class_names = read_docstrings()
+    return text_table(*train, class_names), text_table(*test, class_names)
+
+
+STDLIB_DOCSTRINGS = Reader(
+    name="embedded docstrings",
+    layout=f"{_NAME!r}",
+    options=("skip_empty",),  # no text is empty
+    accepts=lambda request: request.dataset == _NAME,
+    read=_read,
+    is_name=True,
+)
 
 
 def read_docstrings(
@@ -68,20 +82,6 @@ def read_docstrings(
             labels[index].extend([label] * len(rows))
     train, test = (np.array(values, dtype=np.int64) for values in labels)
     return (parts[0], train), (parts[1], test), tuple(kept)
-
-
-def _read(request: TextRequest) -> tuple[Dataset, Dataset]:
-    train, test, class_names = read_docstrings()
-    return text_table(*train, class_names), text_table(*test, class_names)
-
-
-STDLIB_DOCSTRINGS = Reader(
-    name="embedded docstrings",
-    layout=f"{_NAME!r}",
-    options=("skip_empty",),  # no text is empty
-    accepts=lambda request: request.dataset == _NAME,
-    read=_read,
-)
 
 
 def _module_names() -> list[str]:

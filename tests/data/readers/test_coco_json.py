@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from image_sets import inaturalist, png, write
+from image_sets import check_is_refused, inaturalist, png, write
 
 from ldam_plugins.data import load_images
 
@@ -131,7 +131,4 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_told(case, tmp_path):
-    build, message = BAD[case]
-    given = build(tmp_path / "set")
-    with pytest.raises(ValueError, match=message):
-        load_images(**given)
+    check_is_refused(*BAD[case], tmp_path / "set")

@@ -12,6 +12,7 @@ from image_sets import (
     CLASSES,
     TEST,
     TRAIN,
+    check_is_refused,
     hub_layout,
     picture,
     png,
@@ -141,10 +142,7 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_told(case, tmp_path):
-    build, message = BAD[case]
-    given = build(tmp_path / "set")
-    with pytest.raises(ValueError, match=message):
-        load_images(**given)
+    check_is_refused(*BAD[case], tmp_path / "set")
 
 
 @pytest.mark.parametrize(
@@ -207,6 +205,13 @@ def hub_folder(tmp_path):
 
 def contents(dataset):
     return dataset["text"][:], dataset["label"][:], dataset.features["label"].names
+
+
+def test_folder_in_hub_layout(hub_folder):
+    train, test = load_texts(hub_folder(features=NAMED))
+    for part in (train, test):
+        assert contents(part) == (ROWS["text"], [1, 0, 1], ["neg", "pos"])
+        assert part.column_names == ["text", "label"]
 
 
 def test_saved_dataset(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from image_sets import TEST, TRAIN, linked, lists, png, then, write
+from image_sets import TEST, TRAIN, check_is_refused, linked, lists, png, then, write
 
 from ldam_plugins.data import load_images
 
@@ -124,7 +124,4 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_told(case, tmp_path):
-    build, message = BAD[case]
-    given = build(tmp_path / "set")
-    with pytest.raises(ValueError, match=message):
-        load_images(**given)
+    check_is_refused(*BAD[case], tmp_path / "set")

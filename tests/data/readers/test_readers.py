@@ -9,6 +9,7 @@ from image_sets import (
     CLASSES,
     TEST,
     TRAIN,
+    check_is_refused,
     class_folders,
     hub_layout,
     inaturalist,
@@ -110,10 +111,7 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_told(case, tmp_path):
-    build, message = BAD[case]
-    given = build(tmp_path / "set")
-    with pytest.raises(ValueError, match=message):
-        load_images(**given)
+    check_is_refused(*BAD[case], tmp_path / "set")
 
 
 def test_an_unknown_data_set_is_told_every_known_layout(tmp_path):

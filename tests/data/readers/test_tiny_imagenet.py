@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from image_sets import tiny_imagenet, write
-
-from ldam_plugins.data import load_images
+from image_sets import check_is_refused, tiny_imagenet, write
 
 
 def edit_tiny(name: str, text: str):
@@ -30,7 +28,4 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_told(case, tmp_path):
-    build, message = BAD[case]
-    given = build(tmp_path / "set")
-    with pytest.raises(ValueError, match=message):
-        load_images(**given)
+    check_is_refused(*BAD[case], tmp_path / "set")
