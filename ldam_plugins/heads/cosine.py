@@ -80,7 +80,8 @@ def use_cosine_head(
     """
     scale = check_real("scale", scale, low=0.0, low_open=True)
     check_choice("init", init, ("random", "keep"))
-    names = (tuple(cosine_heads(model)) if head is None else ()) or find_head(model, head)
+    names = tuple(cosine_heads(model)) if head is None else ()
+    names = names or find_head(model, head)
     refuse_adapted(names)
     found: dict[str, Any] = {name: model.get_submodule(name) for name in names}
     plain = {name: layer for name, layer in found.items() if not isinstance(layer, Cosine)}
@@ -102,10 +103,11 @@ def use_cosine_head(
 
 
 def attach_cosine_head(model: nn.Module, scale: float) -> bool:
-    """Put a cosine head on ``model`` unless it has one, with the old head's directions.
+    """Put a cosine head with the old head's directions on ``model``, unless it has one.
 
-    The rows of the old head are kept, scaled to length 1, so that a model which was saved earlier
-    still predicts what it did. The rows of a new head are as random as any.
+    The rows of the old head are kept and scaled to length 1. So a model that was trained with a
+    cosine head and saved with the folded one predicts the same classes as before, and one with an
+    untrained classifier gets random directions.
 
     Returns:
         Whether the head was put on now.

@@ -15,6 +15,8 @@ from ldam_plugins.heads import (
     fold_cosine_head,
     use_cosine_head,
 )
+from ldam_plugins.heads.cosine import attach_cosine_head
+from ldam_plugins.heads.finder import class_count
 
 
 @pytest.fixture(autouse=True)
@@ -143,3 +145,17 @@ def test_gradients_of_each_example_by_torch_func(training):
         logits = 30 * F.normalize(model.body(features), dim=0) @ F.normalize(rows).T
         expected += torch.autograd.grad(F.cross_entropy(logits, label), rows)
     torch.testing.assert_close(got, torch.stack(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_is_attached_once_with_the_old_directions_of_length_1():
+    model = Net()
+    old = model.heads[0].weight.detach().clone()
+    assert class_count(model) is None
+    assert attach_cosine_head(model, 20.0)
+    head = model.heads[0]
+    assert (head.scale, class_count(model)) == (20.0, 5)
+    torch.testing.assert_close(head.weight, F.normalize(old))
+    assert not attach_cosine_head(model, 20.0)
+    assert model.heads[0] is head
+    with pytest.raises(ValueError, match=r"`scale` must be 20.*head=\.\.\."):
+        attach_cosine_head(model, 30.0)

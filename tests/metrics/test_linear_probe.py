@@ -48,8 +48,10 @@ def test_features_are_what_the_head_gets(cosine):
     model = CifarResNet(1, num_classes=4).train()
     model = use_cosine_head(model) if cosine else model
     images = torch.randn(6, 3, 8, 8)
+    model.layer1.eval()
     found = head_inputs(model, images.split(4), lambda model, batch: model(batch))
     assert model.training
+    assert not model.layer1.training
     assert not model.fc._forward_pre_hooks
     model.eval()
     with torch.inference_mode():
