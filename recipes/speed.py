@@ -36,7 +36,8 @@ from transformers import HfArgumentParser
 
 from ldam_plugins import register
 from ldam_plugins._validation import check_choice
-from ldam_plugins.benchmark.tables import markdown, ratio_rows
+from ldam_plugins.benchmark.tables import markdown
+from ldam_plugins.benchmark.timings import ratio_rows
 from ldam_plugins.training.history import device_name, run_versions
 
 SECTIONS: dict[str, Callable[[SpeedOptions], Iterator[Row]]] = {
