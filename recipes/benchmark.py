@@ -17,8 +17,8 @@ stopped, and adds what is new. Failed cells are listed and the exit code is 1.
 ``timeout_min=60``; a grid file has them as ``slurm: {timeout_min: 60}``.
 
 Left in ``--output_dir``: ``report.html``, ``results.md``, ``results.csv`` and ``.parquet``, plots
-as PNG, and ``results/`` with a small JSON a run, from which ``recipes/results_tables.py`` makes
-tables.
+as PNG, and ``results.jsonl`` with the record of each run a line, which
+``recipes/results_tables.py --add`` puts into the results that the documents show.
 """
 
 from __future__ import annotations
@@ -37,12 +37,13 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from ldam_plugins import ClassCounts
+from ldam_plugins.benchmark.comparisons import read_baseline
 from ldam_plugins.benchmark.grid import Cell, Grid, expand, in_cell
-from ldam_plugins.benchmark.local import CellRun, Outcome, run_here
+from ldam_plugins.benchmark.local import CellTask, Outcome, run_locally
 from ldam_plugins.benchmark.records import collect_records
 from ldam_plugins.benchmark.report import write_experiment
 from ldam_plugins.benchmark.slurm import run_on_slurm, slurm_parameters
-from ldam_plugins.benchmark.tables import interval_rows, markdown, read_baseline
+from ldam_plugins.benchmark.tables import interval_rows, markdown
 from ldam_plugins.training.options import check_int
 
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} runs in {elapsed}"
@@ -103,11 +104,11 @@ def parse(arguments: list[str] | None = None) -> BenchmarkOptions:
 def main(options: BenchmarkOptions) -> list[Outcome]:
     """Run the grid and report on it; returns how each cell ended."""
     check_int("jobs", options.jobs, low=1)
-    runs = make_runs(options)
+    tasks = make_tasks(options)
     if options.dry_run:
-        print(*(shlex.join(run.command()) for run in runs), sep="\n")
+        print(*(shlex.join(task.command()) for task in tasks), sep="\n")
         return []
-    outcomes = [] if options.report_only else list(progress(options, runs))
+    outcomes = [] if options.report_only else list(progress(options, tasks))
     failed = {outcome.name: outcome.message for outcome in outcomes if outcome.status == "failed"}
     records = collect_records(cells_folder(options), leave_out=failed)
     for name, message in failed.items():
@@ -120,8 +121,8 @@ def main(options: BenchmarkOptions) -> list[Outcome]:
     return outcomes
 
 
-def make_runs(options: BenchmarkOptions) -> list[CellRun]:
-    """A run for each cell, after a check that the recipe takes its arguments."""
+def make_tasks(options: BenchmarkOptions) -> list[CellTask]:
+    """A task for each cell, after a check that the recipe takes its arguments."""
     module, name, _ = RECIPES[options.recipe]
     kind: type[CoreOptions] = getattr(import_module(module), name)
     known = [field.name for field in fields(kind)]
@@ -138,11 +139,11 @@ def make_runs(options: BenchmarkOptions) -> list[CellRun]:
         vary=options.vary,
     )
     cells = expand(grid, known)
-    return [make_run(options, kind, cell) for cell in cells]
+    return [make_task(options, kind, cell) for cell in cells]
 
 
-def make_run(options: BenchmarkOptions, kind: type[CoreOptions], cell: Cell) -> CellRun:
-    """The run of a cell, whose options are checked as far as they can be without the data."""
+def make_task(options: BenchmarkOptions, kind: type[CoreOptions], cell: Cell) -> CellTask:
+    """The task of a cell, whose options are checked as far as they can be without the data."""
     module, _, default = RECIPES[options.recipe]
     folder = cells_folder(options) / cell.name
     with in_cell(cell.name):
@@ -151,7 +152,7 @@ def make_run(options: BenchmarkOptions, kind: type[CoreOptions], cell: Cell) -> 
         )
         parsed.make_schedule().start_step(parsed.epochs * 10**6, 10**6)
         parsed.make_loss(ClassCounts([2, 1]))
-    return CellRun(
+    return CellTask(
         name=cell.name,
         recipe=Path(__file__).with_name(f"{module}.py"),
         arguments=cell.arguments,
@@ -166,9 +167,9 @@ def cells_folder(options: BenchmarkOptions) -> Path:
     return Path(options.output_dir, "cells")
 
 
-def progress(options: BenchmarkOptions, runs: list[CellRun]) -> Iterator[Outcome]:
+def progress(options: BenchmarkOptions, tasks: list[CellTask]) -> Iterator[Outcome]:
     """Outcomes as they come, under a bar that tells the time left for cells not finished before."""
-    todo = len(runs)
+    todo = len(tasks)
     interval = 1 if sys.stderr.isatty() else 60
     style = BAR if options.launcher == "local" else None  # a cluster's queue has its own time
     bar = tqdm(total=todo, unit="run", bar_format=style, miniters=0, mininterval=interval)
@@ -178,7 +179,7 @@ def progress(options: BenchmarkOptions, runs: list[CellRun]) -> Iterator[Outcome
         bar.set_description(f"{left} left", refresh=False)
         bar.update(0)
 
-    with bar, closing(launch(options, runs, show)) as outcomes:
+    with bar, closing(launch(options, tasks, show)) as outcomes:
         for outcome in outcomes:
             if outcome.status == "skipped":
                 todo -= 1
@@ -191,13 +192,13 @@ def progress(options: BenchmarkOptions, runs: list[CellRun]) -> Iterator[Outcome
 
 
 def launch(
-    options: BenchmarkOptions, runs: list[CellRun], show: Callable[[float | None], None]
+    options: BenchmarkOptions, tasks: list[CellTask], show: Callable[[float | None], None]
 ) -> Generator[Outcome, None, None]:
     """The cells on this machine or on a cluster."""
     if options.launcher == "local":
-        return run_here(runs, options.jobs, show)
+        return run_locally(tasks, options.jobs, show)
     parameters = slurm_parameters(options.slurm)
-    return run_on_slurm(runs, options.jobs, Path(options.output_dir, "slurm"), parameters)
+    return run_on_slurm(tasks, options.jobs, Path(options.output_dir, "slurm"), parameters)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import text_lt
 import torch
 import vision_lt
@@ -32,7 +33,6 @@ from tqdm import tqdm
 from transformers import DataCollatorWithPadding, HfArgumentParser
 
 from ldam_plugins import ClassCounts, DeferredSchedule, register
-from ldam_plugins.benchmark.records import to_csv
 from ldam_plugins.integrations.timm.images import image_loader
 from ldam_plugins.integrations.transformers.run_callbacks import trainer_checkpoints
 from ldam_plugins.metrics import head_inputs, linear_probe
@@ -71,7 +71,8 @@ def main(options: ProbeOptions) -> list[dict[str, Any]]:
         raise invalid("runs", "at least one folder of a finished run", options.runs)
     rows = [row for run in tqdm(options.runs, unit="run") for row in probe_run(options, Path(run))]
     Path(options.output).parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(options.output, to_csv(rows).encode())
+    table = pd.DataFrame(rows, dtype=object)
+    write_atomic(options.output, table.to_csv(index=False, lineterminator="\n").encode())
     print(tabulate(rows, headers="keys", tablefmt="github", floatfmt=".3f"))
     return rows
 

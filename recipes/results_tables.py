@@ -1,13 +1,16 @@
 """Write the tables and plots of the documents from the results under ``recipes/results``.
 
     python recipes/results_tables.py            # print the tables
-    python recipes/results_tables.py --write    # put them into the documents, and draw the plots
+    python recipes/results_tables.py --add NAME runs/GRID/results.jsonl   # take in a grid's runs
+    python recipes/results_tables.py --write    # put tables into the documents, and draw the plots
 
 Documents are README.md and the README.md of ``recipes/results``.
-A folder of results is one experiment; each file in it is the record of one run, as
-``recipes/benchmark.py`` leaves it: ``cp -r runs/NAME/results recipes/results/NAME``. In a document
-what is between ``<!-- results: EXPERIMENT [KIND [BASELINE]] [OPTION=VALUE,...] -->`` and
-``<!-- end -->`` is made anew, from the runs whose options have one of the values. Kinds are
+``recipes/results/NAME.jsonl`` is one experiment, a line of it the record of one run, as
+``recipes/benchmark.py`` leaves it in the folder of a grid. ``--add`` puts the records of such a
+file into an experiment, or begins one; records of the same name are replaced.
+
+In a document what is between ``<!-- results: EXPERIMENT [KIND [BASELINE]] [OPTION=VALUE,...] -->``
+and ``<!-- end -->`` is made anew, from the runs whose options have one of the values. Kinds are
 ``range`` (the default), ``intervals``, ``matrix`` and ``compare`` (with a baseline as of the
 benchmark), and the plots ``errors``, ``curves`` and ``heat_map``, which are of all runs. After
 ``<!-- timings: FILE [SECTION ...] -->`` come sections of a file that ``recipes/speed.py`` left
@@ -18,8 +21,6 @@ that ``recipes/probe.py`` left under ``recipes/probes``.
 from __future__ import annotations
 
 import argparse
-import csv
-import itertools
 import json
 import os
 import re
@@ -27,24 +28,21 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+import pandas as pd
+
 from ldam_plugins.benchmark.plots import PLOTS
-from ldam_plugins.benchmark.records import (
-    Record,
-    error_matrices,
-    heads_of_losses,
-    read_records,
-    shown,
-)
+from ldam_plugins.benchmark.records import Record, add_records, read_records
+from ldam_plugins.benchmark.settings import heads_of_losses, shown
 from ldam_plugins.benchmark.tables import (
     comparison_rows,
+    error_matrices,
     interval_rows,
     markdown,
     matrix_rows,
     range_rows,
-    ratio_matrix,
-    ratio_rows,
     spread,
 )
+from ldam_plugins.benchmark.timings import ratio_matrix, ratio_rows
 from ldam_plugins.schedules import KINDS
 from ldam_plugins.training.files import write_atomic
 from ldam_plugins.training.options import check_choice, invalid
@@ -65,19 +63,19 @@ PROBED = {
 }
 
 
-def matrices(records: list[Record]) -> str:
+def matrix_tables(records: list[Record]) -> str:
     """A table a combination of the options beside loss and schedule."""
     parts, heads = [], heads_of_losses(records)
-    for title, cells in error_matrices(records).items():
+    for title, matrix in error_matrices(records).items():
         parts += [title] if title else []
-        parts.append(markdown(matrix_rows(cells, heads)))
+        parts.append(markdown(matrix_rows(matrix, heads)))
     return "\n\n".join(parts)
 
 
 TABLES: dict[str, Callable[[list[Record]], str]] = {
     "range": lambda records: markdown(range_rows(records)),
     "intervals": lambda records: markdown(interval_rows(records)),
-    "matrix": matrices,
+    "matrix": matrix_tables,
 }
 
 
@@ -85,7 +83,7 @@ def content(experiment: str, words: Sequence[str] = (), folder: Path = RESULTS) 
     """What belongs between the markers, of which the words are: a table, or the place of a plot.
 
     Args:
-        experiment: Folder of ``RESULTS``.
+        experiment: Name of a file in ``RESULTS``.
         words: Kind, baseline and options.
         folder: Of the document, which a plot's place is relative to.
     """
@@ -97,7 +95,7 @@ def content(experiment: str, words: Sequence[str] = (), folder: Path = RESULTS) 
     if kind in PLOTS:
         place = os.path.relpath(plot_path(experiment, kind), folder)
         return f"![{PLOTS[kind][0]}]({Path(place).as_posix()})"
-    records = read_records(RESULTS / experiment)
+    records = read_records(records_path(experiment))
     for name, _, values in (word.partition("=") for word in filters):
         check_choice("option", name, records[0]["options"])
         records = [r for r in records if shown(r["options"][name]) in values.split(",")]
@@ -108,7 +106,7 @@ def content(experiment: str, words: Sequence[str] = (), folder: Path = RESULTS) 
     return TABLES[kind](records)
 
 
-def timings(name: str, sections: Sequence[str] = ()) -> str:
+def timing_table(name: str, sections: Sequence[str] = ()) -> str:
     """The ratios of some sections of a file of timings; those of the losses as a matrix."""
     kept = json.loads((TIMINGS / f"{name}.json").read_text(encoding="utf-8"))
     known = {row["section"] for row in kept["rows"]}
@@ -118,27 +116,31 @@ def timings(name: str, sections: Sequence[str] = ()) -> str:
     return markdown(ratio_matrix(rows) if sections == ["loss"] else ratio_rows(rows))
 
 
-def probes(name: str, schedules: Sequence[str] = KINDS) -> str:
+def probe_table(name: str, schedules: Sequence[str] = KINDS) -> str:
     """Linear probes before the switch and at the end, and the runs themselves; mean and range."""
-    with (PROBES / f"{name}.csv").open(encoding="utf-8", newline="") as file:
-        found = list(csv.DictReader(file))
-    last = max(found, key=lambda row: int(row["epochs"]))["epochs"]
-    for row in found:
-        row["when"] = "last" if row["epochs"] == last else row["when"]
+    probes = pd.read_csv(PROBES / f"{name}.csv")
+    probes.loc[probes["epochs"] == probes["epochs"].max(), "when"] = "last"
+    groups = {key: group for key, group in probes.groupby(["loss", "schedule"])}
     table = []
-    for loss, schedule in itertools.product(sorted({row["loss"] for row in found}), schedules):
-        rows = [row for row in found if (row["loss"], row["schedule"]) == (loss, schedule)]
-        if rows:
-            means = {
-                title: spread([scale * float(row[column]) for row in rows if row["when"] == when])
-                for title, (when, column, scale) in PROBED.items()
-            }
-            table.append({"loss": loss, "schedule": schedule, **means})
+    for loss in sorted(probes["loss"].unique()):
+        for schedule in schedules:
+            if (loss, schedule) in groups:
+                of_moment = groups[loss, schedule].set_index("when")
+                means = {
+                    title: spread((scale * of_moment.loc[[when], column]).tolist())
+                    for title, (when, column, scale) in PROBED.items()
+                }
+                table.append({"loss": loss, "schedule": schedule, **means})
     return markdown(table)
 
 
+def records_path(experiment: str) -> Path:
+    """Where the records of an experiment are kept."""
+    return RESULTS / f"{experiment}.jsonl"
+
+
 def plot_path(experiment: str, kind: str) -> Path:
-    """Where the plot of an experiment is kept."""
+    """Where a plot of an experiment is kept."""
     return RESULTS / experiment / f"{kind}.png"
 
 
@@ -146,8 +148,8 @@ def fill(text: str, folder: Path = RESULTS) -> str:
     """The text of a document in ``folder`` with everything between its markers made anew."""
     makers: dict[str, Callable[..., str]] = {
         "results": partial(content, folder=folder),
-        "timings": timings,
-        "probes": probes,
+        "timings": timing_table,
+        "probes": probe_table,
     }
 
     def fresh(match: re.Match[str]) -> str:
@@ -165,20 +167,42 @@ def plots_of(text: str) -> list[tuple[str, str]]:
 
 
 def main() -> None:
-    """Print the tables, or write them and the plots of the documents."""
+    """Print the tables, add records, or write the tables and plots of the documents."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument(
+        "--add",
+        nargs=2,
+        metavar=("NAME", "FILE"),
+        help="put the records of a file into an experiment",
+    )
     parser.add_argument("--write", action="store_true", help="write into the documents")
-    if not parser.parse_args().write:
-        for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
-            print(f"{folder.name}\n\n{content(folder.name, ['intervals'])}\n")
-        return
+    given = parser.parse_args()
+    if given.add:
+        name, file = given.add
+        add_records(records_path(name), read_records(file))
+    if given.write:
+        write_documents()
+    elif not given.add:
+        for name in experiments():
+            print(f"{name}\n\n{content(name, ['intervals'])}\n")
+
+
+def experiments() -> list[str]:
+    """Names of the experiments that are kept."""
+    return sorted(path.stem for path in RESULTS.glob("*.jsonl"))
+
+
+def write_documents() -> None:
+    """Make the tables of the documents, and the plots they show, anew."""
     for document in DOCUMENTS:
         text = fill(document.read_text(encoding="utf-8"), document.parent)
         for experiment, kind in plots_of(text):
             _, draw = PLOTS[kind]
-            write_atomic(plot_path(experiment, kind), draw(read_records(RESULTS / experiment)))
+            path = plot_path(experiment, kind)
+            path.parent.mkdir(exist_ok=True)
+            write_atomic(path, draw(read_records(records_path(experiment))))
         document.write_text(text, encoding="utf-8")
 
 

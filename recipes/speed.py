@@ -35,7 +35,8 @@ from speed_timing import DEVICE, Row, SpeedOptions
 from transformers import HfArgumentParser
 
 from ldam_plugins import register
-from ldam_plugins.benchmark.tables import markdown, ratio_rows
+from ldam_plugins.benchmark.tables import markdown
+from ldam_plugins.benchmark.timings import ratio_rows
 from ldam_plugins.training import device_name, run_versions
 from ldam_plugins.training.options import check_choice
 

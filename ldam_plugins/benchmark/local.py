@@ -1,4 +1,4 @@
-"""The runs of a grid as processes of their own."""
+"""The cells of a grid as processes on this machine, several at once."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ _OTHER_FOLDER = "Choose another --output_dir for the grid, or remove that folder
 
 
 @dataclass(frozen=True)
-class CellRun:
-    """A cell of a grid as a process.
+class CellTask:
+    """What is to be run for a cell of a grid: a recipe, in a folder of its own.
 
     Args:
-        name: Of the cell.
+        name: Name of the cell.
         recipe: The recipe's file.
-        arguments: Of the recipe, without the folder.
+        arguments: Arguments of the recipe, but for the folder.
         folder: ``--output_dir`` of the run; also gets its log and its command.
         options: What the recipe makes of the arguments.
         defaults: The recipe's own defaults. A run that was made before the recipe had some option
@@ -67,32 +67,32 @@ class Outcome(NamedTuple):
     message: str = ""
 
 
-def is_finished(run: CellRun) -> bool:
-    """Whether the folder holds this run with its metrics.
+def is_finished(task: CellTask) -> bool:
+    """Whether the folder of the task holds its run, finished.
 
     Raises:
         ValueError: it holds a finished run with other options.
     """
-    if not (run.folder / METRICS_FILE).exists():
+    if not (task.folder / METRICS_FILE).exists():
         return False
-    stored = {**run.defaults, **read_metrics(run.folder)["options"]}
-    differing = differing_options(stored, json.loads(json.dumps(run.options)))
+    stored = {**task.defaults, **read_metrics(task.folder)["options"]}
+    differing = differing_options(stored, json.loads(json.dumps(task.options)))
     if differing:
-        expected = f"that of the run in {str(run.folder)!r}"
+        expected = f"that of the run in {str(task.folder)!r}"
         raise ValueError(f"`options` must be {expected}; {'; '.join(differing)}. {_OTHER_FOLDER}")
     return True
 
 
 class _Begun(NamedTuple):
-    """A cell that runs, and since when on the monotonic clock."""
+    """A task whose process runs, and since when on the monotonic clock."""
 
-    run: CellRun
+    task: CellTask
     process: subprocess.Popen[bytes]
     since: float
 
 
-def run_here(
-    runs: Sequence[CellRun],
+def run_locally(
+    tasks: Sequence[CellTask],
     jobs: int = 1,
     on_wait: Callable[[float | None], object] = lambda seconds: None,
 ) -> Generator[Outcome, None, None]:
@@ -104,7 +104,7 @@ def run_here(
     checkpoint when the grid is run again.
 
     Args:
-        runs: What to run; finished cells are skipped, begun ones resumed.
+        tasks: What to run; finished cells are skipped, begun ones resumed.
         jobs: Processes at once, at least 1.
         on_wait: Called several times a second with the seconds that are left, None as long as no
             cell has finished; see :func:`seconds_left`.
@@ -112,24 +112,24 @@ def run_here(
     Raises:
         SystemExit: with the code ``PREEMPTED``, at SIGTERM.
     """
-    waiting, running, took = deque(runs), dict[int, _Begun](), list[float]()
+    waiting, running, took = deque(tasks), dict[int, _Begun](), list[float]()
     free = deque(range(jobs))
     with defer_sigterm() as told, _stopped_at_the_end(running):
         while waiting or running:
             if told.is_set():
                 raise SystemExit(PREEMPTED)
             while waiting and free:
-                run, slot = waiting.popleft(), free[0]
-                begun = _begin(run, _share_of_machine(slot, jobs))
+                task, slot = waiting.popleft(), free[0]
+                begun = _begin(task, _share_of_machine(slot, jobs))
                 if isinstance(begun, Outcome):
                     yield begun
                 else:
-                    running[free.popleft()] = _Begun(run, begun, time.monotonic())
-            for slot, (run, process, since) in list(running.items()):
+                    running[free.popleft()] = _Begun(task, begun, time.monotonic())
+            for slot, (task, process, since) in list(running.items()):
                 if process.poll() is not None:
                     del running[slot]
                     free.append(slot)
-                    outcome = _outcome(run, process.returncode)
+                    outcome = _outcome(task, process.returncode)
                     took += [time.monotonic() - since] if outcome.status == "finished" else []
                     yield outcome
             ages = [time.monotonic() - cell.since for cell in running.values()]
@@ -162,25 +162,25 @@ def seconds_left(
     return max(ends)
 
 
-def run_cell(run: CellRun) -> Outcome:
+def run_cell(task: CellTask) -> Outcome:
     """Run one cell in a process of its own, and wait for it; the process ends with the waiting."""
-    begun = _begin(run, {})
+    begun = _begin(task, {})
     if isinstance(begun, Outcome):
         return begun
-    with _stopped_at_the_end({0: _Begun(run, begun, 0.0)}):
-        return _outcome(run, begun.wait())
+    with _stopped_at_the_end({0: _Begun(task, begun, 0.0)}):
+        return _outcome(task, begun.wait())
 
 
-def start_cell(run: CellRun, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+def start_cell(task: CellTask, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
     """Start the process of a cell; a run that was begun is resumed.
 
     The log stays locked while the process lives, so that no second one writes into its folder.
     """
-    run.folder.mkdir(parents=True, exist_ok=True)
-    with (run.folder / LOG_FILE).open("ab") as log:
+    task.folder.mkdir(parents=True, exist_ok=True)
+    with (task.folder / LOG_FILE).open("ab") as log:
         _lock(log)
-        _, *arguments = [*run.command(), "--resume", "auto"]
-        write_atomic(run.folder / COMMAND_FILE, f"{shlex.join(run.command())}\n".encode())
+        _, *arguments = [*task.command(), "--resume", "auto"]
+        write_atomic(task.folder / COMMAND_FILE, f"{shlex.join(task.command())}\n".encode())
         log.write(f"$ python {shlex.join(arguments)}\n".encode())
         log.flush()
         return subprocess.Popen(
@@ -194,29 +194,29 @@ def start_cell(run: CellRun, environment: Mapping[str, str]) -> subprocess.Popen
         )
 
 
-def _begin(run: CellRun, environment: Mapping[str, str]) -> subprocess.Popen[bytes] | Outcome:
+def _begin(task: CellTask, environment: Mapping[str, str]) -> subprocess.Popen[bytes] | Outcome:
     """The process of a cell, or how the cell ended without one."""
     try:
-        return ended_before(run) or start_cell(run, environment)
+        return ended_before(task) or start_cell(task, environment)
     except BlockingIOError:
-        return Outcome(run.name, "failed", f"another process is running it in {run.folder}")
+        return Outcome(task.name, "failed", f"another process is running it in {task.folder}")
     except OSError as error:
-        return Outcome(run.name, "failed", f"{type(error).__name__}: {error}")
+        return Outcome(task.name, "failed", f"{type(error).__name__}: {error}")
 
 
-def ended_before(run: CellRun) -> Outcome | None:
+def ended_before(task: CellTask) -> Outcome | None:
     """How a cell ends without being run: skipped, or failed for what its folder holds."""
     try:
-        return Outcome(run.name, "skipped") if is_finished(run) else None
+        return Outcome(task.name, "skipped") if is_finished(task) else None
     except (OSError, ValueError, KeyError) as error:
-        return Outcome(run.name, "failed", f"{type(error).__name__}: {error}")
+        return Outcome(task.name, "failed", f"{type(error).__name__}: {error}")
 
 
-def _outcome(run: CellRun, returncode: int) -> Outcome:
-    if returncode == 0 and (run.folder / METRICS_FILE).exists():
-        return Outcome(run.name, "finished")
-    log = run.folder / LOG_FILE
-    return Outcome(run.name, "failed", f"exit code {returncode}, see {log}\n{log_tail(log)}")
+def _outcome(task: CellTask, returncode: int) -> Outcome:
+    if returncode == 0 and (task.folder / METRICS_FILE).exists():
+        return Outcome(task.name, "finished")
+    log = task.folder / LOG_FILE
+    return Outcome(task.name, "failed", f"exit code {returncode}, see {log}\n{log_tail(log)}")
 
 
 def log_tail(path: Path, lines: int = _TAIL_LINES) -> str:
@@ -273,6 +273,7 @@ def _stop(started: Sequence[subprocess.Popen[bytes]]) -> None:
 
 def _lock(log: IO[bytes]) -> None:
     """Lock a log for as long as this process, or one that inherits the file, has it open."""
+    # Not by filelock, whose lock ends with this process, while the cell may go on without it.
     if sys.platform != "win32":
         import fcntl
 

@@ -5,27 +5,28 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from textwrap import fill
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.markers import CARETLEFTBASE, CARETRIGHTBASE
 
 from ldam_plugins._validation import invalid
-from ldam_plugins.benchmark.records import (
-    Record,
+from ldam_plugins.benchmark.records import Record, errors_of
+from ldam_plugins.benchmark.settings import (
     Setting,
     by_setting,
-    error_matrices,
-    errors_of,
     method_title,
     shown,
     varying_options,
 )
 from ldam_plugins.benchmark.statistics import Interval, mean_interval
-from ldam_plugins.reports.plots import INK, WIDTH, png
+from ldam_plugins.benchmark.tables import error_matrices
+from ldam_plugins.reports.plots import png
+from ldam_plugins.reports.style import WIDTH, ink, schedule_color
 from ldam_plugins.schedules import KINDS
 
 _DIGEST_KEY = "Results"
@@ -33,25 +34,6 @@ _COLUMNS = 3
 _TITLE_WIDTH = 30
 _STRETCHES = 25
 """With more classes than that, a curve shows the means of so many stretches of them."""
-
-# Okabe and Ito's palette, which the colour-blind can tell apart; lighter on a dark page. The ink
-# takes the place of black.
-_COLORS = {
-    False: {
-        "rw": "#e69f00",
-        "rs": "#56b4e9",
-        "drw": "#0072b2",
-        "drs": "#cc79a7",
-        "progressive": "#009e73",
-    },
-    True: {
-        "rw": "#f0b93a",
-        "rs": "#a5d8ff",
-        "drw": "#3f95e0",
-        "drs": "#e39cc4",
-        "progressive": "#2fc79a",
-    },
-}
 
 
 def digest(records: Sequence[Record]) -> str:
@@ -112,7 +94,7 @@ def _draw_errors(records: Sequence[Record], dark: bool) -> Figure:
     figure = Figure(figsize=(WIDTH, 1.1 + 0.26 * len(methods)))
     axis = figure.subplots()
     for place, (interval, errors, _, setting) in enumerate(methods):
-        color = _color(setting[1], dark)
+        color = schedule_color(setting[1], dark)
         axis.plot(errors, [place] * len(errors), ".", color=color, alpha=0.6, markersize=6)
         width = interval.half_width
         axis.errorbar(interval.mean, place, xerr=width, fmt="o", color=color, capsize=3)
@@ -123,7 +105,7 @@ def _draw_errors(records: Sequence[Record], dark: bool) -> Figure:
     limits = _limits([error for method in methods for error in method[1]])
     axis.set_xlim(*limits)
     for place, (interval, _, _, setting) in enumerate(methods):
-        _mark_cut_ends(axis, place, interval, limits, _color(setting[1], dark))
+        _mark_cut_ends(axis, place, interval, limits, schedule_color(setting[1], dark))
     axis.set_xlabel("balanced error, %: mean, 95 % interval over n seeds, and each seed")
     return figure
 
@@ -155,9 +137,11 @@ def _draw_curves(records: Sequence[Record], dark: bool) -> Figure:
     for axis, ((loss, *others), lines) in zip(axes, panels.items(), strict=False):
         plain = settings.get(("ce", "none", *others))
         if plain and loss != "ce":
-            axis.plot(*_curve(plain), ":", color=INK[dark][1], linewidth=1.2, label="ce / none")
+            axis.plot(*_curve(plain), ":", color=ink(dark), linewidth=1.2, label="ce / none")
         for schedule in sorted(lines, key=KINDS.index):
-            axis.plot(*_curve(lines[schedule]), color=_color(schedule, dark), label=schedule)
+            axis.plot(
+                *_curve(lines[schedule]), color=schedule_color(schedule, dark), label=schedule
+            )
         axis.set_title(_panel_title([loss], names, others), parse_math=False)
         axis.set_ylim(-3, 103)
         axis.grid(axis="y", linewidth=0.6)
@@ -187,11 +171,16 @@ def _curve(runs: Sequence[Record]) -> tuple[np.ndarray, np.ndarray]:
 
 def _draw_matrices(records: Sequence[Record], dark: bool) -> Figure:
     matrices = error_matrices(records)
-    losses = list(dict.fromkeys(loss for cells in matrices.values() for loss, _ in cells))
+    losses = list(dict.fromkeys(loss for matrix in matrices.values() for loss in matrix.index))
+    means = {
+        title: matrix.map(lambda interval: interval.mean, na_action="ignore").astype(float)
+        for title, matrix in matrices.items()
+    }
+    all_means = pd.concat(means.values())
+    limits = all_means.min(axis=None), all_means.max(axis=None)
     axes, figure = _panels(len(matrices), 0.9 + 0.36 * len(losses), columns=1)
-    means = [cell.mean for cells in matrices.values() for cell in cells.values()]
-    for axis, (title, cells) in zip(axes, matrices.items(), strict=False):
-        _draw_matrix(axis, cells, losses, (min(means), max(means)))
+    for axis, (title, matrix) in zip(axes, matrices.items(), strict=False):
+        _draw_matrix(axis, matrix.reindex(losses), means[title].reindex(losses), limits)
         axis.set_title(title, parse_math=False)
     note = "balanced error, %: mean ± half of the 95 % interval; lighter is less error"
     figure.suptitle(note, fontsize=9)
@@ -199,25 +188,17 @@ def _draw_matrices(records: Sequence[Record], dark: bool) -> Figure:
 
 
 def _draw_matrix(
-    axis: Axes,
-    cells: Mapping[tuple[str, str], Interval],
-    losses: Sequence[str],
-    limits: tuple[float, float],
+    axis: Axes, intervals: pd.DataFrame, means: pd.DataFrame, limits: tuple[float, float]
 ) -> None:
-    schedules = [kind for kind in KINDS if any(kind == schedule for _, schedule in cells)]
-    values = np.full((len(losses), len(schedules)), np.nan)
     middle = sum(limits) / 2
-    for (loss, schedule), interval in cells.items():
-        row, column = losses.index(loss), schedules.index(schedule)
-        values[row, column] = interval.mean
-        text = f"{interval.mean:.1f}"
-        if interval.half_width is not None:
-            text += f" ± {interval.half_width:.1f}"
-        color = "#ffffff" if interval.mean > middle else "#000000"
+    for row, column in np.argwhere(means.notna().to_numpy()):
+        mean, half_width, _ = intervals.iloc[row, column]
+        text = f"{mean:.1f}" if half_width is None else f"{mean:.1f} ± {half_width:.1f}"
+        color = "#ffffff" if mean > middle else "#000000"
         axis.text(column, row, text, ha="center", va="center", color=color, fontsize=8.5)
-    axis.imshow(values, cmap="viridis_r", vmin=limits[0], vmax=limits[1], aspect="auto")
-    axis.set_xticks(range(len(schedules)), schedules)
-    axis.set_yticks(range(len(losses)), losses)
+    axis.imshow(means, cmap="viridis_r", vmin=limits[0], vmax=limits[1], aspect="auto")
+    axis.set_xticks(range(len(means.columns)), means.columns)
+    axis.set_yticks(range(len(means)), means.index)
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
 
@@ -237,7 +218,3 @@ def _panel_title(parts: Sequence[str], names: Sequence[str], others: Sequence[ob
     given = zip(names[2:], others, strict=True)
     title = ", ".join([*parts, *(f"{name}\u00a0{shown(v)}" for name, v in given if v is not None)])
     return fill(title, _TITLE_WIDTH, break_long_words=False)
-
-
-def _color(schedule: str, dark: bool) -> str:
-    return _COLORS[dark].get(schedule, INK[dark][1])

@@ -7,30 +7,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ldam_plugins.benchmark.plots import PLOTS
-from ldam_plugins.benchmark.records import (
-    UNKNOWN,
-    Record,
-    error_matrices,
-    heads_of_losses,
-    shown,
-    tidy_rows,
-    to_csv,
-    to_parquet,
-    varying_options,
-    write_record,
-)
+from ldam_plugins.benchmark.records import UNKNOWN, Record, write_records
+from ldam_plugins.benchmark.settings import heads_of_losses, shown, varying_options
 from ldam_plugins.benchmark.tables import (
     Row,
     comparison_rows,
+    error_matrices,
     interval_rows,
     markdown,
     matrix_rows,
+    tidy_table,
 )
 from ldam_plugins.reports.html import Plot, render
 from ldam_plugins.training.files import write_atomic
 from ldam_plugins.training.run_dir import MAY_CHANGE
 
-RECORDS, TABLES_FILE, PAGE_FILE = "results", "results.md", "report.html"
+RECORDS_FILE, TABLES_FILE, PAGE_FILE = "results.jsonl", "results.md", "report.html"
 CSV_FILE, PARQUET_FILE = "results.csv", "results.parquet"
 
 _Section = tuple[str, str, list[Row]]
@@ -59,7 +51,7 @@ def write_experiment(
 ) -> Path:
     """Write what the records say.
 
-    ``results/`` with one small JSON a run, to be kept; ``results.csv`` and the same as
+    ``results.jsonl`` with the record of each run, to be kept; ``results.csv`` and the same as
     ``results.parquet``, one row a run; ``results.md``; ``report.html`` with its plots inside, and
     the plots as PNG.
 
@@ -74,11 +66,11 @@ def write_experiment(
         The path of the page.
     """
     folder, failed = Path(output_dir), failed or {}
-    for record in records:
-        write_record(folder / RECORDS, record)
-    rows = tidy_rows(records)
-    write_atomic(folder / CSV_FILE, to_csv(rows).encode())
-    write_atomic(folder / PARQUET_FILE, to_parquet(rows))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_records(folder / RECORDS_FILE, records)
+    table = tidy_table(records)
+    write_atomic(folder / CSV_FILE, table.to_csv(index=False, lineterminator="\n").encode())
+    write_atomic(folder / PARQUET_FILE, table.to_parquet(index=False))
     sections = _sections(records, baseline)
     write_atomic(folder / TABLES_FILE, _markdown_page(sections, failed).encode())
     plots = [
@@ -106,9 +98,9 @@ def _sections(records: Sequence[Record], baseline: str) -> list[_Section]:
     """Title, note and rows of each table."""
     sections = [("Methods", _NOTE_ON_INTERVALS, interval_rows(records))]
     heads = heads_of_losses(records)
-    for title, cells in error_matrices(records).items():
+    for title, matrix in error_matrices(records).items():
         heading = ", ".join(filter(None, ["Balanced error, %, by loss and schedule", title]))
-        sections.append((heading, _NOTE_ON_MATRIX, matrix_rows(cells, heads)))
+        sections.append((heading, _NOTE_ON_MATRIX, matrix_rows(matrix, heads)))
     pairs = comparison_rows(records, baseline)
     if pairs:
         sections.append((f"More than noise? Against {baseline}", _NOTE_ON_PAIRS, pairs))

@@ -1,4 +1,4 @@
-"""The runs of a grid as jobs of a Slurm cluster, through submitit."""
+"""The cells of a grid as jobs of a Slurm cluster, through submitit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from ldam_plugins._validation import invalid
-from ldam_plugins.benchmark.local import CellRun, Outcome, ended_before, run_cell
+from ldam_plugins.benchmark.local import CellTask, Outcome, ended_before, run_cell
 from ldam_plugins.training.preemption import PREEMPTED, defer_sigterm
 
 _POLL_SECONDS = 1.0
@@ -53,7 +53,7 @@ def slurm_parameters(entries: Iterable[str]) -> dict[str, Any]:
 
 
 def run_on_slurm(
-    runs: Sequence[CellRun],
+    tasks: Sequence[CellTask],
     jobs: int,
     folder: str | os.PathLike[str],
     parameters: Parameters,
@@ -67,7 +67,7 @@ def run_on_slurm(
     closed, or the process is interrupted or terminated, the jobs that have not ended are cancelled.
 
     Args:
-        runs: What to run. Their folders must be seen by all nodes.
+        tasks: What to run. Their folders must be seen by all nodes.
         jobs: Array tasks at once.
         folder: Where submitit keeps its files.
         parameters: Of ``submitit.AutoExecutor.update_parameters``, see :func:`slurm_parameters`;
@@ -83,10 +83,10 @@ def run_on_slurm(
     """
     executor = _executor(folder, cluster, {"slurm_array_parallelism": jobs, **parameters})
     waiting = []
-    for run in runs:
-        ended = ended_before(run)
+    for task in tasks:
+        ended = ended_before(task)
         if ended is None:
-            waiting.append(run)
+            waiting.append(task)
         else:
             yield ended
     if waiting:
@@ -94,19 +94,19 @@ def run_on_slurm(
 
 
 class CellJob:
-    """:func:`run_cell` as a job that may be interrupted: submitit's protocol of checkpoints."""
+    """:func:`.run_cell` as a job that may be interrupted: submitit's protocol of checkpoints."""
 
-    def __call__(self, run: CellRun) -> Outcome:
+    def __call__(self, task: CellTask) -> Outcome:
         """Run the cell; where it was begun, it is resumed."""
-        return run_cell(run)
+        return run_cell(task)
 
-    def checkpoint(self, run: CellRun) -> Any:
+    def checkpoint(self, task: CellTask) -> Any:
         """What is queued in the place of a job that is interrupted: the same once more."""
-        return _import_submitit().helpers.DelayedSubmission(self, run)
+        return _import_submitit().helpers.DelayedSubmission(self, task)
 
 
-def _outcomes(runs: Sequence[CellRun], jobs: Sequence[Any]) -> Iterator[Outcome]:
-    waiting = {run.name: job for run, job in zip(runs, jobs, strict=True)}
+def _outcomes(tasks: Sequence[CellTask], jobs: Sequence[Any]) -> Iterator[Outcome]:
+    waiting = {task.name: job for task, job in zip(tasks, jobs, strict=True)}
     with defer_sigterm() as told, _cancelled_at_the_end(waiting):
         while waiting:
             if told.is_set():

@@ -1,72 +1,75 @@
-"""Tables of an experiment, and which differences between methods are more than noise."""
+"""Tables of an experiment: all runs as one flat table, and summaries of its settings in text."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import pandas as pd
 from tabulate import tabulate
 
-from ldam_plugins._validation import check_choice
-from ldam_plugins.benchmark.grid import METHODS
-from ldam_plugins.benchmark.records import (
+from ldam_plugins.benchmark.comparisons import comparisons
+from ldam_plugins.benchmark.records import UNKNOWN, Record, errors_of
+from ldam_plugins.benchmark.settings import (
     ABSENT,
-    Record,
-    Setting,
     by_setting,
-    errors_of,
     head_of,
-    method_title,
     option_value,
     shown,
     varying_options,
 )
-from ldam_plugins.benchmark.statistics import (
-    CONFIDENCE,
-    Interval,
-    PairedComparison,
-    holm,
-    mean_interval,
-    paired_comparison,
-)
-from ldam_plugins.losses.registry import list_losses
+from ldam_plugins.benchmark.statistics import Interval, mean_interval
 from ldam_plugins.schedules import KINDS
 
-# Name of a column: the metric, what it is multiplied by, and decimal places.
+_METRICS = (
+    "top1_error",
+    "balanced_accuracy",
+    "worst_class_accuracy",
+    "many",
+    "medium",
+    "few",
+    "nll",
+    "ece",
+)
+"""Columns of the flat table that are of the test set."""
+
+# Title of a column of the summaries: the metric, what it is multiplied by, and decimal places.
 _COLUMNS = {
     "top-1 error %": ("top1_error", 1.0, 1),
     "balanced accuracy %": ("balanced_accuracy", 100.0, 1),
     "worst class %": ("worst_class_accuracy", 100.0, 1),
     "ece": ("ece", 1.0, 3),
 }
-_TAIL_OPTIONS = ("dataset", "profile", "ratio", "subset_seed")
-
-
-class Comparison(NamedTuple):
-    """A method against a baseline: titles, the paired test, and its p-value after Holm.
-
-    ``heads`` is the method's head, and the baseline's where that is another one.
-    """
-
-    baseline: str
-    method: str
-    paired: PairedComparison
-    corrected: float | None
-    heads: str = ABSENT
-
-    @property
-    def verdict(self) -> str:
-        """Whether the difference is more than noise, at 5 % after the correction."""
-        if self.corrected is None:
-            return "no test: one pair" if self.paired.difference.n == 1 else "no test: no spread"
-        if self.corrected >= 1 - CONFIDENCE:
-            return "not told from noise"
-        return "less error" if self.paired.difference.mean < 0 else "more error"
-
 
 Row = dict[str, str]
-"""A line of a table, by the titles of its columns."""
+"""A line of a table of text, by the titles of its columns."""
+
+
+def tidy_table(records: Sequence[Record]) -> pd.DataFrame:
+    """One row a run: what varies, seed, metrics, seconds, machine, versions and the command."""
+    names = varying_options(records)
+    rows = [
+        {
+            "name": record["name"],
+            **{name: _scalar(option_value(record, name)) for name in names},
+            "seed": record["options"]["seed"],
+            **{metric: record["test"][metric] for metric in _METRICS},
+            "train_seconds": record["train_seconds"],
+            "device": record["device"],
+            "mixed_precision": record.get("mixed_precision", UNKNOWN),
+            **{f"version_{name}": version for name, version in record["versions"].items()},
+            "command": record["command"],
+        }
+        for runs in by_setting(records).values()
+        for record in runs
+    ]
+    # As objects, integers stay integers in a column that has no value in some rows.
+    return pd.DataFrame(rows, dtype=object)
+
+
+def _scalar(value: Any) -> Any:
+    return shown(value) if isinstance(value, tuple) else value
 
 
 def range_rows(records: Sequence[Record]) -> list[Row]:
@@ -91,110 +94,44 @@ def _rows_of(records: Sequence[Record], summarise: Callable[[list[float], int], 
     return rows
 
 
-def matrix_rows(
-    cells: Mapping[tuple[str, str], Interval], heads: Mapping[str, str] | None = None
-) -> list[Row]:
-    """A row a loss and a column a schedule, of one of :func:`error_matrices`.
+def error_matrices(records: Sequence[Record]) -> dict[str, pd.DataFrame]:
+    """Balanced error in % by loss and schedule, for each combination of the other options.
+
+    Combinations in which nothing can be compared along both ways are left out: they have one loss,
+    or no loss with two schedules.
+
+    Returns:
+        By title of the combination, a row a loss and a column a schedule; a cell is an
+        :class:`.Interval` over the seeds, or NaN where there is no run.
+    """
+    names = varying_options(records)[2:]
+    cells = []
+    for (loss, schedule, *others), runs in by_setting(records).items():
+        values = zip(names, others, strict=True)
+        title = ", ".join(f"{name} {shown(value)}" for name, value in values)
+        cells.append((title, loss, schedule, mean_interval(errors_of(runs))))
+    table = pd.DataFrame(cells, columns=["title", "loss", "schedule", "error"])
+    matrices = {}
+    for title, part in table.groupby("title", sort=False):
+        matrix = part.pivot(index="loss", columns="schedule", values="error")
+        if 1 < len(matrix) < len(part):
+            matrices[title] = matrix[[kind for kind in KINDS if kind in matrix]]
+    return matrices
+
+
+def matrix_rows(matrix: pd.DataFrame, heads: Mapping[str, str] | None = None) -> list[Row]:
+    """One of :func:`error_matrices` as text: a row a loss and a column a schedule.
 
     ``heads`` names the head of each loss; there is no such column without it.
     """
-    losses = dict.fromkeys(loss for loss, _ in cells)
-    schedules = [kind for kind in KINDS if any(kind == schedule for _, schedule in cells)]
-    return [
-        {"loss": loss}
-        | ({} if heads is None else {"head": heads[loss]})
-        | {kind: _matrix_cell(cells.get((loss, kind))) for kind in schedules}
-        for loss in losses
-    ]
-
-
-def comparisons(records: Sequence[Record], baseline: str = "erm") -> list[Comparison]:
-    """Every method against a baseline on the same seeds and long tail, in balanced error.
-
-    Negative differences are less error than the baseline's. P-values and detectable differences are
-    corrected for the number of tests in the answer.
-
-    Args:
-        records: Of one experiment.
-        baseline: A name of ``METHODS`` or ``loss/schedule``, in which ``*`` is the method's own:
-            ``"*/none"`` compares each schedule with none under the same loss. Of several settings
-            of the baseline the one with the method's other options is taken, if there is one,
-            else each; options after colons choose among them, a dash standing for the loss's
-            default: ``"ldam_drw:max_margin=-:start=80"``.
-
-    Raises:
-        ValueError: an unknown baseline.
-    """
-    names, settings = varying_options(records), by_setting(records)
-    expected, options = read_baseline(baseline, records[0]["options"])
-    chosen = [s for s, runs in settings.items() if _has(runs[0], options)]
-    found = []
-    for setting, runs in settings.items():
-        for base in _bases(chosen, setting, expected):
-            pairs = _pairs(settings[base], runs)
-            if pairs:
-                titles = (method_title(names, base), method_title(names, setting))
-                heads = dict.fromkeys(head_of(record) for record in reversed(pairs[0]))
-                first, second = map(errors_of, zip(*pairs, strict=True))
-                found.append((titles, " against ".join(heads), first, second))
-    p_values = [paired_comparison(first, second).p_value for *_, first, second in found]
-    tests = sum(p is not None for p in p_values) or 1
-    return [
-        Comparison(*titles, paired_comparison(first, second, tests), corrected, heads)
-        for (titles, heads, first, second), corrected in zip(found, holm(p_values), strict=True)
-    ]
-
-
-def read_baseline(baseline: str, known: Collection[str]) -> tuple[tuple[str, str], dict[str, str]]:
-    """What a baseline, as of :func:`comparisons`, says: loss and schedule, and other options.
-
-    Args:
-        baseline: To be read.
-        known: Names of the options it may choose by.
-
-    Raises:
-        ValueError: it names no method, loss, schedule or option.
-    """
-    name, *entries = baseline.split(":")
-    if "/" in name:
-        loss, _, schedule = name.partition("/")
-        check_choice("loss in baseline", loss, [*list_losses(), "*"])
-        check_choice("schedule in baseline", schedule, [*KINDS, "*"])
-    else:
-        _, loss, schedule = METHODS[check_choice("baseline", name, METHODS)]
-    pairs = [entry.partition("=") for entry in entries]
-    options = {check_choice("option in baseline", name, known): value for name, _, value in pairs}
-    return (loss, schedule), options
-
-
-def _has(record: Record, options: Mapping[str, str]) -> bool:
-    """Whether a run has what a baseline says after its colons."""
-    return all(shown(option_value(record, name)) == value for name, value in options.items())
-
-
-def _bases(
-    settings: Collection[Setting], setting: Setting, expected: tuple[str, str]
-) -> list[Setting]:
-    pattern = [own if want == "*" else want for want, own in zip(expected, setting, strict=False)]
-    bases = [base for base in settings if list(base[:2]) == pattern]
-    if setting in bases:
-        return []  # the baseline itself, or another setting of it
-    return [base for base in bases if base[2:] == setting[2:]] or bases
-
-
-def _pairs(first: Sequence[Record], second: Sequence[Record]) -> list[tuple[Record, Record]]:
-    """Runs of the two that saw the same training samples and the same seed."""
-
-    def same(record: Record) -> tuple[Any, ...]:
-        options = (record["options"].get(name) for name in (*_TAIL_OPTIONS, "seed"))
-        return (*options, *record["class_counts"])
-
-    others = {same(record): record for record in second}
-    return [(record, others[same(record)]) for record in first if same(record) in others]
+    text = matrix.map(_matrix_cell, na_action="ignore").fillna(ABSENT)
+    if heads is not None:
+        text.insert(0, "head", text.index.map(heads))
+    return text.reset_index().to_dict("records")
 
 
 def comparison_rows(records: Sequence[Record], baseline: str = "erm") -> list[Row]:
-    """One row for each of :func:`comparisons`, with what it says in words."""
+    """One row for each of :func:`.comparisons`, with what it says in words."""
     return [
         {
             "method": entry.method,
@@ -211,36 +148,6 @@ def comparison_rows(records: Sequence[Record], baseline: str = "erm") -> list[Ro
     ]
 
 
-def ratio_rows(timings: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """One row for each timing of ``recipes/speed.py``: seconds, and their ratio."""
-    return [
-        {
-            "section": timing["section"],
-            "what": timing["what"],
-            "peer": timing["peer"],
-            "ours": f"{timing['ours_seconds']:.3g} s",
-            "theirs": f"{timing['peer_seconds']:.3g} s",
-            "ratio": _ratio(timing),
-            "note": timing["note"],
-        }
-        for timing in timings
-    ]
-
-
-def ratio_matrix(timings: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """Ratios of timings named ``"what, size, dtype"``: a row a size and dtype, a column a what."""
-    found: dict[str, Row] = {}
-    for timing in timings:
-        what, _, place = timing["what"].partition(", ")
-        found.setdefault(place, {"": place})[what] = _ratio(timing)
-    return list(found.values())
-
-
-def _ratio(timing: Mapping[str, Any]) -> str:
-    """Median, least and largest ratio over the turns."""
-    return "{ratio_median:.2f} ({ratio_min:.2f}..{ratio_max:.2f})".format_map(timing)
-
-
 def markdown(rows: Sequence[Row]) -> str:
     """Rows as a table in GitHub's Markdown; a dash stands for no row."""
     return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True) or ABSENT
@@ -252,7 +159,7 @@ def worded(interval: Interval, digits: int = 1, sign: str = "") -> str:
     return mean if interval.half_width is None else f"{mean} ± {interval.half_width:.{digits}f}"
 
 
-def spread(values: list[float], digits: int = 1) -> str:
+def spread(values: Sequence[float], digits: int = 1) -> str:
     """Mean and range of the values of several seeds."""
     mean = f"{np.mean(values):.{digits}f}"
     if len(values) == 1:
@@ -260,8 +167,8 @@ def spread(values: list[float], digits: int = 1) -> str:
     return f"{mean} ({min(values):.{digits}f}..{max(values):.{digits}f})"
 
 
-def _matrix_cell(interval: Interval | None) -> str:
-    return ABSENT if interval is None else f"{worded(interval)} (n = {interval.n})"
+def _matrix_cell(interval: Interval) -> str:
+    return f"{worded(interval)} (n = {interval.n})"
 
 
 def _points(value: float | None) -> str:

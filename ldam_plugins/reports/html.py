@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import jinja2
 
+from ldam_plugins.reports.style import GROUPS, PAGE
+
 
 class Plot(NamedTuple):
     """A plot as PNG, for light and for dark pages."""
@@ -24,7 +26,9 @@ def render(template: str, **values: Any) -> bytes:
         autoescape=True,
         undefined=jinja2.StrictUndefined,
     )
-    return environment.get_template(template).render(data_uri=_data_uri, **values).encode()
+    colors = {dark: PAGE[dark] | GROUPS[dark] for dark in (False, True)}
+    page = environment.get_template(template).render(data_uri=_data_uri, colors=colors, **values)
+    return page.encode()
 
 
 def _data_uri(png: bytes) -> str:

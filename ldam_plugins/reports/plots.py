@@ -1,4 +1,4 @@
-"""Plots of a run as PNG, drawn on their own figures: no pyplot, no settings left changed."""
+"""Plots of a run as PNG: training curve, and accuracy of the classes from head to tail."""
 
 from __future__ import annotations
 
@@ -16,20 +16,13 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from ldam_plugins.reports.class_table import GROUP_NAMES, ClassRow, printable
+from ldam_plugins.reports.style import CURVE, FONT, GROUPS, PAGE, WIDTH, ink
 
 NAMED_CLASSES = 100
 """Up to so many classes each gets a bar and its name, beyond that a place on the axis."""
 
-_FONT = "DejaVu Sans"
-WIDTH = 8.0
 _MEANS = 40
 _MARKED_EPOCHS = 40
-# Okabe and Ito's palette, which the colour-blind can tell apart; lighter on a dark page.
-_COLORS = {
-    False: {"many": "#0072b2", "medium": "#e69f00", "few": "#cc4e00", "line": "#0072b2"},
-    True: {"many": "#56b4e9", "medium": "#f0b93a", "few": "#ff8c4a", "line": "#56b4e9"},
-}
-INK = {False: ("#ffffff", "#1f2328", "#d0d7de"), True: ("#161b22", "#e6edf3", "#3d444d")}
 
 
 def training_curve(history: Sequence[Mapping[str, Any]], *, dark: bool = False) -> bytes:
@@ -60,18 +53,28 @@ def class_profile(rows: Sequence[ClassRow], *, dark: bool = False) -> bytes:
 
 
 def png(draw: Callable[[], Figure], dark: bool, metadata: Mapping[str, str] | None = None) -> bytes:
-    """What ``draw`` draws, in the style of all plots; ``metadata`` goes into the file."""
-    page, ink, faint = INK[dark]
+    """What ``draw`` draws, in the style of all plots; ``metadata`` goes into the file.
+
+    The user's own matplotlib settings neither show in the plot nor are changed.
+    """
+    card, text, line = (PAGE[dark][part] for part in ("card", "ink", "line"))
+    filled = ("figure.facecolor", "axes.facecolor", "savefig.facecolor")
     inked = ("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor")
     outlined = ("axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
     style = {
-        **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), page),
-        **dict.fromkeys(inked, ink),
-        **dict.fromkeys(outlined, faint),
-        **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
-        **{"font.family": _FONT, "font.size": 10.0, "axes.titlesize": 10.0},
-        **{"figure.constrained_layout.use": True, "axes.titlelocation": "left"},
-        **{"savefig.dpi": 150.0, "axes.axisbelow": True, "legend.frameon": False},
+        **dict.fromkeys(filled, card),
+        **dict.fromkeys(inked, text),
+        **dict.fromkeys(outlined, line),
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlelocation": "left",
+        "axes.titlesize": 10.0,
+        "axes.axisbelow": True,
+        "font.family": FONT,
+        "font.size": 10.0,
+        "figure.constrained_layout.use": True,
+        "legend.frameon": False,
+        "savefig.dpi": 150.0,
     }
     content = io.BytesIO()
     with matplotlib.style.context(style, after_reset=True):
@@ -83,7 +86,7 @@ def _draw_training(history: Sequence[Mapping[str, Any]], dark: bool) -> Figure:
     panels = {"train_loss": "Training loss", "test_error": "Test error, %"}
     figure = Figure(figsize=(WIDTH, 4.6))
     axes = figure.subplots(len(panels), sharex=True)
-    line = {"markersize": 3.5, "color": _COLORS[dark]["line"]}
+    line = {"markersize": 3.5, "color": CURVE[dark]}
     switches = [row for before, row in pairwise(history) if row["stage"] != before["stage"]]
     for axis, (column, title) in zip(axes, panels.items(), strict=True):
         measured = [row for row in history if row[column] is not None]
@@ -94,7 +97,7 @@ def _draw_training(history: Sequence[Mapping[str, Any]], dark: bool) -> Figure:
         axis.set_title(f"{title} (last value: {last})")
         axis.grid(axis="y", linewidth=0.6)
         for row in switches:
-            axis.axvline(row["epoch"] - 0.5, linestyle="--", linewidth=1, color=INK[dark][1])
+            axis.axvline(row["epoch"] - 0.5, linestyle="--", linewidth=1, color=ink(dark))
     stages = ", ".join(f"{row['stage']} from epoch {row['epoch']}" for row in switches)
     note = f"dashed: {stages}" if switches else f"all epochs: {history[0]['stage']}"
     axes[0].set_title(note, loc="right", fontsize=9, parse_math=False)
@@ -107,7 +110,7 @@ def _draw_named(rows: Sequence[ClassRow], dark: bool) -> Figure:
     figure = Figure(figsize=(WIDTH, 1.3 + 0.21 * len(rows)))
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     places = range(len(rows))
-    colors = [_COLORS[dark][row.group] for row in rows]
+    colors = [GROUPS[dark][row.group] for row in rows]
     shares = [_percent_or_nan(row) for row in rows]
     texts = ["no test sample" if np.isnan(share) else f"{share:.0f}" for share in shares]
     bars = left.barh(places, np.nan_to_num(shares), color=colors)
@@ -133,12 +136,12 @@ def _draw_ranked(rows: Sequence[ClassRow], dark: bool) -> Figure:
         places = [place for place, row in enumerate(rows) if row.group == group]
         if not places:
             continue
-        color = _COLORS[dark][group]
+        color = GROUPS[dark][group]
         accuracy = [_percent_or_nan(rows[place]) for place in places]
         top.plot(places, accuracy, ".", color=color, markersize=3, alpha=0.35)
         samples = [rows[place].samples for place in places]
         bottom.fill_between(places, samples, 0.8, color=color, step="mid", linewidth=0.8)
-    top.plot(*_local_means(rows), color=INK[dark][1], linewidth=1.6)
+    top.plot(*_local_means(rows), color=ink(dark), linewidth=1.6)
     top.set(ylim=(-4, 104), title="Accuracy, %: each class (dots) and their local mean (line)")
     bottom.set(yscale="log", title="Training samples (log)", xlim=(-0.5, len(rows) - 0.5))
     bottom.set(xlabel=f"{len(rows)} classes, from the most to the fewest training samples")
@@ -162,7 +165,7 @@ def _local_means(rows: Sequence[ClassRow]) -> tuple[list[float], list[float]]:
 
 def _legend(figure: Figure, rows: Sequence[ClassRow], dark: bool) -> None:
     present = [group for group in GROUP_NAMES if any(row.group == group for row in rows)]
-    handles = [Patch(color=_COLORS[dark][group], label=GROUP_NAMES[group]) for group in present]
+    handles = [Patch(color=GROUPS[dark][group], label=GROUP_NAMES[group]) for group in present]
     figure.legend(handles=handles, loc="outside upper right", ncols=len(handles), fontsize=9)
 
 
@@ -174,4 +177,4 @@ def _label(row: ClassRow) -> str:
 
 @cache
 def _font_signs() -> frozenset[int]:
-    return frozenset(get_font(findfont(_FONT)).get_charmap())
+    return frozenset(get_font(findfont(FONT)).get_charmap())

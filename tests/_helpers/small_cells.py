@@ -5,7 +5,7 @@ import time
 
 import psutil
 
-from ldam_plugins.benchmark.local import CellRun
+from ldam_plugins.benchmark.local import CellTask
 
 # A recipe that does what its --mode says, in a fraction of a second. `signal:NUMBER:PID` sends the
 # signal when it runs first, 0 standing for the process that waits for it, and then hangs.
@@ -44,7 +44,7 @@ def cells_in(tmp_path):
     recipe.write_text(RECIPE)
 
     def make(mode="finish", name="a", **options):
-        return CellRun(
+        return CellTask(
             name=name,
             recipe=recipe,
             arguments=("--mode", mode),

@@ -8,8 +8,9 @@ import pytest
 import torch
 from small_cells import began, calls, cells_in, gone
 
-from ldam_plugins.benchmark import local as grid_run
-from ldam_plugins.benchmark.local import CellRun, run_cell, run_here, start_cell
+from ldam_plugins.benchmark import local
+from ldam_plugins.benchmark.local import CellTask, run_cell, run_locally, start_cell
+from ldam_plugins.benchmark.records import read_records
 from ldam_plugins.benchmark.slurm import slurm_parameters
 from ldam_plugins.training.environment import choose_precision
 from ldam_plugins.training.preemption import PREEMPTED
@@ -23,7 +24,7 @@ def cell(tmp_path):
 def test_failed_cells_are_listed_with_the_end_of_their_log_and_others_finish(cell):
     modes = {"bad": "fail", "silent": "silent", "late": "late", "good": "finish"}
     runs = [cell(mode, name) for name, mode in modes.items()]
-    found = {outcome.name: outcome for outcome in run_here(runs)}
+    found = {outcome.name: outcome for outcome in run_locally(runs)}
     assert {name: found[name].status for name in found} == {
         "bad": "failed",
         "silent": "failed",
@@ -39,8 +40,8 @@ def test_failed_cells_are_listed_with_the_end_of_their_log_and_others_finish(cel
 
 def test_finished_cells_are_skipped_and_failed_ones_tried_again(cell):
     good, bad = cell("finish", "good"), cell("fail", "bad")
-    list(run_here([good, bad]))
-    again = {outcome.name: outcome.status for outcome in run_here([good, bad])}
+    list(run_locally([good, bad]))
+    again = {outcome.name: outcome.status for outcome in run_locally([good, bad])}
     assert again == {"good": "skipped", "bad": "failed"}
     assert (calls(good), calls(bad)) == (1, 2)
 
@@ -55,7 +56,7 @@ def test_a_folder_with_other_options_is_not_reused(cell):
     assert "Choose another --output_dir" in outcome.message
     assert calls(run) == 1
     # An option the recipe has got since counts as its default.
-    newer = CellRun(**{**vars(changed), "defaults": {"mode": "finish", "epochs": 3}})
+    newer = CellTask(**{**vars(changed), "defaults": {"mode": "finish", "epochs": 3}})
     assert run_cell(newer).status == "skipped"
 
 
@@ -70,11 +71,11 @@ def test_torn_metrics_are_named(cell):
 
 def test_jobs_run_at_the_same_time(cell):
     runs = [cell("meet:b", "a"), cell("meet:a", "b"), cell("finish", "c")]
-    assert {outcome.status for outcome in run_here(runs, jobs=2)} == {"finished"}
+    assert {outcome.status for outcome in run_locally(runs, jobs=2)} == {"finished"}
 
 
 def test_time_left_counts_what_runs_and_what_waits():
-    left = grid_run.seconds_left
+    left = local.seconds_left
     assert left([], [3.0, 3.0], 6, 2) is None
     assert left([30.0], [], 0, 2) == 0
     assert left([20.0, 40.0], [30.0], 0, 2) == 0  # the second of a pair, about to end
@@ -85,7 +86,7 @@ def test_time_left_counts_what_runs_and_what_waits():
 
 def test_time_left_is_told_while_cells_run(cell):
     told = []
-    list(run_here([cell(name="a"), cell("fail", "b"), cell(name="c")], on_wait=told.append))
+    list(run_locally([cell(name="a"), cell("fail", "b"), cell(name="c")], on_wait=told.append))
     known = [seconds for seconds in told if seconds is not None]
     assert told[0] is None
     assert known[-1] == 0
@@ -93,15 +94,15 @@ def test_time_left_is_told_while_cells_run(cell):
 
 
 def test_cells_share_the_cores_unless_told(cell, monkeypatch):
-    monkeypatch.setattr(grid_run, "usable_cores", lambda: 8)
+    monkeypatch.setattr(local, "usable_cores", lambda: 8)
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     told, shared = cell(name="told"), cell(name="shared")
-    list(run_here([told], jobs=3))
+    list(run_locally([told], jobs=3))
     monkeypatch.delenv("OMP_NUM_THREADS")
-    list(run_here([shared], jobs=3))
+    list(run_locally([shared], jobs=3))
     assert began(told)["environment"]["OMP_NUM_THREADS"] == "5"
     assert began(shared)["environment"]["OMP_NUM_THREADS"] == "2"
-    assert grid_run._share_of_machine(0, 20)["OMP_NUM_THREADS"] == "1"
+    assert local._share_of_machine(0, 20)["OMP_NUM_THREADS"] == "1"
 
 
 def test_gpus_are_dealt_in_turn(monkeypatch):
@@ -109,7 +110,7 @@ def test_gpus_are_dealt_in_turn(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
     def devices():
-        return [grid_run._share_of_machine(slot, 3)["CUDA_VISIBLE_DEVICES"] for slot in range(3)]
+        return [local._share_of_machine(slot, 3)["CUDA_VISIBLE_DEVICES"] for slot in range(3)]
 
     assert devices() == ["0", "1", "0"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
@@ -118,14 +119,17 @@ def test_gpus_are_dealt_in_turn(monkeypatch):
 
 def test_a_stopped_grid_stops_its_cells_and_goes_on_later(cell):
     quick, slow = cell(name="quick"), cell("hang", "slow")
-    outcomes = run_here([quick, slow], jobs=2)
+    outcomes = run_locally([quick, slow], jobs=2)
     assert next(outcomes).name == "quick"
     pid = began(slow)["pid"]
     outcomes.close()
     assert gone(pid)
     assert not (slow.folder / "metrics.json").exists()
     continued = cell("finish", "slow")
-    assert [outcome.status for outcome in run_here([quick, continued])] == ["skipped", "finished"]
+    assert [outcome.status for outcome in run_locally([quick, continued])] == [
+        "skipped",
+        "finished",
+    ]
     assert (slow.folder / "calls.txt").read_text() == "auto\nauto\n"
 
 
@@ -133,7 +137,7 @@ def test_sigterm_stops_the_cells(cell):
     before = signal.getsignal(signal.SIGTERM)
     run = cell(f"signal:{int(signal.SIGTERM)}:0")
     with pytest.raises(SystemExit, match=str(PREEMPTED)):
-        list(run_here([run]))
+        list(run_locally([run]))
     assert gone(began(run)["pid"])
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -175,7 +179,7 @@ def test_real_cells_finish_go_on_and_are_reported(tmp_path, capfd):
     after = json.loads(metrics.read_text())
     assert (after["test"], after["train_seconds"]) == (before["test"], before["train_seconds"])
     # What is kept of it holds the precision it ran in.
-    kept = json.loads((grid / "results" / "ce_rw_s0.json").read_text())
+    (kept,) = read_records(grid / "results.jsonl")
     assert kept["mixed_precision"] == row["mixed_precision"] == choose_precision()
     # Another grid in the same folder: what is the same is skipped, what is not is refused.
     assert [outcome.status for outcome in benchmark.main(tiny(tmp_path))] == ["skipped"]
@@ -229,7 +233,7 @@ def test_flags_add_to_the_settings_of_a_file_and_override_the_rest(tmp_path):
         "slurm",
         {"timeout_min": 60, "slurm_partition": "gpu", "slurm_exclusive": True},
     )
-    runs = benchmark.make_runs(options)
+    runs = benchmark.make_tasks(options)
     assert [run.name for run in runs] == ["ce_none_mixup-0_s7", "ce_none_mixup-0.2_s7"]
     expected = {"epochs": 6, "decay_milestones": [3, 4], "compile": True, "mixup": 0.2}
     assert {name: runs[1].options[name] for name in expected} == expected
@@ -240,11 +244,11 @@ def test_flags_add_to_the_settings_of_a_file_and_override_the_rest(tmp_path):
 def test_own_data_is_not_cut_without_a_preset(tmp_path, recipe, preset, capsys):
     flags = [*preset, "--recipe", recipe, "--methods", "erm", "--set", "dataset=own"]
     options = benchmark.parse([*flags, "--output_dir", str(tmp_path)])
-    (run,) = benchmark.make_runs(options)
+    (run,) = benchmark.make_tasks(options)
     assert run.arguments[:2] == ("--loss", "ce")
     assert "--profile" not in run.arguments
     assert (run.options["dataset"], run.options["profile"]) == ("own", "none")
-    (cut,) = benchmark.make_runs(benchmark.parse([*flags, "--profiles", "step", "--ratios", "9"]))
+    (cut,) = benchmark.make_tasks(benchmark.parse([*flags, "--profiles", "step", "--ratios", "9"]))
     assert (cut.options["profile"], cut.options["ratio"]) == ("step", 9)
     benchmark.main(benchmark.parse([*flags, "--dry_run"]))
     assert f"python {Path(run.command()[1])} --loss ce --schedule none" in capsys.readouterr().out
@@ -253,7 +257,7 @@ def test_own_data_is_not_cut_without_a_preset(tmp_path, recipe, preset, capsys):
 def test_the_long_tail_is_the_presets_where_there_is_one():
     for preset, name, ratio in (("cifar10_lt", "exp", 100), ("inat2018", "none", 1)):
         flags = ["--preset", preset, "--methods", "erm", "--set", "dataset=own"]
-        (run,) = benchmark.make_runs(benchmark.parse(flags))
+        (run,) = benchmark.make_tasks(benchmark.parse(flags))
         assert (run.options["profile"], run.options["ratio"]) == (name, ratio)
 
 
@@ -267,7 +271,7 @@ def test_without_a_grid_the_four_methods_run_on_what_is_named():
         "--recipe text --set dataset=own": ("own", "none", "bilstm"),
     }
     for flags, (dataset, profile, model) in settings.items():
-        runs = benchmark.make_runs(benchmark.parse(flags.split()))
+        runs = benchmark.make_tasks(benchmark.parse(flags.split()))
         found = [(run.options["loss"], run.options["schedule"]) for run in runs[:4]]
         assert found == [("ce", "none"), ("ce", "rw"), ("ldam", "none"), ("ldam", "drw")]
         assert (runs[0].options["dataset"], runs[0].options["model"]) == (dataset, model)

@@ -10,11 +10,11 @@ from PIL import Image
 
 from ldam_plugins.benchmark.grid import METHODS
 from ldam_plugins.benchmark.plots import digest
-from ldam_plugins.benchmark.records import read_records
+from ldam_plugins.benchmark.records import read_records, write_records
 from ldam_plugins.benchmark.statistics import paired_comparison
 from ldam_plugins.losses import list_losses, loss_class
 
-EXPERIMENTS = [path.name for path in results_tables.RESULTS.iterdir() if path.is_dir()]
+EXPERIMENTS = results_tables.experiments()
 TEXTS = {path: path.read_text() for path in results_tables.DOCUMENTS}
 TEXT = "\n".join(TEXTS.values())
 
@@ -51,7 +51,7 @@ def test_probes_are_before_the_switch_and_at_the_end(monkeypatch, tmp_path):
     lines += ["ce,rw,8,before,8,0.2,30"]
     (tmp_path / "own.csv").write_text("\n".join(lines))
     monkeypatch.setattr(results_tables, "PROBES", tmp_path)
-    reweighted, deferred = results_tables.probes("own").split("\n")[2:]
+    reweighted, deferred = results_tables.probe_table("own").split("\n")[2:]
     cells = [cell.strip() for cell in deferred.split("|")[1:-1]]
     numbers = ["6.0 (5.0..7.0)", "50.0 (50.0..50.0)", "3.2 (3.0..3.5)", "80.0 (70.0..90.0)"]
     assert cells == ["ce", "drw", *numbers, "21.0 (20.0..22.0)"]
@@ -62,7 +62,7 @@ def test_probes_are_before_the_switch_and_at_the_end(monkeypatch, tmp_path):
         "10.0",
         "30.0",
     ]
-    assert "| rw " not in results_tables.probes("own", ["drw"])
+    assert "| rw " not in results_tables.probe_table("own", ["drw"])
 
 
 def test_timings_are_chosen_by_section(monkeypatch, tmp_path):
@@ -94,7 +94,7 @@ def test_timings_are_chosen_by_section(monkeypatch, tmp_path):
 def check_plot(path, experiment):
     with Image.open(path) as plot:
         drawn_from = plot.info["Results"]
-    records = read_records(results_tables.RESULTS / experiment)
+    records = read_records(results_tables.records_path(experiment))
     assert drawn_from == digest(records), f"{path} is of other results: run --write"
 
 
@@ -120,7 +120,7 @@ MARGINS = {name for name in list_losses() if loss_class(name).needs_cosine_head}
 def test_every_row_of_results_names_its_head():
     seen = set()
     for experiment, words, rows in tables_of("results"):
-        records = read_records(results_tables.RESULTS / experiment)
+        records = read_records(results_tables.records_path(experiment))
         told = {run["options"].get("head", "auto") for run in records}
         assert told == {"auto"}, "runs with --head cosine need a mapping of their own here"
         for row in rows:
@@ -150,8 +150,9 @@ def test_the_readme_says_that_head_and_loss_are_not_told_apart():
 
 def test_every_record_holds_its_precision_or_that_it_is_unknown():
     found = Counter(
-        json.loads(path.read_text())["mixed_precision"]
-        for path in results_tables.RESULTS.glob("*/*.json")
+        record["mixed_precision"]
+        for experiment in EXPERIMENTS
+        for record in read_records(results_tables.records_path(experiment))
     )
     assert set(found) <= {"bf16", "fp16", "no", "unknown"}
     total = f"bf16 autocast in {found['bf16']} of {sum(found.values()):,}, and `unknown` in the "
@@ -162,8 +163,9 @@ def test_every_record_holds_its_precision_or_that_it_is_unknown():
 
 
 def test_no_figure_is_of_the_jpeg_copy_of_cifar10():
-    for path in results_tables.RESULTS.glob("*/*.json"):
-        assert "cifar10" not in json.loads(path.read_text())["options"]["dataset"]
+    for experiment in EXPERIMENTS:
+        for record in read_records(results_tables.records_path(experiment)):
+            assert "cifar10" not in record["options"]["dataset"]
     for path in results_tables.TIMINGS.glob("*.json"):
         kept = json.loads(path.read_text())
         assert kept["options"]["only"] != ["vision"]
@@ -173,7 +175,7 @@ def test_no_figure_is_of_the_jpeg_copy_of_cifar10():
 
 def test_the_two_ways_of_dropout_are_compared_as_the_package_compares():
     def errors(way):
-        records = read_records(results_tables.RESULTS / f"banking77_{way}_dropout")
+        records = read_records(results_tables.records_path(f"banking77_{way}_dropout"))
         runs = {run["options"]["seed"]: run for run in records}
         return [100 * (1 - runs[seed]["test"]["balanced_accuracy"]) for seed in range(5)]
 
@@ -198,9 +200,16 @@ def test_what_the_loss_is_divided_by_is_said_of_each_recipe():
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_results_are_whole_runs(experiment):
-    for run in read_records(results_tables.RESULTS / experiment):
+    for run in read_records(results_tables.records_path(experiment)):
         accuracy = run["test"]["per_class_accuracy"]
         assert run["test"]["balanced_accuracy"] == pytest.approx(np.mean(accuracy))
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_kept_records_are_in_the_order_in_which_they_are_written(experiment, tmp_path):
+    path = results_tables.records_path(experiment)
+    write_records(tmp_path / path.name, read_records(path))
+    assert (tmp_path / path.name).read_bytes() == path.read_bytes()
 
 
 def test_markers_choose_what_is_shown(monkeypatch, tmp_path):
@@ -226,19 +235,37 @@ def test_markers_choose_what_is_shown(monkeypatch, tmp_path):
             filled(marker)
 
 
+def run_main(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["results_tables.py", *map(str, arguments)])
+    results_tables.main()
+
+
 def test_write_draws_the_plots_a_text_shows(monkeypatch, tmp_path):
     results, readme = tmp_path / "recipes" / "results", tmp_path / "README.md"
-    experiment = results / "digits_lt"
-    experiment.mkdir(parents=True)
-    for path in (results_tables.RESULTS / "digits_lt").glob("*.json"):
-        (experiment / path.name).write_bytes(path.read_bytes())
+    results.mkdir(parents=True)
+    kept = read_records(results_tables.records_path("digits_lt"))
     readme.write_text("<!-- results: digits_lt errors -->\n<!-- end -->\n")
     monkeypatch.setattr(results_tables, "RESULTS", results)
     monkeypatch.setattr(results_tables, "DOCUMENTS", [readme])
-    monkeypatch.setattr(sys, "argv", ["results_tables.py", "--write"])
-    results_tables.main()
+    write_records(results / "digits_lt.jsonl", kept)
+    run_main(monkeypatch, "--write")
     assert "(recipes/results/digits_lt/errors.png)" in readme.read_text()
-    check_plot(experiment / "errors.png", "digits_lt")
-    (experiment / "ce_none_s0.json").unlink()
+    plot = results / "digits_lt" / "errors.png"
+    check_plot(plot, "digits_lt")
+    write_records(results / "digits_lt.jsonl", kept[1:])
     with pytest.raises(AssertionError, match="of other results"):
-        check_plot(experiment / "errors.png", "digits_lt")
+        check_plot(plot, "digits_lt")
+
+
+def test_records_of_a_grid_are_added_to_an_experiment(monkeypatch, tmp_path, capsys):
+    kept = read_records(results_tables.records_path("digits_lt"))
+    monkeypatch.setattr(results_tables, "RESULTS", tmp_path)
+    write_records(tmp_path / "results.jsonl", kept[:4])
+    run_main(monkeypatch, "--add", "own", tmp_path / "results.jsonl")
+    write_records(tmp_path / "results.jsonl", kept[3:])
+    run_main(monkeypatch, "--add", "own", tmp_path / "results.jsonl")
+    assert read_records(tmp_path / "own.jsonl") == kept
+    assert capsys.readouterr().out == ""
+    (tmp_path / "results.jsonl").unlink()
+    run_main(monkeypatch)
+    assert capsys.readouterr().out.startswith("own\n\n| loss ")

@@ -1,0 +1,138 @@
+"""Which differences between methods are more than noise: paired tests against a baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from ldam_plugins._validation import check_choice
+from ldam_plugins.benchmark.grid import METHODS
+from ldam_plugins.benchmark.records import Record, errors_of
+from ldam_plugins.benchmark.settings import (
+    ABSENT,
+    Setting,
+    by_setting,
+    head_of,
+    method_title,
+    option_value,
+    shown,
+    varying_options,
+)
+from ldam_plugins.benchmark.statistics import (
+    CONFIDENCE,
+    PairedComparison,
+    holm,
+    paired_comparison,
+)
+from ldam_plugins.losses.registry import list_losses
+from ldam_plugins.schedules import KINDS
+
+_TAIL_OPTIONS = ("dataset", "profile", "ratio", "subset_seed")
+"""Options that say which samples a run was trained on."""
+
+
+class Comparison(NamedTuple):
+    """A method against a baseline: titles, the paired test, and its p-value after Holm.
+
+    ``heads`` is the method's head, and the baseline's where that is another one.
+    """
+
+    baseline: str
+    method: str
+    paired: PairedComparison
+    corrected: float | None
+    heads: str = ABSENT
+
+    @property
+    def verdict(self) -> str:
+        """Whether the difference is more than noise, at 5 % after the correction."""
+        if self.corrected is None:
+            return "no test: one pair" if self.paired.difference.n == 1 else "no test: no spread"
+        if self.corrected >= 1 - CONFIDENCE:
+            return "not told from noise"
+        return "less error" if self.paired.difference.mean < 0 else "more error"
+
+
+def comparisons(records: Sequence[Record], baseline: str = "erm") -> list[Comparison]:
+    """Every method against a baseline on the same seeds and long tail, in balanced error.
+
+    Negative differences are less error than the baseline's. P-values and detectable differences are
+    corrected for the number of tests in the answer.
+
+    Args:
+        records: Of one experiment.
+        baseline: A name of ``METHODS`` or ``loss/schedule``, in which ``*`` is the method's own:
+            ``"*/none"`` compares each schedule with none under the same loss. Of several settings
+            of the baseline the one with the method's other options is taken, if there is one,
+            else each; options after colons choose among them, a dash standing for the loss's
+            default: ``"ldam_drw:max_margin=-:start=80"``.
+
+    Raises:
+        ValueError: an unknown baseline.
+    """
+    names, settings = varying_options(records), by_setting(records)
+    expected, options = read_baseline(baseline, records[0]["options"])
+    chosen = [s for s, runs in settings.items() if _has(runs[0], options)]
+    found = []
+    for setting, runs in settings.items():
+        for base in _bases(chosen, setting, expected):
+            pairs = _pairs(settings[base], runs)
+            if pairs:
+                titles = (method_title(names, base), method_title(names, setting))
+                heads = dict.fromkeys(head_of(record) for record in reversed(pairs[0]))
+                first, second = map(errors_of, zip(*pairs, strict=True))
+                found.append((titles, " against ".join(heads), first, second))
+    p_values = [paired_comparison(first, second).p_value for *_, first, second in found]
+    tests = sum(p is not None for p in p_values) or 1
+    return [
+        Comparison(*titles, paired_comparison(first, second, tests), corrected, heads)
+        for (titles, heads, first, second), corrected in zip(found, holm(p_values), strict=True)
+    ]
+
+
+def read_baseline(baseline: str, known: Collection[str]) -> tuple[tuple[str, str], dict[str, str]]:
+    """What a baseline, as of :func:`comparisons`, says: loss and schedule, and other options.
+
+    Args:
+        baseline: To be read.
+        known: Names of the options it may choose by.
+
+    Raises:
+        ValueError: it names no method, loss, schedule or option.
+    """
+    name, *entries = baseline.split(":")
+    if "/" in name:
+        loss, _, schedule = name.partition("/")
+        check_choice("loss in baseline", loss, [*list_losses(), "*"])
+        check_choice("schedule in baseline", schedule, [*KINDS, "*"])
+    else:
+        _, loss, schedule = METHODS[check_choice("baseline", name, METHODS)]
+    pairs = [entry.partition("=") for entry in entries]
+    options = {check_choice("option in baseline", name, known): value for name, _, value in pairs}
+    return (loss, schedule), options
+
+
+def _has(record: Record, options: Mapping[str, str]) -> bool:
+    """Whether a run has what a baseline says after its colons."""
+    return all(shown(option_value(record, name)) == value for name, value in options.items())
+
+
+def _bases(
+    settings: Collection[Setting], setting: Setting, expected: tuple[str, str]
+) -> list[Setting]:
+    pattern = [own if want == "*" else want for want, own in zip(expected, setting, strict=False)]
+    bases = [base for base in settings if list(base[:2]) == pattern]
+    if setting in bases:
+        return []  # the baseline itself, or another setting of it
+    return [base for base in bases if base[2:] == setting[2:]] or bases
+
+
+def _pairs(first: Sequence[Record], second: Sequence[Record]) -> list[tuple[Record, Record]]:
+    """Runs of the two that saw the same training samples and the same seed."""
+
+    def same(record: Record) -> tuple[Any, ...]:
+        options = (record["options"].get(name) for name in (*_TAIL_OPTIONS, "seed"))
+        return (*options, *record["class_counts"])
+
+    others = {same(record): record for record in second}
+    return [(record, others[same(record)]) for record in first if same(record) in others]

@@ -1,0 +1,129 @@
+"""Settings: what tells the runs of an experiment apart but for the seed, and its name in tables."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from functools import cache
+from typing import Any
+
+import pandas as pd
+
+from ldam_plugins._validation import invalid
+from ldam_plugins.benchmark.grid import METHODS
+from ldam_plugins.benchmark.records import Record
+from ldam_plugins.losses.registry import create_loss, loss_options
+from ldam_plugins.schedules import KINDS
+from ldam_plugins.training.run_dir import MAY_CHANGE
+
+Setting = tuple[Any, ...]
+"""Values of the options that vary between the runs of an experiment: loss, schedule, others."""
+
+ABSENT = "-"
+
+
+def varying_options(records: Sequence[Record]) -> list[str]:
+    """Loss, schedule and all other options that the runs do not share, but for seed and folder.
+
+    An option that only some of the records know, being made by different versions, is not
+    compared.
+    """
+    shared = set.intersection(*(set(record["options"]) for record in records))
+    left_out = {"seed", "loss", "schedule", *MAY_CHANGE}
+    names = [name for name in records[0]["options"] if name in shared - left_out]
+    varying = [n for n in names if len({option_value(record, n) for record in records}) > 1]
+    return ["loss", "schedule", *varying]
+
+
+def option_value(record: Record, name: str) -> Any:
+    """An option of a run; None where it is an option of the loss and at its default."""
+    options = record["options"]
+    default = _loss_defaults(options["loss"]).get(name)
+    value = options[name]
+    return None if default is not None and value == default else _hashable(value)
+
+
+@cache
+def _loss_defaults(loss: str) -> dict[str, Any]:
+    module = create_loss(loss, [1])
+    return {name: getattr(module, name) for name in loss_options(loss)}
+
+
+def by_setting(records: Sequence[Record]) -> dict[Setting, list[Record]]:
+    """Runs by the values of :func:`varying_options`, sorted by them and then by the seed.
+
+    Losses come by letters, schedules in the order of :data:`~ldam_plugins.schedules.KINDS`, the
+    values of other options by size or by letters.
+
+    Raises:
+        ValueError: two runs with the same options and seed.
+    """
+    names = varying_options(records)
+    runs = pd.DataFrame({"record": records})
+    runs["setting"] = [tuple(option_value(record, name) for name in names) for record in records]
+    runs["seed"] = [record["options"]["seed"] for record in records]
+    same = runs["record"][runs.duplicated(["setting", "seed"], keep=False)]
+    if len(same):
+        pair = [record["name"] for record in same]
+        raise invalid("results", "of different runs", pair, hint="Remove one of them.")
+    groups = runs.sort_values("seed").groupby("setting", sort=False)["record"]
+    return dict(sorted(((s, list(group)) for s, group in groups), key=lambda item: _order(item[0])))
+
+
+def _order(setting: Setting) -> list[tuple[bool, bool, float, str]]:
+    loss, schedule, *others = setting
+    return [_sort_key(value) for value in (loss, KINDS.index(schedule), *others)]
+
+
+def _sort_key(value: Any) -> tuple[bool, bool, float, str]:
+    """Numbers by size, also those an option holds as text; then text; None first."""
+    try:
+        return value is not None, False, float(value), ""
+    except (TypeError, ValueError):
+        return value is not None, True, 0.0, str(value)
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(map(_hashable, value)) if isinstance(value, list) else value
+
+
+def shown(value: Any) -> str:
+    """The value of an option for people."""
+    if value is None:
+        return ABSENT
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(shown, value))
+    return f"{value:.12g}" if isinstance(value, float) else str(value)
+
+
+def method_title(names: Sequence[str], setting: Setting) -> str:
+    """Name of a setting in tables: that of the method, and the other options that vary."""
+    loss, schedule, *others = setting
+    titles = {(method.loss, method.schedule): method.title for method in METHODS.values()}
+    title = titles.get((loss, schedule), f"{loss} / {schedule}")
+    given = [
+        f"{name} {shown(value)}"
+        for name, value in zip(names[2:], others, strict=True)
+        if value is not None
+    ]
+    return ", ".join([title, *given])
+
+
+def head_of(record: Record) -> str:
+    """The classifier that a run was trained with: ``"cosine"`` or ``"linear"``."""
+    options = record["options"]
+    cosine = options.get("head") == "cosine" or _needs_cosine_head(options["loss"])
+    return "cosine" if cosine else "linear"
+
+
+@cache
+def _needs_cosine_head(loss: str) -> bool:
+    return create_loss(loss, [1]).needs_cosine_head
+
+
+def heads_of_losses(records: Iterable[Record]) -> dict[str, str]:
+    """The head that each loss was trained with, both where runs have either."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for record in records:
+        found[record["options"]["loss"]].add(head_of(record))
+    return {loss: ", ".join(sorted(heads)) for loss, heads in found.items()}

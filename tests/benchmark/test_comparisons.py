@@ -1,0 +1,86 @@
+import pytest
+from made_records import COUNTS, method, record
+from scipy import stats
+
+from ldam_plugins.benchmark.comparisons import comparisons
+from ldam_plugins.benchmark.tables import comparison_rows
+
+
+def test_comparison_with_a_method_and_with_none_of_the_same_loss(records):
+    found = {c.method: c for c in comparisons(records, "erm")}
+    assert list(found) == ["CE-DRW", "LDAM", "LDAM-DRW"]
+    assert found["LDAM-DRW"].paired.difference.mean == pytest.approx(-9.9333, abs=1e-3)
+    assert (found["LDAM-DRW"].verdict, found["LDAM"].verdict) == (
+        "less error",
+        "not told from noise",
+    )
+    for r in records:
+        r["test"]["top1_error"] = 50.0  # of a test set that is long-tailed itself
+    found = {c.method: c for c in comparisons(records, "erm")}
+    assert found["LDAM-DRW"].paired.difference.mean == pytest.approx(-9.9333, abs=1e-3)
+    pairs = [(c.baseline, c.method) for c in comparisons(records, "*/none")]
+    assert pairs == [("ERM", "CE-DRW"), ("LDAM", "LDAM-DRW")]
+    pairs = [(c.baseline, c.method) for c in comparisons(records, "ldam/drw")]
+    assert ("LDAM-DRW", "ERM") in pairs
+    worse = comparisons(records, "ldam_drw")[0]
+    assert (worse.method, worse.verdict) == ("ERM", "more error")
+    for baseline, message in {
+        "emr": "`baseline`.*Did you mean 'erm'",
+        "lda/none": "`loss in baseline`.*Did you mean 'ldam'",
+        "*/nonne": "`schedule in baseline`.*Did you mean 'none'",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            comparisons(records, baseline)
+
+
+def test_what_a_table_calls_detectable_is_after_the_correction_for_its_tests(records):
+    one_pair = [record("focal", "none", 0, 25.0)]
+    found = comparisons(records + one_pair, "erm")
+    assert [entry.corrected is None for entry in found] == [False, True, False, False]
+    for entry in (entry for entry in found if entry.corrected is not None):
+        error = entry.paired.difference.half_width / 4.302653  # t of 2 degrees, 97.5 %
+        critical = stats.t.isf(0.025 / 3, 2)
+        power = stats.nct.sf(critical, 2, entry.paired.detectable / error)
+        assert power == pytest.approx(0.8, abs=1e-3)
+
+
+def test_only_equal_seeds_and_long_tails_are_paired(records):
+    other_tail = method("ldam", "drw", [5.0, 5.0, 5.0], ratio=10.0)
+    other_seeds = [record("focal", "none", seed, 25.0 + seed) for seed in (2, 3)]
+    rows = comparison_rows(records + other_tail + other_seeds, "erm")
+    found = {row["method"]: row for row in rows}
+    assert "LDAM-DRW, ratio 10" not in found
+    assert found["Focal, ratio 100"]["pairs"] == "1"
+    assert found["Focal, ratio 100"]["difference in balanced error, points"] == "-2.5"
+    assert found["Focal, ratio 100"]["says"] == "no test: one pair"
+
+
+def test_runs_on_other_samples_of_one_set_are_not_paired(records):
+    """The same options may have cut the classes in another order."""
+    other = [{**r, "class_counts": COUNTS[::-1]} for r in method("focal", "none", [9.0, 9.5, 9.1])]
+    assert "Focal" not in {c.method for c in comparisons(records + other, "erm")}
+    assert len(comparisons(records + other, "erm")) == 3
+
+
+def test_baseline_with_the_same_other_options_is_taken_where_there_is_one(records):
+    mixed = [
+        *method("ce", "none", [28.0, 28.5, 29.0], mixup=0.2),
+        *method("ldam", "drw", [18.0, 19.0, 18.2], mixup=0.2),
+        *method("ldam", "drw", [18.0, 18.5, 18.3], mixup=0.4),
+    ]
+    pairs = [(c.baseline, c.method) for c in comparisons(records + mixed, "erm")]
+    assert ("ERM, mixup 0.2", "LDAM-DRW, mixup 0.2") in pairs
+    assert ("ERM, mixup 0", "LDAM-DRW, mixup 0.2") not in pairs
+    assert sum(method == "LDAM-DRW, mixup 0.4" for _, method in pairs) == 2
+
+
+def test_options_choose_among_the_settings_of_a_baseline(records):
+    margins = [0.1, 0.3]
+    for margin in margins:
+        records += method("ldam", "drw", [22.0 + margin, 22.5, 21.8], max_margin=margin)
+    assert not [c for c in comparisons(records, "ldam_drw") if c.method.startswith("LDAM-DRW")]
+    pairs = {(c.baseline, c.method) for c in comparisons(records, "ldam_drw:max_margin=-:mixup=0")}
+    titles = ["LDAM-DRW, max_margin 0.1", "LDAM-DRW, max_margin 0.3", "ERM", "CE-DRW", "LDAM"]
+    assert pairs == {("LDAM-DRW", title) for title in titles}
+    with pytest.raises(ValueError, match=r"option in baseline.*Did you mean 'max_margin'"):
+        comparisons(records, "ldam_drw:max_margn=0.1")

@@ -1,0 +1,98 @@
+import copy
+import csv
+import io
+
+from made_records import method, record
+from pyarrow import parquet
+
+from ldam_plugins.benchmark.settings import heads_of_losses
+from ldam_plugins.benchmark.tables import (
+    comparison_rows,
+    error_matrices,
+    interval_rows,
+    matrix_rows,
+    range_rows,
+    spread,
+    tidy_table,
+)
+
+
+def test_tables(records):
+    row = next(r for r in range_rows(records) if (r["loss"], r["schedule"]) == ("ce", "none"))
+    assert (row["seeds"], row["top-1 error %"]) == ("3", "30.2 (29.5..31.0)")
+    row = next(r for r in interval_rows(records) if (r["loss"], r["schedule"]) == ("ce", "none"))
+    assert row["top-1 error %"] == "30.2 ± 1.9"  # 4.3027 * 0.7638 / sqrt(3) = 1.897
+    ((title, matrix),) = error_matrices(records).items()
+    assert title == ""
+    assert matrix_rows(matrix)[1]["drw"] == "20.2 ± 1.2 (n = 3)"
+    assert spread([30.0, 32.04]) == "31.0 (30.0..32.0)"
+    assert spread([0.1234], 3) == "0.123"
+    for r in records:
+        r["test"]["worst_class_accuracy"] = 0.0
+    assert {row["worst class %"] for row in range_rows(records)} == {"0.0 (0.0..0.0)"}
+    assert {row["ece"] for row in interval_rows(records)} == {"0.100 ± 0.000"}
+
+
+def test_schedules_come_in_their_own_order(records):
+    records += method("ce", "rs", [28.0]) + method("ce", "rw", [28.0])
+    found = [row["schedule"] for row in range_rows(records)]
+    assert found == ["none", "rw", "rs", "drw", "none", "drw"]
+
+
+def test_matrices_are_where_there_is_something_to_compare(records):
+    assert error_matrices([r for r in records if r["options"]["loss"] == "ce"]) == {}
+    assert error_matrices(method("ce", "none", [1.0]) + method("ldam", "drw", [2.0])) == {}
+    mixed = [copy.deepcopy(r) for r in records]
+    for r in mixed:
+        r["options"]["mixup"] = 0.2
+    assert list(error_matrices(records + mixed)) == ["mixup 0", "mixup 0.2"]
+
+
+def test_every_table_names_the_heads(records):
+    records += method("ce", "none", [25.0, 25.5, 26.0], head="cosine")
+    for other in records[:12]:
+        other["options"]["head"] = "auto"
+    found = [(row["loss"], row["schedule"], row["head"]) for row in range_rows(records)]
+    assert found == [
+        ("ce", "none", "linear"),
+        ("ce", "none", "cosine"),
+        ("ce", "drw", "linear"),
+        ("ldam", "none", "cosine"),
+        ("ldam", "drw", "cosine"),
+    ]
+    rows = {row["method"]: row["head"] for row in comparison_rows(records[:12], "erm")}
+    assert rows == {
+        "CE-DRW": "linear",
+        "LDAM": "cosine against linear",
+        "LDAM-DRW": "cosine against linear",
+    }
+    ((_, matrix),) = error_matrices(records[:12]).items()
+    rows = matrix_rows(matrix, heads_of_losses(records[:12]))
+    assert [(row["loss"], row["head"]) for row in rows] == [("ce", "linear"), ("ldam", "cosine")]
+    assert heads_of_losses(records) == {"ce": "cosine, linear", "ldam": "cosine"}
+
+
+def test_csv_has_a_row_a_run(records):
+    rows = list(csv.DictReader(io.StringIO(tidy_table(records).to_csv(index=False))))
+    assert len(rows) == 12
+    row = next(row for row in rows if row["name"] == "ldam_drw__s1")
+    assert (float(row["top1_error"]), row["seed"], row["few"]) == (20.8, "1", "")
+    assert (row["version_torch"], row["version_timm"]) == ("2.6", "")
+    assert row["command"] == "python recipes/vision_lt.py --seed 1"
+    assert float(row["train_seconds"]) == 60.0
+
+
+def test_parquet_holds_numbers_as_numbers(records):
+    other = record("ldam", "drw", 7, 20.0, mixup=0.2, max_margin=0.3)
+    other["versions"] = {"torch": "2.6", "peft": "0.17"}
+    tidy = tidy_table([*records, other])
+    table = parquet.read_table(io.BytesIO(tidy.to_parquet(index=False))).to_pylist()
+    rows = {row["name"]: row for row in table}
+    assert len(rows) == 13
+    found = rows["ldam_drw_0.2_0.3_s7"]
+    assert (found["top1_error"], found["mixup"], found["max_margin"]) == (20.0, 0.2, 0.3)
+    assert (found["version_peft"], found["few"], found["seed"]) == ("0.17", None, 7)
+    assert (rows["ce_none__s1"]["max_margin"], rows["ce_none__s1"]["version_peft"]) == (None, None)
+    assert list(csv.DictReader(io.StringIO(tidy.to_csv(index=False)))) == [
+        {name: "" if value is None else str(value) for name, value in row.items()} for row in table
+    ]
