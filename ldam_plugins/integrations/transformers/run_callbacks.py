@@ -1,4 +1,4 @@
-"""What a text run asks of transformers beside DRWCallback: history, checkpoints, models by name."""
+"""Callbacks of a run: its history, and checkpoints that survive preemption; and two helpers."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ from ldam_plugins._call_stack import trainer_calls
 from ldam_plugins._validation import check_int, invalid
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.integrations.transformers.checks import calling_trainer
+from ldam_plugins.integrations.transformers.training_run import steps_per_epoch
 from ldam_plugins.schedules import DeferredSchedule, Progress
 from ldam_plugins.training.environment import PREEMPTED, any_process, defer_sigterm
 from ldam_plugins.training.history import HistoryWriter, flush_folder, write_atomic
@@ -85,7 +86,7 @@ class HistoryCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Open the history after the epochs that are done."""
-        self._steps = _steps_per_epoch(args, state, train_dataloader)
+        self._steps = steps_per_epoch(args, train_dataloader, state.max_steps)
         if state.is_world_process_zero:
             done = state.global_step // self._steps
             self._history = HistoryWriter(self.output_dir, start_epoch=done)
@@ -147,7 +148,7 @@ class HistoryCallback(TrainerCallback):
         self._history = None
 
     def _write(self) -> None:
-        """Write the row, before the checkpoint of the epoch is written."""
+        """Append the row. The Trainer writes the checkpoint of the epoch later."""
         if self._history is not None:
             self._history.append(**self._row)
         self._row = {}
@@ -199,12 +200,12 @@ class CheckpointCallback(TrainerCallback):
         train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Note SIGTERM from now on; find the random state of the epoch that goes on."""
+        """Handle SIGTERM from now on; load the random state of an epoch that is resumed."""
         if state.is_hyper_param_search:
             expected = "without CheckpointCallback in a search of hyperparameters"
             raise invalid("callbacks", expected, type(self).__name__)
         self._preempted = False
-        self._steps = _steps_per_epoch(args, state, train_dataloader)
+        self._steps = steps_per_epoch(args, train_dataloader, state.max_steps)
         earlier = _whole_checkpoints(args.output_dir) if state.global_step else {}
         self._own = [step for step in earlier if step <= state.global_step]
         self._note_sigterm(calling_trainer(self))
@@ -214,7 +215,7 @@ class CheckpointCallback(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Note the random state from which the order of the epoch is drawn."""
+        """Keep the random state from which the order of the epoch is drawn."""
         if self._resumed is not None:
             torch.set_rng_state(self._resumed)
             self._resumed = None
@@ -392,11 +393,3 @@ def _wait_for_all() -> None:
 
 def _order_file(args: TrainingArguments) -> str:
     return f"order_{args.process_index}.safetensors"
-
-
-def _steps_per_epoch(args: TrainingArguments, state: TrainerState, loader: Any) -> int:
-    """Updates of one epoch as the Trainer counts them; all where there is no length."""
-    try:
-        return max(-(-len(loader) // args.gradient_accumulation_steps), 1)
-    except TypeError:
-        return state.max_steps
