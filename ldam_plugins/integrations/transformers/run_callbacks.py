@@ -157,18 +157,20 @@ class HistoryCallback(TrainerCallback):
 class CheckpointCallback(TrainerCallback):
     """Keep a Trainer's checkpoints whole and few, and save one when the job is preempted.
 
-    A Trainer writes a checkpoint file by file, on every process. When all have written theirs the
-    checkpoint gets the empty file ``whole``, by which :func:`newest_trainer_checkpoint` knows it;
-    only then, and when it is on the disk, older ones are dropped: of this run and of the one it
-    resumes, never the best one (``state.best_model_checkpoint``) nor what else is in the folder.
-    Set ``save_total_limit=None``, which drops them too early.
+    A Trainer writes a checkpoint file by file, in every process. When all have written theirs the
+    checkpoint gets an empty file ``whole``, by which :func:`newest_trainer_checkpoint` recognises
+    it. Only then, and when it is on the disk, older ones are removed: those of this run and of the
+    one it resumes, but never the best one (``state.best_model_checkpoint``) and nothing else in the
+    folder. Leave ``save_total_limit`` at None: the Trainer would remove them too early.
 
-    After SIGTERM the Trainer saves after the running update (with several processes: after the next
-    whose number is a multiple of 10, when they ask each other), from where a resumed run equals the
-    undisturbed one, and the process ends with the code :data:`.PREEMPTED`.
-    Beside each checkpoint lies the random state in which the order of its epoch was drawn: the
-    Trainer draws the order anew when it resumes inside an epoch. Put this callback last. SIGTERM
-    has its own meaning again when the training has ended, by an error too.
+    After SIGTERM the Trainer finishes the current optimizer step, saves, and the process ends with
+    the exit code :data:`.PREEMPTED`. Several processes ask each other about SIGTERM at every tenth
+    step only, so they go on until then. A resumed run equals one that was not interrupted. For this
+    the random state from which the order of the epoch was drawn lies beside each checkpoint: when
+    it resumes inside an epoch, the Trainer draws the order again. When the training has ended, by
+    an error too, SIGTERM has its usual effect again.
+
+    Put this callback last.
 
     Args:
         keep: Checkpoints to keep, at least 1, beside the best one.
