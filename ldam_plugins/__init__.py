@@ -1,8 +1,9 @@
 """LDAM loss and deferred re-weighting for timm with Accelerate and the Hugging Face Trainer."""
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ldam_plugins._lazy import lazy_names
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.data.long_tail import long_tail_counts, long_tail_indices
 from ldam_plugins.heads import fold_cosine_head, use_cosine_head
@@ -33,11 +34,14 @@ __all__ = [
     "use_cosine_head",
 ]
 
-_LAZY = {
-    "DRWCallback": "ldam_plugins.integrations.transformers",
-    "LongTailMetrics": "ldam_plugins.integrations.hf_evaluate",
-    "LongTailTask": "ldam_plugins.integrations.timm",
-}
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "DRWCallback": "ldam_plugins.integrations.transformers",
+        "LongTailMetrics": "ldam_plugins.integrations.hf_evaluate",
+        "LongTailTask": "ldam_plugins.integrations.timm",
+    },
+)
 
 
 def register() -> None:
@@ -48,13 +52,3 @@ def register() -> None:
     """
     for host in ("timm", "transformers"):
         import_module(f"ldam_plugins.integrations.{host}").register()
-
-
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})

@@ -11,7 +11,7 @@ from paths import PACKAGE, RECIPES, ROOT
 
 RECIPES = sorted(RECIPES.glob("*.py"))
 # The rooms of the package, low to high: each may import those before it and itself.
-ROOMS = ["_validation", "_call_stack", "counts", "schedules", "kernels", "losses", "heads"]
+ROOMS = ["_lazy", "_validation", "_call_stack", "counts", "schedules", "kernels", "losses", "heads"]
 ROOMS += [
     "metrics",
     "data",

@@ -1,8 +1,8 @@
 """Data sets of images and texts, their labels, and the cut to a long tail."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ldam_plugins._lazy import lazy_names
 from ldam_plugins.data.long_tail import long_tail_counts, long_tail_indices
 
 if TYPE_CHECKING:
@@ -19,19 +19,12 @@ __all__ = [
 ]
 
 # Readers need libraries that `import ldam_plugins` does without.
-_LAZY = {
-    "LabelledImages": "ldam_plugins.data.images",
-    "load_images": "ldam_plugins.data.images",
-    "load_texts": "ldam_plugins.data.texts",
-    "map_in_threads": "ldam_plugins.data.images",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "LabelledImages": "ldam_plugins.data.images",
+        "load_images": "ldam_plugins.data.images",
+        "load_texts": "ldam_plugins.data.texts",
+        "map_in_threads": "ldam_plugins.data.images",
+    },
+)

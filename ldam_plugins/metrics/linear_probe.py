@@ -7,9 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from ldam_plugins._validation import invalid
@@ -54,6 +51,11 @@ def linear_probe(
 
     Source: Kang et al., ICLR 2020, arXiv 1910.09217 (features and classifier trained apart).
     """
+    # Imported here, as it takes a second and `metrics` is imported by every training.
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     missing = np.setdiff1d(np.arange(len(class_counts)), train_labels)
     if len(missing):
         expected = f"of all {len(class_counts)} classes"

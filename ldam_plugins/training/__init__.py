@@ -12,10 +12,9 @@ on from its last whole epoch; SIGTERM ends it after the running epoch, with exit
     from accelerate import Accelerator
     from torch.utils.data import DataLoader
 
-    from ldam_plugins import ClassCounts, DeferredSchedule, LDAMLoss, use_cosine_head
+    from ldam_plugins import ClassCounts, DeferredSchedule, LDAMLoss, Progress, use_cosine_head
     from ldam_plugins.losses import apply_stage
     from ldam_plugins.reports.run_report import write_report
-    from ldam_plugins.schedules import Progress
     from ldam_plugins.training import TrainStep, begin_run, evaluate, folders_held, run_metrics
     from ldam_plugins.training import save_checkpoint, seed_epoch, training_times
     from ldam_plugins.training import unpadded_batches, until_preempted, write_metrics
@@ -63,9 +62,9 @@ on from its last whole epoch; SIGTERM ends it after the running epoch, with exit
         return test
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ldam_plugins._lazy import lazy_names
 from ldam_plugins.training.checkpoints import (
     begin_run,
     load_checkpoint,
@@ -141,14 +140,11 @@ __all__ = [
     "write_metrics",
 ]
 
-_LAZY = {  # importing accelerate takes a second
-    "TrainStep": "ldam_plugins.training.step",
-    "evaluate": "ldam_plugins.training.evaluation",
-    "micro_batches": "ldam_plugins.training.step",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {  # importing accelerate takes a second
+        "TrainStep": "ldam_plugins.training.step",
+        "evaluate": "ldam_plugins.training.evaluation",
+        "micro_batches": "ldam_plugins.training.step",
+    },
+)
