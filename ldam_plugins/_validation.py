@@ -137,13 +137,13 @@ def check_logits(logits: Tensor) -> None:
 
 
 def check_target(target: Tensor, logits: Tensor) -> None:
-    """Check that ``target`` holds class indices (N,) or class masses (N, C) for ``logits``.
+    """Check that ``target`` holds class indices (N,) or soft targets (N, C) for ``logits``.
 
     Out-of-range indices are left to the kernels, which check them where that needs no
     synchronisation with the device.
 
     Raises:
-        TypeError: dtype is neither int64 (indices) nor floating (masses).
+        TypeError: dtype is neither int64 (indices) nor floating (soft targets).
         ValueError: the shape fits neither form.
     """
     if target.shape == logits.shape[:1]:
@@ -154,7 +154,7 @@ def check_target(target: Tensor, logits: Tensor) -> None:
             )
     elif target.shape == logits.shape:
         if not target.is_floating_point():
-            hint = "Class masses are floats (mixup, label smoothing): use `target.float()`."
+            hint = "Soft targets are floats (mixup, label smoothing): use `target.float()`."
             raise invalid("target", "floating-point", target.dtype, hint=hint, error=TypeError)
     else:
         expected = f"of shape ({len(logits)},) or {tuple(logits.shape)}"

@@ -17,6 +17,9 @@ MANY_ABOVE = 100
 FEW_BELOW = 20
 """Classes with fewer training samples belong to the *few* group (Liu et al., CVPR 2019)."""
 
+DEFAULT_MAX_MARGIN = 0.5
+"""Margin of the rarest class in cosine units (Cao et al., NeurIPS 2019, arXiv 1906.07413)."""
+
 
 class ClassCounts:
     """Number of training samples of each class, n_c.
@@ -118,7 +121,9 @@ class ClassCounts:
         """n_max / n_min, at least 1."""
         return float(self.counts.max() / self.counts.min())
 
-    def margins(self, max_margin: float = 0.5, *, dtype: torch.dtype | None = None) -> Tensor:
+    def margins(
+        self, max_margin: float = DEFAULT_MAX_MARGIN, *, dtype: torch.dtype | None = None
+    ) -> Tensor:
         """LDAM margins ``m_c = max_margin * (n_c / n_min) ** -1/4``, shape (C,).
 
         The rarest class gets ``max_margin``. Unit: cosine, so before the head's scale.

@@ -15,16 +15,18 @@ from transformers import HfArgumentParser
 
 from ldam_plugins import ClassCounts, DeferredSchedule, create_loss, list_losses
 from ldam_plugins._validation import check_choice, check_int, check_real, invalid
+from ldam_plugins.counts import DEFAULT_MAX_MARGIN
 from ldam_plugins.data.long_tail import CLASS_ORDERS, PROFILES
-from ldam_plugins.losses import loss_options
-from ldam_plugins.losses.base import ClassificationLoss
+from ldam_plugins.losses import loss_options, losses_with
+from ldam_plugins.losses.base import DEFAULT_SCALE, ClassificationLoss
 from ldam_plugins.reports.class_table import kept_table
 from ldam_plugins.schedules import KINDS, UNITS
 from ldam_plugins.training.environment import PRECISIONS
 from ldam_plugins.training.options import read_preset
 
 PRESETS = Path(__file__).parent / "presets"
-LOSS_OPTIONS = ("max_margin", "scale", "gamma", "tau")
+LOSS_OPTIONS = {name for loss in list_losses() for name in loss_options(loss)}
+"""Options that a loss takes; those of a recipe that it does not take must be left out."""
 RESUME: dict[str, bool | str] = {"no": False, "yes": True, "auto": "auto"}
 """What ``--resume`` says to :func:`~ldam_plugins.training.run_dir.claim_output_dir`."""
 
@@ -47,6 +49,11 @@ def option(default: Any, description: str, **argparse: Any) -> Any:
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def of_losses(name: str) -> str:
+    """The losses that take an option, with its defaults, for a help text."""
+    return " and ".join(f"{loss} [{default:g}]" for loss, default in losses_with(name).items())
 
 
 @dataclass
@@ -86,10 +93,14 @@ class CoreOptions:
         "size", "head of the long tail: the largest class, or class 0", choices=CLASS_ORDERS
     )
     loss: str = option("ldam", f"one of {', '.join(list_losses())}")
-    max_margin: float | None = option(None, "margin of the rarest class, in cosines [0.5]")
-    scale: float | None = option(None, "scale of the cosine head and the margin [30]")
-    gamma: float | None = option(None, "exponent of focal [2] and vector_scaling [0.15]")
-    tau: float | None = option(None, "strength of logit_adjusted and vector_scaling [1]")
+    max_margin: float | None = option(
+        None, f"margin of the rarest class, in cosines [{DEFAULT_MAX_MARGIN:g}]"
+    )
+    scale: float | None = option(
+        None, f"scale of the cosine head and the margin [{DEFAULT_SCALE:g}]"
+    )
+    gamma: float | None = option(None, f"exponent of {of_losses('gamma')}")
+    tau: float | None = option(None, f"strength of {of_losses('tau')}")
     schedule: str = option("drw", "what is re-weighted or re-sampled when", choices=KINDS)
     start: str = option("0.8", "start of drw/drs: 0.8 is a share of training, 160 an epoch")
     start_unit: str = option("auto", "unit of --start", choices=UNITS)
@@ -143,7 +154,7 @@ class CoreOptions:
 
     def make_loss(self, class_counts: ClassCounts) -> ClassificationLoss:
         """The loss the options describe; an option it does not have is an error."""
-        given = {name: getattr(self, name) for name in LOSS_OPTIONS}
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name in LOSS_OPTIONS}
         return create_loss(
             self.loss, class_counts, **{k: v for k, v in given.items() if v is not None}
         )
@@ -170,7 +181,7 @@ def parse_options(
         preset = read_file(kind, default)
     flags, arguments = arguments, [*as_flags(preset), *arguments]
     (options,) = HfArgumentParser(kind, allow_abbrev=False).parse_args_into_dataclasses(arguments)
-    for name in set(LOSS_OPTIONS) & set(preset) - set(loss_options(options.loss)):
+    for name in LOSS_OPTIONS & set(preset) - set(loss_options(options.loss)):
         # A preset's setting of its own loss says nothing to another loss chosen over it.
         if getattr(options, name) == preset[name]:
             setattr(options, name, None)

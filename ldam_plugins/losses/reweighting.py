@@ -5,24 +5,18 @@ from __future__ import annotations
 import warnings
 
 from ldam_plugins.losses.base import ClassificationLoss
-from ldam_plugins.losses.registry import LogitAdjustedLoss, VectorScalingLoss
 from ldam_plugins.schedules import DeferredSchedule, Progress
 
+# With class weights w and prior pi the optimum of a loss that corrects the prior is
+# f_y = log p(y | x) + log w_y - tau log pi_y (times the factors of vector scaling). tau = 1 alone
+# is the balanced classifier; w ~ 1 / pi on top of it is as far from that one as plain cross-entropy
+# is, on the other side. Measured (README.md): more error, or no gain beyond noise. Sampling
+# throughout was not found to hurt.
 _TWICE = (
     "the loss divides by the class prior at its optimum (tau={tau:g}) and the schedule does so "
     "again, which favours the rare classes beyond a balanced classifier. Use schedule 'none' with "
     "this loss, or this schedule with 'ce' or 'ldam'"
 )
-
-ADVICE: dict[type[ClassificationLoss], str] = {
-    # With class weights w and prior pi the optimum is f_y = log p(y | x) + log w_y - tau log pi_y
-    # (times the factors of vector scaling). tau = 1 alone is the balanced classifier; w ~ 1 / pi
-    # on top of it is as far from that one as plain cross-entropy is, on the other side. Measured
-    # (README.md): more error, or no gain beyond noise. Sampling throughout was not found to hurt.
-    loss: _TWICE
-    for loss in (LogitAdjustedLoss, VectorScalingLoss)
-}
-"""Why a loss does not go together with schedules that re-weight, or re-sample late."""
 
 
 def apply_stage(
@@ -40,8 +34,8 @@ def apply_stage(
         loss: What is trained; its ``weight`` (C,) is written.
         schedule: What it is trained under.
         progress: The coming update.
-        last: Stage that the loss was filled for, and whatever it has been changed to since is
-            meant; None: it has to have the stage's weights.
+        last: Stage that the loss was filled for. While it lasts, weights that were changed since
+            are kept. None: the loss gets the stage's weights.
     """
     stage = schedule.stage(progress)
     if stage != last:
@@ -64,12 +58,13 @@ def combination_advice(loss: ClassificationLoss, schedule: DeferredSchedule) -> 
         "loss LogitAdjustedLoss under schedule 'drw'"
     """
     tau = getattr(loss, "tau", 1.0)
-    late_sampling = schedule.is_resampling and schedule.is_deferred
-    acts = tau > 0 and schedule.beta > 0 and (schedule.is_reweighting or late_sampling)
-    why = ADVICE.get(type(loss)) if acts else None
-    if why is None:
+    loss_corrects = loss.corrects_prior and tau > 0
+    samples_late = schedule.is_resampling and schedule.is_deferred
+    schedule_corrects = (schedule.is_reweighting or samples_late) and schedule.beta > 0
+    if not (loss_corrects and schedule_corrects):
         return None
-    return f"loss {type(loss).__name__} under schedule {schedule.kind!r}: {why.format(tau=tau)}."
+    why = _TWICE.format(tau=tau)
+    return f"loss {type(loss).__name__} under schedule {schedule.kind!r}: {why}."
 
 
 def warn_of_combination(

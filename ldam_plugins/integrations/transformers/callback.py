@@ -34,8 +34,7 @@ from ldam_plugins.integrations.transformers.training_run import (
     restore_sampler,
     users_sampler,
 )
-from ldam_plugins.losses.base import ClassificationLoss
-from ldam_plugins.losses.ldam import DEFAULT_SCALE
+from ldam_plugins.losses.base import DEFAULT_SCALE, ClassificationLoss
 from ldam_plugins.losses.registry import create_loss, loss_options
 from ldam_plugins.losses.reweighting import warn_of_combination
 from ldam_plugins.losses.trainer_checks import check_ignored
