@@ -58,9 +58,10 @@ def combination_advice(loss: ClassificationLoss, schedule: DeferredSchedule) -> 
     # cross-entropy is, on the other side. Measured (recipes/results/README.md): more error, or no
     # gain beyond noise. Sampling throughout was not found to hurt.
     tau = getattr(loss, "tau", 1.0)
-    late_sampling = schedule.is_resampling and schedule.is_deferred
-    schedule_corrects = schedule.beta > 0 and (schedule.is_reweighting or late_sampling)
-    if not (loss.corrects_prior and tau > 0 and schedule_corrects):
+    loss_corrects = loss.corrects_prior and tau > 0
+    samples_late = schedule.is_resampling and schedule.is_deferred
+    schedule_corrects = (schedule.is_reweighting or samples_late) and schedule.beta > 0
+    if not (loss_corrects and schedule_corrects):
         return None
     why = _TWICE.format(tau=tau)
     return f"loss {type(loss).__name__} under schedule {schedule.kind!r}: {why}."
