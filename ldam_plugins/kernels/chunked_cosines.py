@@ -2,7 +2,7 @@
 
 The (N, C) logits of a million classes take a gigabyte for a batch of 256, and so does each of the
 handful of tensors that a loss makes of them. Here the loss goes over some classes at a time: the
-forward pass keeps one number a row, the backward pass makes the logits anew.
+forward pass keeps one number a row, and the backward pass computes the logits again.
 """
 
 from __future__ import annotations
