@@ -38,7 +38,7 @@ from ldam_plugins.training.options import (
 PRESETS = Path(__file__).parent / "presets"
 LOSS_OPTIONS = ("max_margin", "scale", "gamma", "tau")
 RESUME: dict[str, bool | str] = {"no": False, "yes": True, "auto": "auto"}
-"""What ``--resume`` says to :func:`~ldam_plugins.training.run_dir.claim_output_dir`."""
+"""``--resume`` as the argument of :func:`~ldam_plugins.training.claim_output_dir`."""
 
 logger = logging.getLogger(__name__)
 Options = TypeVar("Options", bound="CoreOptions")
@@ -85,13 +85,13 @@ class CoreOptions:
     scale: float | None = option(None, "scale of the cosine head and the margin [30]")
     gamma: float | None = option(None, "exponent of focal [2] and vector_scaling [0.15]")
     tau: float | None = option(None, "strength of logit_adjusted and vector_scaling [1]")
-    schedule: str = option("drw", "what is re-weighted or re-sampled when", choices=KINDS)
+    schedule: str = option("drw", "when classes are re-weighted or re-sampled", choices=KINDS)
     start: str = option("0.8", "start of drw/drs: 0.8 is a share of training, 160 an epoch")
     start_unit: str = option("auto", "unit of --start", choices=UNITS)
-    beta: float = option(0.9999, "of the class-balanced weights; towards 1: inverse frequency")
+    beta: float = option(0.9999, "beta of the class-balanced weights; towards 1: inverse frequency")
     epochs: int = option(0, "epochs of training")
     batch_size: int = option(0, "samples a process and micro-batch")
-    accumulation: int = option(1, "micro-batches an update")
+    accumulation: int = option(1, "micro-batches an optimizer step")
     lr: float = option(0.0, "learning rate")
     seed: int = option(0, "seed of the training")
     mixed_precision: str = option(
@@ -101,8 +101,8 @@ class CoreOptions:
     keep_checkpoints: int = option(1, "newest checkpoints that are kept")
     resume: str = option(
         "no",
-        "go on with the run in --output_dir from its newest whole checkpoint; auto: begin it if "
-        "there is none yet",
+        "continue the run in --output_dir from its newest checkpoint; auto: start it if there is "
+        "none",
         nargs="?",
         const="yes",
         choices=RESUME,
