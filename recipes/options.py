@@ -40,7 +40,7 @@ PRESETS = Path(__file__).parent / "presets"
 LOSS_OPTIONS = {name for loss in list_losses() for name in loss_options(loss)}
 """Options that a loss takes; those of a recipe that it does not take must be left out."""
 RESUME: dict[str, bool | str] = {"no": False, "yes": True, "auto": "auto"}
-"""What ``--resume`` says to :func:`~ldam_plugins.training.run_dir.claim_output_dir`."""
+"""``--resume`` as the argument of :func:`~ldam_plugins.training.claim_output_dir`."""
 
 logger = logging.getLogger(__name__)
 Options = TypeVar("Options", bound="CoreOptions")
@@ -96,13 +96,13 @@ class CoreOptions:
     )
     gamma: float | None = option(None, f"exponent of {of_losses('gamma')}")
     tau: float | None = option(None, f"strength of {of_losses('tau')}")
-    schedule: str = option("drw", "what is re-weighted or re-sampled when", choices=KINDS)
+    schedule: str = option("drw", "when classes are re-weighted or re-sampled", choices=KINDS)
     start: str = option("0.8", "start of drw/drs: 0.8 is a share of training, 160 an epoch")
     start_unit: str = option("auto", "unit of --start", choices=UNITS)
-    beta: float = option(0.9999, "of the class-balanced weights; towards 1: inverse frequency")
+    beta: float = option(0.9999, "beta of the class-balanced weights; towards 1: inverse frequency")
     epochs: int = option(0, "epochs of training")
     batch_size: int = option(0, "samples a process and micro-batch")
-    accumulation: int = option(1, "micro-batches an update")
+    accumulation: int = option(1, "micro-batches an optimizer step")
     lr: float = option(0.0, "learning rate")
     seed: int = option(0, "seed of the training")
     mixed_precision: str = option(
@@ -112,8 +112,8 @@ class CoreOptions:
     keep_checkpoints: int = option(1, "newest checkpoints that are kept")
     resume: str = option(
         "no",
-        "go on with the run in --output_dir from its newest whole checkpoint; auto: begin it if "
-        "there is none yet",
+        "continue the run in --output_dir from its newest checkpoint; auto: start it if there is "
+        "none",
         nargs="?",
         const="yes",
         choices=RESUME,
