@@ -7,7 +7,7 @@ from ldam_plugins.counts import ClassCounts
 from ldam_plugins.data.long_tail import long_tail_counts, long_tail_indices
 from ldam_plugins.heads import fold_cosine_head, use_cosine_head
 from ldam_plugins.losses import LDAMLoss, create_loss, list_losses
-from ldam_plugins.schedules import DeferredSchedule
+from ldam_plugins.schedules import DeferredSchedule, Progress
 
 if TYPE_CHECKING:
     from ldam_plugins.integrations.hf_evaluate import LongTailMetrics
@@ -23,6 +23,7 @@ __all__ = [
     "LDAMLoss",
     "LongTailMetrics",
     "LongTailTask",
+    "Progress",
     "create_loss",
     "fold_cosine_head",
     "list_losses",

@@ -100,7 +100,9 @@ def check_int(
     return number
 
 
-def check_choice(name: str, value: _Value, choices: Collection[_Value]) -> _Value:
+def check_choice(
+    name: str, value: _Value, choices: Collection[_Value], *, hint: str = ""
+) -> _Value:
     """Return ``value`` if it is one of ``choices``, else raise and name the nearest ones.
 
     Raises:
@@ -110,8 +112,8 @@ def check_choice(name: str, value: _Value, choices: Collection[_Value]) -> _Valu
         return value
     listed = quoted(choices) if len(choices) <= _MAX_NAMED else f"{len(choices)} known names"
     near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], cutoff=0.5)
-    hint = f"Did you mean {quoted(near)}?" if near else ""
-    raise invalid(name, f"one of {listed}", value, hint=hint)
+    advice = f"Did you mean {quoted(near)}? {hint}" if near else hint
+    raise invalid(name, f"one of {listed}", value, hint=advice.rstrip())
 
 
 def quoted(values: Iterable[object]) -> str:
@@ -137,13 +139,13 @@ def check_logits(logits: Tensor) -> None:
 
 
 def check_target(target: Tensor, logits: Tensor) -> None:
-    """Check that ``target`` holds class indices (N,) or class masses (N, C) for ``logits``.
+    """Check that ``target`` holds class indices (N,) or soft targets (N, C) for ``logits``.
 
     Out-of-range indices are left to the kernels, which check them where that needs no
     synchronisation with the device.
 
     Raises:
-        TypeError: dtype is neither int64 (indices) nor floating (masses).
+        TypeError: dtype is neither int64 (indices) nor floating (soft targets).
         ValueError: the shape fits neither form.
     """
     if target.shape == logits.shape[:1]:
@@ -154,7 +156,7 @@ def check_target(target: Tensor, logits: Tensor) -> None:
             )
     elif target.shape == logits.shape:
         if not target.is_floating_point():
-            hint = "Class masses are floats (mixup, label smoothing): use `target.float()`."
+            hint = "Soft targets are floats (mixup, label smoothing): use `target.float()`."
             raise invalid("target", "floating-point", target.dtype, hint=hint, error=TypeError)
     else:
         expected = f"of shape ({len(logits)},) or {tuple(logits.shape)}"

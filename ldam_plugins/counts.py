@@ -17,6 +17,9 @@ MANY_ABOVE = 100
 FEW_BELOW = 20
 """Classes with fewer training samples belong to the *few* group (Liu et al., CVPR 2019)."""
 
+DEFAULT_MAX_MARGIN = 0.5
+"""Margin of the rarest class in cosine units (Cao et al., NeurIPS 2019, arXiv 1906.07413)."""
+
 
 class ClassCounts:
     """Number of training samples of each class, n_c.
@@ -50,10 +53,7 @@ class ClassCounts:
         array = _as_integers("counts", _in_class_order(counts)).copy()
         if len(array) == 0:
             raise invalid("counts", "one count per class", counts)
-        names = None if class_names is None else tuple(str(name) for name in class_names)
-        if names is not None and len(names) != len(array):
-            expected = f"one name for each of the {len(array)} counts"
-            raise invalid("class_names", expected, f"{len(names)} names")
+        names = _checked_names(class_names, len(array))
         _refuse_empty_classes(array, names)
         array.flags.writeable = False
         self.counts: np.ndarray = array
@@ -91,8 +91,9 @@ class ClassCounts:
         check_int("num_classes", num_classes, low=1)
         check_label_range(array, num_classes)
         counts = np.bincount(array, minlength=num_classes)
-        _refuse_other_numbering(counts, None if class_names is None else list(class_names))
-        return cls(counts, class_names)
+        names = _checked_names(class_names, num_classes)
+        _refuse_empty_classes(counts, names, advice=_numbering_advice(counts))
+        return cls(counts, names)
 
     def __len__(self) -> int:
         return len(self.counts)
@@ -118,12 +119,14 @@ class ClassCounts:
         """n_max / n_min, at least 1."""
         return float(self.counts.max() / self.counts.min())
 
-    def margins(self, max_margin: float = 0.5, *, dtype: torch.dtype | None = None) -> Tensor:
+    def margins(
+        self, max_margin: float = DEFAULT_MAX_MARGIN, *, dtype: torch.dtype | None = None
+    ) -> Tensor:
         """LDAM margins ``m_c = max_margin * (n_c / n_min) ** -1/4``, shape (C,).
 
         The rarest class gets ``max_margin``. Unit: cosine, so before the head's scale.
-        Computed in float64 and rounded to ``dtype`` (default: torch's, but float32 at least);
-        on the CPU, whatever the default device.
+        Computed in float64 and rounded to ``dtype`` (default: torch's default, but at least
+        float32). The tensor is on the CPU, whatever the default device is.
 
         Source: Cao et al., NeurIPS 2019, arXiv 1906.07413, section 3.2.
 
@@ -137,8 +140,8 @@ class ClassCounts:
         """Class-balanced weights ``w_c ~ (1 - beta) / (1 - beta ** n_c)``, sum C, shape (C,).
 
         ``1 - beta ** n`` over ``1 - beta`` is the effective number of n samples. ``beta = 0``
-        gives ones, ``beta -> 1`` inverse frequency. Computed in float64 without cancellation
-        and rounded to ``dtype``, as :meth:`margins`.
+        gives ones, ``beta -> 1`` inverse frequency. Computed in float64 without cancellation;
+        dtype and device are as in :meth:`margins`.
 
         Source: Cui et al., CVPR 2019, arXiv 1901.05555.
 
@@ -152,7 +155,7 @@ class ClassCounts:
         check_real("beta", beta, low=0, high=1, high_open=True)
         if beta == 0:
             return _tensor(np.ones(len(self)), dtype)
-        # 1 - beta is exact in floating point above 1/2, where log(beta) is not; below it rounds.
+        # For beta > 1/2, 1 - beta is exact in floating point and log1p of it keeps every digit.
         log_beta = np.log1p(-(1.0 - beta)) if beta > 0.5 else np.log(beta)
         raw = 1.0 / -np.expm1(self.counts * log_beta)
         return _tensor(raw * (len(self) / raw.sum()), dtype)
@@ -174,7 +177,7 @@ class ClassCounts:
 def label_array(labels: Any) -> np.ndarray:
     """Labels as an int64 array (N,), read without decoding other columns of their dataset.
 
-    It may be the caller's own memory: read it only.
+    The array may share the caller's memory: do not write to it.
 
     Raises:
         TypeError: labels are not integers, or a row holds more than one.
@@ -211,13 +214,13 @@ _LABEL_FAULTS = {
 
 
 def label_fault(values: Any) -> tuple[str, int | None, Any]:
-    """What keeps labels from being class indices (N,), where, and the value there.
+    """Why labels are no class indices (N,), in which row, and the value there.
 
     Args:
-        values: Labels that are no integers (N,): an array, a tensor or a sequence.
+        values: Labels that are not integers (N,): an array, a tensor or a sequence.
 
     Returns:
-        The fault, the row that shows it (None: all do), and the label of that row. Faults:
+        The fault, the row that has it (None: all rows), and the label of that row. Faults:
         ``"missing"`` (None or NaN), ``"column"`` (N, 1), ``"masses"`` (rows of floats),
         ``"several"`` (rows of several labels), ``"bool"``, ``"whole"`` (floats without a
         fraction), ``"other"`` (names, fractions).
@@ -275,35 +278,29 @@ def check_label_range(labels: np.ndarray, num_classes: int) -> None:
     if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
         row = int(np.flatnonzero((labels < 0) | (labels >= num_classes))[0])
         expected = f"class indices in 0..{num_classes - 1}"
-        hint = ""
-        if labels.min() > 0 and labels.max() - labels.min() < num_classes:
-            hint = _first_label(int(labels.min()))
+        starts_late = labels.min() > 0 and labels.max() - labels.min() < num_classes
+        hint = _start_at_zero(int(labels.min())) if starts_late else ""
         raise invalid("labels", expected, f"{labels[row]} in row {row}", hint=hint)
 
 
-def _first_label(first: int) -> str:
+def _start_at_zero(first: int) -> str:
     return (
         f"Labels count from 0 and the smallest of these is {first}: subtract {first} where they "
         "begin there."
     )
 
 
-def _refuse_other_numbering(counts: np.ndarray, names: list[str] | None) -> None:
-    """Refuse classes without a sample, with the way out of labels numbered in another way."""
-    found = np.flatnonzero(counts)
-    if len(found) == len(counts):
-        return
-    named = quoted(int(c) if names is None else names[c] for c in np.flatnonzero(counts == 0))
-    if found[0] > 0:
-        why = _first_label(int(found[0]))
-    else:
-        why = "Number classes without gaps: `np.unique(labels, return_inverse=True)[1]` does."
-    hint = "Every class needs a training sample: else remove the class or add samples to it."
-    raise ValueError(f"no training sample in class {named}. {why} {hint}")
+def _numbering_advice(counts: np.ndarray) -> str:
+    """What to do with labels of these counts if they leave out classes."""
+    if counts[0] == 0:
+        return _start_at_zero(int(np.flatnonzero(counts)[0]))
+    return "Number classes without gaps: `np.unique(labels, return_inverse=True)[1]` does."
 
 
 def _in_class_order(counts: Any) -> Any:
-    """Counts that say of which class each is, sorted by class; all others as they are.
+    """Counts in class order, where a mapping or Series says which class each belongs to.
+
+    Other counts are returned as they are.
 
     Raises:
         ValueError: the classes are not 0..C-1, each once; or a table of several columns.
@@ -332,7 +329,7 @@ def _in_class_order(counts: Any) -> Any:
 
 
 def _as_integers(name: str, values: Any) -> np.ndarray:
-    """An int64 array of shape (n,), the same memory where it is one already."""
+    """``values`` as an int64 array of shape (n,), without a copy where it is one already."""
     if isinstance(values, Tensor):
         values = values.detach().cpu().numpy()
     array = np.asarray(values)
@@ -347,20 +344,39 @@ def _as_integers(name: str, values: Any) -> np.ndarray:
     return array.astype(np.int64, copy=False)
 
 
-def _refuse_empty_classes(counts: np.ndarray, names: tuple[str, ...] | None) -> None:
+def _checked_names(class_names: Sequence[str] | None, classes: int) -> tuple[str, ...] | None:
+    names = None if class_names is None else tuple(str(name) for name in class_names)
+    if names is not None and len(names) != classes:
+        expected = f"one name for each of the {classes} counts"
+        raise invalid("class_names", expected, f"{len(names)} names")
+    return names
+
+
+def _refuse_empty_classes(
+    counts: np.ndarray, names: tuple[str, ...] | None, *, advice: str = ""
+) -> None:
+    """Refuse classes without a sample.
+
+    Args:
+        counts: Samples of each class.
+        names: Names of the classes for the message.
+        advice: A sentence for the message about what may be wrong.
+    """
     negative = np.flatnonzero(counts < 0)
     if len(negative):
         first = int(negative[0])
         raise invalid("counts", ">= 1 in every class", f"{counts[first]} in {first}")
     empty = np.flatnonzero(counts == 0)
     if len(empty):
-        named = quoted(int(c) if names is None else names[c] for c in empty)
+        shown = quoted(int(c) if names is None else names[c] for c in empty)
         hint = "Every class needs a training sample: remove the class or add samples to it."
-        raise ValueError(f"no training sample in class {named}. {hint}")
+        raise ValueError(
+            " ".join(filter(None, [f"no training sample in class {shown}.", advice, hint]))
+        )
 
 
 def _tensor(values: np.ndarray, dtype: torch.dtype | None) -> Tensor:
-    """A tensor of the CPU, whatever the default device is: on "meta" the values would be lost."""
+    """``values`` on the CPU: the default device may be "meta", which would lose them."""
     tensor = torch.from_numpy(np.asarray(values, dtype=np.float64))
     wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
     return tensor if dtype == torch.float64 else tensor.to(dtype or wide)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from torch.utils.data import Sampler
 
+from ldam_plugins._call_stack import loader_that_iterates, loader_that_sets_epoch
 from ldam_plugins._validation import check_int, check_real, invalid
 from ldam_plugins.counts import ClassCounts, label_array
 from ldam_plugins.schedules import DeferredSchedule, Progress
@@ -97,7 +97,7 @@ class DeferredSampler(Sampler[int]):
     def set_epoch(self, epoch: int) -> None:
         """Choose the 0-based epoch whose order is drawn next."""
         epoch = check_int("epoch", epoch, low=0)
-        loader, counts = _loader_that_calls()
+        loader, counts = loader_that_sets_epoch()
         if counts:
             self._take_count(epoch, loader)
             return
@@ -134,7 +134,7 @@ class DeferredSampler(Sampler[int]):
         return self._members[self._first[drawn] + place]
 
     def __iter__(self) -> Iterator[int]:
-        loader = None if self._told == "loader" else _loader_that_iterates()
+        loader = None if self._told == "loader" else loader_that_iterates()
         if loader is not None:  # its own call does not reach this sampler through all wrappers
             self._take_count(loader.iteration, loader)
         self._told = None
@@ -149,35 +149,3 @@ class DeferredSampler(Sampler[int]):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_counting": None}  # no loader of another process has this id
-
-
-def _loader_that_calls() -> tuple[object | None, bool]:
-    """The loader of Accelerate that calls a sampler's ``set_epoch``; whether of its own accord.
-
-    Its ``__iter__`` calls its ``set_epoch`` with the number of iterations it has done (accelerate
-    1.10 to 1.15); without ``__iter__`` the call is the loop's, handed on.
-    """
-    frame: Any = sys._getframe(2)
-    loader = None
-    while frame is not None and frame.f_code.co_name == "set_epoch":  # batch samplers hand on, too
-        if _is_accelerates(frame):
-            loader = frame.f_locals.get("self")
-        frame = frame.f_back
-    counts = loader is not None and frame is not None and frame.f_code.co_name == "__iter__"
-    return loader, counts and _is_accelerates(frame)
-
-
-def _loader_that_iterates() -> Any:
-    """The loader of Accelerate that draws from a sampler now; None if there is none."""
-    frame: Any = sys._getframe(2)
-    while frame is not None:
-        if frame.f_code.co_name == "__iter__" and _is_accelerates(frame):
-            loader = frame.f_locals.get("self")
-            if hasattr(loader, "iteration"):  # its batch samplers have none
-                return loader
-        frame = frame.f_back
-    return None
-
-
-def _is_accelerates(frame: Any) -> bool:
-    return str(frame.f_globals.get("__name__")).startswith("accelerate.")

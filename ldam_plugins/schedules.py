@@ -1,4 +1,4 @@
-"""What is re-weighted or re-sampled when: pure functions of the progress of a training."""
+"""When classes are re-weighted or re-sampled: pure functions of the progress of a training."""
 
 from __future__ import annotations
 
@@ -12,17 +12,23 @@ from ldam_plugins._validation import check_choice, check_int, check_real, invali
 from ldam_plugins.counts import ClassCounts
 
 KINDS = ("none", "rw", "rs", "drw", "drs", "progressive")
+"""Kinds of schedule. Ask a :class:`DeferredSchedule` what its kind does, never the name."""
 UNITS = ("auto", "fraction", "epoch", "step")
+"""What ``start`` can count."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a training is: the caller owns the count.
+    """How far a training has come. The training loop counts, this only holds the numbers.
 
     Args:
-        step: Optimizer updates done, so the 0-based number of the coming one.
-        total_steps: Updates of the whole training.
-        steps_per_epoch: Updates of one epoch.
+        step: Optimizer steps done, so also the 0-based index of the next one.
+        total_steps: Optimizer steps of the whole training.
+        steps_per_epoch: Optimizer steps of one epoch.
+
+    Raises:
+        TypeError: an argument is not an integer.
+        ValueError: ``step`` is negative, or another argument is less than 1.
     """
 
     step: int
@@ -36,26 +42,29 @@ class Progress:
 
     @property
     def share(self) -> float:
-        """Share of the training that is done, in [0, 1]."""
+        """Share of the training that is done, ``step / total_steps``, at most 1."""
         return min(self.step / self.total_steps, 1.0)
 
 
 @dataclass(frozen=True)
 class DeferredSchedule:
-    """Which classes count more, and from when on.
+    """Which classes get more weight or more samples, and from when on.
 
-    ========== ===================================================================
-    ``none``   uniform throughout
-    ``rw``     class-balanced weights from the beginning
-    ``drw``    class-balanced weights from ``start`` on (deferred re-weighting)
-    ``rs``     class-balanced sampling from the beginning
-    ``drs``    class-balanced sampling from ``start`` on (deferred re-sampling)
+    =============== ==========================================================================
+    ``none``        all samples alike, throughout
+    ``rw``          class-balanced weights from the beginning
+    ``drw``         class-balanced weights from ``start`` on (deferred re-weighting)
+    ``rs``          class-balanced sampling from the beginning
+    ``drs``         class-balanced sampling from ``start`` on (deferred re-sampling)
     ``progressive`` sampling that moves from the data's distribution to a balanced one,
-               ``p_c = (1 - t) n_c / N + t / C`` at the share t of the training
-    ========== ===================================================================
+                    ``p_c = (1 - t) n_c / N + t / C`` when the share t of the training is done
+    =============== ==========================================================================
 
-    There is no state: a resumed training is in the right stage because the stage follows from
-    its progress.
+    With weights ``w_c = class_counts.weights(beta)``, class-balanced sampling draws class c with
+    probability ``n_c w_c / sum_j n_j w_j``.
+
+    A schedule has no state. The stage follows from the :class:`Progress`, so a resumed training is
+    in the right stage.
 
     Source: Cao et al., NeurIPS 2019, arXiv 1906.07413, algorithm 1; progressive: Kang et al.,
     ICLR 2020, arXiv 1910.09217, equation 3.
@@ -63,14 +72,15 @@ class DeferredSchedule:
     Args:
         kind: One of the above.
         start: When the second stage of ``drw`` and ``drs`` begins: a float in [0, 1] is a share
-            of the whole training, an int a 0-based epoch; 0 is from the beginning.
-        unit: What ``start`` counts. ``"auto"`` goes by its type as above; ``"fraction"``,
-            ``"epoch"`` or ``"step"`` (optimizer updates) say it.
-        beta: Of :meth:`ClassCounts.weights`, for weights and for sampling: 0 changes nothing,
-            towards 1 gives inverse frequency.
+            of the whole training, an int a 0-based epoch; 0 is from the beginning. The other kinds
+            have one stage and do not use it.
+        unit: What ``start`` counts: ``"fraction"``, ``"epoch"`` or ``"step"`` (optimizer steps).
+            ``"auto"`` goes by the type of ``start``, as above.
+        beta: That of :meth:`ClassCounts.weights`, for weights and for sampling: 0 changes nothing,
+            towards 1 gives inverse frequency. Not used by ``none`` and ``progressive``.
 
     Raises:
-        TypeError: ``start`` is not a number.
+        TypeError: ``start`` or ``beta`` is not a number of the right kind.
         ValueError: unknown ``kind`` or ``unit``, or ``start`` or ``beta`` out of range.
 
     Example:
@@ -90,20 +100,52 @@ class DeferredSchedule:
         check_choice("kind", self.kind, KINDS)
         check_choice("unit", self.unit, UNITS)
         check_real("beta", self.beta, low=0, high=1, high_open=True)
-        if self._counts_in() == "fraction":
+        if self._start_unit() == "fraction":
             check_real("start", self.start, low=0, high=1)
         else:
             check_int("start", self.start, low=0)  # type: ignore[arg-type]
 
+    @property
+    def is_deferred(self) -> bool:
+        """Whether there is a second stage that begins at ``start``."""
+        return self.kind in ("drw", "drs")
+
+    @property
+    def is_reweighting(self) -> bool:
+        """Whether classes are weighted at any time of the training."""
+        return self.kind in ("rw", "drw")
+
+    @property
+    def is_resampling(self) -> bool:
+        """Whether classes are sampled other than uniformly at any time of the training."""
+        return self.kind in ("rs", "drs", "progressive")
+
+    @property
+    def uses_beta(self) -> bool:
+        """Whether ``beta`` has an effect: not where nothing is balanced, nor in ``progressive``."""
+        return self.kind in ("rw", "drw", "rs", "drs")
+
+    @property
+    def starts_at_epoch(self) -> bool:
+        """Whether a second stage begins at an epoch, so that the length of one must be known."""
+        return self.is_deferred and self._start_unit() == "epoch"
+
     def start_step(self, total_steps: int, steps_per_epoch: int) -> int:
-        """First update (0-based) of the second stage; 0 for kinds that have only one.
+        """First optimizer step (0-based) of the second stage; 0 for kinds that have one stage.
+
+        A share of the training is rounded up to a whole step. At ``start=1.0`` the second stage
+        never begins: the answer is ``total_steps``.
+
+        Args:
+            total_steps: Optimizer steps of the whole training.
+            steps_per_epoch: Optimizer steps of one epoch.
 
         Raises:
-            ValueError: ``start`` lies past the end of the training.
+            ValueError: ``start`` is an epoch or a step past the end of the training.
         """
-        if self.kind not in ("drw", "drs"):
+        if not self.is_deferred:
             return 0
-        unit = self._counts_in()
+        unit = self._start_unit()
         if unit == "fraction":
             # Rounded first: 0.7 * 10 is a little above 7 in floating point.
             return math.ceil(round(self.start * total_steps, 6))
@@ -115,14 +157,40 @@ class DeferredSchedule:
             raise invalid("start", expected, self.start, hint=hint)
         return step
 
+    def start_epoch(self, epochs: int) -> int:
+        """Epoch (0-based) in which the second stage begins; 0 for kinds that have one stage.
+
+        Also the number of epochs that are complete by then. A share of the training is rounded
+        down to a whole epoch.
+
+        Args:
+            epochs: Epochs of the whole training.
+
+        Raises:
+            ValueError: ``start`` is past the end of the training, or counts optimizer steps, of
+                which an epoch has an unknown number here.
+
+        Example:
+            >>> [DeferredSchedule("drw", start).start_epoch(200) for start in (160, 0.8, 0.801)]
+            [160, 160, 160]
+        """
+        if not self.is_deferred:
+            return 0
+        unit = self._start_unit()
+        if unit == "step":
+            hint = "Use start_step(), which knows the steps of an epoch."
+            raise invalid("unit", "'epoch' or 'fraction'", unit, hint=hint)
+        if unit == "fraction":
+            return math.floor(round(self.start * epochs, 6))
+        return self.start_step(epochs, steps_per_epoch=1)
+
     def reweights(self, progress: Progress) -> bool:
-        """Whether the update at ``progress`` weighs classes."""
-        return self.kind == "rw" or (self.kind == "drw" and self._started(progress))
+        """Whether the optimizer step at ``progress`` uses class weights."""
+        return self.is_reweighting and self._has_started(progress)
 
     def resamples(self, progress: Progress) -> bool:
         """Whether an epoch that begins at ``progress`` samples classes other than uniformly."""
-        deferred = self.kind == "drs" and self._started(progress)
-        return self.kind in ("rs", "progressive") or deferred
+        return self.is_resampling and self._has_started(progress)
 
     def stage(self, progress: Progress) -> str:
         """Name of the stage for logs: ``"uniform"``, ``"reweighted"`` or ``"resampled"``."""
@@ -131,24 +199,26 @@ class DeferredSchedule:
         return "resampled" if self.resamples(progress) else "uniform"
 
     def class_weights(self, class_counts: ClassCounts, progress: Progress) -> Tensor:
-        """Weight of each class at ``progress``, (C,), sum C: ones outside the second stage."""
+        """Weight of each class at ``progress``, shape (C,), sum C; ones unless it re-weights."""
         return class_counts.weights(self.beta if self.reweights(progress) else 0.0)
 
     def class_probabilities(self, class_counts: ClassCounts, progress: Progress) -> Tensor:
-        """Probability that a sample drawn at ``progress`` is of each class, (C,) float64."""
+        """Probability that a sample drawn at ``progress`` is of each class, shape (C,), float64."""
         prior = class_counts.prior(dtype=torch.float64)
         if not self.resamples(progress):
             return prior
         if self.kind == "progressive":
             share = progress.share
             return (1 - share) * prior + share / len(class_counts)
-        mass = prior * class_counts.weights(self.beta, dtype=torch.float64)
-        return mass / mass.sum()
+        weighted = prior * class_counts.weights(self.beta, dtype=torch.float64)
+        return weighted / weighted.sum()
 
-    def _counts_in(self) -> str:
+    def _start_unit(self) -> str:
+        """What ``start`` counts, ``"auto"`` resolved."""
         if self.unit != "auto":
             return self.unit
         return "fraction" if isinstance(self.start, float) else "epoch"
 
-    def _started(self, progress: Progress) -> bool:
+    def _has_started(self, progress: Progress) -> bool:
+        """Whether the last stage is reached; kinds that have one stage begin with it."""
         return progress.step >= self.start_step(progress.total_steps, progress.steps_per_epoch)

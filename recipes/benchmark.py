@@ -37,7 +37,6 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from ldam_plugins import ClassCounts
-from ldam_plugins._validation import check_int
 from ldam_plugins.benchmark.comparisons import read_baseline
 from ldam_plugins.benchmark.grid import Cell, Grid, expand, in_cell
 from ldam_plugins.benchmark.local import CellTask, Outcome, run_locally
@@ -45,6 +44,7 @@ from ldam_plugins.benchmark.records import collect_records
 from ldam_plugins.benchmark.report import write_experiment
 from ldam_plugins.benchmark.slurm import run_on_slurm, slurm_parameters
 from ldam_plugins.benchmark.tables import interval_rows, markdown
+from ldam_plugins.training.options import check_int
 
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} runs in {elapsed}"
 GRIDS = Path(__file__).parent / "grids"

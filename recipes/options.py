@@ -1,4 +1,4 @@
-"""Options that both recipes share, and how a command line or a preset becomes them."""
+"""Options that both recipes share, and their command line with presets."""
 
 from __future__ import annotations
 
@@ -7,46 +7,48 @@ import os
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
+from typing import Any, ClassVar, TypeVar
 
 from transformers import HfArgumentParser
 
 from ldam_plugins import ClassCounts, DeferredSchedule, create_loss, list_losses
-from ldam_plugins._validation import check_choice, check_int, check_real, invalid
+from ldam_plugins.counts import DEFAULT_MAX_MARGIN
 from ldam_plugins.data.long_tail import CLASS_ORDERS, PROFILES
-from ldam_plugins.losses import loss_options
-from ldam_plugins.losses.base import ClassificationLoss
+from ldam_plugins.losses import loss_options, losses_with
+from ldam_plugins.losses.base import DEFAULT_SCALE, ClassificationLoss
 from ldam_plugins.reports.class_table import kept_table
 from ldam_plugins.schedules import KINDS, UNITS
 from ldam_plugins.training.environment import PRECISIONS
-from ldam_plugins.training.options import read_preset
+from ldam_plugins.training.options import (
+    COUNT,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SEED,
+    SHARE_BELOW_1,
+    Limits,
+    as_flags,
+    check_choice,
+    check_limits,
+    invalid,
+    option,
+    read_preset,
+)
 
 PRESETS = Path(__file__).parent / "presets"
-LOSS_OPTIONS = ("max_margin", "scale", "gamma", "tau")
+LOSS_OPTIONS = {name for loss in list_losses() for name in loss_options(loss)}
+"""Options that a loss takes; those of a recipe that it does not take must be left out."""
 RESUME: dict[str, bool | str] = {"no": False, "yes": True, "auto": "auto"}
 """What ``--resume`` says to :func:`~ldam_plugins.training.run_dir.claim_output_dir`."""
-
-Limits = Mapping[str, Any]
-POSITIVE: Limits = {"low": 0, "low_open": True}
-NOT_NEGATIVE: Limits = {"low": 0}
-SHARE: Limits = {"low": 0, "high": 1}
-SHARE_BELOW_1: Limits = {"low": 0, "high": 1, "high_open": True}
-COUNT: Limits = {"low": 1, "high": 2**31 - 1}
-COUNT_OR_0: Limits = {"low": 0, "high": 2**31 - 1}
-SEED: Limits = {"low": 0, "high": 2**32 - 1}
 
 logger = logging.getLogger(__name__)
 Options = TypeVar("Options", bound="CoreOptions")
 
 
-def option(default: Any, description: str, **argparse: Any) -> Any:
-    """A field of an options dataclass with its help text."""
-    metadata = {"help": description, **argparse}
-    if isinstance(default, list):
-        return field(default_factory=default.copy, metadata=metadata)
-    return field(default=default, metadata=metadata)
+def of_losses(name: str) -> str:
+    """The losses that take an option, with its defaults, for a help text."""
+    return " and ".join(f"{loss} [{default:g}]" for loss, default in losses_with(name).items())
 
 
 @dataclass
@@ -86,10 +88,14 @@ class CoreOptions:
         "size", "head of the long tail: the largest class, or class 0", choices=CLASS_ORDERS
     )
     loss: str = option("ldam", f"one of {', '.join(list_losses())}")
-    max_margin: float | None = option(None, "margin of the rarest class, in cosines [0.5]")
-    scale: float | None = option(None, "scale of the cosine head and the margin [30]")
-    gamma: float | None = option(None, "exponent of focal [2] and vector_scaling [0.15]")
-    tau: float | None = option(None, "strength of logit_adjusted and vector_scaling [1]")
+    max_margin: float | None = option(
+        None, f"margin of the rarest class, in cosines [{DEFAULT_MAX_MARGIN:g}]"
+    )
+    scale: float | None = option(
+        None, f"scale of the cosine head and the margin [{DEFAULT_SCALE:g}]"
+    )
+    gamma: float | None = option(None, f"exponent of {of_losses('gamma')}")
+    tau: float | None = option(None, f"strength of {of_losses('tau')}")
     schedule: str = option("drw", "what is re-weighted or re-sampled when", choices=KINDS)
     start: str = option("0.8", "start of drw/drs: 0.8 is a share of training, 160 an epoch")
     start_unit: str = option("auto", "unit of --start", choices=UNITS)
@@ -118,20 +124,15 @@ class CoreOptions:
     num_processes: int | None = option(None, "stop unless this many processes run")
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for option_ in fields(self):
-            if option_.name not in self.LIMITS:
-                continue
-            value, hint = getattr(self, option_.name), hints[option_.name]
-            check = check_int if int in (hint, *get_args(hint)) else check_real
-            hint = f"Give another --{option_.name} or leave it out."
-            for number in value if isinstance(value, list) else [value]:
-                if number is not None:
-                    check(option_.name, number, **self.LIMITS[option_.name], hint=hint)
+        check_limits(self, self.LIMITS)
         if not self.output_dir.strip():
             expected = "the folder of the run"
             raise invalid("output_dir", expected, self.output_dir, hint="Give --output_dir.")
         self.make_schedule()
+
+    def head_scale(self) -> dict[str, Any]:
+        """``scale`` for :func:`~ldam_plugins.use_cosine_head`, where one is given."""
+        return {} if self.scale is None else {"scale": self.scale}
 
     def make_schedule(self) -> DeferredSchedule:
         """The schedule the options describe."""
@@ -143,7 +144,7 @@ class CoreOptions:
 
     def make_loss(self, class_counts: ClassCounts) -> ClassificationLoss:
         """The loss the options describe; an option it does not have is an error."""
-        given = {name: getattr(self, name) for name in LOSS_OPTIONS}
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name in LOSS_OPTIONS}
         return create_loss(
             self.loss, class_counts, **{k: v for k, v in given.items() if v is not None}
         )
@@ -155,7 +156,7 @@ def parse_options(
     """Options from flags, or from one preset followed by flags that override it.
 
     The preset is the name of a file in ``recipes/presets`` or the path of a YAML or JSON file. Its
-    entries go the way of the flags, so they meet the same checks. ``default`` is the preset where
+    entries are turned into flags, so they are checked like flags. ``default`` is the preset if
     neither a preset nor ``--dataset`` is given.
 
     Raises:
@@ -170,8 +171,8 @@ def parse_options(
         preset = read_file(kind, default)
     flags, arguments = arguments, [*as_flags(preset), *arguments]
     (options,) = HfArgumentParser(kind, allow_abbrev=False).parse_args_into_dataclasses(arguments)
-    for name in set(LOSS_OPTIONS) & set(preset) - set(loss_options(options.loss)):
-        # A preset's setting of its own loss says nothing to another loss chosen over it.
+    for name in LOSS_OPTIONS & set(preset) - set(loss_options(options.loss)):
+        # A preset's option of its own loss is dropped if a flag chooses a loss without that option.
         if getattr(options, name) == preset[name]:
             setattr(options, name, None)
     _check_ratio(options, preset, flags)
@@ -179,7 +180,7 @@ def parse_options(
 
 
 def _check_ratio(options: CoreOptions, preset: Mapping[str, Any], flags: list[str]) -> None:
-    """Refuse or tell a ratio that no profile cuts to; a preset's goes with the preset's profile."""
+    """Refuse a ratio without a profile, or warn of it if the profile was set to none by a flag."""
     flagged = {flag.split("=")[0] for flag in flags}
     own = "ratio" in preset and preset.get("profile", "none") == "none"
     if options.profile != "none" or options.ratio == 1 or not (own or "--ratio" in flagged):
@@ -192,8 +193,8 @@ def _check_ratio(options: CoreOptions, preset: Mapping[str, Any], flags: list[st
         logger.warning(f"--ratio {options.ratio:g} has no effect: --profile is none.")
 
 
-def tell_kept(options: CoreOptions, before: ClassCounts, after: ClassCounts) -> None:
-    """Print what is kept of each class and what is left out, if anything was asked to be."""
+def print_kept(options: CoreOptions, before: ClassCounts, after: ClassCounts) -> None:
+    """Print how many samples of each class are kept and left out, if a cut was asked for."""
     under = ""
     if options.profile != "none":
         under = f" under --profile {options.profile} --ratio {options.ratio:g}"
@@ -202,10 +203,10 @@ def tell_kept(options: CoreOptions, before: ClassCounts, after: ClassCounts) -> 
 
 
 def read_file(kind: type[Any], name: str, folder: Path = PRESETS) -> dict[str, Any]:
-    """Entries of a YAML or JSON file that each set an option of the dataclass ``kind``.
+    """Entries of a YAML or JSON file, each an option of the dataclass ``kind``.
 
     Args:
-        kind: What the entries are options of.
+        kind: Dataclass of the options.
         name: Path of the file, or the bare name of one in ``folder``.
         folder: ``presets`` or ``grids``.
 
@@ -220,22 +221,3 @@ def read_file(kind: type[Any], name: str, folder: Path = PRESETS) -> dict[str, A
     for key in entries:
         check_choice(f"option in {path.name}", key, [field.name for field in fields(kind)])
     return entries
-
-
-def as_flags(entries: dict[str, Any]) -> list[str]:
-    """The command line that says the same as ``entries``; a mapping becomes ``name=a,b`` words."""
-    flags = []
-    for key, value in entries.items():
-        if isinstance(value, dict):
-            flags += [f"--{key}", *(f"{name}={_comma_list(v)}" for name, v in value.items())]
-        elif value is not None:
-            flags += [f"--{key}", *map(_as_word, value if isinstance(value, list) else [value])]
-    return flags
-
-
-def _comma_list(value: Any) -> str:
-    return ",".join(map(_as_word, value if isinstance(value, list) else [value]))
-
-
-def _as_word(value: Any) -> str:
-    return ("yes" if value else "no") if isinstance(value, bool) else str(value)

@@ -15,7 +15,7 @@ and ``<!-- end -->`` is made anew, from the runs whose options have one of the v
 benchmark), and the plots ``errors``, ``curves`` and ``heat_map``, which are of all runs. After
 ``<!-- timings: FILE [SECTION ...] -->`` come sections of a file that ``recipes/speed.py`` left
 under ``recipes/timings``, after ``<!-- probes: FILE [SCHEDULE ...] -->`` the means of a file
-that ``recipes/probe.py`` left under ``recipes/probes``.
+that ``recipes/linear_probe.py`` left under ``recipes/probes``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from pathlib import Path
 
 import pandas as pd
 
-from ldam_plugins._validation import check_choice, invalid
 from ldam_plugins.benchmark.plots import PLOTS
 from ldam_plugins.benchmark.records import Record, add_records, read_records
 from ldam_plugins.benchmark.settings import heads_of_losses, shown
@@ -45,7 +44,8 @@ from ldam_plugins.benchmark.tables import (
 )
 from ldam_plugins.benchmark.timings import ratio_matrix, ratio_rows
 from ldam_plugins.schedules import KINDS
-from ldam_plugins.training.history import write_atomic
+from ldam_plugins.training.files import write_atomic
+from ldam_plugins.training.options import check_choice, invalid
 
 RESULTS = Path(__file__).parent / "results"
 TIMINGS = Path(__file__).parent / "timings"

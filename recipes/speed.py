@@ -31,14 +31,14 @@ from pathlib import Path
 import speed_parts
 import speed_training
 import torch
-from speed_clock import DEVICE, Row, SpeedOptions
+from speed_timing import DEVICE, Row, SpeedOptions
 from transformers import HfArgumentParser
 
 from ldam_plugins import register
-from ldam_plugins._validation import check_choice
 from ldam_plugins.benchmark.tables import markdown
 from ldam_plugins.benchmark.timings import ratio_rows
-from ldam_plugins.training.history import device_name, run_versions
+from ldam_plugins.training import device_name, run_versions
+from ldam_plugins.training.options import check_choice
 
 SECTIONS: dict[str, Callable[[SpeedOptions], Iterator[Row]]] = {
     "loss": speed_parts.loss,

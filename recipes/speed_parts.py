@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from PIL import Image
 from sklearn.metrics import confusion_matrix
-from speed_clock import DEVICE, Contender, Row, SpeedOptions, compare, peak_memory
+from speed_timing import DEVICE, Contender, Row, SpeedOptions, compare, peak_memory
 from torch import Tensor, nn
 from torchvision import transforms
 
 from ldam_plugins import ClassCounts, DeferredSchedule, LDAMLoss, use_cosine_head
-from ldam_plugins.data.in_memory import RandomCropFlip, normalize
+from ldam_plugins.data.augment import RandomCropFlip, normalize
 from ldam_plugins.metrics import MetricAccumulator
 from ldam_plugins.samplers import DeferredSampler
 

@@ -17,33 +17,29 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from options import parse_options
-from speed_clock import Contender, Row, SpeedOptions, compare, summary
 from speed_parts import usual_transform
-from text_lt import make_arguments, make_trainer
-from text_setup import TextOptions, tokenize
-from text_setup import load_data as load_texts
-from text_setup import make_model as make_text_model
+from speed_timing import Contender, Row, SpeedOptions, compare, summary
+from text_lt import TextOptions, make_arguments, make_trainer, tokenize
+from text_lt import load_data as load_texts
+from text_lt import make_model as make_text_model
 from timm.data import create_loader
 from timm.task import ClassificationTask
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
-from vision_setup import (
+from vision_lt import (
     VisionOptions,
     compiled,
-    image_config,
     load_data,
     make_accelerator,
-    make_datasets,
-    make_input,
-    make_loader,
     make_model,
     make_optimizer,
-    make_update,
-    on_device,
+    make_pipeline,
+    make_train_step,
 )
 
 from ldam_plugins import ClassCounts, DRWCallback
-from ldam_plugins.training.environment import keep_freed_memory
+from ldam_plugins.integrations.timm.images import image_loader, on_device
+from ldam_plugins.training import keep_freed_memory
 
 
 def processes(options: SpeedOptions) -> Iterator[Row]:
@@ -97,24 +93,30 @@ def vision_steps(accelerator: Accelerator, options: VisionOptions, steps: int) -
     images, test, class_counts = load_data(options, show=False)
     criterion = options.make_loss(class_counts).to(accelerator.device)
     model = make_model(options, criterion)
-    to_input = make_input(options, model, accelerator.device)
-    train_set, _ = make_datasets(options, model, images, test.subset(range(1)))
-    train_set = on_device(accelerator, train_set)
-    loader = make_loader(
-        options, train_set, batch_size=options.batch_size, shuffle=True, drop_last=True
+    pipeline = make_pipeline(options, model)
+    to_input = pipeline.make_input(accelerator.device)
+    train_set, _ = pipeline.datasets(
+        images, test.subset(range(1)), memory_limit=options.memory_limit
+    )
+    loader = image_loader(
+        on_device(train_set, accelerator.device),
+        workers=options.workers,
+        batch_size=options.batch_size,
+        shuffle=True,
+        drop_last=True,
     )
     optimizer, _ = make_optimizer(options, model, accelerator.device)
     net = compiled(accelerator, model) if options.compile else model
     net, optimizer, loader = accelerator.prepare(net, optimizer, loader)
     batches, generator = endless(loader), torch.Generator()
-    update = make_update(accelerator, options, net, criterion, optimizer)
+    train_step = make_train_step(accelerator, options, net, criterion, optimizer)
 
     def run() -> None:
         net.train()
         with keep_freed_memory(accelerator.device):
             for _ in range(steps):
                 pixels, labels = next(batches)
-                update([(to_input(pixels, generator), labels)])
+                train_step([(to_input(pixels, generator), labels)])
 
     return run
 
@@ -124,7 +126,7 @@ def usual_steps(accelerator: Accelerator, options: VisionOptions, steps: int) ->
     images, _, class_counts = load_data(options, show=False)
     criterion = options.make_loss(class_counts).to(accelerator.device)
     model = make_model(options, criterion).to(memory_format=torch.contiguous_format)
-    images.transform = usual_transform(image_config(options, model)["input_size"][-1])
+    images.transform = usual_transform(make_pipeline(options, model).config["input_size"][-1])
     loader = DataLoader(
         images,
         options.batch_size,
@@ -153,7 +155,7 @@ def timm_steps(accelerator: Accelerator, options: VisionOptions, steps: int) -> 
     images, _, class_counts = load_data(options, show=False)
     criterion = options.make_loss(class_counts).to(accelerator.device)
     model = make_model(options, criterion).to(accelerator.device)
-    config = image_config(options, model)
+    config = make_pipeline(options, model).config
     loader = create_loader(
         images,
         config["input_size"],

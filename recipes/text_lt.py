@@ -7,26 +7,29 @@
 
 A preset of ``recipes/presets`` (or a YAML or JSON file) may come first, flags after it override it.
 Without one the preset is ``stdlib_lt``, a BiLSTM that tells apart the docstrings of Python's own
-library by their module, unless ``--dataset`` says otherwise. Everything a run leaves is in
-``--output_dir``: ``test`` in ``metrics.json`` is of ``model/`` as anyone loads it, a BiLSTM with
-``trust_remote_code=True``, all else with nothing of this package.
+library by their module, unless ``--dataset`` says otherwise. Everything a run writes is
+in ``--output_dir``. ``test`` in ``metrics.json`` is measured on ``model/`` as anyone loads it: a
+BiLSTM with ``trust_remote_code=True``, all others without this package.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
-from options import RESUME, parse_options
-from text_setup import TextOptions, load_data, make_model, tokenize
+from options import RESUME, CoreOptions, parse_options, print_kept
 from torch.utils.data import DataLoader
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -36,35 +39,109 @@ from transformers import (
     set_seed,
 )
 
-from ldam_plugins import ClassCounts, DRWCallback, LongTailMetrics, fold_cosine_head
-from ldam_plugins.heads import cosine_heads
+from ldam_plugins import (
+    ClassCounts,
+    DRWCallback,
+    LongTailMetrics,
+    fold_cosine_head,
+    long_tail_indices,
+    use_cosine_head,
+)
+from ldam_plugins.data.texts import load_texts, subsample_classes
+from ldam_plugins.heads import cosine_heads, find_head
+from ldam_plugins.integrations.transformers.bilstm import (
+    BiLSTMConfig,
+    BiLSTMForSequenceClassification,
+)
 from ldam_plugins.integrations.transformers.fast_attention import use_fast_dropout
 from ldam_plugins.integrations.transformers.run_callbacks import (
     CheckpointCallback,
     HistoryCallback,
+    bundled_minilm,
     class_errors,
     drop_partial_trainer_checkpoints,
     newest_trainer_checkpoint,
 )
 from ldam_plugins.integrations.transformers.saved_model import describe_saved, measure_saved
-from ldam_plugins.integrations.transformers.training_run import RESAMPLING
+from ldam_plugins.integrations.transformers.tokenizer import train_tokenizer
 from ldam_plugins.losses.base import ClassificationLoss
 from ldam_plugins.reports.run_report import per_class_table, write_report
-from ldam_plugins.training.environment import (
+from ldam_plugins.training import (
     check_processes,
     choose_precision,
+    claim_output_dir,
+    disk_errors,
+    folders_held,
     keep_freed_memory,
     refuse_deepspeed,
-)
-from ldam_plugins.training.history import (
-    device_name,
-    disk_errors,
-    read_history,
-    run_versions,
+    run_metrics,
+    training_times,
     write_metrics,
 )
-from ldam_plugins.training.run_dir import claim_output_dir
-from ldam_plugins.training.run_lock import folders_held
+from ldam_plugins.training.options import (
+    COUNT,
+    COUNT_OR_0,
+    NOT_NEGATIVE,
+    SHARE_BELOW_1,
+    invalid,
+    option,
+)
+
+# Names of the dropout of attention in the configurations of transformers.
+ATTENTION_DROPOUTS = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")
+BUNDLED_MODELS: dict[str, Callable[[], str]] = {"minilm": bundled_minilm}
+
+
+@dataclass
+class TextOptions(CoreOptions):
+    """Options of the recipe; presets set those that make an experiment."""
+
+    LIMITS = CoreOptions.LIMITS | {
+        "rare_fraction": {"low": 0, "high": 1, "low_open": True},
+        "max_length": COUNT,
+        "vocab_size": COUNT,
+        "embedding_size": COUNT,
+        "hidden_size": COUNT,
+        "embedding_dropout": SHARE_BELOW_1,
+        "attention_dropout": SHARE_BELOW_1,
+        "lora_rank": COUNT_OR_0,
+        "lora_alpha": COUNT,
+        "weight_decay": NOT_NEGATIVE,
+        "warmup": SHARE_BELOW_1,
+        "clip_grad": NOT_NEGATIVE,
+        "mixup": NOT_NEGATIVE,
+    }
+
+    dataset: str = option("stdlib_docstrings", "hub id, local folder, or stdlib_docstrings")
+    model: str = option("bilstm", "bilstm, minilm (in a package), hub id or local folder")
+    epochs: int = option(3, "epochs of training")
+    batch_size: int = option(32, "texts a process and micro-batch")
+    lr: float = option(5e-5, "learning rate of Adam")
+    output_dir: str = option("runs/text_lt", "folder of the run")
+    rare_classes: list[str] = option([], "names of classes that lose training texts")
+    rare_fraction: float = option(0.1, "share of their training texts that rare classes keep")
+    text_column: str | None = option(None, "text column of the dataset [by name or type]")
+    label_column: str | None = option(None, "label column of the dataset [by name or type]")
+    train_split: str = option("train", "split to train on, or a slice: train[:10%%]")
+    test_split: str | None = option(None, "split to test on, or a slice [test, else validation]")
+    skip_empty: bool = option(False, "leave out rows without a text")
+    max_length: int = option(256, "tokens a text is cut to")
+    vocab_size: int = option(20_000, "words the tokenizer of a bilstm knows")
+    embedding_size: int = option(100, "length of a bilstm's embeddings")
+    hidden_size: int = option(64, "length of a bilstm's state in each direction")
+    embedding_dropout: float = option(0.5, "dropout of a bilstm's embeddings")
+    attention_dropout: float | None = option(None, "dropout of attention [the model's own]")
+    head: str = option("auto", "auto: cosine where the loss needs it", choices=("auto", "cosine"))
+    lora_rank: int = option(0, "train low-rank adapters of this rank and the head; 0: everything")
+    lora_alpha: int = option(16, "scale of the adapters, divided by the rank")
+    weight_decay: float = option(0.0, "decoupled weight decay")
+    warmup: float = option(0.0, "share of the training with a rising learning rate")
+    clip_grad: float = option(1.0, "largest gradient norm; 0: no limit")
+    mixup: float = option(0.0, "alpha of Mixup of the features that the classifier gets")
+    lr_schedule: str = option("linear", "learning rate schedule of transformers")
+    compile: bool = option(False, "compile the model")
+    fast_dropout: bool = option(True, "draw dropout from fewer random bits on a CPU")
+    eval_every: int = option(1, "epochs between evaluations; the last is always evaluated")
 
 
 @folders_held()
@@ -78,7 +155,7 @@ def main(options: TextOptions) -> dict[str, Any]:
     criterion = options.make_loss(counts)
     tokenizer, model = make_model(options, train, criterion)
     texts = test
-    with arguments.main_process_first(desc="tokenize"):  # the others read what it has kept
+    with arguments.main_process_first(desc="tokenize"):  # the others read its cache
         train, test = (tokenize(options, tokenizer, each) for each in (train, test))
     check_start(options, arguments, train)
     callbacks = make_callbacks(options, criterion)
@@ -88,44 +165,40 @@ def main(options: TextOptions) -> dict[str, Any]:
     trainer = make_trainer(options, arguments, model, tokenizer, counts, train, test, callbacks)
     with disk_errors(options.output_dir), keep_freed_memory(arguments.device):
         trainer.train(resume_from_checkpoint=newest_trainer_checkpoint(arguments.output_dir))
-        leave_model(options, trainer)
+        save_model(options, trainer)
     result = measure_saved(
         model_folder(options), texts, counts, batch_size=arguments.per_device_eval_batch_size
     )
-    metrics = {
-        "options": asdict(options),
-        "versions": run_versions(),
-        "class_counts": counts.counts,
-        "class_names": counts.class_names,
-        "device": device_name(arguments.device),
-        "processes": arguments.world_size,
-        "mixed_precision": trainer.accelerator.mixed_precision,
-        "test": result,
-        "class_errors": class_errors(result, counts),
-    }
+    metrics = run_metrics(
+        options=asdict(options),
+        class_counts=counts,
+        device=arguments.device,
+        processes=arguments.world_size,
+        mixed_precision=trainer.accelerator.mixed_precision,
+        class_errors=class_errors(result, counts),
+        test=result,
+    )
     if trainer.is_world_process_zero():
-        leave_report(options, metrics)
-        print(per_class_table(result, counts))
+        save_outputs(options, metrics, counts)
     trainer.accelerator.end_training()
     return metrics
 
 
-def leave_report(options: TextOptions, metrics: dict[str, Any]) -> None:
-    """Write the metrics and the report."""
-    seconds = sum(row["seconds"] for row in read_history(options.output_dir))
-    metrics["train_seconds"] = seconds
-    metrics["examples_per_second"] = sum(metrics["class_counts"]) * options.epochs / seconds
-    write_metrics(options.output_dir, metrics)
+def save_outputs(options: TextOptions, metrics: dict[str, Any], counts: ClassCounts) -> None:
+    """Write the metrics and the report, and print the accuracy of each class."""
+    times = training_times(options.output_dir, counts.total)
+    write_metrics(options.output_dir, metrics | times)
     write_report(options.output_dir)
+    print(per_class_table(metrics["test"], counts))
 
 
-def leave_model(options: TextOptions, trainer: Trainer) -> None:
-    """Write the model that its Auto class loads, and the tokenizer; all processes wait for it."""
+def save_model(options: TextOptions, trainer: Trainer) -> None:
+    """Write the model for its Auto class, and the tokenizer, while the other processes wait."""
     folder = model_folder(options)
     if trainer.is_fsdp_enabled:  # gathered from all processes, and folded as any model saved
         trainer.save_model(folder)
     if trainer.is_world_process_zero():
-        if trainer.is_fsdp_enabled:  # what only this package reads is dropped
+        if trainer.is_fsdp_enabled:  # saved anew without what only this package reads
             model = AutoModelForSequenceClassification.from_pretrained(folder)
         else:
             model = folded(options, trainer)
@@ -133,7 +206,7 @@ def leave_model(options: TextOptions, trainer: Trainer) -> None:
         trainer.processing_class.save_pretrained(folder)
         describe_saved(folder, model, trainer.processing_class)
     trainer.accelerator.wait_for_everyone()
-    trainer.optimizer = trainer.lr_scheduler = None  # makes room for the model that is measured
+    trainer.optimizer = trainer.lr_scheduler = None  # room for the saved model
     trainer.accelerator.free_memory()
 
 
@@ -149,7 +222,7 @@ def folded(options: TextOptions, trainer: Trainer) -> PreTrainedModel:
             options.batch_size,
             shuffle=True,
             collate_fn=trainer.data_collator,
-            # A resumed run, whose random state is another one, folds as the undisturbed one.
+            # A seed of its own: a resumed run is in another random state, but must fold the same.
             generator=torch.Generator().manual_seed(options.seed),
         )
         batches = (batch.to(trainer.args.device) for batch in islice(loader, 8))
@@ -158,14 +231,141 @@ def folded(options: TextOptions, trainer: Trainer) -> PreTrainedModel:
 
 
 def model_folder(options: TextOptions) -> str:
-    """Where the model is left."""
+    """The folder of the saved model."""
     return str(Path(options.output_dir, "model"))
+
+
+def load_data(options: TextOptions, show: bool = False) -> tuple[Dataset, Dataset, ClassCounts]:
+    """The training texts, cut to a long tail if asked for, the test texts, and texts per class."""
+    train, test = load_texts(
+        options.dataset,
+        text_column=options.text_column,
+        label_column=options.label_column,
+        train_split=options.train_split,
+        test_split=options.test_split,
+        skip_empty=options.skip_empty,
+    )
+    names = train.features["label"].names
+    labels = np.asarray(train["label"])
+    train = train.select(
+        subsample_classes(
+            train["label"], names, options.rare_classes, options.rare_fraction, options.subset_seed
+        )
+    )
+    keep = long_tail_indices(
+        train["label"],
+        options.ratio,
+        options.profile,
+        options.subset_seed,
+        len(names),
+        options.class_order,
+    )
+    train = train.select(keep)
+    counts = ClassCounts.from_labels(train["label"], class_names=names)
+    if show:
+        print_kept(options, ClassCounts(np.bincount(labels, minlength=len(names))), counts)
+    return train, test, counts
+
+
+def make_model(
+    options: TextOptions, train: Dataset, criterion: ClassificationLoss
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """Tokenizer and model, with a cosine head where the loss needs it, and with adapters."""
+    names = train.features["label"].names
+    labels = {
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: label for label, name in enumerate(names)},
+    }
+    if options.model == "bilstm":
+        if options.attention_dropout is not None:
+            expected = "None for a bilstm, which has no attention"
+            raise invalid("attention_dropout", expected, options.attention_dropout)
+        tokenizer, model = make_bilstm(options, train, labels)
+    else:
+        folder = BUNDLED_MODELS.get(options.model, lambda: options.model)()
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            **labels,
+            **attention_options(options, folder),
+            problem_type="single_label_classification",
+            trust_remote_code=False,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+        )
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+            model.config.pad_token_id = tokenizer.pad_token_id
+    # Saved with the tokenizer, so that `truncation=True` cuts texts as in training.
+    tokenizer.model_max_length = min(options.max_length, tokenizer.model_max_length)
+    if criterion.needs_cosine_head or options.head == "cosine":
+        use_cosine_head(model, **options.head_scale())
+    return tokenizer, add_adapters(options, model) if options.lora_rank else model
+
+
+def attention_options(options: TextOptions, folder: str) -> dict[str, float]:
+    """``--attention_dropout`` by its name in the configuration of the model."""
+    if options.attention_dropout is None:
+        return {}
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    known = [name for name in ATTENTION_DROPOUTS if hasattr(config, name)]
+    if not known:
+        hint = "Leave --attention_dropout out."
+        expected = f"None for a model of type {config.model_type!r}"
+        raise invalid("attention_dropout", expected, options.attention_dropout, hint=hint)
+    return dict.fromkeys(known, options.attention_dropout)
+
+
+def make_bilstm(
+    options: TextOptions, train: Dataset, labels: dict[str, Any]
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """A new BiLSTM, and a tokenizer of the words in the training texts."""
+    tokenizer = train_tokenizer(
+        train["text"], vocab_size=options.vocab_size, max_length=options.max_length
+    )
+    config = BiLSTMConfig(
+        vocab_size=len(tokenizer),
+        embedding_size=options.embedding_size,
+        hidden_size=options.hidden_size,
+        embedding_dropout=options.embedding_dropout,
+        pad_token_id=tokenizer.pad_token_id,
+        problem_type="single_label_classification",
+        **labels,
+    )
+    return tokenizer, BiLSTMForSequenceClassification(config)
+
+
+def add_adapters(options: TextOptions, model: PreTrainedModel) -> PreTrainedModel:
+    """Low-rank adapters on the linear layers; beside them the head alone is trained, in full."""
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    adapters = LoraConfig(
+        task_type=TaskType.SEQ_CLS,
+        r=options.lora_rank,
+        lora_alpha=options.lora_alpha,
+        target_modules="all-linear",
+        modules_to_save=list(find_head(model)),
+    )
+    return get_peft_model(model, adapters)
+
+
+def tokenize(options: TextOptions, tokenizer: PreTrainedTokenizerBase, texts: Dataset) -> Dataset:
+    """The texts as token ids, cut to ``max_length``; batches are padded as they are made.
+
+    Of texts that lie in the cache of ``datasets`` the token ids are kept there for the next run.
+    """
+    return texts.map(
+        lambda batch: tokenizer(batch["text"], truncation=True),
+        batched=True,
+        remove_columns=["text"],
+        desc="tokenize",
+    )
 
 
 def make_arguments(options: TextOptions) -> TrainingArguments:
     """Arguments of a Trainer that logs, evaluates and saves once an epoch."""
     precision = choose_precision(options.mixed_precision)
-    resampled = options.schedule in RESAMPLING
+    resampled = options.make_schedule().is_resampling
     return TrainingArguments(
         output_dir=str(Path(options.output_dir, "checkpoints")),
         num_train_epochs=options.epochs,
@@ -192,9 +392,9 @@ def make_arguments(options: TextOptions) -> TrainingArguments:
 
 
 def check_start(options: TextOptions, arguments: TrainingArguments, train: Dataset) -> None:
-    """Refuse a second stage past the end of the training before anything is written."""
-    update_size = options.batch_size * options.accumulation * arguments.world_size
-    steps = math.ceil(len(train) / update_size)
+    """Refuse a schedule that starts past the end of the training, before anything is written."""
+    step_size = options.batch_size * options.accumulation * arguments.world_size
+    steps = math.ceil(len(train) / step_size)
     options.make_schedule().start_step(options.epochs * steps, steps)
 
 
@@ -217,7 +417,7 @@ def make_trainer(
     test: Dataset,
     callbacks: list[TrainerCallback],
 ) -> Trainer:
-    """A stock Trainer; the loss, the schedule and the history are its callbacks' matter."""
+    """A stock Trainer; the callbacks bring the loss, the schedule and the history."""
     if options.fast_dropout and arguments.device.type == "cpu":
         use_fast_dropout(model)
     return Trainer(
@@ -234,7 +434,7 @@ def make_trainer(
 
 
 def only_logits(outputs: Any, labels: Any) -> Any:
-    """The logits of models that give more with them, as the states of GPT-2."""
+    """The logits alone, of models that return more with them, as GPT-2 does its states."""
     return outputs[0] if isinstance(outputs, tuple) else outputs
 
 

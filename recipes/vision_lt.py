@@ -7,77 +7,171 @@
 A preset of ``recipes/presets`` (or a YAML or JSON file) may come first, flags after it override it.
 Presets hold the paper's settings and say where they come from. Without one the preset is
 ``digits_lt``, a CIFAR ResNet-20 on a long tail of scikit-learn's digits, unless ``--dataset`` says
-otherwise. Everything a run leaves is in ``--output_dir``.
+otherwise. Everything a run writes is in ``--output_dir``.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
-from itertools import islice
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs, broadcast, set_seed
-from options import RESUME, parse_options
-from safetensors.torch import load_model, save_model
+from accelerate.utils import set_seed
+from options import RESUME, CoreOptions, parse_options, print_kept
+from timm.data import Mixup
+from timm.data.mixup import mixup_target
+from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
+from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm import trange
-from vision_model import read_model, write_model
-from vision_setup import (
-    VisionOptions,
-    check_images,
-    compiled,
-    images_record,
-    load_data,
-    make_accelerator,
-    make_average,
-    make_datasets,
-    make_input,
-    make_loader,
-    make_model,
-    make_optimizer,
-    make_sampler,
-    make_target,
-    make_update,
-    mixes,
+
+from ldam_plugins import ClassCounts, register, use_cosine_head
+from ldam_plugins.data import LabelledImages, load_images, long_tail_indices
+from ldam_plugins.data.in_memory import InMemoryImages
+from ldam_plugins.integrations.timm.images import (
+    AUGMENTATIONS,
+    SMALL,
+    ImagePipeline,
+    image_loader,
     on_device,
     transformed,
-    updates_per_epoch,
 )
-
-from ldam_plugins import register
-from ldam_plugins.data import LabelledImages
-from ldam_plugins.data.in_memory import InMemoryImages
+from ldam_plugins.integrations.timm.models import check_trains_on, create_classifier
+from ldam_plugins.integrations.timm.saved_model import load_model, save_model
+from ldam_plugins.kernels.batch_norm import use_fast_batch_norm
 from ldam_plugins.losses import apply_stage, warn_of_combination
 from ldam_plugins.losses.base import ClassificationLoss
-from ldam_plugins.metrics import MetricAccumulator
 from ldam_plugins.reports.run_report import per_class_table, write_report
-from ldam_plugins.schedules import Progress
-from ldam_plugins.training.environment import (
-    drop_partial_checkpoints,
+from ldam_plugins.samplers import DeferredSampler
+from ldam_plugins.schedules import DeferredSchedule, Progress
+from ldam_plugins.training import (
+    TrainStep,
+    begin_run,
+    check_processes,
+    check_tracker,
+    choose_precision,
+    epoch_batches,
+    evaluate,
+    folders_held,
     keep_freed_memory,
-    newest_checkpoint,
-    num_unpadded_rows,
+    micro_batches,
+    refuse_deepspeed,
+    run_metrics,
+    save_checkpoint,
     seed_epoch,
+    training_times,
+    unpadded_batches,
     until_preempted,
-    write_checkpoint,
-)
-from ldam_plugins.training.history import (
-    HistoryWriter,
-    device_name,
-    read_history,
-    run_versions,
     write_metrics,
 )
-from ldam_plugins.training.run_dir import claim_output_dir
-from ldam_plugins.training.run_lock import folders_held
+from ldam_plugins.training.options import (
+    COUNT,
+    COUNT_OR_0,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    SHARE_BELOW_1,
+    check_choice,
+    check_int,
+    invalid,
+    option,
+)
 
-AVERAGE_FILE = "average.safetensors"
+SCHEDULERS = ("cosine", "multistep", "step", "poly", "tanh", "constant")
+CROP_MODES = ("center", "squash", "border")
+
+
+@dataclass
+class VisionOptions(CoreOptions):
+    """Options of the recipe; presets set those that make an experiment."""
+
+    LIMITS = CoreOptions.LIMITS | {
+        "image_size": COUNT,
+        "memory_limit": {"low": 0},
+        "crop_pct": {"low": 0, "high": 1, "low_open": True},
+        "padding": COUNT_OR_0,
+        "hflip": SHARE,
+        "workers": COUNT_OR_0,
+        "momentum": SHARE_BELOW_1,
+        "weight_decay": NOT_NEGATIVE,
+        "warmup_epochs": COUNT_OR_0,
+        "warmup_lr": NOT_NEGATIVE,
+        "decay_milestones": COUNT_OR_0,
+        "decay_rate": NOT_NEGATIVE,
+        "min_lr": NOT_NEGATIVE,
+        "mixup": NOT_NEGATIVE,
+        "cutmix": NOT_NEGATIVE,
+        "smoothing": SHARE_BELOW_1,
+        "ema_decay": SHARE_BELOW_1,
+        "clip_grad": POSITIVE,
+        "eval_every": COUNT,
+    }
+
+    dataset: str = option("digits", "hub id, local folder, or digits")
+    model: str = option(
+        "cifar_resnet32",
+        "what timm.create_model takes: resnet18.a1_in1k, hf-hub:..., local-dir:...",
+    )
+    epochs: int = option(200, "epochs of training")
+    batch_size: int = option(128, "images a process and micro-batch")
+    lr: float = option(0.1, "learning rate")
+    output_dir: str = option("runs/vision_lt", "folder of the run")
+    image_column: str | None = option(None, "image column of a hub dataset [by its type]")
+    label_column: str | None = option(None, "label column of a hub dataset [by its type]")
+    test_split: str | None = option(None, "split or folder to test on [test, else validation]")
+    train_list: str | None = option(None, "list or JSON file of the training images")
+    test_list: str | None = option(None, "list or JSON file of the test images")
+    skip_corrupt: bool = option(False, "leave out images that cannot be decoded, and count them")
+    image_size: int | None = option(None, "side of the images the model gets [the model's own]")
+    crop_pct: float | None = option(
+        None, "share of the resized image that evaluation crops [crop_flip: 1; timm: the model's]"
+    )
+    crop_mode: str | None = option(
+        None, "timm's crop of images that are not square [the model's]", choices=CROP_MODES
+    )
+    augment: str = option(
+        "auto",
+        "augmentation: crop_flip moves and mirrors the image, timm cuts random parts of it and "
+        f"jitters the colours; auto: crop_flip up to {SMALL} pixels a side, else timm",
+        choices=AUGMENTATIONS,
+    )
+    padding: int = option(4, "border of the random crop of --augment crop_flip")
+    hflip: float = option(0.5, "probability of a horizontal flip")
+    memory_limit: int = option(
+        2**31,
+        "bytes of decoded images a process may hold in memory, of training and test together [2 "
+        "GiB]; more, or images that timm augments, are decoded each time. The same images either "
+        "way",
+    )
+    workers: int = option(4, "loader processes for images not held in memory")
+    pretrained: bool = option(False, "begin from timm's pretrained weights")
+    head: str = option("auto", "auto: cosine where the loss needs it", choices=("auto", "cosine"))
+    opt: str = option("sgd", "optimizer of timm")
+    momentum: float = option(0.9, "momentum of the optimizer")
+    weight_decay: float = option(2e-4, "weight decay of all parameters")
+    sched: str = option("cosine", "learning rate scheduler of timm", choices=SCHEDULERS)
+    warmup_epochs: int = option(0, "epochs of linear warm-up")
+    warmup_lr: float = option(1e-5, "learning rate the warm-up begins with")
+    decay_milestones: list[int] = option([], "epochs (0-based) at which multistep decays")
+    decay_rate: float = option(0.01, "factor of each decay")
+    min_lr: float = option(0.0, "least learning rate of the cosine scheduler")
+    mixup: float = option(0.0, "alpha of Mixup")
+    cutmix: float = option(0.0, "alpha of CutMix")
+    smoothing: float = option(0.0, "label smoothing")
+    ema_decay: float = option(0.0, "decay of the weight average that is evaluated; 0: none")
+    clip_grad: float | None = option(None, "largest gradient norm")
+    compile: bool = option(
+        False, "compile the model; on one GPU, replay its passes as a CUDA graph"
+    )
+    eval_every: int = option(1, "epochs between evaluations; the last is always evaluated")
 
 
 @folders_held()
@@ -91,42 +185,44 @@ def main(options: VisionOptions) -> dict[str, Any]:
     if accelerator.is_main_process:
         warn_of_combination(criterion, options.make_schedule())
     model = make_model(options, criterion)
-    check_images(options, model, len(train), accelerator.num_processes)
-    train_set, test_set = make_datasets(
-        options, model, train, test, show=accelerator.is_main_process
+    pipeline = make_pipeline(options, model)
+    check_trains_on(
+        model,
+        pipeline.config["input_size"],
+        name=options.model,
+        samples=len(train),
+        batch_size=options.batch_size,
+        fills_batches=accelerator.num_processes > 1 or mixes(options),
     )
-    images = images_record(options, model)
+    train_set, test_set = pipeline.datasets(
+        train, test, memory_limit=options.memory_limit, progress=accelerator.is_main_process
+    )
     with keep_freed_memory(accelerator.device):
-        model = fit(accelerator, options, model, criterion, train_set, test_set)
+        model = fit(accelerator, options, model, criterion, pipeline, train_set, test_set)
         if accelerator.is_main_process:
-            write_model(options, model, train.class_names)
+            save_model(
+                model,
+                model_folder(options),
+                class_names=train.class_names,
+                data_config=pipeline.config,
+                title=Path(options.output_dir).name,
+                pretrained=options.model if options.pretrained else None,
+            )
         workers = 0 if isinstance(test_set, InMemoryImages) else options.workers
-        result = measure(accelerator, options, criterion, test, workers)
-    metrics = {
-        "options": asdict(options),
-        "versions": run_versions(),
-        "class_counts": counts.counts,
-        "class_names": counts.class_names,
-        "images": images,
-        "device": device_name(accelerator.device),
-        "processes": accelerator.num_processes,
-        "mixed_precision": accelerator.mixed_precision,
-        "test": result,
-    }
+        result = measure(accelerator, options, counts, test, workers)
+    metrics = run_metrics(
+        options=asdict(options),
+        class_counts=counts,
+        device=accelerator.device,
+        images=pipeline.record(),
+        processes=accelerator.num_processes,
+        mixed_precision=accelerator.mixed_precision,
+        test=result,
+    )
     if accelerator.is_main_process:
-        save_outputs(options, metrics)
-        print(per_class_table(result, counts))
+        save_outputs(options, metrics, counts)
     accelerator.end_training()
     return metrics
-
-
-def save_outputs(options: VisionOptions, metrics: dict[str, Any]) -> None:
-    """Write the metrics and the report."""
-    seconds = sum(row["seconds"] for row in read_history(options.output_dir))
-    metrics["train_seconds"] = seconds
-    metrics["examples_per_second"] = sum(metrics["class_counts"]) * options.epochs / seconds
-    write_metrics(options.output_dir, metrics)
-    write_report(options.output_dir)
 
 
 def fit(
@@ -134,51 +230,66 @@ def fit(
     options: VisionOptions,
     model: nn.Module,
     criterion: ClassificationLoss,
+    pipeline: ImagePipeline,
     train_set: Any,
     test_set: Any,
 ) -> nn.Module:
     """Train to the last epoch, from the newest checkpoint if there is one.
 
-    Test errors on the way, for the history, are of the model in training, cosine head and mixed
-    precision included.
+    The test errors in the history are of the model in training, cosine head and mixed precision
+    included.
 
     Returns:
         The model of the last epoch, or its moving average if there is one.
     """
-    schedule, classes = options.make_schedule(), len(criterion.class_counts)
-    sampler = make_sampler(accelerator, options, schedule, train_set, classes)
-    steps = updates_per_epoch(accelerator, options, len(sampler))
-    to_input = make_input(options, model, accelerator.device)
-    train_set, test_set = (on_device(accelerator, images) for images in (train_set, test_set))
-    order = {"sampler": sampler, "drop_last": mixes(options)}
-    loader = make_loader(options, train_set, batch_size=options.batch_size, **order)
-    test_loader = make_loader(options, test_set, batch_size=4 * options.batch_size)
+    schedule, counts = options.make_schedule(), criterion.class_counts
+    samples, batch_size = len(train_set), options.batch_size
+    steps = steps_per_epoch(accelerator, options, samples)
+    sampler = make_sampler(accelerator, options, schedule, train_set, len(counts))
+    train_set, test_set = (
+        on_device(images, accelerator.device) for images in (train_set, test_set)
+    )
+    loader = image_loader(
+        train_set,
+        workers=options.workers,
+        batch_size=batch_size,
+        sampler=sampler,
+        drop_last=mixes(options),
+    )
+    test_loader = image_loader(test_set, workers=options.workers, batch_size=4 * batch_size)
+    to_input = pipeline.make_input(accelerator.device)
+    mix = make_target(options, len(counts))
     optimizer, lr_scheduler = make_optimizer(options, model, accelerator.device)
     ema = make_average(accelerator, options, model)
+    averages = {} if ema is None else {"average": ema.module}
     net = compiled(accelerator, model) if options.compile else model
     net, optimizer, loader, test_loader = accelerator.prepare(net, optimizer, loader, test_loader)
-    mix = make_target(options, classes)
-    update = make_update(accelerator, options, net, criterion, optimizer)
-    first_epoch, history = begin(accelerator, options, criterion, ema)
+    train_step = make_train_step(accelerator, options, net, criterion, optimizer)
+    # The classes of a run that is resumed must be the same, in the same order.
+    run = {**asdict(options), "class_names": counts.class_names}
+    first_epoch, history = begin_run(
+        accelerator, options.output_dir, run, resume=RESUME[options.resume], models=averages
+    )
+    config = {name: str(value) for name, value in asdict(options).items()}
+    accelerator.init_trackers("vision_lt", config=config)
     stage = None
     epochs = trange(
         first_epoch, options.epochs, unit="epoch", disable=not accelerator.is_main_process
     )
     for epoch in until_preempted(epochs):
         began = time.perf_counter()
-        # All that is random in an epoch follows from this, so a resumed run repeats it.
+        # All random numbers of an epoch follow from this, so a resumed run repeats them.
         generator = seed_epoch(options.seed, epoch, accelerator.process_index)
         lr_scheduler.step(epoch)
         loader.set_epoch(epoch)
         sampler.set_epoch(epoch)
         net.train()
         total = torch.zeros((), device=accelerator.device)
-        samples = without_repeats(accelerator, loader, options.batch_size, len(sampler))
-        for step, parts in enumerate(grouped(samples, options.accumulation), epoch * steps):
+        batches = unpadded_batches(accelerator, loader, batch_size=batch_size, samples=samples)
+        for step, group in enumerate(micro_batches(batches, options.accumulation), epoch * steps):
             progress = Progress(step, options.epochs * steps, steps)
             stage = apply_stage(criterion, schedule, progress, stage)
-            parts = [mix(to_input(images, generator), labels) for images, labels in parts]
-            total += update(parts)
+            total += train_step([mix(to_input(x, generator), labels) for x, labels in group])
             if ema is not None:
                 ema.update(model)
         row = {
@@ -190,109 +301,245 @@ def fit(
             "seconds": time.perf_counter() - began,
         }
         if (epoch + 1) % options.eval_every == 0 or epoch + 1 == options.epochs:
-            on_the_way = evaluate(accelerator, ema or net, criterion, to_input, test_loader)
-            row["test_error"] = on_the_way["top1_error"]
+            found = evaluate(accelerator, ema or net, test_loader, counts, to_input=to_input)
+            row["test_error"] = found["top1_error"]
         shown = {"loss": row["train_loss"], "error": row["test_error"], "stage": row["stage"]}
         epochs.set_postfix({key: value for key, value in shown.items() if value is not None})
         accelerator.log({k: v for k, v in row.items() if isinstance(v, float)}, step=epoch)
         if history is not None:
             history.append(**row)
-        save_epoch(accelerator, options, epoch + 1, ema)
+        save_checkpoint(
+            accelerator,
+            options.output_dir,
+            epoch + 1,
+            keep=options.keep_checkpoints,
+            models=averages,
+        )
     return model if ema is None else ema.module
-
-
-def begin(
-    accelerator: Accelerator,
-    options: VisionOptions,
-    criterion: ClassificationLoss,
-    ema: ModelEmaV3 | None,
-) -> tuple[int, HistoryWriter | None]:
-    """Claim the folder or load its newest checkpoint: first epoch to train, and the history."""
-    if accelerator.is_main_process:
-        # Of a run that is resumed the classes must be the same, in the same order.
-        run = {**asdict(options), "class_names": criterion.class_counts.class_names}
-        claim_output_dir(options.output_dir, run, resume=RESUME[options.resume])
-        drop_partial_checkpoints(options.output_dir)
-    accelerator.wait_for_everyone()
-    config = {name: str(value) for name, value in asdict(options).items()}
-    accelerator.init_trackers("vision_lt", config=config)
-    checkpoint, epochs = newest_checkpoint(options.output_dir)
-    if checkpoint is not None:
-        accelerator.load_state(str(checkpoint))
-        if ema is not None:
-            load_model(ema.module, str(checkpoint / AVERAGE_FILE))
-    main = accelerator.is_main_process
-    return epochs, HistoryWriter(options.output_dir, start_epoch=epochs) if main else None
-
-
-def save_epoch(
-    accelerator: Accelerator, options: VisionOptions, epochs: int, ema: ModelEmaV3 | None
-) -> None:
-    """Write the checkpoint of an epoch, whole or not at all."""
-
-    def save(folder: str) -> None:
-        accelerator.save_state(folder)
-        if ema is not None and accelerator.is_main_process:
-            save_model(ema.module, str(Path(folder, AVERAGE_FILE)))
-        accelerator.wait_for_everyone()
-
-    write_checkpoint(options.output_dir, epochs, save, options.keep_checkpoints)
-
-
-def without_repeats(
-    accelerator: Accelerator, loader: Iterable[Any], batch_size: int, samples: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of this process, without labels for rows that repeat samples to fill them up."""
-    process, processes = accelerator.process_index, accelerator.num_processes
-    for index, (images, labels) in enumerate(loader):
-        yield images, labels[: num_unpadded_rows(samples, index, batch_size, process, processes)]
-
-
-def grouped(loader: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """The micro-batches of one update after another."""
-    batches = iter(loader)
-    while group := list(islice(batches, size)):
-        yield group
 
 
 def measure(
     accelerator: Accelerator,
     options: VisionOptions,
-    criterion: ClassificationLoss,
+    counts: ClassCounts,
     test: LabelledImages,
     workers: int,
 ) -> dict[str, Any]:
-    """Metrics of the saved model on the test images, both as anyone gets them who has timm."""
+    """Metrics on the test images of the saved model, used as anyone does who has timm only."""
     accelerator.free_memory()
     accelerator.wait_for_everyone()
-    model, transform = read_model(options)
-    images, size = transformed(test, transform), 4 * options.batch_size
-    loader = make_loader(options, images, batch_size=size, num_workers=workers)
+    model, transform = load_model(model_folder(options))
+    images = transformed(test, transform)
+    loader = image_loader(images, workers=workers, batch_size=4 * options.batch_size)
     loader = accelerator.prepare(loader)
-    net = model.to(accelerator.device)
-    return evaluate(accelerator, net, criterion, lambda batch: batch, loader, autocast=False)
+    return evaluate(accelerator, model.to(accelerator.device), loader, counts, autocast=False)
 
 
-@torch.compiler.set_stance("force_eager")  # two more shapes are not worth two more compilations
-@torch.inference_mode()
-def evaluate(
+def save_outputs(options: VisionOptions, metrics: dict[str, Any], counts: ClassCounts) -> None:
+    """Write the metrics and the report, and print the accuracy of each class."""
+    times = training_times(options.output_dir, counts.total)
+    write_metrics(options.output_dir, metrics | times)
+    write_report(options.output_dir)
+    print(per_class_table(metrics["test"], counts))
+
+
+def make_accelerator(options: VisionOptions) -> Accelerator:
+    """Accelerate on the processes that were launched, if they are those that were asked for."""
+    check_tracker(options.report_to)
+    torch.backends.cudnn.benchmark = True  # batches have one shape: the fastest kernels are kept
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=choose_precision(options.mixed_precision),
+        log_with=None if options.report_to == "none" else options.report_to,
+        project_dir=options.output_dir,
+    )
+    check_processes(accelerator.num_processes, options.num_processes)
+    hint = "Use recipes/accelerate/ddp.yaml; recipes/text_lt.py takes ZeRO-2."
+    refuse_deepspeed(accelerator.state.deepspeed_plugin, stages=range(4), hint=hint)
+    return accelerator
+
+
+def load_data(
+    options: VisionOptions, show: bool
+) -> tuple[LabelledImages, LabelledImages, ClassCounts]:
+    """The training images, cut to a long tail if asked for, the test images, images per class."""
+    train, test = load_images(
+        options.dataset,
+        image_column=options.image_column,
+        label_column=options.label_column,
+        test_split=options.test_split,
+        train_list=options.train_list,
+        test_list=options.test_list,
+    )
+    if options.skip_corrupt:
+        train = without_corrupt(train, "training", show)
+        test = without_corrupt(test, "test", show)
+    classes = len(train.class_names)
+    keep = long_tail_indices(
+        train.labels,
+        options.ratio,
+        options.profile,
+        options.subset_seed,
+        classes,
+        options.class_order,
+    )
+    before = np.bincount(train.labels, minlength=classes)
+    train = train.subset(keep)
+    counts = ClassCounts.from_labels(train.labels, class_names=train.class_names)
+    if show:
+        print_kept(options, ClassCounts(before), counts)
+    return train, test, counts
+
+
+def without_corrupt(images: LabelledImages, name: str, show: bool) -> LabelledImages:
+    """The images that can be decoded; how many cannot is printed."""
+    corrupt = images.find_corrupt(progress=show)
+    if show and corrupt:
+        some = ", ".join(images.describe(index) for index in corrupt[:3])
+        more = ", ..." if len(corrupt) > 3 else ""
+        print(f"{len(corrupt)} of {len(images)} {name} images cannot be read: {some}{more}")
+    return images.without(corrupt)
+
+
+def make_model(options: VisionOptions, criterion: ClassificationLoss) -> nn.Module:
+    """The timm model with a head for the classes, a cosine one where the loss needs it."""
+    model = create_classifier(
+        options.model,
+        criterion.class_counts,
+        image_size=options.image_size,
+        pretrained=options.pretrained,
+    )
+    if criterion.needs_cosine_head or options.head == "cosine":
+        use_cosine_head(model, **options.head_scale())
+    return model.to(memory_format=torch.channels_last)
+
+
+def make_pipeline(options: VisionOptions, model: nn.Module) -> ImagePipeline:
+    """What is done to the images before the model gets them."""
+    return ImagePipeline.of_model(
+        model,
+        image_size=options.image_size,
+        crop_pct=options.crop_pct,
+        crop_mode=options.crop_mode,
+        augmentation=options.augment,
+        padding=options.padding,
+        hflip=options.hflip,
+    )
+
+
+def model_folder(options: VisionOptions) -> Path:
+    """The folder of the saved model."""
+    return Path(options.output_dir, "model")
+
+
+def compiled(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """The compiled model; on a CPU with a batch normalisation that compiles well."""
+    if accelerator.device.type == "cpu":
+        use_fast_batch_norm(model)
+    net: Any = torch.compile(model, dynamic=False)
+    return net
+
+
+def mixes(options: VisionOptions) -> bool:
+    """Whether images are mixed. timm mixes pairs, so only whole batches are then trained on."""
+    return bool(options.mixup or options.cutmix)
+
+
+def steps_per_epoch(accelerator: Accelerator, options: VisionOptions, samples: int) -> int:
+    """Optimizer steps of an epoch, in which the sampler and the schedule count.
+
+    Raises:
+        ValueError: there is not one.
+    """
+    batches = epoch_batches(
+        samples, options.batch_size, accelerator.num_processes, drop_last=mixes(options)
+    )
+    hint = f"Choose a smaller --batch_size; there are {samples} training images."
+    check_int("whole batches an epoch", batches, low=1, hint=hint)
+    return math.ceil(batches / options.accumulation)
+
+
+def make_sampler(
     accelerator: Accelerator,
+    options: VisionOptions,
+    schedule: DeferredSchedule,
+    images: Any,
+    classes: int,
+) -> DeferredSampler:
+    """The order of the training images under the schedule."""
+    return DeferredSampler(
+        images.labels,
+        schedule,
+        epochs=options.epochs,
+        steps_per_epoch=steps_per_epoch(accelerator, options, len(images)),
+        num_classes=classes,
+        seed=options.seed,
+    )
+
+
+def make_optimizer(
+    options: VisionOptions, model: nn.Module, device: torch.device
+) -> tuple[Any, Any]:
+    """Timm's optimizer, fused into one kernel where possible, and timm's scheduler."""
+    check_choice("opt", options.opt, list_optimizers())
+    known = signature(get_optimizer_class(options.opt, bind_defaults=False)).parameters
+    fused = device.type in ("cpu", "cuda") and "fused" in known
+    optimizer = create_optimizer_v2(
+        model,
+        opt=options.opt,
+        lr=options.lr,
+        weight_decay=options.weight_decay,
+        momentum=options.momentum,
+        filter_bias_and_bn=False,
+        **({"fused": True} if fused else {}),
+    )
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        options.sched,
+        num_epochs=options.epochs,
+        # timm's multistep decays one epoch before the milestone it is given.
+        decay_milestones=[epoch + 1 for epoch in options.decay_milestones],
+        decay_rate=options.decay_rate,
+        warmup_epochs=options.warmup_epochs,
+        warmup_lr=options.warmup_lr,
+        min_lr=options.min_lr,
+    )
+    return optimizer, scheduler
+
+
+def make_train_step(
+    accelerator: Accelerator,
+    options: VisionOptions,
     net: nn.Module,
     criterion: ClassificationLoss,
-    to_input: Callable[..., Tensor],
-    loader: Iterable[tuple[Tensor, Tensor]],
-    autocast: bool = True,
-) -> dict[str, Any]:
-    """Metrics of the whole test set, by plain cross-entropy and accuracy."""
-    net.eval()
-    for buffer in net.buffers():  # each process has kept batch statistics of its own
-        buffer.copy_(broadcast(buffer))
-    metrics = MetricAccumulator(criterion.class_counts)
-    for images, labels in loader:
-        with accelerator.autocast(AutocastKwargs(enabled=autocast)):
-            logits = net(to_input(images))
-        metrics.update(*accelerator.gather_for_metrics((logits.float(), labels)))
-    return metrics.compute()
+    optimizer: torch.optim.Optimizer,
+) -> TrainStep:
+    """The optimizer step on what Accelerate has prepared."""
+    clip, replay = options.clip_grad, options.compile
+    return TrainStep(accelerator, net, criterion, optimizer, clip_grad=clip, replay=replay)
+
+
+def make_average(
+    accelerator: Accelerator, options: VisionOptions, model: nn.Module
+) -> ModelEmaV3 | None:
+    """Timm's moving average of the weights, if one is asked for."""
+    if not options.ema_decay:
+        return None
+    return ModelEmaV3(model.to(accelerator.device), decay=options.ema_decay)
+
+
+def make_target(options: VisionOptions, classes: int) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Timm's Mixup, CutMix and label smoothing: (images, labels) -> (images, target)."""
+    if mixes(options):
+        if options.batch_size % 2:
+            expected = "even for --mixup and --cutmix, which mix pairs of images"
+            raise invalid("batch_size", expected, options.batch_size)
+        return Mixup(
+            options.mixup, options.cutmix, label_smoothing=options.smoothing, num_classes=classes
+        )
+    if options.smoothing:
+        return lambda x, y: (x, mixup_target(y, classes, smoothing=options.smoothing))
+    return lambda x, y: (x, y)
 
 
 if __name__ == "__main__":

@@ -1,3 +1,4 @@
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -7,6 +8,22 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+
+LONG = ("tests/system", "tests/recipes", "tests/integrations", "tests/benchmark", "tests/training")
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the files that take longest: the last ones end at about the same time."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
+
+
+def pytest_collection_finish():
+    """Look for garbage among what the tests make only: each training run has it looked for.
+
+    Else that takes longer than the run, among all that torch and its like have imported.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -131,6 +131,7 @@ def test_from_labels_reads_no_image():
         (lambda: ClassCounts.from_labels([0, -1]), ValueError, r"'-1 in row 1'"),
         (lambda: ClassCounts.from_labels([0, 2]), ValueError, r"no training sample in class 1"),
         (lambda: ClassCounts.from_labels([0], 0), ValueError, r"`num_classes`"),
+        (lambda: ClassCounts.from_labels([0, 1], 3, ["a"]), ValueError, r"each of the 3 counts"),
         (lambda: ClassCounts.from_labels([1, 2, 3]), ValueError, r"class 0\. .*subtract 1"),
         (lambda: ClassCounts.from_labels([1, 2, 3], 3), ValueError, r"3 in row 2.*subtract 1"),
         (lambda: ClassCounts.from_labels([0, 5, 9]), ValueError, r"return_inverse=True"),

@@ -86,6 +86,64 @@ def test_class_probabilities():
 
 
 @pytest.mark.parametrize(
+    ("kind", "answers"),
+    [
+        ("none", set()),
+        ("rw", {"is_reweighting", "uses_beta"}),
+        ("drw", {"is_reweighting", "uses_beta", "is_deferred"}),
+        ("rs", {"is_resampling", "uses_beta"}),
+        ("drs", {"is_resampling", "uses_beta", "is_deferred"}),
+        ("progressive", {"is_resampling"}),
+    ],
+)
+def test_what_a_kind_does_is_asked(kind, answers):
+    questions = ["is_reweighting", "is_resampling", "is_deferred", "uses_beta"]
+    assert {q for q in questions if getattr(DeferredSchedule(kind), q)} == answers
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_answers_agree_with_what_the_kind_does(kind):
+    schedule = DeferredSchedule(kind, start=4)
+    progresses = [Progress(step, 30, 3) for step in range(30)]
+    assert schedule.is_reweighting == any(map(schedule.reweights, progresses))
+    assert schedule.is_resampling == any(map(schedule.resamples, progresses))
+    assert schedule.is_deferred == (len(set(map(schedule.stage, progresses))) > 1)
+    other = DeferredSchedule(kind, start=4, beta=0.5)
+    differs = any(
+        not torch.equal(one(COUNTS, p), another(COUNTS, p))
+        for p in progresses
+        for one, another in [
+            (schedule.class_weights, other.class_weights),
+            (schedule.class_probabilities, other.class_probabilities),
+        ]
+    )
+    assert schedule.uses_beta == differs
+
+
+@pytest.mark.parametrize(
+    ("kind", "start", "unit", "expected"),
+    [
+        ("drw", 4, "auto", True),
+        ("drs", 4, "epoch", True),
+        ("drw", 4, "step", False),
+        ("drw", 0.5, "auto", False),
+        ("drw", 1, "fraction", False),
+        ("rw", 4, "auto", False),
+    ],
+)
+def test_starts_at_epoch(kind, start, unit, expected):
+    assert DeferredSchedule(kind, start, unit).starts_at_epoch == expected
+
+
+@pytest.mark.parametrize(
+    ("start", "epoch"), [(160, 160), (0.8, 160), (0.801, 160), (0.8049, 160), (0.805, 161), (0, 0)]
+)
+def test_start_epoch(start, epoch):
+    assert DeferredSchedule("drs", start).start_epoch(200) == epoch
+    assert DeferredSchedule("rs", start).start_epoch(200) == 0
+
+
+@pytest.mark.parametrize(
     ("make", "error", "message"),
     [
         (lambda: DeferredSchedule("dwr"), ValueError, r"'dwr'\. Did you mean .*'drw'"),
@@ -97,6 +155,12 @@ def test_class_probabilities():
         (lambda: DeferredSchedule(unit="steps"), ValueError, r"`unit`.*Did you mean 'step'"),
         (lambda: DeferredSchedule(beta=1), ValueError, r"`beta`"),
         (lambda: DeferredSchedule(start=10).start_step(30, 3), ValueError, r"epoch 10, got 10"),
+        (lambda: DeferredSchedule(start=10).start_epoch(10), ValueError, r"epoch 10, got 10"),
+        (
+            lambda: DeferredSchedule(start=3, unit="step").start_epoch(10),
+            ValueError,
+            r"`unit` must be 'epoch' or 'fraction', got 'step'",
+        ),
         (lambda: Progress(-1, 3, 1), ValueError, r"`step`"),
         (lambda: Progress(0, 0, 1), ValueError, r"`total_steps`"),
     ],

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from ldam_plugins._validation import check_choice, check_int, check_real, invalid
 from ldam_plugins.data.long_tail import PROFILES
 from ldam_plugins.losses.registry import list_losses
-from ldam_plugins.schedules import KINDS
+from ldam_plugins.schedules import KINDS, DeferredSchedule
 
 OWN_OPTIONS = {
     "loss": "Write --methods {value}/none, or --losses {value} with --schedules.",
@@ -25,10 +25,11 @@ OWN_OPTIONS = {
 }
 """Options of a recipe that have their own place in a grid, or are the grid's matter: where."""
 
+_DEFERRED = [kind for kind in KINDS if DeferredSchedule(kind).is_deferred]
 _SCHEDULES_OF = {
-    "start": ("drw", "drs"),
-    "start_unit": ("drw", "drs"),
-    "beta": ("rw", "rs", "drw", "drs"),
+    "start": _DEFERRED,
+    "start_unit": _DEFERRED,
+    "beta": [kind for kind in KINDS if DeferredSchedule(kind).uses_beta],
 }
 """Schedules that an option says something to; to the others it would make the same run twice."""
 

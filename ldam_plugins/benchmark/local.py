@@ -19,9 +19,10 @@ from typing import IO, Any, NamedTuple
 import psutil
 import torch
 
-from ldam_plugins.training.environment import PREEMPTED, defer_sigterm
-from ldam_plugins.training.history import COMMAND_FILE, METRICS_FILE, read_metrics, write_atomic
-from ldam_plugins.training.run_dir import differing_options
+from ldam_plugins.training.files import write_atomic
+from ldam_plugins.training.history import read_metrics
+from ldam_plugins.training.preemption import PREEMPTED, defer_sigterm
+from ldam_plugins.training.run_dir import COMMAND_FILE, METRICS_FILE, differing_options
 
 LOG_FILE = "log.txt"
 _POLL_SECONDS = 0.2

@@ -9,13 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ldam_plugins._validation import invalid, quoted
-from ldam_plugins.training.history import (
-    COMMAND_FILE,
-    METRICS_FILE,
-    METRICS_KEYS,
-    read_metrics,
-    write_atomic,
-)
+from ldam_plugins.training.files import write_atomic
+from ldam_plugins.training.history import METRICS_KEYS, read_metrics
+from ldam_plugins.training.run_dir import COMMAND_FILE, METRICS_FILE
 
 Record = dict[str, Any]
 """``metrics.json`` of one run, after its ``name`` and the ``command`` that made it."""

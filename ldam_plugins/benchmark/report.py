@@ -19,7 +19,7 @@ from ldam_plugins.benchmark.tables import (
     tidy_table,
 )
 from ldam_plugins.reports.html import Plot, render
-from ldam_plugins.training.history import write_atomic
+from ldam_plugins.training.files import write_atomic
 from ldam_plugins.training.run_dir import MAY_CHANGE
 
 RECORDS_FILE, TABLES_FILE, PAGE_FILE = "results.jsonl", "results.md", "report.html"

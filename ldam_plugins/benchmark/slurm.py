@@ -12,7 +12,7 @@ import yaml
 
 from ldam_plugins._validation import invalid
 from ldam_plugins.benchmark.local import CellTask, Outcome, ended_before, run_cell
-from ldam_plugins.training.environment import PREEMPTED, defer_sigterm
+from ldam_plugins.training.preemption import PREEMPTED, defer_sigterm
 
 _POLL_SECONDS = 1.0
 _TIMEOUT_MINUTES = 60

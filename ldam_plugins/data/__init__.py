@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from ldam_plugins.data.long_tail import long_tail_counts, long_tail_indices
 
 if TYPE_CHECKING:
-    from ldam_plugins.data.images import LabelledImages, load_images
+    from ldam_plugins.data.images import LabelledImages, load_images, map_in_threads
     from ldam_plugins.data.texts import load_texts
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "load_texts",
     "long_tail_counts",
     "long_tail_indices",
+    "map_in_threads",
 ]
 
 # Readers need libraries that `import ldam_plugins` does without.
@@ -22,6 +23,7 @@ _LAZY = {
     "LabelledImages": "ldam_plugins.data.images",
     "load_images": "ldam_plugins.data.images",
     "load_texts": "ldam_plugins.data.texts",
+    "map_in_threads": "ldam_plugins.data.images",
 }
 
 

@@ -1,19 +1,18 @@
-"""Where labelled images come from: the hub, folders, list files, annotations, or embedded."""
+"""Labelled images of any known layout, decoded when asked for."""
 
 from __future__ import annotations
 
 import errno
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from ldam_plugins._validation import check_int, invalid, quoted
-from ldam_plugins.data.readers.base import ImageSource
-from ldam_plugins.data.readers.registry import ImageRequest, load_rows
+from ldam_plugins.data.readers import read_images
+from ldam_plugins.data.readers.base import ImageRequest, ImageSource
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -27,16 +26,16 @@ class LabelledImages(Dataset[tuple[Any, int]]):
     """Images of one split, decoded when asked for, and their labels, known from the start.
 
     Args:
-        source: where the pixels are.
-        labels: class index of each example, int64 (N,).
-        class_names: the name of each class.
-        rows: row of ``source`` that each example is; by default all rows in order.
-        transform: what ``dataset[i]`` does to the RGB image; may be set at any time.
+        source: Where the pixels are.
+        labels: Class index of each example, int64 (N,).
+        class_names: The name of each class.
+        rows: Row of ``source`` that each example is. Default: all rows in order.
+        transform: What ``dataset[i]`` does to the RGB image; may be set at any time.
 
     Attributes:
-        labels: class index of each example, int64 (N,), read-only.
-        class_names: the name of each class, in class order.
-        transform: as given.
+        labels: Class index of each example, int64 (N,), read-only.
+        class_names: The name of each class, in class order.
+        transform: As given.
 
     Raises:
         TypeError: ``labels`` are not integers.
@@ -82,7 +81,7 @@ class LabelledImages(Dataset[tuple[Any, int]]):
         row = int(self.rows[index])
         try:
             return self.source.read(row)
-        except Exception as error:  # decoders answer damaged bytes with nearly any exception
+        except Exception as error:  # decoders raise nearly any exception for damaged bytes
             if isinstance(error, OSError) and error.errno in _EXHAUSTED:
                 raise
             hint = "repair or remove it, or leave such images out with --skip_corrupt"
@@ -140,13 +139,11 @@ class LabelledImages(Dataset[tuple[Any, int]]):
 def map_in_threads(
     count: int, work: Callable[[range], _Result], *, progress: bool = False
 ) -> Iterator[_Result]:
-    """Give ``work`` the indices ``0..count - 1`` in blocks, in threads; yield results in order."""
-    from tqdm import tqdm
+    """Call ``work`` with blocks of indices ``0..count - 1`` in threads; give results in order."""
+    from tqdm.contrib.concurrent import thread_map
 
     blocks = [range(start, min(start + _BLOCK, count)) for start in range(0, count, _BLOCK)]
-    with ThreadPoolExecutor() as pool:
-        results = pool.map(work, blocks)
-        yield from tqdm(results, total=len(blocks), unit=" blocks", disable=not progress)
+    return iter(thread_map(work, blocks, unit=" blocks", disable=not progress))
 
 
 def load_images(
@@ -167,7 +164,8 @@ def load_images(
     * ``"digits"``: the 8 x 8 digits of scikit-learn, of each class 120 drawn with a fixed seed
       for training and 54 for testing (the 57 left over would unbalance the test);
     * a hub id, or a local folder of parquet files as the hub serves them. The columns are the
-      one of type Image and the one of type ClassLabel (``label`` or ``fine_label`` of several);
+      one of type Image and the one of type ClassLabel (``label`` or ``fine_label`` of several); a
+      split may be a slice of one as in ``datasets``: ``"train[:10%]"``;
     * a folder ``train/<class>/...`` and ``test/<class>/...``, the classes in natural order, ``2``
       before ``10``, as timm's reader numbers them (torchvision sorts them as text);
     * Tiny ImageNet's own folder (``wnids.txt``, ``val/val_annotations.txt``);
@@ -179,20 +177,20 @@ def load_images(
     Names that differ in the Unicode normal form only are one name.
 
     Args:
-        dataset: one of the above.
-        image_column: the image column of a hub dataset, if its type does not tell.
-        label_column: the label column of a hub dataset, likewise.
-        train_split: the split or folder to train on.
-        test_split: the one to test on; by default the first there is of test, validation, valid
-            and val.
-        train_list: list or JSON file of the training images.
-        test_list: list or JSON file of the test images.
-        cache_dir: where the hub's files are kept; only the hub uses it.
+        dataset: One of the above.
+        image_column: The image column of a hub dataset. Default: the only one of type Image.
+        label_column: The label column of a hub dataset. Default: that of type ClassLabel.
+        train_split: The split or folder to train on.
+        test_split: The one to test on. Default: the first there is of test, validation, valid and
+            val.
+        train_list: List or JSON file of the training images.
+        test_list: List or JSON file of the test images.
+        cache_dir: Where the hub's files are kept; only the hub uses it.
 
     Raises:
         ConnectionError: the hub cannot be reached.
         TypeError: ``dataset`` is neither text nor a path.
-        ValueError: nothing fits, with what was looked for and what is there; a bad line or
+        ValueError: no known layout, with those that are known and what is there; a bad line or
             entry, with its place; an option that means nothing for this kind of data set.
 
     Example:
@@ -213,7 +211,7 @@ def load_images(
         test_list=None if test_list is None else _as_text("test_list", test_list),
         cache_dir=None if cache_dir is None else _as_text("cache_dir", cache_dir),
     )
-    train, test = load_rows(request)
+    train, test = read_images(request)
     if train.class_names != test.class_names:
         odd = quoted(sorted(set(train.class_names) ^ set(test.class_names))) or "their order"
         raise ValueError(f"the classes to train on and to test on must be equal, not so: {odd}")

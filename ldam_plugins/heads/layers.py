@@ -1,8 +1,7 @@
-"""The cosine layers, linear and 1x1 convolution, and the ordinary layers they fold into."""
+"""The cosine layers, linear and 1x1 convolution, and the cosine heads that a model has."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,20 +11,21 @@ from torch import Tensor, nn
 
 from ldam_plugins._validation import check_real, invalid
 from ldam_plugins.kernels.chunked_cosines import (
-    SMALLEST_LENGTH,
     ChunkedCosines,
     autocasts,
     cosine_logits,
     followed,
     full_precision,
 )
+from ldam_plugins.losses.base import DEFAULT_SCALE
 
 _MOMENT_RATE = 0.01
+"""Weight of a new batch in the running means: they reach back over about 100 batches."""
 _ROUNDING = 1.001
 
 
 class CosineHead(nn.Module):
-    """What both cosine layers share; each also is the torch layer that it replaces."""
+    """What both cosine layers share. Each also inherits from the torch layer that it replaces."""
 
     weight: Tensor
     cosine_moments: Tensor
@@ -34,9 +34,9 @@ class CosineHead(nn.Module):
 
     @property
     def cosine_weight(self) -> Tensor:
-        """The weight, by the name of its exact copy in a folded state dict.
+        """The weight, under the name that its exact copy has in a folded state dict.
 
-        The state dicts of sharded models are gathered name by name, each looked up on the module.
+        torch gathers the state dict of a sharded model by looking up every name on the module.
         """
         return self.weight
 
@@ -68,22 +68,25 @@ class CosineHead(nn.Module):
 
     @torch.no_grad()
     def _observe(self, lengths: Tensor) -> None:
-        """Follow the mean length and the mean squared length of the features.
+        """Update the running means of the features' length and squared length.
 
-        Not under a transform of torch.func, which has no place for what a function leaves behind.
+        Nothing is recorded under the transforms of torch.func, which allow no side effects.
         """
         if torch._C._are_functorch_transforms_active():
             return
         moments = self.cosine_moments
-        # transformers leaves a buffer unset if its checkpoint lacks it: such moments start anew.
-        kept = torch.where(_plausible(moments), moments, 0.0)
+        # transformers leaves a buffer uninitialised if the checkpoint lacks it: start from 0 then.
+        kept = torch.where(plausible_moments(moments), moments, 0.0)
         seen = torch.stack((lengths.mean(), lengths.square().mean())).to(kept.dtype)
         seen = torch.where(seen.isfinite().all(), seen, kept)
-        # torch.jit.trace runs without no_grad, and would leave the buffer with a past.
+        # torch.jit.trace ignores no_grad; without detach the buffer would keep the graph alive.
         moments.copy_(kept.lerp(seen, _MOMENT_RATE).detach())
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Move and cast as torch does, but keep the moments in float32: a slow mean needs it."""
+        """Move and cast as torch does, but keep the moments in float32.
+
+        In half precision the small steps of the running means would be rounded away.
+        """
         moments = self.cosine_moments
         super()._apply(fn, recurse)
         if self.cosine_moments.dtype != torch.float32:
@@ -100,10 +103,11 @@ class CosineHead(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Read its own form and that of `folded_state_dict`; moments may be missing (unknown).
+        """Load a state dict of this layer or one by `folded_state_dict`.
 
-        A sharded model that is loaded from whole tensors takes the folded weight, of the same
-        directions: torch deals out those it knows by name, the exact one stays on one process.
+        The moments may be missing: they are 0 (unknown) then. A sharded layer that is loaded from
+        whole tensors takes the folded weight, which has the same directions: torch distributes
+        only the tensors whose names it knows, so the exact weight stays on one process.
         """
         entries = dict(state_dict)
         weight, moments = f"{prefix}weight", f"{prefix}cosine_moments"
@@ -129,21 +133,21 @@ class CosineHead(nn.Module):
 class CosineLinear(CosineHead, nn.Linear):
     """``z[c] = scale * cos(angle(x, w[c]))``: a linear layer on unit vectors, without bias.
 
-    Norms and products are taken in float32 at least, under autocast too; the logits come in
-    float32 under autocast and otherwise in the dtype of the features. A zero feature vector or
-    a zero weight row gives logits of 0 and no gradient.
+    Norms and products are computed in float32 at least, under autocast too. The logits are float32
+    under autocast and otherwise have the dtype of the features. A zero feature vector or a zero
+    weight row gives logits of 0 and no gradient.
 
-    In training it follows the mean norm and the mean squared norm of the features over about
-    the last 100 batches, in the buffer ``cosine_moments``: they set the scale of the folded
-    layer. Both start at 0 and only their ratio is used, so the first batch already counts fully.
+    In training the buffer ``cosine_moments`` keeps running means of the features' norm and squared
+    norm over about the last 100 batches: they set the scale of the folded layer. Both start at 0
+    and only their ratio is used, so one batch is enough.
 
     Args:
         in_features: H, size of the last dimension of the input (..., H).
         out_features: C, size of the last dimension of the output (..., C).
-        scale: s, the length of the logits; they lie in [-s, s].
+        scale: s; the logits lie in [-s, s].
         folded_bias: Whether the ordinary layer it folds into has a (zero) bias.
-        chunked: In training mode return :class:`.ChunkedCosines`
-            instead of logits, for very many classes.
+        chunked: In training mode return :class:`.ChunkedCosines` instead of logits, for very many
+            classes.
         device: As in ``nn.Linear``.
         dtype: As in ``nn.Linear``.
 
@@ -160,7 +164,7 @@ class CosineLinear(CosineHead, nn.Linear):
         self,
         in_features: int,
         out_features: int,
-        scale: float = 30.0,
+        scale: float = DEFAULT_SCALE,
         *,
         folded_bias: bool = True,
         chunked: bool = False,
@@ -181,7 +185,7 @@ class CosineLinear(CosineHead, nn.Linear):
         """
         if not (self.chunked and self.training):
             return self._cosines(input)
-        if hasattr(self.weight, "ds_id"):  # the loss is computed when it is partitioned again
+        if hasattr(self.weight, "ds_id"):  # partitioned again before the loss needs it
             raise invalid("chunked", "False under DeepSpeed's ZeRO-3", True)
         if input.ndim != 2:
             expected = "of shape (N, H) for a chunked head"
@@ -190,7 +194,7 @@ class CosineLinear(CosineHead, nn.Linear):
             raise invalid("chunked", "False where the head's weight is sharded", True)
         cosines = ChunkedCosines(input, followed(self.weight), self.scale)
         if len(input):
-            self._observe(_lengths(input.to(cosines.dtype)))
+            self._observe(torch.linalg.vector_norm(input.to(cosines.dtype), dim=-1))
         return cosines
 
     def extra_repr(self) -> str:
@@ -199,13 +203,13 @@ class CosineLinear(CosineHead, nn.Linear):
 
 
 class CosineConv2d(CosineHead, nn.Conv2d):
-    """`CosineLinear` at every place of a map: (N, H, h, w) features give (N, C, h, w) logits."""
+    """`CosineLinear` at every position of a map: (N, H, h, w) features to (N, C, h, w) logits."""
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        scale: float = 30.0,
+        scale: float = DEFAULT_SCALE,
         *,
         folded_bias: bool = True,
         device: Any = None,
@@ -223,6 +227,18 @@ class CosineConv2d(CosineHead, nn.Conv2d):
 Cosine = CosineLinear | CosineConv2d
 
 
+def cosine_heads(model: nn.Module) -> dict[str, Cosine]:
+    """Return the cosine heads of ``model`` by dotted name; empty if there are none.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise invalid("model", "a torch.nn.Module", type(model).__name__, error=TypeError)
+    modules = model.named_modules()
+    return {name: part for name, part in modules if isinstance(part, (CosineLinear, CosineConv2d))}
+
+
 def cosine_layer(layer: nn.Linear | nn.Conv2d, scale: float, *, keep: bool) -> Cosine:
     """Build the cosine layer that takes the place of ``layer``, with its rows if ``keep``."""
     weight = layer.weight
@@ -238,46 +254,50 @@ def cosine_layer(layer: nn.Linear | nn.Conv2d, scale: float, *, keep: bool) -> C
     return new.train(layer.training)
 
 
-def plain_layer(head: Cosine) -> nn.Linear | nn.Conv2d:
-    """Build the folded layer, without drawing the random numbers of an initialisation."""
-    exact = head.weight
-    outputs, inputs = exact.shape[:2]
-    layer: nn.Linear | nn.Conv2d
-    if isinstance(head, CosineConv2d):
-        layer = nn.Conv2d(inputs, outputs, 1, bias=head.folded_bias, device="meta")
-    else:
-        layer = nn.Linear(inputs, outputs, bias=head.folded_bias, device="meta")
-    trains = exact.requires_grad
-    layer.weight = nn.Parameter(folded_weight(head, exact.detach(), head.cosine_moments), trains)
-    if head.folded_bias:
-        layer.bias = nn.Parameter(exact.detach().new_zeros(outputs), trains)
-    return layer.train(head.training)
+def layer_sizes(layer: nn.Linear | nn.Conv2d) -> tuple[int, int]:
+    """Number of features H and of outputs C, as the layer was built.
+
+    The shape of its weight may say less, where a wrapper keeps a part of it only.
+    """
+    if isinstance(layer, nn.Conv2d):
+        return layer.in_channels, layer.out_channels
+    return layer.in_features, layer.out_features
 
 
-def folded_weight(head: Cosine, weight: Tensor, moments: Tensor) -> Tensor:
-    """Return ``k * w[c] / |w[c]|``, k from the moments or ``s / sqrt(H)`` where there are none."""
-    rows = weight.flatten(1).to(torch.promote_types(weight.dtype, torch.float32))
-    first, second = moments.to(rows.dtype).to(rows.device).unbind()
-    unit = torch.full_like(first, head.scale / math.sqrt(rows.shape[1]))
-    known = _plausible(moments) & (second > 0)
-    factor = torch.where(known.to(first.device), head.scale * first / second, unit)
-    unit_rows = rows / _lengths(rows).clamp_min(SMALLEST_LENGTH).unsqueeze(-1)
-    return (factor * unit_rows).to(weight.dtype).view_as(weight)
+def submodule_or_none(model: nn.Module, name: str) -> nn.Module | None:
+    """The submodule of ``model`` with this dotted name (``""``: itself), None if there is none."""
+    part: Any = model
+    for step in name.split(".") if name else ():
+        part = getattr(part, step, None)
+    return part
+
+
+def replace_layers(model: nn.Module, layers: Mapping[Any, nn.Module]) -> nn.Module:
+    """Put each new layer wherever the old one is registered.
+
+    Returns:
+        ``model``; if ``model`` itself is replaced, its new layer.
+    """
+    if model in layers:
+        return layers[model]
+    places = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if m in layers]
+    for name, old in places:
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, layers[old])
+    return model
 
 
 def check_unpartitioned(name: str, layer: nn.Linear | nn.Conv2d, weight: Tensor) -> None:
-    """Check that ``weight``, a layer's own or gathered, has every row and column of the layer.
+    """Check that ``weight``, the layer's own or a gathered one, has every row and column.
 
-    DeepSpeed's ZeRO-3 leaves an empty tensor in its place between two uses, FSDP1 a part of a
-    flat one, and a loader of tensor-parallel models some of the rows.
+    Between two uses DeepSpeed's ZeRO-3 leaves an empty tensor in place of a weight, FSDP1 a part of
+    a flat tensor, and a loader of tensor-parallel models some of the rows.
 
     Raises:
-        ValueError: it has not.
+        ValueError: some are missing.
     """
-    if isinstance(layer, nn.Conv2d):
-        whole: tuple[int, ...] = (layer.out_channels, layer.in_channels, 1, 1)
-    else:
-        whole = (layer.out_features, layer.in_features)
+    inputs, outputs = layer_sizes(layer)
+    whole = (outputs, inputs, 1, 1) if isinstance(layer, nn.Conv2d) else (outputs, inputs)
     if tuple(weight.shape) != whole:
         expected = f"one whose head {name!r} has its whole weight, {whole}, on every process"
         hint = "It is partitioned, as by DeepSpeed's ZeRO-3: use ZeRO-2 or FSDP2, put the head"
@@ -287,30 +307,11 @@ def check_unpartitioned(name: str, layer: nn.Linear | nn.Conv2d, weight: Tensor)
 
 
 def is_sharded(weight: Tensor) -> bool:
-    """Whether it is a DTensor, whose import is slow."""
+    """Whether ``weight`` is a DTensor (asked by an attribute, as importing the class is slow)."""
     return hasattr(weight, "device_mesh")
 
 
-def mean_over_shards(moments: Tensor, weight: Tensor) -> Tensor:
-    """Mean moments of the processes that share a sharded weight: each has met batches of its own.
-
-    Every shard must be scaled by the same k. Collective, as is all that gathers a sharded model.
-    """
-    if not is_sharded(weight):
-        return moments
-    from torch.distributed.tensor import DTensor, Partial
-
-    assert isinstance(weight, DTensor)
-    mesh = weight.device_mesh
-    local = moments.to(weight.device) / mesh.size()
-    return DTensor.from_local(local, mesh, [Partial()] * mesh.ndim).full_tensor()
-
-
-def _lengths(vectors: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(vectors, dim=-1)
-
-
-def _plausible(moments: Tensor) -> Tensor:
-    """Whether the two can be means of lengths and of their squares, the latter being larger."""
+def plausible_moments(moments: Tensor) -> Tensor:
+    """Whether the two can be a mean of lengths and of their squares: ``(E|x|)^2 <= E|x|^2``."""
     first, second = moments.unbind()
     return second.isfinite() & (first.square() <= second * _ROUNDING)

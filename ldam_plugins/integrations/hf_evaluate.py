@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ import evaluate
 import numpy as np
 from torch import Tensor
 
+from ldam_plugins._call_stack import trainer_calls
 from ldam_plugins._validation import invalid, quoted
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.losses.model_outputs import find_logits, one_label_a_row
@@ -189,21 +189,16 @@ def _logits(outputs: Any, rows: int, classes: int) -> Any:
 
 
 def _evaluations() -> list[tuple[int, bool]]:
-    """The evaluations of Trainers that run, the innermost first, and whether each begins.
+    """An id of each evaluation that Trainers are running, innermost first; and whether it begins.
 
-    A Trainer does not say where an evaluation begins, and one may break off anywhere. But each has
-    a frame of its own on the stack of calls, and numbers its batches from 0.
+    A Trainer does not tell a metric where an evaluation begins, and an error may end one anywhere.
+    But each evaluation is a call of its own, and numbers its batches from 0.
     """
     found = []
-    frame = inspect.currentframe()
-    try:
-        while frame is not None:
-            if frame.f_code.co_name == "evaluation_loop" and "step" in frame.f_locals:
-                batches = frame.f_locals["self"].args.batch_eval_metrics
-                found.append((id(frame), not batches or frame.f_locals["step"] == 0))
-            frame = frame.f_back
-    finally:
-        del frame  # a frame that refers to itself would keep its locals alive
+    for trainer, frame in trainer_calls("evaluation_loop"):
+        if "step" in frame.f_locals:
+            first = frame.f_locals["step"] == 0 or not trainer.args.batch_eval_metrics
+            found.append((id(frame), first))
     return found
 
 

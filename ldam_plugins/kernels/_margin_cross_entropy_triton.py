@@ -1,7 +1,7 @@
 # ruff: noqa: ANN001, ANN202
 # mypy: allow-untyped-defs
 # Triton reads the annotations of a kernel, and knows only its own.
-"""Cross-entropy with a margin at the target entry as one kernel forward and one backward.
+"""Cross-entropy with a margin at the target on a GPU, as one kernel forward and one backward.
 
 On a GPU the definition, ``F.cross_entropy(z - shift * one_hot(y), y)``, is a dozen small kernels,
 and their launches take longer than their arithmetic. Here a program a row reads the logits once
@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ldam_plugins.kernels.cross_entropy import sum_or_one
+
 LARGEST_BLOCK = 4096
 """Entries of a row that a program holds at a time."""
 
@@ -26,23 +28,34 @@ def margin_cross_entropy(
     logits: Tensor,
     target: Tensor,
     margins: Tensor,
-    weight: Tensor | None,
     scale: float,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+) -> Tensor:
+    """See :func:`.margin_cross_entropy.margin_cross_entropy`; class indices, on a GPU."""
+    rows, row_weight = rows_and_weights(logits, target, margins, scale, weight, ignore_index)
+    if reduction == "none":
+        return rows
+    total = rows.sum()
+    return total / sum_or_one(row_weight) if reduction == "mean" else total
+
+
+def rows_and_weights(
+    logits: Tensor,
+    target: Tensor,
+    margins: Tensor,
+    scale: float,
+    weight: Tensor | None,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor]:
     """``w_y (log sum_c exp z_c - z_y)`` of each row after ``z_y -= scale * margins[y]``, and w_y.
 
-    Args:
-        logits: (N, C) floating, on a GPU.
-        target: (N,) int64.
-        margins: (C,) in the dtype the loss is computed in.
-        weight: (C,) in that dtype, or None for ones.
-        scale: factor of the margins.
-        ignore_index: target of the rows whose loss and weight are 0, whatever their logits are;
-            so are those of weight 0.
+    Rows whose target is ``ignore_index`` or whose weight is 0 have the loss 0, whichever their
+    logits are.
 
     Returns:
-        Both (N,), in the dtype of ``margins``; the second has no gradient.
+        Both (N,), in the dtype of ``margins``; the weights have no gradient.
     """
     if margins.dtype == torch.float64:  # a kernel gets plain numbers in float32
         margins, scale = margins * scale, 1.0

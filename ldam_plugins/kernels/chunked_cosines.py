@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import register_pytree_node
 
 from ldam_plugins._validation import invalid
-from ldam_plugins.kernels.dispatch import can_inspect_values, ordinary, takes_own_functions
+from ldam_plugins.kernels.dispatch import can_inspect_values, runs_eagerly, supports_custom_autograd
 
 CHUNK_ELEMENTS = 1 << 22
 """Of the logits, and of the weight rows, at a time: 16 MiB in float32."""
@@ -45,7 +45,8 @@ class ChunkedCosines:
     """The logits ``scale * cos(angle)`` that a chunked cosine head stands for, not yet computed.
 
     What a head made by ``use_cosine_head(model, chunked=True)`` returns in training mode; the
-    cross-entropy and margin losses of :func:`ldam_plugins.create_loss` take it in place of logits.
+    losses of :func:`ldam_plugins.create_loss` whose ``takes_chunked_head`` is True take it in
+    place of logits.
     Wrappers (DistributedDataParallel, FSDP) find both tensors in it, by which they know when the
     backward pass begins and which parameters take part.
 
@@ -88,9 +89,9 @@ class ChunkedCosines:
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> NoReturn:
         hint = (
-            "A chunked cosine head has no logits in training mode. Use the losses ce, ldam or "
-            "uniform_margin of create_loss, outside the model (without `labels` for transformers); "
-            "or model.eval(), or use_cosine_head(model, chunked=False)."
+            "A chunked cosine head has no logits in training mode. Use a loss of create_loss with "
+            "`takes_chunked_head`, outside the model (without `labels` for transformers); or "
+            "model.eval(), or use_cosine_head(model, chunked=False)."
         )
         name = getattr(func, "__name__", repr(func))
         raise invalid(f"input of {name}", "a tensor", cls.__name__, hint=hint, error=TypeError)
@@ -98,7 +99,7 @@ class ChunkedCosines:
     def cross_entropy(self, target: Tensor, shift: Tensor | None = None) -> Tensor:
         """``F.cross_entropy(z - shift * one_hot(target), target, reduction="none")``, (N,).
 
-        Peak memory beside the gradients is a few times ``CHUNK_ELEMENTS``; derivatives of first
+        Peak memory, gradients not counted, is a few times ``CHUNK_ELEMENTS``; derivatives of first
         order only. Transforms of torch.func and tensor subclasses (``DTensor``) get the definition,
         with all logits at once and derivatives of every order.
 
@@ -107,7 +108,7 @@ class ChunkedCosines:
             shift: (C,) what is taken off a target's logit, without gradient; None: nothing.
 
         Raises:
-            IndexError: a target out of range (of ordinary tensors on a CPU; others are checked by
+            IndexError: a target out of range (of plain tensors on a CPU; others are checked by
                 the kernels, which need not wait for the values).
             ValueError: FSDP has freed the weight since the forward pass.
         """
@@ -126,7 +127,7 @@ class ChunkedCosines:
             else:
                 at_target = shift.to(self.dtype).gather(0, target)
             given = features, self.weight, target, at_target, self.scale
-            if takes_own_functions(features, self.weight, target):
+            if supports_custom_autograd(features, self.weight, target):
                 rows: Tensor = _ChunkedCrossEntropy.apply(*given)
             else:
                 rows = _cross_entropy_by_definition(*given)
@@ -163,7 +164,7 @@ register_pytree_node(
 
 def followed(weight: Tensor) -> Tensor:
     """The same memory as the output of an operation, from which autograd leads back to it."""
-    if torch.compiler.is_compiling() or not takes_own_functions(weight):
+    if torch.compiler.is_compiling() or not supports_custom_autograd(weight):
         return weight.view_as(weight)
     alias: Tensor = _Followed.apply(weight)
     return alias
@@ -180,7 +181,7 @@ class _Followed(torch.autograd.Function):
 
 
 def _check_held(weight: Tensor) -> None:
-    if ordinary(weight) and weight.numel() and not weight.untyped_storage().size():
+    if runs_eagerly(weight) and weight.numel() and not weight.untyped_storage().size():
         expected = "False under FSDP that frees the head's weight after its forward pass"
         hint = "The loss needs it until the backward pass: shard the module that holds the head"
         hint += " with `reshard_after_forward=False`, or call"

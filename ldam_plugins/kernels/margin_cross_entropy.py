@@ -1,219 +1,78 @@
-"""Cross-entropy with margins at the target, in one pass forward and at most one backward.
+"""Cross-entropy with a margin at the target: what it is, and which form computes it.
 
-The definition, ``F.cross_entropy(z - shift * one_hot(y), y)``, reads and writes an (N, C) tensor
-more than plain cross-entropy does. Here the forward pass leaves the gradient itself, which takes
-less time and memory than ``F.cross_entropy`` of the bare logits. Only for CPUs and for tensors
-whose values can be read: compilers fuse the definition themselves. Not for float16, where a
-gradient may be too small to be kept before the scale of the loss is known.
+The forms have the same values. The definition works everywhere. On a CPU
+:mod:`._margin_cross_entropy_cpu` reads and writes the logits fewer times, on a GPU
+:mod:`._margin_cross_entropy_triton` starts fewer kernels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from importlib.util import find_spec
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ldam_plugins.kernels.dispatch import any_requires_grad, can_inspect_values
-
-CHUNK_ELEMENTS = 1 << 18
-"""Done at a time: 1 MiB in float32, to stay in the cache of a core."""
-FEWEST_ELEMENTS = 3 << 15
-"""Below, the definition is faster: it takes fewer calls."""
-
-
-def can_fuse(reduction: str, logits: Tensor, *others: Tensor | None) -> bool:
-    """Whether this module can compute a loss of these, and does it faster than the definition."""
-    if reduction == "none" or not can_inspect_values(logits, *others):
-        return False
-    large = logits.numel() >= FEWEST_ELEMENTS and logits.dtype != torch.float16
-    return large and not any_requires_grad(*others)
+from ldam_plugins.kernels import _margin_cross_entropy_cpu as cpu_form
+from ldam_plugins.kernels.cross_entropy import cross_entropy
+from ldam_plugins.kernels.dispatch import any_requires_grad, runs_eagerly
 
 
 def margin_cross_entropy(
-    logits: Tensor, index: Tensor, addend: Tensor, coefficient: Tensor
+    logits: Tensor,
+    target: Tensor,
+    margins: Tensor,
+    scale: float,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
 ) -> Tensor:
-    """``sum(coefficient * cross_entropy(z + addend * one_hot(index), index))``, 0-d.
+    """``F.cross_entropy(z - scale * margins * q, y, weight)``, where q is the target as (N, C).
+
+    For class indices q is ``one_hot(y)``, so ``scale * margins[y]`` is taken off the target's
+    logit; for soft targets y it is y itself. Mean, sum and rows are those of
+    :func:`.kernels.cross_entropy.cross_entropy`.
 
     Args:
-        logits: (N, C) floating, on the CPU.
-        index: (N, 1) int64 in 0..C-1.
-        addend: (N, 1) what is added to the target entry, in the dtype the loss is computed in.
-        coefficient: (N,) in that dtype; where it is 0 the row is 0, whatever its logits are.
+        logits: (N, C) floating.
+        target: (N,) int64, or soft targets (N, C) in the dtype of ``margins``.
+        margins: (C,) in the precision to compute in.
+        scale: Factor of the margins.
+        weight: (C,) in that precision, or None for ones.
+        ignore_index: Index of the rows that count nowhere, such as -100.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
     """
-    loss: Tensor = _AtIndex.apply(logits, index, addend, coefficient)[0]
-    return loss
+    given = logits, target, margins, scale, weight, ignore_index, reduction
+    if cpu_form.is_faster(*given):
+        return cpu_form.margin_cross_entropy(*given)
+    if _takes_triton(logits, target, margins, weight):
+        from ldam_plugins.kernels import _margin_cross_entropy_triton as triton_form
+
+        return triton_form.margin_cross_entropy(*given)
+    return _by_definition(*given)
 
 
-def margin_cross_entropy_of_masses(
-    logits: Tensor, masses: Tensor, addend: Tensor, factors: Tensor
+def _by_definition(
+    logits: Tensor,
+    target: Tensor,
+    margins: Tensor,
+    scale: float,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
 ) -> Tensor:
-    """``sum(factors * q * log_softmax(z + addend * q))``, 0-d, with the masses q.
-
-    Args:
-        logits: (N, C) floating, on the CPU.
-        masses: (N, C) in the dtype the loss is computed in, without a gradient.
-        addend: (C,) what is added to an entry of mass 1, in that dtype.
-        factors: (C,) or (1,), negative, in that dtype.
-    """
-    loss: Tensor = _AtMasses.apply(logits, masses, addend, factors)[0]
-    return loss
+    if target.ndim == 2:
+        shifted = torch.addcmul(logits.to(margins.dtype), target, margins, value=-scale)
+    else:
+        index = target.clamp(0, logits.shape[1] - 1)
+        addend = margins.gather(0, index).mul_(-scale).unsqueeze(1)
+        shifted = logits.to(margins.dtype).scatter_add(1, index.unsqueeze(1), addend)
+    return cross_entropy(shifted, target, weight, ignore_index, reduction)
 
 
-class _KeepsGradient(torch.autograd.Function):
-    """The loss, and its gradient with respect to the logits in their dtype.
-
-    The second output is there to be kept: as an output it has a derivative of its own, which
-    makes the backward pass differentiable without the logits. A gradient is
-    ``total * softmax - part``; ``ctx.terms`` makes total (N, 1) and part (N, C) of what is kept.
-    """
-
-    @staticmethod
-    def keep(ctx: Any, terms: Callable[..., tuple[Tensor, Tensor]], *tensors: Tensor) -> None:
-        """For the other passes: first of the tensors is the gradient."""
-        ctx.terms = terms
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(
-        ctx: Any, of_loss: Tensor | None, of_gradient: Tensor | None
-    ) -> tuple[Tensor | None, None, None, None]:
-        gradient = ctx.saved_tensors[0]
-        result = None
-        if of_loss is not None:
-            result = gradient if _free_to_give(of_loss) else gradient * of_loss
-        if of_gradient is not None:
-            through = _product(gradient, ctx.terms(*ctx.saved_tensors), of_gradient)
-            result = through if result is None else result + through
-        return result, None, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor, Tensor]:
-        gradient = ctx.saved_tensors[0]
-        derivative = _product(gradient, ctx.terms(*ctx.saved_tensors), tangent)
-        return (gradient * tangent).sum(), derivative
-
-
-class _AtIndex(_KeepsGradient):
-    @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, index: Tensor, addend: Tensor, coefficient: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        total = coefficient.unsqueeze(1)
-        probability = _gradient_at_index(gradient, logits, index, addend, total)
-        _AtIndex.keep(ctx, _terms_at_index, gradient, index, total)
-        return _loss(probability, logits, index, addend, coefficient), gradient
-
-
-class _AtMasses(_KeepsGradient):
-    @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, masses: Tensor, addend: Tensor, factors: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        _AtMasses.keep(ctx, _terms_at_masses, gradient, masses, factors)
-        return _gradient_at_masses(gradient, logits, masses, addend, factors), gradient
-
-
-def _terms_at_index(gradient: Tensor, index: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-    return total, torch.zeros_like(gradient, dtype=total.dtype).scatter(1, index, total)
-
-
-def _terms_at_masses(_: Tensor, masses: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
-    part = -factors * masses
-    return part.sum(1, keepdim=True), part
-
-
-def _free_to_give(of_loss: Tensor) -> bool:
-    """Whether a backward pass may hand out the gradient that was kept, which saves a copy of it.
-
-    Only where the factor is the 1 that a backward pass usually begins with and the graph goes
-    after this pass: whoever gets the gradient may write into it.
-    """
-    if torch.is_grad_enabled() or not can_inspect_values(of_loss):
+def _takes_triton(logits: Tensor, target: Tensor, margins: Tensor, weight: Tensor | None) -> bool:
+    """Whether the kernels of Triton take these: class indices on a GPU, gradients of logits."""
+    if target.ndim == 2 or not logits.is_cuda:
         return False
-    return not torch._C._autograd._get_current_graph_task_keep_graph() and of_loss.item() == 1
-
-
-def _product(gradient: Tensor, terms: tuple[Tensor, Tensor], vector: Tensor) -> Tensor:
-    """Derivative of the gradient times ``vector``."""
-    total, part = terms
-    softmax = (gradient + part) / total.masked_fill(total == 0, 1)
-    product = softmax * vector
-    return (total * (product - softmax * product.sum(1, keepdim=True))).to(gradient.dtype)
-
-
-def _rows_at_once(logits: Tensor) -> int:
-    return max(1, CHUNK_ELEMENTS // logits.shape[1])
-
-
-def _row_chunks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    size = _rows_at_once(tensors[0])
-    if len(tensors[0]) <= size:
-        return (tensors,)
-    return zip(*(tensor.split(size) for tensor in tensors), strict=True)
-
-
-def _scratch(like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Room for a chunk of rows in some precision."""
-    rows = min(_rows_at_once(like), len(like))
-    return like.new_empty((rows, like.shape[1]), dtype=dtype)
-
-
-def _gradient_at_index(
-    out: Tensor, logits: Tensor, index: Tensor, addend: Tensor, total: Tensor
-) -> Tensor:
-    """Write ``total * (softmax - one_hot)`` of the shifted logits; return the target's softmax."""
-    same = out.dtype == addend.dtype
-    scratch = out if same else _scratch(logits, addend.dtype)
-    probabilities = []
-    for z, i, d, w, minus_w, place in _row_chunks(logits, index, addend, total, -total, out):
-        wide = place if same else scratch[: len(z)]
-        if same:
-            torch.scatter_add(z, 1, i, d, out=wide)
-        else:
-            wide.copy_(z).scatter_add_(1, i, d)
-        torch.softmax(wide, 1, out=wide)
-        probabilities.append(wide.gather(1, i))
-        wide.mul_(w).scatter_add_(1, i, minus_w)
-        if not same:
-            place.copy_(wide)
-    return probabilities[0] if len(probabilities) == 1 else torch.cat(probabilities)
-
-
-def _gradient_at_masses(
-    out: Tensor, logits: Tensor, masses: Tensor, addend: Tensor, factors: Tensor
-) -> Tensor:
-    """Write the gradient of the loss with respect to the logits; return the loss."""
-    log_softmax, product = (_scratch(logits, masses.dtype) for _ in range(2))
-    loss = masses.new_zeros(())
-    for z, q, place in _row_chunks(logits, masses, out):
-        log_p, of_log_p = log_softmax[: len(z)], product[: len(z)]
-        wide = z if z.dtype == q.dtype else log_p.copy_(z)
-        torch.log_softmax(torch.addcmul(wide, q, addend, out=log_p), 1, out=log_p)
-        torch.mul(q, factors, out=of_log_p)
-        loss += (log_p * of_log_p).sum()
-        made = place if place.dtype == q.dtype else of_log_p
-        torch._log_softmax_backward_data(of_log_p, log_p, 1, q.dtype, out=made)
-        if made is not place:
-            place.copy_(made)
-    return loss
-
-
-def _loss(
-    probability: Tensor, logits: Tensor, index: Tensor, addend: Tensor, coefficient: Tensor
-) -> Tensor:
-    """``-sum(coefficient * log(probability))``."""
-    log_p = probability.squeeze(1).log()
-    smallest = 2**20 * torch.finfo(log_p.dtype).tiny
-    if probability.min().item() >= smallest:
-        return (log_p * coefficient).sum().neg_()
-    lost = ~(probability.squeeze(1) >= smallest)  # underflow has lost digits, and there may be nan
-    shifted = logits[lost].to(log_p.dtype).scatter_add_(1, index[lost], addend[lost])
-    log_p[lost] = -F.cross_entropy(shifted, index[lost, 0], reduction="none")
-    return (log_p * coefficient).masked_fill_(coefficient == 0, 0).sum().neg_()
+    if not runs_eagerly(logits, target, margins, weight) or any_requires_grad(margins, weight):
+        return False
+    return find_spec("triton") is not None

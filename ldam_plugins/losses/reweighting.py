@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
 
 from ldam_plugins.losses.base import ClassificationLoss
-from ldam_plugins.losses.registry import LogitAdjustedLoss, VectorScalingLoss
 from ldam_plugins.schedules import DeferredSchedule, Progress
 
 _TWICE = (
@@ -14,16 +12,6 @@ _TWICE = (
     "again, which favours the rare classes beyond a balanced classifier. Use schedule 'none' with "
     "this loss, or this schedule with 'ce' or 'ldam'"
 )
-
-ADVICE: dict[tuple[type[ClassificationLoss], str], str] = {
-    # With class weights w and prior pi the optimum is f_y = log p(y | x) + log w_y - tau log pi_y
-    # (times the factors of vector scaling). tau = 1 alone is the balanced classifier; w ~ 1 / pi
-    # on top of it is as far from that one as plain cross-entropy is, on the other side. Measured
-    # (README.md): more error, or no gain beyond noise. Sampling throughout was not found to hurt.
-    key: _TWICE
-    for key in itertools.product((LogitAdjustedLoss, VectorScalingLoss), ("rw", "drw", "drs"))
-}
-"""Why a loss and a kind of schedule do not go together."""
 
 
 def apply_stage(
@@ -41,8 +29,8 @@ def apply_stage(
         loss: What is trained; its ``weight`` (C,) is written.
         schedule: What it is trained under.
         progress: The coming update.
-        last: Stage that the loss was filled for, and whatever it has been changed to since is
-            meant; None: it has to have the stage's weights.
+        last: Stage that the loss was filled for. While it lasts, weights that were changed since
+            are kept. None: the loss gets the stage's weights.
     """
     stage = schedule.stage(progress)
     if stage != last:
@@ -64,12 +52,18 @@ def combination_advice(loss: ClassificationLoss, schedule: DeferredSchedule) -> 
         >>> advice.partition(':')[0]
         "loss LogitAdjustedLoss under schedule 'drw'"
     """
+    # With class weights w and prior pi the optimum of a loss that corrects the prior is
+    # f_y = log p(y | x) + log w_y - tau log pi_y (times the factors of vector scaling). tau = 1
+    # alone is the balanced classifier; w ~ 1 / pi on top of it is as far from that one as plain
+    # cross-entropy is, on the other side. Measured (recipes/results/README.md): more error, or no
+    # gain beyond noise. Sampling throughout was not found to hurt.
     tau = getattr(loss, "tau", 1.0)
-    acts = tau > 0 and schedule.beta > 0
-    why = ADVICE.get((type(loss), schedule.kind)) if acts else None
-    if why is None:
+    late_sampling = schedule.is_resampling and schedule.is_deferred
+    schedule_corrects = schedule.beta > 0 and (schedule.is_reweighting or late_sampling)
+    if not (loss.corrects_prior and tau > 0 and schedule_corrects):
         return None
-    return f"loss {type(loss).__name__} under schedule {schedule.kind!r}: {why.format(tau=tau)}."
+    why = _TWICE.format(tau=tau)
+    return f"loss {type(loss).__name__} under schedule {schedule.kind!r}: {why}."
 
 
 def warn_of_combination(

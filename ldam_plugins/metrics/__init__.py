@@ -1,4 +1,4 @@
-"""What a classifier is worth on a long tail: by class, by group of classes, by a linear probe."""
+"""How good a classifier is under a long tail: by class, by group, and by a linear probe."""
 
 from ldam_plugins.metrics.linear_probe import head_inputs, linear_probe
 from ldam_plugins.metrics.long_tail import ECE_BINS, MetricAccumulator, long_tail_metrics

@@ -1,4 +1,4 @@
-"""How good the features of a classifier are by themselves: a linear probe, whatever its head."""
+"""How good the features of a classifier are, whatever its head: a linear probe."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ldam_plugins._validation import invalid
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.heads import cosine_heads, find_head
+from ldam_plugins.heads.folding import evaluation_mode
 from ldam_plugins.metrics.long_tail import long_tail_metrics
 
 _ITERATIONS = 2000
@@ -32,17 +33,18 @@ def linear_probe(
     """Fit a linear classifier to frozen features and evaluate it on test features.
 
     Multinomial logistic regression on standardised features, each class weighing the same
-    (``class_weight="balanced"``), so that the answer is about the features and not about a head
-    that has learned the training frequencies. Fit it to training samples of all classes in plenty
-    where they can be had: with a few samples of a class it measures how few they are.
+    (``class_weight="balanced"``), so that the result is about the features and not about a head
+    that has learned the training frequencies. Where possible fit it to many samples of every class:
+    with a few samples of a class the result depends on their number as well.
 
     Args:
         train_features: (N, D).
         train_labels: (N,) class indices; every class at least once.
         test_features: (M, D).
         test_labels: (M,).
-        class_counts: Samples per class in the training of the *network*: they define the groups.
-        inverse_strength: ``C`` of scikit-learn's ``LogisticRegression``: larger is less L2.
+        class_counts: Samples per class that the *network* was trained on: they define the groups.
+        inverse_strength: ``C`` of scikit-learn's ``LogisticRegression``; a larger value means less
+            L2 regularisation.
 
     Returns:
         As :func:`~ldam_plugins.metrics.long_tail.long_tail_metrics`.
@@ -50,7 +52,7 @@ def linear_probe(
     Raises:
         ValueError: a class without a training sample, or arrays that do not fit each other.
 
-    Source: Kang et al., ICLR 2020, arXiv 1910.09217, on features and classifier apart.
+    Source: Kang et al., ICLR 2020, arXiv 1910.09217 (features and classifier trained apart).
     """
     missing = np.setdiff1d(np.arange(len(class_counts)), train_labels)
     if len(missing):
@@ -70,12 +72,12 @@ def linear_probe(
 def head_inputs(
     model: nn.Module, batches: Iterable[Any], run: Callable[[nn.Module, Any], Any]
 ) -> np.ndarray:
-    """The features (N, D) that the last layer of ``model`` gets, in evaluation mode.
+    """The features (N, D) that are the input of the last layer of ``model``, in evaluation mode.
 
     Args:
-        model: With one linear or cosine head, which is found.
-        batches: Of anything ``run`` understands.
-        run: ``run(model, batch)`` calls the model once.
+        model: A classifier with one linear or cosine head (see `find_head`).
+        batches: Batches of any form.
+        run: ``run(model, batch)`` calls the model once on a batch.
 
     Raises:
         ValueError: several heads, or a head that is called more than once or on more than one
@@ -88,13 +90,11 @@ def head_inputs(
     hook = model.get_submodule(names[0]).register_forward_pre_hook(
         lambda module, arguments: seen.append(arguments[0].float().cpu())
     )
-    training = model.training
-    model.eval()
     try:
-        rows = [_one_call(model, batch, run, seen) for batch in batches]
+        with evaluation_mode(model):
+            rows = [_one_call(model, batch, run, seen) for batch in batches]
     finally:
         hook.remove()
-        model.train(training)
     return torch.cat(rows).numpy()
 
 

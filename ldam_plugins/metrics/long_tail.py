@@ -42,13 +42,14 @@ def long_tail_metrics(
     * ``ece``: ``sum_b |sum of confidence in b - correct in b| / N`` over 15 equal-width bins
       ``(b / 15, (b + 1) / 15]`` of the confidence, the largest softmax probability.
 
-    Of equal largest logits the first is the prediction. Memory is O(N + C) beside the logits.
+    Of several equal largest logits the first is the prediction. Memory is O(N + C) in addition to
+    the logits.
 
     Args:
         logits: (N, C), floating; -inf is allowed for classes that are not the label.
         labels: (N,), integers.
         class_counts: *Training* samples per class (C): they define the groups.
-        ignore_index: Label of the rows that count nowhere.
+        ignore_index: Label of the rows that are left out.
 
     Raises:
         TypeError: ``logits`` are not floats or ``labels`` not integers.
@@ -74,14 +75,15 @@ def long_tail_metrics(
 class MetricAccumulator:
     """The metrics of :func:`long_tail_metrics`, fed in batches.
 
-    Keeps sums only, so memory is O(C). Counts are integers and the float64 sums are exact
-    (:func:`math.fsum`), so the result is the same to the bit in whatever order and in whatever
-    parts the rows arrive: one batch or many, one process or several merged.
+    It keeps sums only, so memory is O(C). Counts are integers and the float64 sums are exact
+    (:func:`math.fsum`), so the result is the same to the bit for any order of the rows and any
+    split: one batch or many, one process or several merged. Libraries of metrics do not promise
+    this, which is why the sums are written out here.
 
     Args:
         class_counts: Training samples per class, as :class:`~ldam_plugins.counts.ClassCounts` or
             as bare counts.
-        ignore_index: Label of the rows that count nowhere.
+        ignore_index: Label of the rows that are left out.
 
     Example:
         >>> whole, part = MetricAccumulator([500, 5]), MetricAccumulator([500, 5])
@@ -105,7 +107,7 @@ class MetricAccumulator:
         self.reset()
 
     def reset(self) -> None:
-        """Forget every row."""
+        """Remove all rows."""
         self._samples = np.zeros(len(self.class_counts), dtype=np.int64)
         self._correct = np.zeros(len(self.class_counts), dtype=np.int64)
         self._bin_correct = np.zeros(ECE_BINS, dtype=np.int64)
@@ -144,7 +146,7 @@ class MetricAccumulator:
         """Add the rows that another accumulator has seen, of another process for instance.
 
         Raises:
-            ValueError: it was made for other class counts or another ``ignore_index``.
+            ValueError: it has other class counts or another ``ignore_index``.
         """
         ours, theirs = self.class_counts, other.class_counts
         if ours != theirs or self.ignore_index != other.ignore_index:
@@ -194,9 +196,10 @@ def _mean_or_none(values: np.ndarray) -> float | None:
 
 
 def _exact_parts(parts: list[float], values: Iterable[float]) -> list[float]:
-    """The exact sum of ``parts`` and ``values`` as few floats, largest first.
+    """The exact sum of ``parts`` and ``values`` as a short list of floats, largest first.
 
-    Each float is the correctly rounded rest, so the list depends on the exact sum alone.
+    Each float is the correctly rounded sum of what the ones before it leave, so the list depends on
+    the exact sum alone.
     """
     rest = [*parts, *values]
     exact: list[float] = []
@@ -268,11 +271,12 @@ def _score_rows(
 def _score_chunk(
     logits: Tensor, target: np.ndarray, rows: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    # Metal has no float64.
+    # Apple's MPS has no float64.
     logits = (logits.cpu() if logits.device.type == "mps" else logits).double()
     label = torch.from_numpy(target).to(logits.device)
     predicted = logits.argmax(dim=1)
-    # Row by row, unlike logsumexp, whose threads share a lone row and add in another order.
+    # log_softmax sums each row in one thread. logsumexp may split a row over threads, and then the
+    # result depends on the number of rows.
     log_probs = logits.log_softmax(dim=1)
     chosen = log_probs.gather(1, torch.stack([label, predicted], dim=1)).cpu().numpy()
     bad = np.flatnonzero(~np.isfinite(chosen).all(axis=1))

@@ -10,7 +10,9 @@ from typing import Any
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.reports.class_table import ClassRow, class_rows, per_class_table, percent, summary
 from ldam_plugins.reports.html import Plot, render
-from ldam_plugins.training.history import read_history, read_metrics, write_atomic
+from ldam_plugins.schedules import DeferredSchedule
+from ldam_plugins.training.files import write_atomic
+from ldam_plugins.training.history import read_history, read_metrics
 
 __all__ = ["per_class_table", "write_report"]
 
@@ -74,7 +76,8 @@ def _title(options: Mapping[str, Any]) -> str:
 def _subtitle(options: Mapping[str, Any], counts: ClassCounts) -> str:
     """Loss, schedule, long tail and length of a run; an option that is not there is left out."""
     given = {name: value for name, value in options.items() if value is not None}
-    start = f" from {given['start']}" if given.get("schedule") in ("drw", "drs") else ""
+    deferred = DeferredSchedule(given.get("schedule", "none")).is_deferred
+    start = f" from {given['start']}" if deferred else ""
     wordings = {
         "loss": "loss {loss}",
         "schedule": "schedule {schedule}" + start,

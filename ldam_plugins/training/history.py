@@ -1,56 +1,26 @@
-"""The files of a run: history and metrics, written so that none is torn."""
+"""What a run recorded: ``history.csv``, a row an epoch, and ``metrics.json`` at the end."""
 
 from __future__ import annotations
 
 import csv
-import errno
 import io
 import json
-import math
 import os
-import platform
-import re
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
-from importlib import metadata
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ldam_plugins._validation import check_int, invalid, quoted
-from ldam_plugins.training.run_lock import hold_folder
-
-OPTIONS_FILE, HISTORY_FILE, METRICS_FILE = "options.json", "history.csv", "metrics.json"
-COMMAND_FILE = "command.txt"
+from ldam_plugins.counts import ClassCounts
+from ldam_plugins.training.environment import device_name, run_versions
+from ldam_plugins.training.files import disk_errors, to_json, write_atomic
+from ldam_plugins.training.run_dir import HISTORY_FILE, METRICS_FILE, hold_folder
 
 HISTORY_COLUMNS = ("epoch", "lr", "stage", "train_loss", "test_error", "seconds")
 _MEASURED = ("device", "train_seconds", "examples_per_second", "test")
 METRICS_KEYS = ("options", "versions", "class_counts", *_MEASURED)
-
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
-_PACKAGES = ("ldam_plugins", "torch", "timm", "transformers", "accelerate", "datasets", "numpy")
-
-
-@contextmanager
-def disk_errors(output_dir: str | os.PathLike[str]) -> Iterator[None]:
-    """Word the errors of a disk that is full, read-only or gone: what failed, and what to do.
-
-    Raises:
-        OSError: instead of such an error of the system, of safetensors or of torch, each of
-            which words it otherwise; all other errors pass.
-    """
-    try:
-        yield
-    except Exception as error:
-        number = getattr(error, "errno", None) if isinstance(error, OSError) else None
-        told = re.search(r"\(os error (\d+)\)", str(error))  # safetensors
-        number = int(told[1]) if told else number
-        if number not in _DISK_ERRORS and "PytorchStreamWriter failed" not in str(error):
-            raise
-        hint = "Make room or mend the folder, then go on from the last checkpoint with --resume"
-        message = f"output_dir {str(output_dir)!r} cannot be written ({error}). {hint}."
-        raise OSError(message) from error
 
 
 class HistoryWriter:
@@ -153,6 +123,46 @@ def _csv_line(values: Collection[Any]) -> str:
     return line.getvalue()
 
 
+def run_metrics(
+    *,
+    options: Mapping[str, Any],
+    class_counts: ClassCounts,
+    device: torch.device | str,
+    test: Mapping[str, Any],
+    **more: Any,
+) -> dict[str, Any]:
+    """What :func:`write_metrics` writes of a run, apart from its :func:`training_times`.
+
+    Args:
+        options: Everything that makes the run.
+        class_counts: Training samples per class.
+        device: Where the model was trained.
+        test: Metrics on the test set, as of :func:`~ldam_plugins.training.evaluate`.
+        **more: Further entries.
+    """
+    return {
+        "options": dict(options),
+        "versions": run_versions(),
+        "class_counts": class_counts.counts,
+        "class_names": class_counts.class_names,
+        "device": device_name(device),
+        **more,
+        "test": dict(test),
+    }
+
+
+def training_times(output_dir: str | os.PathLike[str], samples: int) -> dict[str, float]:
+    """``train_seconds`` and ``examples_per_second`` of a finished run, from its history.
+
+    Args:
+        output_dir: Folder of the run.
+        samples: Training samples of an epoch.
+    """
+    rows = read_history(output_dir)
+    seconds = sum(row["seconds"] for row in rows)
+    return {"train_seconds": seconds, "examples_per_second": samples * len(rows) / seconds}
+
+
 def write_metrics(output_dir: str | os.PathLike[str], metrics: Mapping[str, Any]) -> Path:
     """Write ``metrics.json``, strict JSON, whole or not at all.
 
@@ -181,113 +191,3 @@ def read_metrics(output_dir: str | os.PathLike[str]) -> dict[str, Any]:
     """
     text = (Path(output_dir) / METRICS_FILE).read_text(encoding="utf-8")
     return dict(json.loads(text))
-
-
-def to_json(value: Any, *, name: str) -> str:
-    """Strict, indented JSON of ``value``; paths as text, arrays and tensors as lists.
-
-    Raises:
-        TypeError: a value that JSON cannot hold.
-        ValueError: a NaN or infinite number; the message says under which key.
-    """
-    plain = json.loads(json.dumps(value, default=_plain))
-    for key, number in _numbers(plain, name):
-        if not math.isfinite(number):
-            raise invalid(key, "a finite number, which JSON can hold", number)
-    return json.dumps(plain, indent=2, ensure_ascii=False) + "\n"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    raise invalid("value", "a number, text, list or mapping", value, error=TypeError)
-
-
-def _numbers(value: Any, key: str) -> Iterator[tuple[str, float]]:
-    if isinstance(value, float):
-        yield key, value
-    elif isinstance(value, (dict, list)):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        for name, item in items:
-            yield from _numbers(item, f"{key}[{name!r}]")
-
-
-def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file beside and rename it, so that readers find the old one or the whole new one.
-
-    So does whoever reads after a power cut.
-    """
-    target = Path(path)
-    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        write_flushed(beside, content)
-        os.replace(beside, target)
-    finally:
-        beside.unlink(missing_ok=True)
-    flush_names(target.parent)
-
-
-def write_flushed(path: Path, content: bytes, mode: str = "wb") -> None:
-    """Write a file, and return when it is on the disk."""
-    with path.open(mode) as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def flush_folder(folder: str | os.PathLike[str]) -> None:
-    """Return when all that is in a folder, and the folder in its own one, is on the disk.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    for path, _, names in os.walk(folder, topdown=False):
-        for name in names:
-            _flush(os.path.join(path, name))
-        flush_names(path)
-    flush_names(Path(folder).absolute().parent)
-
-
-def flush_names(folder: str | os.PathLike[str]) -> None:
-    """Return when the names of a folder's files are on the disk, where a system can tell.
-
-    Raises:
-        OSError: they cannot be written.
-    """
-    try:
-        _flush(folder)
-    except OSError as error:
-        if os.name != "nt" and error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
-            raise
-
-
-def _flush(path: str | os.PathLike[str]) -> None:
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def run_versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages behind a run; None for one that is not installed."""
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
-    return versions
-
-
-def device_name(device: torch.device | str) -> str:
-    """What a run was trained on, for people: the GPU's name, or the kind of CPU and threads."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type != "cpu":
-        return device.type
-    kind = torch.backends.cpu.get_cpu_capability()
-    return f"cpu ({platform.machine()}, {kind}, threads: {torch.get_num_threads()})"

@@ -1,16 +1,106 @@
-"""Files of options: one ``option: value`` a line, as YAML or JSON."""
+"""Options of a run: dataclass fields with help and limits, and presets as YAML or JSON files."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from dataclasses import field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import yaml
 
-from ldam_plugins._validation import invalid
+from ldam_plugins._validation import check_choice, check_int, check_real, invalid
+
+__all__ = [
+    "COUNT",
+    "COUNT_OR_0",
+    "NOT_NEGATIVE",
+    "POSITIVE",
+    "SEED",
+    "SHARE",
+    "SHARE_BELOW_1",
+    "Limits",
+    "as_flags",
+    "check_choice",
+    "check_int",
+    "check_limits",
+    "check_real",
+    "invalid",
+    "option",
+    "read_preset",
+]
+
+Limits = Mapping[str, Any]
+"""Keyword arguments of :func:`check_real` or :func:`check_int` that bound a number."""
+POSITIVE: Limits = {"low": 0, "low_open": True}
+NOT_NEGATIVE: Limits = {"low": 0}
+SHARE: Limits = {"low": 0, "high": 1}
+SHARE_BELOW_1: Limits = {"low": 0, "high": 1, "high_open": True}
+COUNT: Limits = {"low": 1, "high": 2**31 - 1}
+COUNT_OR_0: Limits = {"low": 0, "high": 2**31 - 1}
+SEED: Limits = {"low": 0, "high": 2**32 - 1}
 
 _SCALARS = (str, int, float, type(None))
+
+
+def option(default: Any, description: str, **argparse: Any) -> Any:
+    """A field of an options dataclass, for transformers' ``HfArgumentParser``.
+
+    Args:
+        default: Its value where none is given; a list is copied for every instance.
+        description: What ``--help`` says.
+        **argparse: Further arguments of ``ArgumentParser.add_argument``, such as ``choices``.
+    """
+    metadata = {"help": description, **argparse}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def check_limits(options: Any, limits: Mapping[str, Limits]) -> None:
+    """Check the numbers among the fields of a dataclass, and those in its lists; None passes.
+
+    Args:
+        options: An instance of the dataclass.
+        limits: Bounds by the name of the field. What may be an integer must be one.
+
+    Raises:
+        TypeError: a value is not a number, or not an integer where it must be one.
+        ValueError: a value is out of bounds.
+    """
+    hints = get_type_hints(type(options))
+    for name in (each.name for each in fields(options) if each.name in limits):
+        check = check_int if int in (hints[name], *get_args(hints[name])) else check_real
+        value = getattr(options, name)
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None:
+                hint = f"Give another --{name} or leave it out."
+                check(name, number, **limits[name], hint=hint)
+
+
+def as_flags(entries: Mapping[str, Any]) -> list[str]:
+    """The command line that sets the same options as the entries of a preset.
+
+    ``ArgumentParser.set_defaults`` would not do: types and choices are checked of flags only, not
+    of defaults. A mapping becomes ``name=a,b`` words; an entry that is None is left out.
+
+    Example:
+        >>> as_flags({"lr": 0.1, "compile": True, "milestones": [80, 90], "scale": None})
+        ['--lr', '0.1', '--compile', 'yes', '--milestones', '80', '90']
+    """
+    flags = []
+    for key, value in entries.items():
+        if isinstance(value, dict):
+            flags += [f"--{key}", *(f"{name}={','.join(_words(v))}" for name, v in value.items())]
+        elif value is not None:
+            flags += [f"--{key}", *_words(value)]
+    return flags
+
+
+def _words(value: Any) -> list[str]:
+    flat = value if isinstance(value, list) else [value]
+    return [("yes" if v else "no") if isinstance(v, bool) else str(v) for v in flat]
 
 
 def read_preset(
@@ -22,7 +112,7 @@ def read_preset(
 
     Args:
         path: The file.
-        what: What errors call it.
+        what: Its name in errors.
         mappings: Whether a value may also map words to scalars and lists.
 
     Raises:

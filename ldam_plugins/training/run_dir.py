@@ -1,29 +1,33 @@
-"""The folder of a run: claimed by one run, and by no other that has not the same options."""
+"""The folder of a run: claimed by one run, and locked while a process trains there."""
 
 from __future__ import annotations
 
 import json
 import os
+import platform
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
+
+from filelock import FileLock, Timeout
 
 from ldam_plugins._validation import check_choice, invalid, quoted
-from ldam_plugins.training.history import (
-    HISTORY_FILE,
-    METRICS_FILE,
-    OPTIONS_FILE,
-    to_json,
-    write_flushed,
-)
-from ldam_plugins.training.run_lock import hold_folder
+from ldam_plugins.training.files import to_json, write_flushed
 
+OPTIONS_FILE, HISTORY_FILE, METRICS_FILE = "options.json", "history.csv", "metrics.json"
+COMMAND_FILE = "command.txt"
+LOCK_FILE, HOLDER_FILE = ".run.lock", ".run.json"
 RUN_ENTRIES = (OPTIONS_FILE, HISTORY_FILE, METRICS_FILE, "checkpoints", "model", "report.html")
 """What makes a folder one that holds a run."""
 MAY_CHANGE = ("output_dir", "resume", "report_to", "keep_checkpoints")
-"""Options that a resumed run may have otherwise than the run it goes on with."""
+"""Options in which a resumed run may differ from the run it goes on with."""
 _WAIT = 2.0  # seconds, for a run that is just ending
+
+_held: WeakValueDictionary[tuple[int, str], FileLock] = WeakValueDictionary()
+_kept: list[list[FileLock]] = []
 
 
 def claim_output_dir(
@@ -35,19 +39,19 @@ def claim_output_dir(
 ) -> Path:
     """Make the folder of a run and write ``options.json`` into it, or find the run to resume.
 
-    Call it last before training, on one process: a folder is claimed once, and two runs that
-    start together, or resume together, cannot both have it. Within
-    :func:`.folders_held` the folder stays locked until the end of that block.
+    Call it last before training, on one process. Of two runs that start together, or resume
+    together, one is refused. Within :func:`folders_held` the folder stays locked until the end of
+    that block.
 
     Args:
-        path: The folder, ``--output_dir``. Files in it that are no run's are left alone.
+        path: The folder, ``--output_dir``. Other files in it are left alone.
         options: Everything that makes the run, ready for JSON.
         resume: Go on with the run in the folder instead of starting one; ``"auto"``: if it
             holds one, else start.
-        may_change: Names of options that a resumed run may have otherwise.
+        may_change: Names of options in which a resumed run may differ.
 
     Returns:
-        The folder. It stays the recipe's matter which checkpoint is loaded, if there is one.
+        The folder. Loading a checkpoint is up to the caller.
 
     Raises:
         ValueError: the folder cannot be written; it holds a run and ``resume`` is False; it
@@ -115,7 +119,7 @@ def _check_same_options(folder: Path, options: dict[str, Any], may_change: Colle
 def differing_options(
     stored: Mapping[str, Any], options: Mapping[str, Any], may_change: Collection[str] = MAY_CHANGE
 ) -> list[str]:
-    """What two runs have otherwise, worded for a message, apart from ``may_change``."""
+    """Each option in which two runs differ, as text for a message, apart from ``may_change``."""
     absent = "(absent)"
     return [
         f"{name}: {stored.get(name, absent)!r} there, {options.get(name, absent)!r} now"
@@ -134,3 +138,64 @@ def _stored_options(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, TypeError) as error:
         hint = f"Its {OPTIONS_FILE} cannot be read ({error}): choose another --output_dir."
         raise invalid("output_dir", expected, str(folder), hint=hint) from error
+
+
+def hold_folder(folder: str | os.PathLike[str], wait: float = 0) -> FileLock:
+    """Lock the folder of a run against other processes, until the returned lock is garbage.
+
+    The lock is the operating system's (``flock``; over NFS only as good as the server's): it ends
+    with the process, however that ends. One process may lock a folder several times. Of the
+    processes that train together only the main one calls this.
+
+    Args:
+        folder: The folder; it exists.
+        wait: Seconds to wait for a run that is just ending.
+
+    Raises:
+        ValueError: another process holds it (named, with its host), or it cannot be locked.
+    """
+    folder = Path(folder)
+    key = os.getpid(), str(folder.resolve())  # a fork does not hold what its parent does
+    lock = _held.get(key)
+    if lock is None or not lock.is_locked:
+        lock = _acquired(folder, wait)
+        _held[key] = lock
+    for kept in _kept:
+        kept.append(lock)
+    return lock
+
+
+@contextmanager
+def folders_held() -> Iterator[None]:
+    """Keep every lock of :func:`hold_folder` until the end of the block, or decorated function."""
+    _kept.append([])
+    try:
+        yield
+    finally:
+        _kept.pop()
+
+
+def _acquired(folder: Path, wait: float) -> FileLock:
+    lock = FileLock(folder / LOCK_FILE, timeout=wait, thread_local=False)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        hint = "Wait until it has ended or end it, or choose another --output_dir."
+        expected = f"a folder in which no other run is at work; {_holder(folder)} trains there"
+        raise invalid("output_dir", expected, str(folder), hint=hint) from error
+    except (OSError, NotImplementedError) as error:
+        hint = f"Choose an --output_dir on another file system ({error})."
+        expected = "a folder that can be locked"
+        raise invalid("output_dir", expected, str(folder), hint=hint) from error
+    holder = {"pid": os.getpid(), "host": platform.node()}
+    with suppress(OSError):  # it only words the message of another process
+        (folder / HOLDER_FILE).write_text(json.dumps(holder), encoding="utf-8")
+    return lock
+
+
+def _holder(folder: Path) -> str:
+    try:
+        holder = json.loads((folder / HOLDER_FILE).read_text(encoding="utf-8"))
+        return f"process {holder['pid']} on host {holder['host']}"
+    except (OSError, ValueError, KeyError):
+        return "another process"

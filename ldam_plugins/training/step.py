@@ -1,10 +1,11 @@
-"""One update of a model by Accelerate: of micro-batches and processes, as a CUDA graph."""
+"""One optimizer step under Accelerate, over micro-batches and processes."""
 
 from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -18,21 +19,25 @@ Batch = tuple[Tensor, Tensor]
 Shapes = tuple[tuple[torch.Size, torch.Size, torch.dtype], ...]
 
 WARM_UP = 3
-"""Updates before the capture, in which libraries choose kernels and allocate what they keep."""
+"""Steps before a CUDA graph is captured, in which libraries choose kernels and allocate memory."""
 
 
 class TrainStep:
-    """Updates of one model, compiled for its whole batches only.
+    """One optimizer step: ``loss = train_step([(inputs, target), ...])``, a pair a micro-batch.
 
-    Batches of another shape than the first (the last of an epoch) are not worth another
-    compilation, so they run eagerly.
+    The loss of every part is divided by the denominator of the whole batch (the number of its
+    samples, or the sum of their weights). So the step is the same however the batch is cut into
+    micro-batches and over processes: that of the mean over the whole batch in one process.
+
+    A compiled model is compiled for the shape of the first batch only. Other shapes, such as that
+    of the last batch of an epoch, run eagerly: they are not worth another compilation.
 
     Args:
-        accelerator: Where the model trains.
+        accelerator: What prepared the model.
         net: The prepared model.
         criterion: Its loss.
         optimizer: The prepared optimizer of its parameters.
-        clip_grad: Largest norm of the gradient; None: any.
+        clip_grad: Largest norm of the gradient; None: no limit.
         replay: On one GPU, capture the forward and the backward pass once as a CUDA graph and
             replay it from then on: the kernels of small steps take less time than their launches.
     """
@@ -59,14 +64,17 @@ class TrainStep:
         self._passes: dict[Shapes, CapturedPass] = {}
 
     def __call__(self, batches: list[Batch]) -> Tensor:
-        """One update from micro-batches of all processes; returns its loss.
+        """Step the optimizer once; call it on every process.
 
-        Every part is divided by the denominator of the whole, so the update does not depend on how
-        the batch was cut: it is the mean over the whole batch that one process would compute.
-        Images past the last target are repeats and have no part in it.
+        Args:
+            batches: Micro-batches (inputs, target) of this process. Inputs beyond the last target
+                are left out: Accelerate repeats samples to fill up a batch.
+
+        Returns:
+            The mean loss of the whole batch.
 
         Raises:
-            RuntimeError: the pass was to be captured and cannot be.
+            RuntimeError: ``replay`` is asked for and something cannot be captured.
         """
         shapes = tuple((images.shape, target.shape, target.dtype) for images, target in batches)
         self._whole = self._whole or shapes
@@ -82,7 +90,7 @@ class TrainStep:
         return self.accelerator.reduce(loss, "mean")
 
     def _gradients(self, shapes: Shapes, batches: list[Batch]) -> Tensor:
-        """Gradients by a pass as it is, the first ones before a capture, or a replay."""
+        """Add the gradients, by a CUDA graph if that is asked for and warmed up."""
         trained = self.accelerator, self.net, self.criterion
         if not self._replays:
             return add_gradients(*trained, batches)
@@ -91,15 +99,22 @@ class TrainStep:
             with _side_stream():
                 return add_gradients(*trained, batches)
         if shapes not in self._passes:
-            # One pool: what a pass leaves is used up before the next one begins.
+            # They share memory: what a pass leaves is used up before the next one begins.
             pool = next((known.pool for known in self._passes.values()), None)
             self._passes[shapes] = CapturedPass(*trained, batches, pool)
         return self._passes[shapes](batches)
 
 
+def micro_batches(batches: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Lists of ``size`` batches, one list an optimizer step; the last one may be shorter."""
+    left = iter(batches)
+    while group := list(islice(left, size)):
+        yield group
+
+
 @contextlib.contextmanager
 def _side_stream() -> Iterator[None]:
-    """Work on another stream than the current one, in its place, as CUDA asks before a capture."""
+    """Run the block on another CUDA stream, which the work before a capture has to use."""
     stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
@@ -113,15 +128,15 @@ def add_gradients(
     criterion: ClassificationLoss,
     batches: list[Batch],
 ) -> Tensor:
-    """Add the gradients of an update to the parameters; returns the share of its loss."""
+    """Add the gradients of a step to the parameters; returns this process's share of its loss."""
     whole = accelerator.reduce(sum(criterion.denominator(y) for _, y in batches), "sum")
     loss = torch.zeros((), device=accelerator.device)
     for index, (images, target) in enumerate(batches):
         last = index + 1 == len(batches)
         with contextlib.nullcontext() if last else accelerator.no_sync(net):
             part = criterion(net(images)[: len(target)], target, whole)
-            # DDP averages the gradients over the processes; they are to be summed. (A denominator
-            # divided by 3 would be rounded.)
+            # DDP averages the gradients over the processes, but their sum is needed. Dividing the
+            # denominator by the number of processes instead would round it.
             part = part * accelerator.num_processes
             accelerator.backward(part)
         loss += part.detach()
@@ -132,10 +147,10 @@ class CapturedPass:
     """:func:`add_gradients` as a CUDA graph, for batches of the shapes it was captured with.
 
     Args:
-        accelerator: Where the model trains.
+        accelerator: What prepared the model.
         net: The prepared model.
         criterion: Its loss.
-        batches: Micro-batches of an update; their gradients are not kept.
+        batches: Micro-batches of a step; their gradients are not kept.
         pool: Memory of another captured pass to share, if their replays never overlap.
 
     Raises:
@@ -165,7 +180,7 @@ class CapturedPass:
         self._gradients = [(p, p.grad) for p in net.parameters() if p.grad is not None]
 
     def __call__(self, batches: list[Batch]) -> Tensor:
-        """Gradients of the batches; the loss is overwritten by the next call."""
+        """Set the gradients to those of the batches; the next call overwrites the returned loss."""
         for kept, given in zip(self._batches, batches, strict=True):
             for tensor, new in zip(kept, given, strict=True):
                 tensor.copy_(new, non_blocking=True)

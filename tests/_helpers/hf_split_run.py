@@ -3,7 +3,6 @@
 ``python hf_split_run.py OUT PROCESSES slice|whole``
 """
 
-import gc
 import sys
 import tempfile
 
@@ -239,13 +238,11 @@ def _is_time(key):
 
 def matrix(folder, processes, accumulations, whole):
     """Parameters by case and accumulation, and metrics."""
-    gc.freeze()  # the Trainer collects garbage after every run: let it look at the run's own
     found = {
         (case, parts): epochs(folder, case, parts, processes)
         for case in cases(whole)
         for parts in accumulations
     }
-    gc.unfreeze()
     return {"cases": found, "metrics": metrics(folder)}
 
 

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import datasets
+import pytest
 from PIL import Image
 
 CLASSES = ("ant", "bee", "cat")
@@ -131,3 +132,31 @@ def saved_to_disk(root: Path, test: str = "valid", labels=None, **columns) -> di
         train = train.remove_columns("label").add_column("label", labels, feature=feature)
     datasets.DatasetDict({"train": train, test: table("test", **columns)}).save_to_disk(str(root))
     return {"dataset": root}
+
+
+def then(build, **more):
+    """The set of ``build`` with other arguments to load it by."""
+    return lambda root: build(root) | more
+
+
+def linked(target: str, link: str, source=lists):
+    """Put a link to something outside of the root where a file or folder was."""
+
+    def build(root):
+        given = source(root / "root")
+        write(root / "secret" / "0.png", png("train", 0))
+        path = root / "root" / link
+        path.rename(root / "moved")
+        path.symlink_to(root / target)
+        return given
+
+    return build
+
+
+def check_is_refused(build, message: str, root: Path) -> None:
+    """``load_images`` refuses the set of ``build`` with a message that matches."""
+    from ldam_plugins.data import load_images
+
+    given = build(root)
+    with pytest.raises(ValueError, match=message):
+        load_images(**given)

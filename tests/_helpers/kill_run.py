@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import psutil
+from forked import run_forked
 from paths import RECIPES
 from safetensors.torch import load_file
 
@@ -80,6 +81,19 @@ def launch(recipe, flags, *, processes=1, environment=(), wait=True):
     return subprocess.CompletedProcess(command, running.returncode, output)
 
 
+def fork(recipe, flags, *, environment=()):
+    """The same for one process, in a fork instead of an interpreter of its own."""
+    flags = list(flags)
+    out = Path(flags[flags.index("--output_dir") + 1])
+    script, moments = RECIPES / f"{recipe}_lt.py", dict(environment)
+    if "KILL_AT" in moments:
+        driver = Path(moments["DRIVER"])
+        driver.write_text(MOMENTS)
+        script, flags = driver, [script, *flags]
+    moments = {"ACCELERATE_USE_CPU": "true", **moments}
+    return run_forked(script, flags, out.with_suffix(".log"), environment=moments)
+
+
 def kill_after(recipe, flags, seconds, *, processes=1, environment=()):
     """SIGKILL the run and all its processes after a time; returns whether it was still running."""
     running = launch(recipe, flags, processes=processes, environment=environment, wait=False)
@@ -100,14 +114,16 @@ def kill_after(recipe, flags, seconds, *, processes=1, environment=()):
         return True
 
 
-def killed_at(recipe, moment, flags, tmp_path, number=signal.SIGKILL, device=(), **more):
+def killed_at(
+    recipe, moment, flags, tmp_path, number=signal.SIGKILL, device=(), start=launch, **more
+):
     environment = {"KILL_AT": f"{moment}:{int(number)}", "DRIVER": str(tmp_path / "driver.py")}
     environment |= dict(device)
-    return launch(recipe, flags, environment=environment, **more)
+    return start(recipe, flags, environment=environment, **more)
 
 
-def finish(recipe, flags, **more):
-    done = launch(recipe, flags, **more)
+def finish(recipe, flags, start=launch, **more):
+    done = start(recipe, flags, **more)
     assert done.returncode == 0, done.stdout[-3000:]
 
 

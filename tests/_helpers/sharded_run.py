@@ -1,4 +1,4 @@
-"""Updates of the vision recipe on a model sharded by FSDP2 over CPU processes; run by torchrun."""
+"""Updates of the vision recipe on a model sharded by FSDP2 over CPU processes, which run this."""
 
 import os
 import sys
@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ldam_plugins import ClassCounts, DeferredSchedule, create_loss, use_cosine_head
 from ldam_plugins.heads import fold_cosine_head
-from ldam_plugins.integrations.transformers.checks import fold_when_saved
+from ldam_plugins.heads.folding import fold_when_saved
 from ldam_plugins.schedules import Progress
 from ldam_plugins.training.step import TrainStep
 

@@ -1,6 +1,5 @@
-"""Updates of the vision recipe on a batch cut over processes and micro-batches; run by torchrun."""
+"""Updates of the vision recipe on a batch cut over micro-batches and processes, which run this."""
 
-import gc
 import sys
 
 import torch
@@ -11,10 +10,9 @@ from torch import nn
 sys.path.insert(0, str(RECIPES))
 
 import vision_lt
-import vision_setup
 
 from ldam_plugins import ClassCounts, create_loss, list_losses
-from ldam_plugins.training.step import TrainStep
+from ldam_plugins.training import TrainStep, evaluate, micro_batches, unpadded_batches
 
 COUNTS = ClassCounts([400, 60, 9, 2])
 BATCHES = 3
@@ -70,11 +68,11 @@ def train_epoch(accelerator, name, weighted, soft, rows, micro):
     loader = torch.utils.data.DataLoader(samples, batch_size=size)
     net, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     criterion = criterion.to(accelerator.device)
-    options = vision_setup.VisionOptions(batch_size=size, smoothing=0.1 if soft else 0.0)
-    mix = vision_setup.make_target(options, 4)
-    batches = vision_lt.without_repeats(accelerator, loader, size, rows)
+    options = vision_lt.VisionOptions(batch_size=size, smoothing=0.1 if soft else 0.0)
+    mix = vision_lt.make_target(options, 4)
+    batches = unpadded_batches(accelerator, loader, batch_size=size, samples=rows)
     update = TrainStep(accelerator, net, criterion, optimizer)
-    for group in vision_lt.grouped(batches, micro):
+    for group in micro_batches(batches, micro):
         parts = [mix(x, y) for x, y in group]
         parts = [(x, y.double() if soft else y) for x, y in parts]
         update(parts)
@@ -104,7 +102,6 @@ def epochs(whole):
 
 def everything(micros, whole=False):
     accelerator = Accelerator(cpu=True)
-    gc.freeze()  # free_memory collects garbage after every case: let it look at the case's own
     results = {"processes": accelerator.num_processes}
     for micro in micros:
         for case in cases():
@@ -116,10 +113,7 @@ def everything(micros, whole=False):
     logits = 3 * torch.randn(37, 4, generator=torch.Generator().manual_seed(2))
     images = torch.utils.data.TensorDataset(logits, torch.arange(37) % 4)
     loader = accelerator.prepare(torch.utils.data.DataLoader(images, batch_size=5))
-    results["test"] = vision_lt.evaluate(
-        accelerator, nn.Identity(), create_loss("ce", COUNTS), lambda x: x, loader
-    )
-    gc.unfreeze()
+    results["test"] = evaluate(accelerator, nn.Identity(), loader, COUNTS)
     return results
 
 

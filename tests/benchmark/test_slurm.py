@@ -8,7 +8,7 @@ import pytest
 from small_cells import began, calls, cells_in, gone
 
 from ldam_plugins.benchmark.slurm import run_on_slurm, slurm_parameters
-from ldam_plugins.training.environment import PREEMPTED
+from ldam_plugins.training.preemption import PREEMPTED
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from ldam_plugins.heads.layers import CosineConv2d, CosineLinear, plain_layer
+from ldam_plugins.heads.folding import plain_layer
+from ldam_plugins.heads.layers import CosineConv2d, CosineLinear
 
 
 def cosine_by_loops(features, rows, scale):
@@ -155,31 +156,6 @@ def test_moments_stand_still_outside_training_and_skip_what_is_not_finite(layer)
     layer(torch.full((2, 6), torch.nan))
     layer(torch.empty(0, 6))
     assert layer.cosine_moments.equal(moments)
-
-
-def test_one_batch_already_gives_the_best_scale(layer):
-    torch.manual_seed(3)
-    features = torch.randn(400, 6) * torch.rand(400, 1).add(0.5)
-    logits = layer(features)
-    folded = plain_layer(layer)
-    unit = folded.weight / folded.weight.norm(dim=1, keepdim=True)
-    lengths = features.norm(dim=1)
-
-    def length_error(k):
-        return (k * lengths - 30).square().mean()
-
-    def logit_error(k):
-        return (k * features @ unit.T - logits).square().mean()
-
-    best = folded.weight.norm(dim=1)[0].item()
-    others = [best * factor for factor in (0.5, 0.8, 0.9, 0.97, 0.99, 1.01, 1.03, 1.1, 1.25, 2)]
-    assert all(length_error(best) < length_error(k) for k in others)
-    assert all(logit_error(best) < logit_error(k) for k in others if abs(k / best - 1) > 0.05)
-
-
-def test_without_moments_features_of_unit_mean_square_are_assumed(layer):
-    lengths = plain_layer(layer).weight.norm(dim=1)
-    torch.testing.assert_close(lengths, torch.full((4,), 30 / math.sqrt(6)))
 
 
 def test_an_average_of_models_averages_the_moments_in_place(layer):

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ldam_plugins.kernels import margin_cross_entropy as fast
-from ldam_plugins.losses import functional as LF
+from ldam_plugins.kernels import _margin_cross_entropy_cpu as fast
+from ldam_plugins.losses import ldam_loss
 
 CLASSES, SCALE = 7, 30.0
 MARGINS = torch.linspace(0.1, 0.5, CLASSES, dtype=torch.float64)
@@ -34,7 +34,7 @@ def definition(logits, target, **options):
 
 
 def loss(logits, target, **options):
-    return LF.ldam_loss(logits, target, MARGINS, scale=SCALE, **options)
+    return ldam_loss(logits, target, MARGINS, scale=SCALE, **options)
 
 
 def assert_agree(logits, target, defined, path, **options):
@@ -55,7 +55,7 @@ def assert_agree(logits, target, defined, path, **options):
 def test_value_and_gradient(reduction, weight, size):
     logits, target = batch(size=size)
     target[::4] = -100
-    assert_agree(logits, target, definition, "AtIndex", weight=weight, reduction=reduction)
+    assert_agree(logits, target, definition, "OfIndices", weight=weight, reduction=reduction)
 
 
 def test_confident_rows_keep_their_digits_in_float32():
@@ -94,62 +94,62 @@ def test_transforms_take_the_definition():
     torch.testing.assert_close(hessian, expected)
 
 
-def masses(rows=16):
-    """Mixed labels, one row of them without any mass."""
+def target_probs(rows=16):
+    """Mixed labels; those of one row are all 0."""
     q = torch.rand(rows, CLASSES, dtype=torch.float64).softmax(1)
     q[0] = 0
     return q
 
 
-def definition_of_masses(logits, q, **options):
+def definition_of_target_probs(logits, q, **options):
     return F.cross_entropy(logits - SCALE * MARGINS * q, q, **options)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("weight", [None, WEIGHT], ids=["plain", "weighted"])
 @pytest.mark.parametrize("size", [0.01, 5.0, 300.0, 1e4])
-def test_value_and_gradient_at_masses(reduction, weight, size):
-    logits, q = batch(size=size)[0], masses()
+def test_value_and_gradient_at_target_probs(reduction, weight, size):
+    logits, q = batch(size=size)[0], target_probs()
     given = q.clone()
     options = {"weight": weight, "reduction": reduction}
-    assert_agree(logits, q, definition_of_masses, "AtMasses", **options)
+    assert_agree(logits, q, definition_of_target_probs, "OfTargetProbs", **options)
     assert torch.equal(q, given)
 
 
 @scripted
 @pytest.mark.parametrize("weight", [None, WEIGHT], ids=["plain", "weighted"])
-def test_derivatives_of_every_order_at_masses(weight):
-    logits, q = batch(rows=4)[0].requires_grad_(), masses(4)
+def test_derivatives_of_every_order_at_target_probs(weight):
+    logits, q = batch(rows=4)[0].requires_grad_(), target_probs(4)
     function = lambda z: loss(z, q, weight=weight)  # noqa: E731
     assert torch.autograd.gradcheck(function, logits, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(function, logits)
 
 
-def test_learned_masses_get_gradients():
-    logits, q = batch()[0], masses().requires_grad_()
+def test_learned_target_probs_get_gradients():
+    logits, q = batch()[0], target_probs().requires_grad_()
     got = torch.autograd.grad(loss(logits, q), q)[0]
     again = q.detach().requires_grad_()
-    expected = torch.autograd.grad(definition_of_masses(logits, again), again)[0]
+    expected = torch.autograd.grad(definition_of_target_probs(logits, again), again)[0]
     torch.testing.assert_close(got, expected)
 
 
-@pytest.mark.parametrize("kind", ["indices", "masses"])
+@pytest.mark.parametrize("kind", ["indices", "soft"])
 def test_gradients_of_several_factors_at_once(kind):
     logits, target = batch()
     logits.requires_grad_()
-    value = loss(logits, target if kind == "indices" else masses())
+    value = loss(logits, target if kind == "indices" else target_probs())
     factors = torch.tensor([1.0, -2.0], dtype=torch.float64)
     (both,) = torch.autograd.grad(value, logits, factors, retain_graph=True, is_grads_batched=True)
     (one,) = torch.autograd.grad(value, logits)
     torch.testing.assert_close(both, factors[:, None, None] * one)
 
 
-@pytest.mark.parametrize("kind", ["indices", "masses"])
+@pytest.mark.parametrize("kind", ["indices", "soft"])
 def test_a_gradient_may_be_written_into(kind):
     """What a backward pass gave is the caller's: the next one gives the right values again."""
     logits, target = batch()
     logits.requires_grad_()
-    value = loss(logits, target if kind == "indices" else masses())
+    value = loss(logits, target if kind == "indices" else target_probs())
     gradients = []
     for again in (True, True, False):
         (got,) = torch.autograd.grad(value, logits, retain_graph=again)
@@ -158,11 +158,11 @@ def test_a_gradient_may_be_written_into(kind):
     assert all(torch.equal(got, gradients[0]) for got in gradients)
 
 
-@pytest.mark.parametrize("kind", ["indices", "masses"])
+@pytest.mark.parametrize("kind", ["indices", "soft"])
 def test_gradients_add_up_where_logits_are_a_leaf(kind):
     logits, target = batch()
     logits.requires_grad_()
-    target = target if kind == "indices" else masses()
+    target = target if kind == "indices" else target_probs()
     (once,) = torch.autograd.grad(loss(logits, target), logits)
     value = loss(logits, target)
     value.backward(retain_graph=True)
@@ -170,11 +170,11 @@ def test_gradients_add_up_where_logits_are_a_leaf(kind):
     torch.testing.assert_close(logits.grad, 2 * once)
 
 
-@pytest.mark.parametrize("kind", ["indices", "masses"])
+@pytest.mark.parametrize("kind", ["indices", "soft"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_gradient_is_rounded_from_float32(dtype, kind):
     logits, target = batch(rows=64)
-    target = target if kind == "indices" else masses(64).float()
+    target = target if kind == "indices" else target_probs(64).float()
     low = logits.to(dtype).requires_grad_()
     wide = low.detach().float().requires_grad_()
     torch.testing.assert_close(loss(low, target), loss(wide, target), rtol=1e-6, atol=0)
@@ -186,7 +186,7 @@ def test_16_bit_gradient_is_rounded_from_float32(dtype, kind):
 
 def test_loss_scaling_keeps_small_gradients_of_float16():
     logits = torch.tensor([[18.0, 0.0]], dtype=torch.float16, requires_grad=True)
-    value = LF.ldam_loss(logits, torch.tensor([0]), torch.tensor([0.0, 0.0]))
+    value = ldam_loss(logits, torch.tensor([0]), torch.tensor([0.0, 0.0]))
     (gradient,) = torch.autograd.grad(value * 2**16, logits)
     assert gradient[0, 1].item() == pytest.approx(2**16 / (1 + math.exp(18)), rel=1e-3)
 
@@ -194,7 +194,7 @@ def test_loss_scaling_keeps_small_gradients_of_float16():
 def test_learned_margins_get_gradients():
     logits, target = batch()
     learned = MARGINS.clone().requires_grad_()
-    LF.ldam_loss(logits, target, learned).backward()
+    ldam_loss(logits, target, learned).backward()
     # d loss / d margin = scale * mean(1 - p_y): positive where the class has a sample.
     assert learned.grad.min() > 0
 

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 triton = pytest.importorskip("triton")
 
 from ldam_plugins.kernels import _margin_cross_entropy_triton as kernels  # noqa: E402
-from ldam_plugins.losses import functional  # noqa: E402
+from ldam_plugins.losses import ldam_loss  # noqa: E402
+from ldam_plugins.losses.reduction import REDUCTIONS  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -31,7 +32,7 @@ runs_kernels = pytest.mark.skipif(
 @pytest.mark.skipif(ON_GPU or in_interpreter(), reason="the other tests run the kernels here")
 def test_in_the_interpreter():
     """Without a GPU the kernels run line by line; Triton must know before it is imported."""
-    command = [sys.executable, "-m", "pytest", "-q", __file__, "-W", "ignore"]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", __file__, "-W", "ignore"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
@@ -67,7 +68,7 @@ def defined(logits, target, margins, weight):
 def test_rows_and_gradients_are_those_of_the_definition(classes, dtype, weighted):
     given = problem(5, classes, dtype, weighted)
     logits, target, margins, weight = given
-    rows, row_weight = kernels.margin_cross_entropy(logits, target, margins, weight, SCALE, IGNORED)
+    rows, row_weight = kernels.rows_and_weights(logits, target, margins, SCALE, weight, IGNORED)
     expected, expected_weight = defined(*given)
     size = 1 + logits.detach().abs().max().item() + SCALE
     assert (rows.double() - expected).abs().max().item() <= BOUNDS[dtype] * size
@@ -85,7 +86,7 @@ def test_derivatives_of_second_order_and_forward_mode():
     logits, target, margins, weight = problem(4, 5, torch.float64, True)
 
     def rows(values):
-        return kernels.margin_cross_entropy(values, target, margins, weight, 3.0, IGNORED)[0]
+        return kernels.rows_and_weights(values, target, margins, 3.0, weight, IGNORED)[0]
 
     assert torch.autograd.gradcheck(rows, logits, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(rows, logits)
@@ -97,14 +98,14 @@ def test_only_rows_that_count_are_spoilt_by_bad_logits(bad):
     logits, target, margins, _ = problem(4, 6, torch.float32, False)
     with torch.no_grad():
         logits[1, 2] = bad
-    rows, _ = kernels.margin_cross_entropy(logits, target, margins, None, SCALE, IGNORED)
+    rows, _ = kernels.rows_and_weights(logits, target, margins, SCALE, None, IGNORED)
     (gradient,) = torch.autograd.grad(rows.sum(), logits)
     assert rows[1] == 0
     assert not gradient[1].any()
     assert rows.isfinite().all()
     assert gradient.isfinite().all()
     target = target.clamp_min(0)
-    rows, _ = kernels.margin_cross_entropy(logits, target, margins, None, SCALE, IGNORED)
+    rows, _ = kernels.rows_and_weights(logits, target, margins, SCALE, None, IGNORED)
     assert rows[1].isfinite() == (bad == float("-inf") and target[1] != 2)
 
 
@@ -112,7 +113,7 @@ def test_only_rows_that_count_are_spoilt_by_bad_logits(bad):
 def test_large_logits_lose_no_digits():
     logits = torch.tensor([[1e6, 1e6, 1e6 - 1]], device=DEVICE)
     target, margins = torch.tensor([0], device=DEVICE), torch.zeros(3, device=DEVICE)
-    rows, _ = kernels.margin_cross_entropy(logits, target, margins, None, SCALE, IGNORED)
+    rows, _ = kernels.rows_and_weights(logits, target, margins, SCALE, None, IGNORED)
     expected = F.cross_entropy(logits.double(), target)
     assert abs(rows.item() - expected.item()) < 1e-6
 
@@ -122,31 +123,31 @@ def test_no_rows():
     logits = torch.empty(0, 3, device=DEVICE, requires_grad=True)
     target = torch.empty(0, dtype=torch.int64, device=DEVICE)
     margins = torch.ones(3, device=DEVICE)
-    rows, _ = kernels.margin_cross_entropy(logits, target, margins, None, SCALE, IGNORED)
+    rows, _ = kernels.rows_and_weights(logits, target, margins, SCALE, None, IGNORED)
     (gradient,) = torch.autograd.grad(rows.sum(), logits)
     assert rows.shape == (0,)
     assert gradient.shape == (0, 3)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("reduction", functional.REDUCTIONS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 def test_ldam_loss_uses_it_on_a_gpu(reduction, weighted, monkeypatch):
     logits, target, margins, weight = problem(64, 1000, torch.float32, weighted)
     options = {"scale": SCALE, "weight": weight, "reduction": reduction}
-    found = functional.ldam_loss(logits, target, margins, **options)
+    found = ldam_loss(logits, target, margins, **options)
     on_cpu = {**options, "weight": None if weight is None else weight.cpu()}
-    expected = functional.ldam_loss(logits.cpu(), target.cpu(), margins.cpu(), **on_cpu)
+    expected = ldam_loss(logits.cpu(), target.cpu(), margins.cpu(), **on_cpu)
     torch.testing.assert_close(found.cpu(), expected)
     monkeypatch.setattr(kernels, "margin_cross_entropy", None)
     with pytest.raises(TypeError):
-        functional.ldam_loss(logits, target, margins, **options)
+        ldam_loss(logits, target, margins, **options)
 
 
 @pytest.mark.gpu
 def test_the_mean_of_nothing_is_0_on_a_gpu():
     logits, target, margins, _ = problem(4, 6, torch.float32, False)
-    loss = functional.ldam_loss(logits, torch.full_like(target, IGNORED), margins)
+    loss = ldam_loss(logits, torch.full_like(target, IGNORED), margins)
     (gradient,) = torch.autograd.grad(loss, logits)
     assert loss == 0
     assert not gradient.any()

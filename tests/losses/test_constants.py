@@ -128,17 +128,19 @@ def test_items_are_counted_whole_under_a_16_bit_default(dtype):
     rows = 257
     target = torch.zeros(rows, dtype=torch.int64)
     logits = torch.randn(rows, CLASSES)
-    masses = F.one_hot(target, CLASSES).float()
+    target_probs = F.one_hot(target, CLASSES).float()
     with default_dtype(dtype):
         for name in list_losses():
             loss = create_loss(name, COUNTS)
             assert loss.denominator(target).item() == rows
-            assert loss.denominator(masses).item() == rows
+            assert loss.denominator(target_probs).item() == rows
             sums = create_loss(name, COUNTS, reduction="sum")(logits, target).item()
             for items in (None, rows, torch.tensor(rows)):
                 got = loss.compute_loss_func((logits,), target, items).item()
                 assert got == pytest.approx(sums / rows, rel=1e-5)
-            got = loss.compute_loss_func((logits,), masses, torch.tensor(rows * CLASSES)).item()
+            got = loss.compute_loss_func(
+                (logits,), target_probs, torch.tensor(rows * CLASSES)
+            ).item()
             assert got == pytest.approx(sums / rows, rel=1e-5)
 
 

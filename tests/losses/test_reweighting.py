@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from ldam_plugins import ClassCounts, DeferredSchedule, create_loss, list_losses
-from ldam_plugins.losses import combination_advice, warn_of_combination
+from ldam_plugins.losses import combination_advice, loss_class, warn_of_combination
 from ldam_plugins.schedules import KINDS, Progress
 
 COUNTS = ClassCounts([600, 300, 90, 10])
-CORRECTING = ("logit_adjusted", "vector_scaling")
+CORRECTING = [name for name in list_losses() if loss_class(name).corrects_prior]
 START, END = Progress(0, 10, 1), Progress(9, 10, 1)
 
 

@@ -12,7 +12,8 @@ from ldam_plugins.benchmark import local
 from ldam_plugins.benchmark.local import CellTask, run_cell, run_locally, start_cell
 from ldam_plugins.benchmark.records import read_records
 from ldam_plugins.benchmark.slurm import slurm_parameters
-from ldam_plugins.training.environment import PREEMPTED, choose_precision
+from ldam_plugins.training.environment import choose_precision
+from ldam_plugins.training.preemption import PREEMPTED
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ import datasets
 import numpy as np
 import options as recipe_options
 import pytest
-import text_setup
-import vision_setup
+import text_lt
+import vision_lt
 
 from ldam_plugins.data import LabelledImages, load_images
 from ldam_plugins.data.readers.base import ArraySource
@@ -57,15 +57,15 @@ def rows_kept(preset, labels, monkeypatch):
         features = datasets.Features({"text": datasets.Value("string"), "label": feature})
         rows = {"text": [str(row) for row in range(len(labels))], "label": labels}
         texts = datasets.Dataset.from_dict(rows, features=features)
-        monkeypatch.setattr(text_setup, "load_texts", lambda *_, **__: (texts, texts))
-        options = recipe_options.parse_options(text_setup.TextOptions, [preset], default="")
-        train, _, counts = text_setup.load_data(options)
+        monkeypatch.setattr(text_lt, "load_texts", lambda *_, **__: (texts, texts))
+        options = recipe_options.parse_options(text_lt.TextOptions, [preset], default="")
+        train, _, counts = text_lt.load_data(options)
         kept = [int(text) for text in train["text"]]
     else:
         images = LabelledImages(ArraySource(np.zeros((len(labels), 1, 1)), ""), labels, names)
-        monkeypatch.setattr(vision_setup, "load_images", lambda *_, **__: (images, images))
-        options = recipe_options.parse_options(vision_setup.VisionOptions, [preset], default="")
-        train, _, counts = vision_setup.load_data(options, show=False)
+        monkeypatch.setattr(vision_lt, "load_images", lambda *_, **__: (images, images))
+        options = recipe_options.parse_options(vision_lt.VisionOptions, [preset], default="")
+        train, _, counts = vision_lt.load_data(options, show=False)
         kept = train.rows.tolist()
     assert counts.counts.tolist() == np.bincount(labels[kept], minlength=len(names)).tolist()
     return options, kept

@@ -12,6 +12,7 @@ from ldam_plugins.benchmark.grid import METHODS
 from ldam_plugins.benchmark.plots import digest
 from ldam_plugins.benchmark.records import read_records, write_records
 from ldam_plugins.benchmark.statistics import paired_comparison
+from ldam_plugins.losses import list_losses, loss_class
 
 EXPERIMENTS = results_tables.experiments()
 TEXTS = {path: path.read_text() for path in results_tables.DOCUMENTS}
@@ -112,7 +113,7 @@ def tables_of(kind):
                 yield experiment, words, [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
 
 
-MARGINS = {"ldam", "ldam_hinge", "hinge", "uniform_margin"}
+MARGINS = {name for name in list_losses() if loss_class(name).needs_cosine_head}
 """The losses that are of cosines; the others are trained with a linear head unless told."""
 
 

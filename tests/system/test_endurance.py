@@ -11,13 +11,11 @@ import psutil
 import pytest
 import safetensors.torch
 import text_lt
-import text_setup
 import torch
 import vision_lt
-import vision_setup
-from accelerate.state import AcceleratorState
 from hf_samples import text_hub
 from image_sets import class_folders
+from vision_runs import vision_run
 
 from ldam_plugins import ClassCounts, DeferredSchedule, create_loss, use_cosine_head
 from ldam_plugins.integrations.transformers.run_callbacks import (
@@ -25,19 +23,14 @@ from ldam_plugins.integrations.transformers.run_callbacks import (
     trainer_checkpoints,
 )
 from ldam_plugins.schedules import Progress
-from ldam_plugins.training.environment import newest_checkpoint
+from ldam_plugins.training.checkpoints import newest_checkpoint
 from ldam_plugins.training.history import HistoryWriter
 
 TINY = ["--epochs", "3", "--start", "1", "--ratio", "100", "--mixed_precision", "no"]
 
 
 def vision(out, *flags):
-    AcceleratorState._reset_state(reset_partial_state=True)
-    arguments = [*TINY, "--output_dir", str(out), *map(str, flags)]
-    parsed = recipe_options.parse_options(
-        vision_setup.VisionOptions, arguments, default="digits_lt"
-    )
-    return vision_lt.main(parsed)
+    return vision_run(out, *TINY, *flags)
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
@@ -59,34 +52,26 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     assert vision(tmp_path / "run", "--resume")["test"] == vision(tmp_path / "whole")["test"]
 
 
-def mounted(path, size):
-    path.mkdir()
-    return os.system(f"mount -t tmpfs -o size={size} tmpfs {path} 2>/dev/null") == 0
-
-
-def test_a_disk_that_is_really_full(tmp_path):
-    disk = tmp_path / "disk"
-    if not mounted(disk, "4m"):
-        pytest.skip("needs the right to mount a small file system")
-    try:
-        # The model and its momentum are 2.2 MB: one checkpoint fits, a second beside it does not.
-        with pytest.raises(OSError, match=r"epoch_00002 cannot be written .*Make room"):
-            vision(disk / "run")
-        assert newest_checkpoint(disk / "run")[1] == 1
-        (held,) = (disk / "run" / "checkpoints").iterdir()
-        safetensors.torch.load_file(held / "model.safetensors")
-    finally:
-        os.system(f"umount {disk}")
-
-
 @pytest.fixture
-def disk(tmp_path):
-    """A small file system of its own, which the test may fill or make read-only."""
-    disk = tmp_path / "disk"
-    if not mounted(disk, "64m"):
+def disk(request, tmp_path):
+    """A file system of its own, of 64 MB or so, which the test may fill or make read-only."""
+    disk, size = tmp_path / "disk", getattr(request, "param", "64m")
+    disk.mkdir()
+    if os.system(f"mount -t tmpfs -o size={size} tmpfs {disk} 2>/dev/null"):
         pytest.skip("needs the right to mount a small file system")
     yield disk
-    os.system(f"umount {disk}")
+    while os.path.ismount(disk):  # what make_read_only mounts lies over it
+        assert os.system(f"umount {disk} || umount --lazy {disk}") == 0
+
+
+@pytest.mark.parametrize("disk", ["4m"], indirect=True)
+def test_a_disk_that_is_really_full(disk):
+    # The model and its momentum are 2.2 MB: one checkpoint fits, a second beside it does not.
+    with pytest.raises(OSError, match=r"epoch_00002 cannot be written .*Make room"):
+        vision(disk / "run")
+    assert newest_checkpoint(disk / "run")[1] == 1
+    (held,) = (disk / "run" / "checkpoints").iterdir()
+    safetensors.torch.load_file(held / "model.safetensors")
 
 
 def make_read_only(disk):
@@ -97,7 +82,7 @@ def make_read_only(disk):
 @pytest.mark.parametrize("moment", ["checkpoint", "history"])
 def test_a_folder_that_becomes_read_only(disk, moment, tmp_path, monkeypatch):
     """Before the second checkpoint is written, or the row of the history before it."""
-    save, append, calls = vision_lt.save_epoch, HistoryWriter.append, []
+    save, append, calls = vision_lt.save_checkpoint, HistoryWriter.append, []
 
     def strike(name):
         calls.append(name)
@@ -105,7 +90,9 @@ def test_a_folder_that_becomes_read_only(disk, moment, tmp_path, monkeypatch):
             make_read_only(disk)
 
     with monkeypatch.context() as patch:
-        patch.setattr(vision_lt, "save_epoch", lambda *a: (strike("checkpoint"), save(*a)))
+        patch.setattr(
+            vision_lt, "save_checkpoint", lambda *a, **k: (strike("checkpoint"), save(*a, **k))
+        )
         patch.setattr(
             HistoryWriter, "append", lambda self, **row: (strike("history"), append(self, **row))
         )
@@ -127,7 +114,7 @@ def test_a_disk_that_fails_under_a_text_run(disk, fault, tmp_path, monkeypatch):
 
     def run(*more):
         given = list(map(str, [*flags, *more]))
-        return text_lt.main(recipe_options.parse_options(text_setup.TextOptions, given, default=""))
+        return text_lt.main(recipe_options.parse_options(text_lt.TextOptions, given, default=""))
 
     save, calls = text_lt.Trainer._save_checkpoint, []
 
@@ -156,14 +143,14 @@ def test_a_disk_that_fails_under_a_text_run(disk, fault, tmp_path, monkeypatch):
 def test_a_worker_that_dies_is_told(tmp_path, monkeypatch):
     class_folders(tmp_path / "set")
     here = os.getpid()
-    plain = vision_setup.LabelledImages.image
+    plain = vision_lt.LabelledImages.image
 
     def dies(self, index):
         if os.getpid() != here and self.source.root.endswith("set") and index == 4:
             os._exit(9)
         return plain(self, index)
 
-    monkeypatch.setattr(vision_setup.LabelledImages, "image", dies)
+    monkeypatch.setattr(vision_lt.LabelledImages, "image", dies)
     flags = [
         "--dataset",
         tmp_path / "set",
@@ -179,7 +166,7 @@ def test_a_worker_that_dies_is_told(tmp_path, monkeypatch):
         vision(tmp_path / "run", *flags)
     gc.collect()  # what is left of the worker goes here, not in another test
     assert newest_checkpoint(tmp_path / "run") == (None, 0)
-    monkeypatch.setattr(vision_setup.LabelledImages, "image", plain)
+    monkeypatch.setattr(vision_lt.LabelledImages, "image", plain)
     vision(tmp_path / "run", *flags, "--resume")
 
 

@@ -1,6 +1,6 @@
 """Random damage to what users hand over: a ValueError that says so, or a run; nothing else.
 
-The suite tries a few hundred cases; ``pytest -m exhaustive tests/test_fuzz.py`` tries 100,000.
+The suite tries a few hundred cases, ``pytest -m exhaustive tests/system/test_fuzz.py`` 100,000.
 """
 
 import contextlib
@@ -15,8 +15,8 @@ from pathlib import Path
 import datasets
 import options as recipe_options
 import pytest
-import text_setup
-import vision_setup
+import text_lt
+import vision_lt
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from image_sets import inaturalist, lists, png, table, write
@@ -60,7 +60,7 @@ WORDS = st.one_of(
     st.floats().map(str),
     st.text(max_size=12),
 )
-NAMES = st.sampled_from([field.name for field in recipe_options.fields(vision_setup.VisionOptions)])
+NAMES = st.sampled_from([field.name for field in recipe_options.fields(vision_lt.VisionOptions)])
 PRESET = (RECIPES / "presets" / "cifar10_lt.yaml").read_bytes()
 PRESETS = st.one_of(
     damaged(PRESET),
@@ -69,7 +69,7 @@ PRESETS = st.one_of(
 
 
 def check_preset(content):
-    for kind in (vision_setup.VisionOptions, text_setup.TextOptions):
+    for kind in (vision_lt.VisionOptions, text_lt.TextOptions):
         with tempfile.TemporaryDirectory() as folder:
             path = write(Path(folder) / "preset.yaml", content)
             with contextlib.redirect_stderr(io.StringIO()):

@@ -9,11 +9,11 @@ import pytest
 import torch
 from hf_samples import text_hub
 from image_sets import write
-from kill_run import TEXT, VISION, finish, kill_after, killed_at, result
+from kill_run import TEXT, VISION, finish, fork, kill_after, killed_at, result
 from PIL import Image
 
-from ldam_plugins.training.environment import PREEMPTED
 from ldam_plugins.training.history import read_history
+from ldam_plugins.training.preemption import PREEMPTED
 
 
 @pytest.fixture(scope="module")
@@ -47,29 +47,32 @@ def check_same(out, whole):
 
 def test_vision_run_killed_and_preempted(tmp_path):
     flags = [*VISION, "--ema_decay", 0.5, "--mixup", 0.2, "--schedule", "drs"]
-    finish("vision", [*flags, "--output_dir", tmp_path / "whole"])
+    finish("vision", [*flags, "--output_dir", tmp_path / "whole"], start=fork)
     flags += ["--output_dir", tmp_path / "broken"]
-    assert killed_at("vision", "checkpoint:4", flags, tmp_path).returncode == -signal.SIGKILL
+    killed = killed_at("vision", "checkpoint:4", flags, tmp_path, start=fork)
+    assert killed.returncode == -signal.SIGKILL
     assert any(p.name.endswith(".partial") for p in (tmp_path / "broken/checkpoints").iterdir())
     preempted = killed_at("vision", "step:3", flags, tmp_path, signal.SIGTERM)
     assert preempted.returncode == PREEMPTED == 143
     assert "--resume" in preempted.stdout
-    assert killed_at("vision", "evaluation:2", flags, tmp_path).returncode == -signal.SIGKILL
-    finish("vision", flags)
+    killed = killed_at("vision", "evaluation:2", flags, tmp_path, start=fork)
+    assert killed.returncode == -signal.SIGKILL
+    finish("vision", flags, start=fork)
     check_same(tmp_path / "broken", tmp_path / "whole")
 
 
 def test_text_run_killed_and_preempted(texts, tmp_path):
     flags = [*TEXT, "--dataset", texts]
-    finish("text", [*flags, "--output_dir", tmp_path / "whole"])
+    finish("text", [*flags, "--output_dir", tmp_path / "whole"], start=fork)
     flags += ["--output_dir", tmp_path / "broken"]
     preempted = killed_at("text", "step:3", flags, tmp_path, signal.SIGTERM)
     assert preempted.returncode == PREEMPTED
     (saved,) = (tmp_path / "broken" / "checkpoints").iterdir()
     assert saved.name == "checkpoint-3"  # of 7 updates an epoch
-    assert killed_at("text", "checkpoint:2", flags, tmp_path).returncode == -signal.SIGKILL
+    killed = killed_at("text", "checkpoint:2", flags, tmp_path, start=fork)
+    assert killed.returncode == -signal.SIGKILL
     assert len(list((tmp_path / "broken" / "checkpoints").iterdir())) == 2
-    finish("text", flags)
+    finish("text", flags, start=fork)
     check_same(tmp_path / "broken", tmp_path / "whole")
 
 

@@ -8,12 +8,13 @@ import torch
 from accelerate.state import AcceleratorState
 from hf_samples import make_model, make_trainer
 from torch import nn
-from vision_runs import parsed, vision_setup
+from vision_runs import parsed, vision_lt
 
 from ldam_plugins import DRWCallback, fold_cosine_head, use_cosine_head
 from ldam_plugins.heads import folded_state_dict
-from ldam_plugins.integrations.transformers.checks import class_count, fold_when_saved
-from ldam_plugins.training.environment import refuse_deepspeed
+from ldam_plugins.heads.finder import class_count
+from ldam_plugins.heads.folding import fold_when_saved
+from ldam_plugins.training.distributed import refuse_deepspeed
 
 import text_lt  # isort: skip
 
@@ -134,4 +135,4 @@ def test_the_text_recipe_stops_before_it_reads_data(tmp_path, monkeypatch):
 def test_the_vision_recipe_takes_no_deepspeed(plugin, tmp_path, monkeypatch):
     monkeypatch.setattr(AcceleratorState, "deepspeed_plugin", plugin)
     with pytest.raises(ValueError, match=r"zero_stage.*ddp.yaml"):
-        vision_setup.make_accelerator(parsed("--output_dir", str(tmp_path / "run")))
+        vision_lt.make_accelerator(parsed("--output_dir", str(tmp_path / "run")))

@@ -7,15 +7,13 @@ import shutil
 
 import options as recipe_options
 import pytest
-import text_setup
+import text_lt
 import torch
-import vision_lt
-import vision_setup
-from accelerate.state import AcceleratorState
 from datasets import ClassLabel, Dataset
 from image_sets import write
-from paths import PACKAGE, RECIPES
+from paths import PACKAGE, RECIPES, ROOT
 from transformers import BertConfig, BertForSequenceClassification
+from vision_runs import vision_run
 
 from ldam_plugins.integrations.transformers.tokenizer import train_tokenizer
 
@@ -33,10 +31,7 @@ class Payload:
 
 
 def vision(out, *flags):
-    AcceleratorState._reset_state(reset_partial_state=True)
-    arguments = [*TINY, "--ratio", "100", "--output_dir", str(out), "--ema_decay", "0.5", *flags]
-    kind = vision_setup.VisionOptions
-    return vision_lt.main(recipe_options.parse_options(kind, arguments, default="digits_lt"))
+    return vision_run(out, *TINY, "--ratio", "100", "--ema_decay", "0.5", *flags)
 
 
 @pytest.fixture(scope="module")
@@ -93,19 +88,19 @@ def test_models_of_the_hub_bring_no_code(tmp_path):
         '"AutoModelForSequenceClassification": "own.Config"}}',
     )
     flags = [*TINY, "--dataset", "stdlib_docstrings", "--model", str(tmp_path / "model")]
-    parsed = recipe_options.parse_options(text_setup.TextOptions, flags, default="")
+    parsed = recipe_options.parse_options(text_lt.TextOptions, flags, default="")
     train = Dataset.from_dict({"label": [0, 1]})
     train = train.cast_column("label", ClassLabel(names=["x", "y"]))
-    loss = parsed.make_loss(text_setup.ClassCounts([1, 1]))
+    loss = parsed.make_loss(text_lt.ClassCounts([1, 1]))
     with pytest.raises(ValueError, match="trust_remote_code"):
-        text_setup.make_model(parsed, train, loss)
+        text_lt.make_model(parsed, train, loss)
     assert not (tmp_path / "struck").exists()
 
 
-SOURCES = [*PACKAGE.glob("*.py"), *RECIPES.glob("*.py")]
+SOURCES = [*PACKAGE.rglob("*.py"), *RECIPES.glob("*.py")]
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_source_loads_no_pickle_and_runs_no_text(path):
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):

@@ -1,14 +1,10 @@
 """Models sharded by FSDP2 train, save and load as whole ones do."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import sharded_run
 import torch
 from accelerate import Accelerator
+from forked import run_forked
 from torch import nn
 
 
@@ -16,11 +12,8 @@ from torch import nn
 def found(tmp_path_factory):
     """State dicts of two processes (gloo), gathered."""
     path = tmp_path_factory.mktemp("sharded") / "found.pt"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", "2", str(Path(sharded_run.__file__)), str(path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_forked(sharded_run.__file__, [path], path.parent / "log", processes=2)
+    assert done.returncode == 0, done.stdout[-3000:]
     return torch.load(path, weights_only=True)
 
 

@@ -1,12 +1,9 @@
 """One update is one update, however its batch is cut."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import split_run
 import torch
+from forked import run_forked
 
 
 @pytest.fixture(scope="module")
@@ -14,15 +11,12 @@ def alone():
     return split_run.everything([1, 4])
 
 
-def torchrun(path, processes, micros, extent="slice"):
+def launched(path, processes, micros, extent="slice"):
     """Results of real processes over gloo."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    command += [split_run.__file__, str(path)]
-    command += [",".join(map(str, micros)), extent]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3600)
-    assert done.returncode == 0, done.stderr[-3000:]
+    words = [path, ",".join(map(str, micros)), extent]
+    log = path.parent / "log"
+    done = run_forked(split_run.__file__, words, log, processes=processes, timeout=3600)
+    assert done.returncode == 0, done.stdout[-3000:]
     with torch.serialization.safe_globals([torch.dtype]):
         results = torch.load(path, weights_only=True)
     assert results["processes"] == processes
@@ -31,7 +25,7 @@ def torchrun(path, processes, micros, extent="slice"):
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
-    return torchrun(tmp_path_factory.mktemp("split") / "results.pt", 2, [1, 4])
+    return launched(tmp_path_factory.mktemp("split") / "results.pt", 2, [1, 4])
 
 
 BOUNDS = {torch.float32: 1e-6, torch.float64: 1e-12}
@@ -71,7 +65,7 @@ def test_whole_matrix(processes, tmp_path, capsys):
     """Every loss, before and after the switch, both kinds of targets, accumulation 1, 2 and 4."""
     micros = [1, 2, 4]
     alone = split_run.everything(micros, whole=True)
-    together = torchrun(tmp_path / "results.pt", processes, micros, "whole")
+    together = launched(tmp_path / "results.pt", processes, micros, "whole")
     assert together["test"] == alone["test"]
     worst = dict.fromkeys(BOUNDS, 0.0)
     compared = 0

@@ -1,17 +1,16 @@
 import os
-import sys
 
 import numpy as np
 import pytest
 import torch
 
+from ldam_plugins import ClassCounts
 from ldam_plugins.training.history import (
     HistoryWriter,
-    device_name,
     read_history,
     read_metrics,
-    run_versions,
-    write_atomic,
+    run_metrics,
+    training_times,
     write_metrics,
 )
 
@@ -118,28 +117,16 @@ def test_metrics_are_strict_json_and_a_bad_number_is_named(tmp_path, number):
     assert read_metrics(tmp_path) == METRICS
 
 
-def test_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    write_atomic(path, b"old")
-
-    def full(*_args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("ldam_plugins.training.history.os.replace", full)
-    with pytest.raises(OSError, match="No space left"):
-        write_atomic(path, b"new")
-    assert names(tmp_path) == ["file"]
-    assert path.read_bytes() == b"old"
-
-
-def test_versions_name_what_is_installed_and_what_is_not(monkeypatch):
-    monkeypatch.setattr("ldam_plugins.training.history._PACKAGES", ("torch", "no_such_package"))
-    versions = run_versions()
-    assert versions["torch"].startswith(torch.__version__.split("+")[0])
-    assert versions["no_such_package"] is None
-    assert versions["python"] == ".".join(map(str, sys.version_info[:3]))
-
-
-def test_device_names():
-    assert device_name("cpu").startswith("cpu (")
-    assert device_name(torch.device("meta")) == "meta"
+def test_metrics_of_a_run_with_the_times_of_its_history(tmp_path):
+    history = HistoryWriter(tmp_path)
+    for epoch in range(3):
+        history.append(**row(epoch))
+    counts = ClassCounts([5, 3], class_names=["a", "b"])
+    metrics = run_metrics(options=OPTIONS, class_counts=counts, device="cpu", test={}, processes=2)
+    times = training_times(tmp_path, counts.total)
+    assert times == {"train_seconds": 6.0, "examples_per_second": 8 * 3 / 6}
+    write_metrics(tmp_path, metrics | times)
+    kept = read_metrics(tmp_path)
+    assert (kept["class_counts"], kept["class_names"]) == ([5, 3], ["a", "b"])
+    assert kept["processes"] == 2
+    assert kept["device"].startswith("cpu (")

@@ -1,12 +1,22 @@
+import errno
 import json
 import os
+import subprocess
 import sys
 
 import pytest
+from filelock import FileLock
 
 from ldam_plugins.training import run_dir as run_folder
-from ldam_plugins.training.run_dir import RUN_ENTRIES, claim_output_dir
-from ldam_plugins.training.run_lock import HOLDER_FILE, LOCK_FILE
+from ldam_plugins.training.history import HistoryWriter
+from ldam_plugins.training.run_dir import (
+    HOLDER_FILE,
+    LOCK_FILE,
+    RUN_ENTRIES,
+    claim_output_dir,
+    folders_held,
+    hold_folder,
+)
 
 OPTIONS = {"model": "resnet", "lr": 0.1, "seed": 0, "milestones": [1, 2], "list": None}
 
@@ -103,3 +113,92 @@ def test_options_that_json_cannot_hold_leave_nothing_behind(tmp_path):
     with pytest.raises(TypeError, match="must be a number, text, list or mapping"):
         claim_output_dir(tmp_path / "new", {"model": object()}, resume=False)
     assert names(tmp_path) == []
+
+
+# The lock: held for as long as a run is at work in the folder, and no longer
+
+# Another process that claims the folder, says so, and stays until its input is closed.
+OTHER = """
+import os, sys
+from ldam_plugins.training.run_dir import claim_output_dir, folders_held
+with folders_held():
+    resume = sys.argv[2] if sys.argv[2] != "new" else False
+    claim_output_dir(sys.argv[1], OPTIONS, resume=resume)
+    child = os.fork() if "fork" in sys.argv else 1  # as a worker of a data loader
+    if child:
+        print("claimed", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def other(tmp_path):
+    started = []
+
+    def start(*words):
+        code = OTHER.replace("OPTIONS", repr(OPTIONS))
+        command = [sys.executable, "-c", code, str(tmp_path), *words]
+        pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
+        started.append(subprocess.Popen(command, text=True, **pipes))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_a_second_process_is_refused_and_told_who_is_there(other, tmp_path, monkeypatch):
+    monkeypatch.setattr("ldam_plugins.training.run_dir._WAIT", 0.1)
+    first = other("new")
+    assert first.stdout.readline() == "claimed\n"
+    holder = f"process {first.pid} on host .* trains there"
+    for resume in (True, "auto"):
+        with pytest.raises(ValueError, match=f"`output_dir` must be .*{holder}"):
+            claim_output_dir(tmp_path, OPTIONS, resume=resume)
+    with pytest.raises(ValueError, match="add --resume"):  # it holds a run, whoever is at work
+        claim_output_dir(tmp_path, OPTIONS, resume=False)
+    (tmp_path / HOLDER_FILE).unlink()
+    with pytest.raises(ValueError, match="in which no other run is at work; another process"):
+        HistoryWriter(tmp_path)
+
+
+def test_a_killed_process_leaves_no_lock_nor_does_its_worker_hold_one(other, tmp_path, monkeypatch):
+    monkeypatch.setattr("ldam_plugins.training.run_dir._WAIT", 0.1)
+    first = other("new", "fork")
+    assert first.stdout.readline() == "claimed\n"
+    first.kill()
+    first.wait()
+    with folders_held():
+        claim_output_dir(tmp_path, OPTIONS, resume=True)
+        second = other("auto")
+        _, said = second.communicate()
+        assert second.returncode != 0
+        assert f"process {os.getpid()} on host" in said
+
+
+def test_one_process_may_hold_a_folder_several_times(tmp_path):
+    locks = [hold_folder(tmp_path) for _ in range(2)]
+    assert locks[0] is locks[1]
+    HistoryWriter(tmp_path)
+
+
+def test_blocks_within_each_other_hold_a_folder_to_the_end_of_the_outer_one(other, tmp_path):
+    claim_output_dir(tmp_path, OPTIONS, resume=False)
+    with folders_held():
+        with folders_held():
+            hold_folder(tmp_path)
+        second = other("auto")
+        second.communicate()
+        assert second.returncode != 0
+    third = other("auto")
+    assert third.stdout.readline() == "claimed\n"
+
+
+def test_a_file_system_that_cannot_lock_is_named(tmp_path, monkeypatch):
+    def acquire(*args, **options):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+    with pytest.raises(ValueError, match=r"can be locked, got .*Choose .*No locks available"):
+        hold_folder(tmp_path)

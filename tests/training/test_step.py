@@ -1,16 +1,15 @@
-"""Updates are the same ones whether compiled, captured or neither."""
+"""Optimizer steps are the same whether compiled, captured or neither."""
 
 import contextlib
 
 import pytest
 import torch
-import vision_lt
 from accelerate import Accelerator
 from torch import nn
 
 from ldam_plugins import ClassCounts, create_loss
-from ldam_plugins.training import step as updates
-from ldam_plugins.training.step import CapturedPass, TrainStep, add_gradients
+from ldam_plugins.training import step as step_module
+from ldam_plugins.training.step import CapturedPass, TrainStep, add_gradients, micro_batches
 
 COUNTS = ClassCounts([400, 60, 9, 2])
 
@@ -24,7 +23,7 @@ def batches(rows, count=1, seed=0):
 
 
 class Training:
-    """A small model on the CPU with all that its updates need."""
+    """A small model on the CPU with all that its steps need."""
 
     def __init__(self):
         torch.manual_seed(1)
@@ -33,7 +32,7 @@ class Training:
         self.criterion = create_loss("ldam", COUNTS)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
 
-    def update(self, net=None, **options):
+    def train_step(self, net=None, **options):
         net = self.model if net is None else net
         return TrainStep(self.accelerator, net, self.criterion, self.optimizer, **options)
 
@@ -59,34 +58,25 @@ def test_whole_batches_alone_are_compiled(compilations):
     backend, shapes = compilations
     training, plain = Training(), Training()
     net = torch.compile(training.model, backend=backend, dynamic=False)
-    update, plainly = training.update(net), plain.update()
+    train_step, plainly = training.train_step(net), plain.train_step()
     for step, rows in enumerate([12, 12, 5, 12, 7]):
         parts = batches(rows, seed=step)
-        loss = update(parts)
+        loss = train_step(parts)
         assert loss == plainly(parts)
     assert shapes == [(12, 6)]
     assert torch.equal(training.parameters(), plain.parameters())
 
 
-def test_evaluation_is_not_compiled(compilations):
-    backend, shapes = compilations
-    training = Training()
-    net = torch.compile(training.model, backend=backend, dynamic=False)
-    found = vision_lt.evaluate(
-        training.accelerator, net, training.criterion, lambda x: x, batches(12, 3)
-    )
-    assert shapes == []
-    plain = vision_lt.evaluate(
-        training.accelerator, training.model, training.criterion, lambda x: x, batches(12, 3)
-    )
-    assert found == plain
+def test_micro_batches_are_grouped_by_step():
+    assert list(micro_batches(iter("abcde"), 2)) == [["a", "b"], ["c", "d"], ["e"]]
+    assert list(micro_batches([], 2)) == []
 
 
 def test_the_norm_of_the_gradient_is_cut():
     training = Training()
     before = training.parameters()
     training.optimizer = torch.optim.SGD(training.model.parameters(), lr=1.0)
-    training.update(clip_grad=1e-3)(batches(12))
+    training.train_step(clip_grad=1e-3)(batches(12))
     assert (training.parameters() - before).norm() == pytest.approx(1e-3, rel=1e-3)
 
 
@@ -109,19 +99,19 @@ def captures(monkeypatch):
         log.append("warm-up")
         yield
 
-    monkeypatch.setattr(updates, "CapturedPass", Capture)
-    monkeypatch.setattr(updates, "_side_stream", stream)
+    monkeypatch.setattr(step_module, "CapturedPass", Capture)
+    monkeypatch.setattr(step_module, "_side_stream", stream)
     return log
 
 
-def test_a_pass_is_captured_for_each_shape_after_three_updates(captures):
+def test_a_pass_is_captured_for_each_shape_after_three_steps(captures):
     training, plain = Training(), Training()
-    update, plainly = training.update(replay=True), plain.update()
-    assert not update._replays  # a CPU
-    update._replays = True
+    train_step, plainly = training.train_step(replay=True), plain.train_step()
+    assert not train_step._replays  # a CPU
+    train_step._replays = True
     for step, rows in enumerate([12, 12, 5, 12, 12, 5, 5, 12, 5]):
         parts = batches(rows, count=2, seed=step)
-        loss = update(parts)
+        loss = train_step(parts)
         assert loss == plainly(parts)
     whole, short = [12, 12], [5, 5]
     expected = ["warm-up"] * 4 + [("capture", whole, None), ("replay", whole)]
@@ -133,7 +123,7 @@ def test_a_pass_is_captured_for_each_shape_after_three_updates(captures):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["ce", "focal", "ldam", "ldam_hinge", "logit_adjusted"])
-def test_replayed_updates_are_those_of_a_plain_run(name):
+def test_replayed_steps_are_those_of_a_plain_run(name):
     accelerator = Accelerator()
     found = []
     for replay in (False, True):
@@ -143,7 +133,7 @@ def test_replayed_updates_are_those_of_a_plain_run(name):
         criterion = create_loss(name, COUNTS).to(accelerator.device)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
         net, optimizer = accelerator.prepare(model, optimizer)
-        update = TrainStep(accelerator, net, criterion, optimizer, clip_grad=5.0, replay=replay)
+        train_step = TrainStep(accelerator, net, criterion, optimizer, clip_grad=5.0, replay=replay)
         generator = torch.Generator().manual_seed(0)
         losses = []
         for step in range(24):
@@ -153,8 +143,8 @@ def test_replayed_updates_are_those_of_a_plain_run(name):
             if step == 16:
                 criterion.weight.copy_(COUNTS.weights(0.99))
             parts = [(images.to(accelerator.device), target.to(accelerator.device))]
-            losses.append(update(parts).item())
-        assert len(update._passes) == (2 if replay else 0)
+            losses.append(train_step(parts).item())
+        assert len(train_step._passes) == (2 if replay else 0)
         state = torch.cat([value.flatten().double() for value in model.state_dict().values()])
         found.append((state, torch.tensor(losses)))
     for got, expected in zip(*found, strict=True):

@@ -1,8 +1,9 @@
-"""Labels of image files as COCO-style JSON gives them, the form iNaturalist is published in."""
+"""COCO-style JSON, the form that iNaturalist and camera traps are published in."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ldam_plugins._validation import quoted
-from ldam_plugins.data.readers.base import FileSource, ImageRows
+from ldam_plugins.data.readers.base import FileSource, ImageRequest, ImageRows, Reader, is_json
 from ldam_plugins.data.readers.paths import composed, find_files, read_text
 
 _KINDS: dict[str, tuple[type[Any], ...]] = {
@@ -24,6 +25,44 @@ _ONE_CLASS = (
     "An image must be of one class: leave such images out of the file, or list the others in files "
     "of `path label` lines (`train_list` and `test_list`)."
 )
+_TRAIN_FILE = re.compile(r"train((?:20\d\d)?)\.json")
+
+
+def _accepts(request: ImageRequest) -> bool:
+    if request.is_listed:
+        return is_json(request.train_list) or is_json(request.test_list)
+    return request.is_folder and bool(_files_in(request.root))
+
+
+def _read(request: ImageRequest) -> tuple[ImageRows, ImageRows]:
+    train, test = request.listed_in() if request.is_listed else _files_in(request.root)
+    return read_annotations(request.root, train, test)
+
+
+COCO_JSON = Reader(
+    name="annotations",
+    layout=(
+        "a folder with train2018.json and val2018.json (or of another year), or with two such "
+        "files as `train_list` and `test_list`"
+    ),
+    options=("train_list", "test_list"),
+    accepts=_accepts,
+    read=_read,
+)
+
+
+def _files_in(root: Path) -> list[Path]:
+    """The JSON files to train on and to test on that lie in a folder; empty if there are none."""
+    found = [
+        match for path in root.glob("train*.json") if (match := _TRAIN_FILE.fullmatch(path.name))
+    ]
+    if not found:
+        mini = root / "train_mini.json"  # the smaller part of iNaturalist 2021
+        return [mini, root / "val.json"] if mini.is_file() else []
+    if len(found) > 1:
+        names = quoted(sorted(match.string for match in found))
+        raise ValueError(f"{root} holds {names}; give `train_list` and `test_list` to choose")
+    return [root / found[0].string, root / f"val{found[0][1]}.json"]
 
 
 def read_annotations(root: Path, train_json: Path, test_json: Path) -> tuple[ImageRows, ImageRows]:

@@ -1,7 +1,7 @@
-"""Files below one root: listed in a fixed order, read as text, and never outside that root.
+"""Files below one root folder: found, listed in a fixed order, read as text; none outside of it.
 
-Two spellings of a name that differ in the Unicode normal form only are one name: a Mac writes
-``café`` with an accent of its own (NFD), others in one character (NFC).
+Two spellings of a name that differ in the Unicode normal form only are one name: macOS stores
+``é`` as two characters, letter and accent (NFD), other systems as one (NFC).
 """
 
 from __future__ import annotations
@@ -13,7 +13,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from ldam_plugins._validation import quoted
-from ldam_plugins.data.readers.base import IMAGE_SUFFIXES, is_inside
+
+IMAGE_SUFFIXES = frozenset(
+    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".jp2")
+) | frozenset((".ppm", ".pgm"))
+
+
+def is_inside(path: str | Path, root: str | Path) -> bool:
+    """Whether ``path``, links followed, is the folder ``root`` or below it."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
 
 
 def listing(folder: Path) -> str:
@@ -58,10 +66,10 @@ def composed(name: str) -> str:
 
 
 def natural_key(name: str) -> tuple[list[int | str], str]:
-    """What names are sorted by so that ``2`` comes before ``10``: as in timm's image folders.
+    """Sort key that puts ``2`` before ``10``, as timm's image folders do.
 
-    Capitals count as small letters; names that are equal then, or but for leading zeros, are sorted
-    as text.
+    Capital and small letters are equal. Names that are equal then, or that differ in leading zeros
+    only, are sorted as text.
     """
     parts = re.split(r"(\d+)", name.lower())
     return [int(part) if part.isdecimal() else part for part in parts], name
@@ -148,7 +156,7 @@ def _entries(root: Path, folder: str) -> list[os.DirEntry[str]]:
         entries = [entry for entry in scanned if not entry.name.startswith(".")]
     links = [entry.path for entry in entries if entry.is_symlink()]
     for path in (str(root / folder), *links):
-        if not is_inside(os.path.realpath(path), os.path.realpath(root)):
+        if not is_inside(path, root):
             raise ValueError(f"link {path} {_leaves(root)}")
     return sorted(entries, key=lambda entry: entry.name)
 
@@ -164,7 +172,7 @@ def _spellings(name: str, root: Path) -> Iterator[str]:
 
 
 def _below_root(name: str) -> str:
-    """A path without slashes before it, and without parts that say nothing."""
+    """A path without leading slashes, and without empty and ``.`` parts."""
     return "/".join(part for part in name.split("/") if part not in ("", "."))
 
 
@@ -190,7 +198,7 @@ def _on_disk(real_root: str, folder: str) -> str:
     if folder.isascii() or ".." in parts or os.path.isdir(os.path.join(real_root, folder)):
         return folder
     for place, part in enumerate(parts):
-        parent = os.path.realpath(os.path.join(real_root, *parts[:place]))
+        parent = os.path.join(real_root, *parts[:place])
         if is_inside(parent, real_root):
             same = [name for name in os.listdir(parent) if composed(name) == composed(part)]
             parts[place] = part if part in same else (same or [part])[0]
@@ -198,14 +206,14 @@ def _on_disk(real_root: str, folder: str) -> str:
 
 
 def _is_safe_file(entry: os.DirEntry[str], real_root: str) -> bool:
-    if entry.is_symlink() and not is_inside(os.path.realpath(entry.path), real_root):
+    if entry.is_symlink() and not is_inside(entry.path, real_root):
         return False
     return entry.is_file()
 
 
 def _why_not(real_root: str, name: str, spelled: str) -> str:
     try:
-        inside = is_inside(os.path.realpath(os.path.join(real_root, spelled)), real_root)
+        inside = is_inside(os.path.join(real_root, spelled), real_root)
     except (OSError, ValueError) as error:
         return f"path {name!r} cannot be one ({error})"
     if not inside:

@@ -1,4 +1,4 @@
-"""The embedded text set: docstrings of Python's standard library, labelled by module."""
+"""Docstrings of Python's standard library, labelled by module: texts that need no network."""
 
 from __future__ import annotations
 
@@ -8,11 +8,17 @@ import sysconfig
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ldam_plugins._validation import invalid
+from ldam_plugins.data.readers.base import Reader, TextRequest, text_table
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_NAME = "stdlib_docstrings"
 MIN_TEXTS = 20
 """A module with fewer texts is left out."""
 MIN_WORDS = 3
@@ -22,6 +28,21 @@ _SEED = 0
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _NOT_LIBRARY = frozenset(("idlelib", "lib2to3", "pydoc_data", "test", "turtledemo"))
 _NOT_OWN = frozenset(("test", "tests", "idle_test", "_bundled", "_vendor"))
+
+
+def _read(request: TextRequest) -> tuple[Dataset, Dataset]:
+    train, test, class_names = read_docstrings()
+    return text_table(*train, class_names), text_table(*test, class_names)
+
+
+STDLIB_DOCSTRINGS = Reader(
+    name="embedded docstrings",
+    layout=f"{_NAME!r}",
+    options=("skip_empty",),  # no text is empty
+    accepts=lambda request: request.dataset == _NAME,
+    read=_read,
+    is_name=True,
+)
 
 
 def read_docstrings(

@@ -1,4 +1,4 @@
-"""For timm: a training task, and the CIFAR ResNets, which importing this makes known to timm."""
+"""For timm: a training task, and the CIFAR ResNets, which this import registers with timm."""
 
 from ldam_plugins.integrations.timm.cifar_resnet import (
     CIFAR_MEAN,
@@ -25,4 +25,4 @@ __all__ = [
 
 
 def register() -> None:
-    """Make the CIFAR ResNets known to timm; importing this package has done it."""
+    """Register the CIFAR ResNets with timm: the import of this package has done it."""

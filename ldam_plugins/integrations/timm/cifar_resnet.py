@@ -1,6 +1,7 @@
-"""The CIFAR ResNets of the paper, as timm's registry and feature extraction take them.
+"""The CIFAR ResNets of the paper, with the interface of timm's models.
 
-Annotations are not postponed here: torch.fx hands them to TorchScript, which knows no strings.
+There is no ``from __future__ import annotations`` here: torch.fx passes annotations on to
+TorchScript, which cannot read strings.
 """
 
 from typing import Any
@@ -37,11 +38,11 @@ class _BasicBlock(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        made: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.conv1 = nn.Conv2d(in_chs, out_chs, 3, stride, padding=1, bias=False, **made)
-        self.bn1 = nn.BatchNorm2d(out_chs, **made)
-        self.conv2 = nn.Conv2d(out_chs, out_chs, 3, padding=1, bias=False, **made)
-        self.bn2 = nn.BatchNorm2d(out_chs, **made)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.conv1 = nn.Conv2d(in_chs, out_chs, 3, stride, padding=1, bias=False, **factory)
+        self.bn1 = nn.BatchNorm2d(out_chs, **factory)
+        self.conv2 = nn.Conv2d(out_chs, out_chs, 3, padding=1, bias=False, **factory)
+        self.bn2 = nn.BatchNorm2d(out_chs, **factory)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self.stride = stride
         self.pad = (out_chs - in_chs) // 2
@@ -57,21 +58,22 @@ class _BasicBlock(nn.Module):
 class CifarResNet(nn.Module):
     """ResNet for 32x32 images: three stages of 16, 32 and 64 channels, n blocks each.
 
-    The network of He et al. (CVPR 2016, section 4.2) with option-A shortcuts, in which every
-    convolution and linear weight begins as Kaiming normal. It takes images of any size.
+    The network of He et al. (CVPR 2016, section 4.2) with option-A shortcuts. The weights of all
+    convolutions and of the linear layer are initialised as Kaiming normal. Images may have any
+    size.
 
     Args:
         blocks: n; the depth is 6 n + 2.
         num_classes: Outputs; 0 leaves the pooled features.
         in_chans: Channels of the images.
-        global_pool: Pooling of timm's ``create_classifier``; ``"fast"`` is the mean, and compiles
-            to less than ``"avg"``, the mean by torch's own layer. ``""``, with ``num_classes=0``,
-            leaves the feature maps.
+        global_pool: Pooling of timm's ``create_classifier``. ``"fast"`` and ``"avg"`` are both the
+            mean; ``"avg"`` uses torch's layer, which compiles to more code. ``""`` with
+            ``num_classes=0`` leaves the feature maps.
         drop_rate: Dropout before the classifier.
-        drop_path_rate: Share of the samples that skip the last block (stochastic depth); of the
-            blocks before it ever fewer, none skip the first.
-        device: Where the parameters are made, as in torch's layers.
-        dtype: Of the parameters, likewise.
+        drop_path_rate: Share of the samples that skip the last block (stochastic depth). For the
+            earlier blocks it falls linearly to 0 at the first.
+        device: Device of the parameters, as in torch's layers.
+        dtype: Type of the parameters, likewise.
 
     Raises:
         TypeError: ``blocks`` is not an integer.
@@ -90,25 +92,25 @@ class CifarResNet(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        made: dict[str, Any] = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
         self.num_features = _CHANNELS[-1]
         self.grad_checkpointing = False
-        self.conv1 = nn.Conv2d(in_chans, _CHANNELS[0], 3, padding=1, bias=False, **made)
-        self.bn1 = nn.BatchNorm2d(_CHANNELS[0], **made)
-        # A layer, not a function: timm rebuilds a backbone from the layers, in their order.
+        self.conv1 = nn.Conv2d(in_chans, _CHANNELS[0], 3, padding=1, bias=False, **factory)
+        self.bn1 = nn.BatchNorm2d(_CHANNELS[0], **factory)
+        # A layer, not a function: timm's feature extraction runs the layers in their order.
         self.act1 = nn.ReLU()
         rates = _drop_path_rates(drop_path_rate, check_int("blocks", blocks, low=1))
-        self.layer1 = _stage(_CHANNELS[0], _CHANNELS[0], 1, rates[0], **made)
-        self.layer2 = _stage(_CHANNELS[0], _CHANNELS[1], 2, rates[1], **made)
-        self.layer3 = _stage(_CHANNELS[1], _CHANNELS[2], 2, rates[2], **made)
+        self.layer1 = _stage(_CHANNELS[0], _CHANNELS[0], 1, rates[0], **factory)
+        self.layer2 = _stage(_CHANNELS[0], _CHANNELS[1], 2, rates[1], **factory)
+        self.layer3 = _stage(_CHANNELS[1], _CHANNELS[2], 2, rates[2], **factory)
         self.feature_info = [
             {"num_chs": channels, "reduction": 2**i, "module": f"layer{i + 1}"}
             for i, channels in enumerate(_CHANNELS)
         ]
-        self._make_classifier(num_classes, global_pool, **made)
+        self._make_classifier(num_classes, global_pool, **factory)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight)
@@ -139,15 +141,17 @@ class CifarResNet(nn.Module):
     ) -> None:
         """Replace the last layer (and the pooling, if given) for ``num_classes`` outputs.
 
-        The new one is made where the model is and in its dtype, unless said otherwise.
+        The new layer has the model's device and dtype, unless they are given.
         """
         self.num_classes = num_classes
         pool = global_pool if global_pool is not None else self.global_pool.pool_type
         self._make_classifier(num_classes, pool, **get_device_dtype(self, device, dtype))
 
     @torch.jit.ignore
-    def _make_classifier(self, num_classes: int, global_pool: str, **made: Any) -> None:
-        pool, fc = create_classifier(self.num_features, num_classes, pool_type=global_pool, **made)
+    def _make_classifier(self, num_classes: int, global_pool: str, **factory: Any) -> None:
+        pool, fc = create_classifier(
+            self.num_features, num_classes, pool_type=global_pool, **factory
+        )
         self.global_pool, self.fc = pool.train(self.training), fc.train(self.training)
         self.head_hidden_size = self.num_features * pool.feat_mult()
 
@@ -170,7 +174,7 @@ class CifarResNet(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """Feature maps of the last stage and those of the chosen stages.
+        """Feature maps of the last stage and of the chosen stages.
 
         Args:
             x: Images (N, in_chans, H, W).
@@ -185,7 +189,7 @@ class CifarResNet(nn.Module):
             ``(maps, chosen)``, or ``chosen``.
 
         Raises:
-            AssertionError: a stage that is not there.
+            AssertionError: there is no such stage.
             ValueError: another ``output_fmt``.
         """
         check_choice("output_fmt", output_fmt, ("NCHW",))
@@ -206,7 +210,7 @@ class CifarResNet(nn.Module):
         prune_norm: bool = False,
         prune_head: bool = True,
     ) -> list[int]:
-        """Drop the stages after the last chosen one, and the head, which is of no use then.
+        """Drop the stages after the last chosen one, and with them the head.
 
         Args:
             indices: As in :meth:`forward_intermediates`.
@@ -244,10 +248,10 @@ def _drop_path_rates(highest: float, blocks: int) -> list[list[float]]:
 
 
 def _stage(
-    in_chans: int, out_chans: int, stride: int, drop_path_rates: list[float], **made: Any
+    in_chans: int, out_chans: int, stride: int, drop_path_rates: list[float], **factory: Any
 ) -> nn.Sequential:
-    first = _BasicBlock(in_chans, out_chans, stride, drop_path_rates[0], **made)
-    rest = [_BasicBlock(out_chans, out_chans, 1, rate, **made) for rate in drop_path_rates[1:]]
+    first = _BasicBlock(in_chans, out_chans, stride, drop_path_rates[0], **factory)
+    rest = [_BasicBlock(out_chans, out_chans, 1, rate, **factory) for rate in drop_path_rates[1:]]
     return nn.Sequential(first, *rest)
 
 

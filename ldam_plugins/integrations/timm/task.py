@@ -19,6 +19,7 @@ from ldam_plugins.heads import (
     folded_state_dict,
     use_cosine_head,
 )
+from ldam_plugins.heads.layers import submodule_or_none
 from ldam_plugins.kernels.chunked_cosines import ChunkedCosines
 from ldam_plugins.losses.base import ClassificationLoss
 from ldam_plugins.losses.registry import create_loss
@@ -33,24 +34,24 @@ class LongTailTask(ClassificationTask):
     :meth:`set_progress` before an update (or once an epoch) and the class weights follow the
     schedule, in place.
 
-    What timm's ``CheckpointSaver`` writes of it (``task=task``) is the stock model, cosine head
-    folded: ``timm.create_model(..., checkpoint_path=...)`` loads it and needs nothing of this
-    package. The exact head is beside it in ``task_state`` (and ``task_state_ema``), from which
-    ``resume_task_checkpoint`` and ``load_task_ema_checkpoint`` go on to the bit.
+    timm's ``CheckpointSaver(task=task)`` writes the stock model with the cosine head folded:
+    ``timm.create_model(..., checkpoint_path=...)`` loads it without this package. The checkpoint
+    also has the exact head in ``task_state`` (and ``task_state_ema``), from which
+    ``resume_task_checkpoint`` and ``load_task_ema_checkpoint`` restore it to the bit.
 
     Args:
-        model: A timm model, or any module whose classifier :func:`use_cosine_head` finds. Of a
-            lone ``nn.Linear`` the task trains another layer: ``task.get_trainable_module()``.
+        model: A timm model, or any module whose classifier :func:`use_cosine_head` finds. A lone
+            ``nn.Linear`` is replaced: the task trains ``task.get_trainable_module()``.
         class_counts: :class:`ClassCounts` of the training set, or the bare counts.
-        loss: One of :func:`list_losses`, or a :class:`ClassificationLoss` of one's own.
-        schedule: When classes are re-weighted; the sampling of ``rs`` and ``drs`` is the
-            loader's (:class:`ldam_plugins.samplers.DeferredSampler`).
+        loss: One of :func:`list_losses`, or a :class:`ClassificationLoss` made already.
+        schedule: When classes are re-weighted. Re-sampling (``rs``, ``drs``) is done by the data
+            loader (:class:`ldam_plugins.samplers.DeferredSampler`).
         head: Dotted names of the classifier's layers, where the search does not find them.
         device: Device of the loss buffers. Default: that of the model.
         dtype: As in timm's task.
         verbose: As in timm's task.
         **loss_options: Options of :func:`create_loss`, such as ``max_margin`` and ``scale``.
-            Losses with a margin put the cosine head of their scale on the model, so make the
+            A loss with margins puts a cosine head of its scale on the model, so make the
             optimizer after the task.
 
     Raises:
@@ -104,7 +105,7 @@ class LongTailTask(ClassificationTask):
     def set_progress(self, progress: Progress) -> str:
         """Set the class weights of ``progress`` and return the name of its stage.
 
-        They are written at a change of stage only, so call it before every update if you like.
+        Weights are written only when the stage changes, so it may be called before every update.
         """
         return apply_stage(self.criterion, self.schedule, progress)
 
@@ -113,10 +114,10 @@ class LongTailTask(ClassificationTask):
 
         Args:
             input: What the model takes, images (N, in_chans, H, W).
-            target: As the loss takes it: indices (N,) int64 or masses (N, C) floating.
+            target: Class indices (N,) int64, or soft targets (N, C) floating.
 
         Raises:
-            TypeError: the model returns something else than one tensor.
+            TypeError: the model does not return one tensor.
             ValueError: the cosine head that the loss needs is no longer there.
         """
         self._check_heads()
@@ -139,8 +140,8 @@ class LongTailTask(ClassificationTask):
     def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
         """Parameters whose gradients are clipped: all, or all but those of the classifier.
 
-        Adaptive clipping (timm's ``clip_mode="agc"``) leaves out the classifier. timm takes it for
-        the last two parameters; here it is the layers themselves, however many they are.
+        Adaptive clipping (timm's ``clip_mode="agc"``) leaves out the classifier. timm's own tasks
+        leave out the last two parameters; here the layers of the classifier are found.
 
         Raises:
             ValueError: ``exclude_head``, and the classifier is not found (see ``head``).
@@ -154,7 +155,7 @@ class LongTailTask(ClassificationTask):
         return [p for p in model.parameters() if id(p) not in head]
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
-        """Weight and moments of each cosine head, of which the model's state holds the fold."""
+        """Exact weight and moments of each cosine head: the model's state has it folded."""
         model = unwrap_model(self.get_eval_model(module, ema=ema))
         exact: dict[str, Tensor] = {}
         for name, head in cosine_heads(model).items():
@@ -166,7 +167,7 @@ class LongTailTask(ClassificationTask):
     def get_checkpoint_state(
         self, ema: bool = False, unwrap_fn: Callable[[nn.Module], nn.Module] = unwrap_model
     ) -> dict[str, Any]:
-        """As in timm's task; of a model with cosine heads the model's state is the folded one."""
+        """As in timm's task, with the cosine heads of the model's state folded."""
         state = super().get_checkpoint_state(ema, unwrap_fn)
         exact = state.get("task_state_ema" if ema else "task_state", {})
         if exact:
@@ -182,21 +183,21 @@ class LongTailTask(ClassificationTask):
         ema: bool = False,
         strict: bool = True,
     ) -> None:
-        """As in timm's task; cosine heads take their exact tensors out of ``task_state``.
+        """As in timm's task; cosine heads get their exact tensors from ``task_state``.
 
-        Without it they take the class directions of the folded weight.
+        Without it they get the class directions of the folded weight.
         """
         model = self.get_eval_model(ema=ema)
         heads = cosine_heads(unwrap_model(model)) if model is not None else {}
         for name, tensor in ((task_state or {}).get("cosine_heads") or {}).items():
-            if name.rpartition(".")[0] in heads:  # a task without them goes on from the fold
+            if name.rpartition(".")[0] in heads:  # a task without cosine heads loads the fold
                 state_dict = {**state_dict, name: tensor}
         super().load_checkpoint_state(state_dict, task_state, ema=ema, strict=strict)
 
     def _check_heads(self) -> None:
-        """Check that the cosine heads are those of the last call, or others that suit the loss."""
+        """Check that the cosine heads are the same as before, or others that suit the loss."""
         model = unwrap_model(self.trainable_module)
-        if not all(_part(model, name) is head for name, head in self._heads.items()):
+        if not all(submodule_or_none(model, name) is head for name, head in self._heads.items()):
             self._heads = check_heads(model, self.criterion.scale)
 
 
@@ -208,17 +209,9 @@ def _check_same_counts(class_counts: Any, loss: ClassificationLoss) -> None:
 
 
 def _device_of(model: nn.Module) -> torch.device | None:
-    """Where the first parameter is; None where it is nowhere yet."""
+    """The device of the first parameter; None on the meta device or without parameters."""
     device = next((p.device for p in model.parameters()), None)
     return None if device is None or device.type == "meta" else device
-
-
-def _part(model: nn.Module, name: str) -> nn.Module | None:
-    """The submodule of that dotted name, if there is one."""
-    part: Any = model
-    for step in name.split(".") if name else ():
-        part = getattr(part, step, None)
-    return part
 
 
 def _one_output(output: Any) -> Exception:

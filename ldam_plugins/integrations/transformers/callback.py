@@ -1,4 +1,4 @@
-"""LDAM-DRW for transformers.Trainer: one callback, and a registered loss."""
+"""LDAM-DRW for ``transformers.Trainer``, as one callback."""
 
 from __future__ import annotations
 
@@ -12,41 +12,36 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
+from ldam_plugins._call_stack import find_trainer, trainer_calls
 from ldam_plugins._validation import check_int, check_real, invalid
 from ldam_plugins.counts import ClassCounts
-from ldam_plugins.data.labels import GIVE_COUNTS, IGNORED, TrainingLabels
+from ldam_plugins.data.labels import GIVE_COUNTS, IGNORED
+from ldam_plugins.data.training_labels import TrainingLabels
+from ldam_plugins.heads.cosine import attach_cosine_head
+from ldam_plugins.heads.finder import class_count
+from ldam_plugins.heads.folding import fold_when_saved
 from ldam_plugins.integrations.transformers.checks import (
-    attach_cosine_head,
     calling_trainer,
     check_forward,
     check_head,
+    check_model_init,
     check_setup,
     check_sharding,
-    class_count,
-    fold_when_saved,
 )
 from ldam_plugins.integrations.transformers.mixup import FeatureMixup, remove_mixup
 from ldam_plugins.integrations.transformers.training_run import (
-    RESAMPLING,
     TrainingRun,
-    give_back_sampler,
+    prefers_rows,
+    restore_sampler,
     users_sampler,
 )
-from ldam_plugins.losses.base import ClassificationLoss
+from ldam_plugins.losses.base import DEFAULT_SCALE, ClassificationLoss
 from ldam_plugins.losses.registry import create_loss, loss_options
 from ldam_plugins.losses.reweighting import warn_of_combination
-from ldam_plugins.losses.trainer_updates import check_ignored
+from ldam_plugins.losses.trainer_checks import check_ignored
 from ldam_plugins.schedules import DeferredSchedule
 
 logger = logging.get_logger(__name__)
-_SCALE = 30.0  # the paper's
-_DRAW_EVERY_ROW = (
-    "SequentialSampler",
-    "RandomSampler",
-    "SeedableRandomSampler",
-    "LengthGroupedSampler",
-    "BatchRebalanceSampler",
-)
 
 
 class DRWCallback(TrainerCallback):
@@ -54,52 +49,60 @@ class DRWCallback(TrainerCallback):
 
     ``Trainer(model=..., args=..., train_dataset=..., callbacks=[DRWCallback()])`` counts the
     training labels, puts a cosine head on the model, sets the Trainer's loss and re-weights the
-    classes for the last fifth of the updates. ``Trainer(..., compute_loss_func=
-    criterion.compute_loss_func, callbacks=[DRWCallback(criterion)])`` does the same in sight.
+    classes in the last fifth of the training. ``Trainer(..., compute_loss_func=
+    criterion.compute_loss_func, callbacks=[DRWCallback(criterion)])`` does the same with the loss
+    in sight. A Trainer that exists already takes ``DRWCallback().attach(trainer)``.
 
-    * The loss of an update is ``sum_i w_i l_i / (items * mean weight of a training sample)`` over
-      all micro-batches and processes, so the update does not depend on how the batch was cut,
-      and its size does not jump when re-weighting begins.
-    * Evaluation is plain cross-entropy, during the training and after it: the loss stays with the
-      Trainer (``trainer.compute_loss_func``). On the model there is nothing but the cosine head.
-    * The head is saved as a plain layer that gives the same largest logit, with probabilities of
-      its own (several heads: see :func:`~ldam_plugins.fold_cosine_head`), by checkpoints,
-      ``trainer.save_model()`` and ``model.save_pretrained()``, next to its exact weights, from
-      which a run resumes to the bit. :func:`~ldam_plugins.fold_cosine_head` makes the model in
-      memory plain as well.
+    * The loss of an optimizer step is ``sum_i w_i l_i / (N * mean weight of a training sample)``,
+      over the N samples of all its micro-batches and processes. So the step does not depend on how
+      the batch was divided, and its size does not jump when re-weighting begins.
+    * Evaluation uses plain cross-entropy, during the training and after it: the loss is kept by
+      the Trainer (``trainer.compute_loss_func``). The model gets nothing but the cosine head.
+    * Checkpoints, ``trainer.save_model()`` and ``model.save_pretrained()`` write the head as a
+      plain layer, next to its exact weights, from which a run resumes bit for bit. The plain layer
+      has the same largest logit on every input; its probabilities are its own (for models with
+      several heads see :func:`~ldam_plugins.fold_cosine_head`, which also makes the model in
+      memory plain).
     * There is no state: the stage follows from ``state.global_step``, also in a run that resumes
-      a checkpoint written without the callback. Its name is logged as ``drw_stage`` at every
-      change. One callback may serve several Trainers, and be copied and pickled at any time.
-    * Which rows are trained on is the Trainer's matter. Re-sampling (``"rs"``, ``"drs"``,
-      ``"progressive"``) takes the place of its own shuffle, never of a sampler of the user's.
+      a checkpoint written without the callback. The name of the stage is logged as ``drw_stage``
+      at every change. One callback may serve several Trainers, and be copied and pickled.
+    * The Trainer decides which rows are trained on. Re-sampling (``"rs"``, ``"drs"``,
+      ``"progressive"``) replaces the Trainer's own shuffle, never a sampler of the user's.
 
     Args:
         criterion: The loss to use. Default: ``loss`` made for the training labels.
         loss: One of :func:`~ldam_plugins.list_losses`. Default: ``"ldam"``.
-        class_counts: Training samples of each class. Default: the labels of ``train_dataset``, of
-            which every example is loaded once if it is neither a ``datasets.Dataset`` without
-            transform nor one of torchvision's or timm's own; with counts given none is. They must
-            be given where labels cannot be read, as from an iterable dataset. Counts that differ
-            from labels which are known without loading are used, with a warning.
-        schedule: Kind of :class:`~ldam_plugins.DeferredSchedule`, or one made already (with
+        class_counts: Number of training samples of each class. Default: counted in the labels of
+            ``train_dataset``. A ``datasets.Dataset`` without transform and the data sets of
+            torchvision and timm know their labels; of others every example is loaded once, and
+            none is if counts are given. They must be given where labels cannot be read, as from an
+            iterable dataset. Counts that differ from labels which are known without loading are
+            used, with a warning.
+        schedule: Kind of :class:`~ldam_plugins.DeferredSchedule`, or an object of it (with
             ``unit="step"``, say).
         start: When the second stage begins: a float is a share of the training (default 0.8), an
             int a 0-based epoch.
-        beta: Of the class weights and sampling probabilities. Default: 0.9999.
+        beta: That of the class weights and sampling probabilities. Default: 0.9999.
         scale: Scale s of the cosine head. Default: the criterion's, else 30.
         cosine_head: Whether to put one on the model. Default: for losses with a margin. It keeps
             the directions of the head it replaces. One that
             :func:`~ldam_plugins.use_cosine_head` put on before stays.
-        seed: Of re-sampling. Default: the Trainer's ``data_seed``, else its ``seed``.
-        mixup: Alpha of Mixup of the features that the head gets, as
-            :class:`.FeatureMixup` describes it; 0: none.
+        seed: Seed of re-sampling. Default: the Trainer's ``data_seed``, else its ``seed``.
+        mixup: Alpha of Mixup of the features that the head gets, see :class:`.FeatureMixup`;
+            0: no Mixup.
         **options: Options of the loss, such as ``max_margin`` (LDAM) or ``gamma`` (focal).
 
     Raises:
-        TypeError: ``criterion`` is no loss of this package, or an option the loss does not have.
-        ValueError: a bad value, or two arguments that say the same thing; from the Trainer's
-            constructor or ``train()``: any set-up in which something else would be trained.
+        TypeError: ``criterion`` is not a loss of this package, or an option is not one of the loss.
+        ValueError: a bad value, or two arguments that say the same thing. Also from the Trainer's
+            constructor, :meth:`attach` and ``train()``: any set-up in which something else than
+            asked for would be trained.
     """
+
+    _untrained: weakref.WeakSet[nn.Module]
+    """Models that got a cosine head from this callback and were not trained since."""
+    _attached: weakref.ref[Trainer] | None
+    """The Trainer of :meth:`attach`."""
 
     def __init__(
         self,
@@ -129,20 +132,58 @@ class DRWCallback(TrainerCallback):
             _check_criterion(criterion, class_counts, {"loss": loss, **options})
         else:
             if "scale" in loss_options(self._loss):
-                self._options = {"scale": _SCALE if scale is None else scale, **options}
+                self._options = {"scale": DEFAULT_SCALE if scale is None else scale, **options}
             criterion = create_loss(self._loss, [1, 1], **self._options)  # refuses bad options now
         self._ignored = criterion.ignore_index
         self._cosine_head = criterion.needs_cosine_head if cosine_head is None else cosine_head
         self._scale = _head_scale(scale, criterion, self._cosine_head)
-        self._untrained: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._forget_models()
+
+    def attach(self, trainer: Trainer) -> None:
+        """Add this callback to a Trainer that was made without it.
+
+        Does what ``Trainer(callbacks=[...])`` does, cosine head included. Call it before
+        ``train()``. The callback then belongs to this Trainer alone, and need not look for it on
+        the call stack at each event.
+
+        Args:
+            trainer: The Trainer, without a DRWCallback.
+
+        Raises:
+            ValueError: the Trainer has a DRWCallback already, is training, or has an optimizer that
+                does not hold the cosine head; this callback is attached to another Trainer; or
+                any set-up that the Trainer's constructor refuses, too. Nothing is added then.
+        """
+        write = f"`{type(self).__name__}(...).attach(trainer)`"
+        if any(isinstance(one, DRWCallback) for one in trainer.callback_handler.callbacks):
+            hint = "Attach one callback, once."
+            raise invalid("trainer", "one without a DRWCallback", "one that has it", hint=hint)
+        if self._attached_trainer() is not None:
+            expected = "the only one that the callback is attached to"
+            raise invalid("trainer", expected, "a second one", hint=f"Make one for each: {write}.")
+        if any(call.trainer is trainer for call in trainer_calls("train")):
+            hint = f"Call {write} before `trainer.train()`."
+            raise invalid("trainer", "one that is not training", "one that is", hint=hint)
+        if trainer.optimizer is not None and self._cosine_head:
+            check_head(trainer.model, trainer.optimizer, self._scale)
+        self._join(trainer)
+        trainer.add_callback(self)
+        self._attached = weakref.ref(trainer)
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but what is known of models."""
-        return {name: value for name, value in self.__dict__.items() if name != "_untrained"}
+        """All but what is known of models and Trainers: a copy is attached to none."""
+        known = ("_untrained", "_attached")
+        return {name: value for name, value in self.__dict__.items() if name not in known}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Know of no model."""
-        self.__dict__ = {**state, "_untrained": weakref.WeakSet()}
+        """Take the options over."""
+        self.__dict__ = dict(state)
+        self._forget_models()
+
+    def _forget_models(self) -> None:
+        """Know of no model whose head was not trained, and be attached to no Trainer."""
+        self._untrained = weakref.WeakSet()
+        self._attached = None
 
     def on_init_end(
         self,
@@ -152,11 +193,7 @@ class DRWCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Check the set-up and put on the cosine head, before there is an optimizer."""
-        trainer = calling_trainer()
-        self._check(trainer)
-        if self._cosine_head and attach_cosine_head(trainer, self._scale):
-            self._untrained.add(trainer.model)
-        fold_when_saved(trainer.model)
+        self._join(self._trainer(state))
 
     def on_train_begin(
         self,
@@ -169,7 +206,7 @@ class DRWCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Make the loss, give it to the Trainer and work out the schedule."""
-        trainer = calling_trainer()
+        trainer = self._trainer(state)
         self._check(trainer)
         check_forward(trainer)
         if self._cosine_head:
@@ -211,7 +248,7 @@ class DRWCallback(TrainerCallback):
     ) -> None:
         """Leave nothing on the model but the head, and the data loader as it was."""
         remove_mixup(model)
-        give_back_sampler(train_dataloader)
+        restore_sampler(train_dataloader)
 
     def on_epoch_begin(
         self,
@@ -223,7 +260,7 @@ class DRWCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Give a re-sampled epoch its order."""
-        self._running().begin_epoch(state, train_dataloader)
+        self._run(state).begin_epoch(state, train_dataloader)
 
     def on_step_begin(
         self,
@@ -233,7 +270,7 @@ class DRWCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Fill in the class weights where a stage begins."""
-        self._running().begin_step(state)
+        self._run(state).begin_step(state)
 
     def on_pre_optimizer_step(
         self,
@@ -243,7 +280,7 @@ class DRWCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Stop before an update whose gradients are not the criterion's."""
-        self._running().check_update()
+        self._run(state).check_update()
 
     def on_prediction_step(
         self,
@@ -253,7 +290,7 @@ class DRWCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Say so when a head is evaluated that was put on and never trained."""
-        model = calling_trainer().model
+        model = self._trainer(state).model
         if model in self._untrained:
             logger.warning(
                 "DRWCallback put a cosine head on the model, with the old head's directions and "
@@ -262,8 +299,36 @@ class DRWCallback(TrainerCallback):
             )
             self._untrained.discard(model)
 
+    def _trainer(self, state: TrainerState) -> Trainer:
+        """The Trainer that fires an event: the one attached to, else it is on the call stack."""
+        attached = self._attached_trainer()
+        if attached is None:
+            return calling_trainer(self)
+        if attached.state is not state:
+            hint = f"Make one for each Trainer: `{type(self).__name__}(...).attach(trainer)`."
+            expected = "without a DRWCallback that is attached to another Trainer"
+            raise invalid("callbacks", expected, "one that is", hint=hint)
+        return attached
+
+    def _attached_trainer(self) -> Trainer | None:
+        """The Trainer attached to, while it exists and has this callback."""
+        trainer = self._attached() if self._attached else None
+        if trainer is None or self not in trainer.callback_handler.callbacks:
+            return None
+        return trainer
+
+    def _join(self, trainer: Trainer) -> None:
+        """Check a Trainer that does not train yet, and put the cosine head on its model."""
+        self._check(trainer)
+        if self._cosine_head:
+            check_model_init(trainer, self._scale)
+            if attach_cosine_head(trainer.model, self._scale):
+                self._untrained.add(trainer.model)
+        fold_when_saved(trainer.model)
+
     def _check(self, trainer: Trainer) -> None:
-        check_setup(trainer, DRWCallback, resampling=self.schedule.kind in RESAMPLING)
+        """Refuse set-ups in which something else than asked for would be trained."""
+        check_setup(trainer, DRWCallback, resampling=self.schedule.is_resampling)
         check_sharding(trainer, cosine_head=self._cosine_head)
         check_ignored(self._ignored)
         loss = trainer.compute_loss_func
@@ -278,12 +343,20 @@ class DRWCallback(TrainerCallback):
     def _labels(self, args: TrainingArguments, train_dataloader: Any) -> TrainingLabels:
         """The labels of the training set, not read yet."""
         hint = GIVE_COUNTS
-        if self.schedule.kind in RESAMPLING:
+        if self.schedule.is_resampling:
             hint = "Use schedule='drw' and class_counts=[...]: re-sampling needs every label."
         ignored = self._options.get("ignore_index", IGNORED)
         if self._given is not None:
             ignored = self._given.ignore_index
-        return TrainingLabels(train_dataloader, args, ignored=ignored, hint=hint)
+        return TrainingLabels(
+            train_dataloader,
+            args.train_batch_size,
+            num_processes=args.world_size,
+            process_index=args.process_index,
+            progress=not args.disable_tqdm,
+            ignored=ignored,
+            hint=hint,
+        )
 
     def _criterion_for(self, trainer: Trainer, labels: TrainingLabels) -> ClassificationLoss:
         """The loss given, or one made for the counts given, or for the training labels."""
@@ -301,24 +374,23 @@ class DRWCallback(TrainerCallback):
     def _warn_of_sampler(self, train_dataloader: Any) -> None:
         """Say what a sampler of the user's own means for counts and weights."""
         sampler = users_sampler(train_dataloader)
-        if sampler is None or sampler in _DRAW_EVERY_ROW:
+        if sampler is None or not prefers_rows(sampler):
             return
         counted = self._given is None and self.class_counts is None
         said = ["the classes were counted in the whole train_dataset"] if counted else []
-        if self.schedule.kind in ("rw", "drw"):
+        if self.schedule.is_reweighting:
             said += ["the class weights correct once more what a balancing sampler corrects"]
         if said:
             logger.warning(
-                f"{sampler} chooses the rows that are trained on: {', and '.join(said)}. Give "
-                "class_counts=[...] of the rows it draws, or leave balancing to one of the two."
+                f"{type(sampler).__name__} chooses the rows that are trained on: "
+                f"{', and '.join(said)}. Give class_counts=[...] of the rows it draws, or leave "
+                "balancing to one of the two."
             )
 
-    def _running(self) -> TrainingRun:
+    def _run(self, state: TrainerState) -> TrainingRun:
         """The run of the Trainer that fires an event; the callback may serve others as well."""
-        try:
-            run = getattr(calling_trainer().compute_loss_func, "__self__", None)
-        except RuntimeError:
-            run = None
+        trainer = find_trainer() if self._attached_trainer() is None else self._trainer(state)
+        run = getattr(getattr(trainer, "compute_loss_func", None), "__self__", None)
         if not isinstance(run, TrainingRun) or not run.serves(self):
             raise RuntimeError(
                 "DRWCallback was added to a training that runs, or its loss was taken from the "
@@ -359,10 +431,10 @@ def _check_criterion(
 
 
 def _head_scale(scale: float | None, criterion: ClassificationLoss, expected: bool) -> float:
-    """Scale of the cosine head: the loss's own, the one given, or the paper's."""
+    """Scale of the cosine head: the loss's own, the one given, or the default."""
     own = getattr(criterion, "scale", None)
     if scale is None:
-        return _SCALE if own is None else own
+        return DEFAULT_SCALE if own is None else own
     if own not in (None, scale):
         raise invalid("scale", f"{own:g} or left out, as the criterion's", scale)
     if own is None and not expected:

@@ -1,4 +1,4 @@
-"""What a DRWCallback needs of Trainer and model, and the set-ups it refuses."""
+"""The Trainers and models that a DRWCallback refuses, each with what to write instead."""
 
 from __future__ import annotations
 
@@ -7,47 +7,30 @@ import inspect
 from types import MethodType
 from typing import Any
 
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 from transformers import Trainer, TrainerCallback
 
+from ldam_plugins._call_stack import find_trainer
 from ldam_plugins._validation import invalid
-from ldam_plugins.heads import (
-    CosineConv2d,
-    check_heads,
-    cosine_heads,
-    folded_state_dict,
-    use_cosine_head,
-)
-from ldam_plugins.training.environment import refuse_deepspeed
+from ldam_plugins.heads import check_heads, cosine_heads
+from ldam_plugins.training.distributed import refuse_deepspeed
 
 
-def calling_trainer(method: str | None = None) -> Trainer:
-    """The Trainer that fires an event: the nearest one on the stack of calls.
+def calling_trainer(callback: TrainerCallback) -> Trainer:
+    """The Trainer that fires an event of ``callback``.
 
-    Events hand over model, optimizer and data loader but not the Trainer (transformers 5.23),
-    and only its ``compute_loss_func`` sees labels and item count for every model and every cut of
-    the batch.
-
-    Args:
-        method: If given, only a Trainer that runs its method of this name counts.
+    Events hand over model, optimizer and data loader but not the Trainer (transformers 5.23).
 
     Raises:
         RuntimeError: no Trainer is running.
     """
-    frame = inspect.currentframe()
-    try:
-        while frame is not None:
-            owner = frame.f_locals.get("self")
-            if isinstance(owner, Trainer) and method in (None, frame.f_code.co_name):
-                return owner
-            frame = frame.f_back
-    finally:
-        del frame  # a frame that refers to itself would keep its locals alive
-    raise RuntimeError(
-        "DRWCallback works inside transformers.Trainer: "
-        "write Trainer(..., callbacks=[DRWCallback()])."
-    )
+    trainer = find_trainer()
+    if trainer is None:
+        name = type(callback).__name__
+        raise RuntimeError(
+            f"{name} works inside transformers.Trainer: write Trainer(..., callbacks=[{name}()])."
+        )
+    return trainer
 
 
 def check_setup(trainer: Trainer, kind: type[TrainerCallback], *, resampling: bool) -> None:
@@ -83,33 +66,16 @@ def check_sharding(trainer: Trainer, *, cosine_head: bool) -> None:
         refuse_deepspeed(trainer.args.deepspeed_plugin, stages=(3,), hint=hint)
 
 
-def attach_cosine_head(trainer: Trainer, scale: float) -> bool:
-    """Put a cosine head on the Trainer's model unless one is there, before it has an optimizer.
-
-    The rows of the old head stay as directions of length 1, so that a model saved earlier still
-    predicts what it did; a new head's rows are as random as any.
-
-    Returns:
-        Whether the head was put on now.
+def check_model_init(trainer: Trainer, scale: float) -> None:
+    """Refuse a ``model_init`` whose models lack the cosine head, which would be lost with them.
 
     Raises:
-        ValueError: the head is not found, has another scale, or would be lost (``model_init``).
+        ValueError: there is a ``model_init``, and the model it made has no cosine head.
     """
-    new = not cosine_heads(trainer.model)
-    if trainer.model_init is not None and new:
+    if trainer.model_init is not None and not cosine_heads(trainer.model):
         hint = f"Let it return `use_cosine_head(model, scale={scale:g})`."
         expected = "a function that puts the cosine head on, for it builds the model anew"
         raise invalid("model_init", expected, trainer.model_init, hint=hint)
-    try:
-        use_cosine_head(trainer.model, scale, init="keep")
-    except ValueError as error:
-        hint = f"Call use_cosine_head(model, scale={scale:g}, head=...) before Trainer(...)."
-        raise ValueError(f"{error} {hint}") from error
-    if new:
-        for head in cosine_heads(trainer.model).values():
-            rows = head.weight.data
-            rows.copy_(functional.normalize(rows.flatten(1).float()).view_as(rows))
-    return new
 
 
 def check_head(model: nn.Module, optimizer: Any, scale: float) -> None:
@@ -120,7 +86,10 @@ def check_head(model: nn.Module, optimizer: Any, scale: float) -> None:
     """
     before = f"Call use_cosine_head(model, scale={scale:g}) before the optimizer is made."
     if not cosine_heads(model):
-        hint = f"Give the callback to Trainer(callbacks=[...]). Or: {before}"
+        hint = (
+            "Give the callback to Trainer(callbacks=[...]), or call its attach(trainer) before the"
+        )
+        hint += f" first train(). Or: {before}"
         raise invalid("model", "one with a cosine head", type(model).__name__, hint=hint)
     heads = check_heads(model, scale)
     trained = [head.weight for head in heads.values() if head.weight.requires_grad]
@@ -180,33 +149,6 @@ def _needs_labels(model: nn.Module) -> Exception:
     return invalid(
         "model", "one whose `forward` works without labels", type(model).__name__, hint=hint
     )
-
-
-def class_count(model: nn.Module) -> int | None:
-    """Classes the model tells apart, by its cosine head or its config; None if neither says."""
-    heads = cosine_heads(model).values()  # not by their weights, which a wrapper may have cut
-    sizes = [h.out_channels if isinstance(h, CosineConv2d) else h.out_features for h in heads]
-    return sizes[0] if sizes else getattr(getattr(model, "config", None), "num_labels", None)
-
-
-def fold_when_saved(model: nn.Module) -> None:
-    """Let ``model.state_dict()`` give cosine heads in the form both hosts and this package load.
-
-    So every way of saving writes a model that stock ``from_pretrained`` reads, with the same
-    largest logit, and from which a cosine head takes back its exact tensors. See
-    :func:`ldam_plugins.heads.cosine.folded_state_dict`. Calling it twice changes nothing.
-    """
-    for head in cosine_heads(model).values():
-        if not getattr(head, "folds_when_saved", False):
-            head.register_state_dict_post_hook(_fold_entries)
-            head.folds_when_saved = True  # type: ignore[assignment]  # copied along with the hook
-
-
-def _fold_entries(
-    head: nn.Module, state_dict: dict[str, Tensor], prefix: str, metadata: dict[str, Any]
-) -> None:
-    own = {name: state_dict[prefix + name] for name in ("weight", "cosine_moments")}
-    state_dict.update({prefix + k: v for k, v in folded_state_dict(head, own).items()})
 
 
 def _check_arguments(trainer: Trainer, resampling: bool) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.loss.loss_utils import LOSS_MAPPING
 
 from ldam_plugins._validation import invalid
-from ldam_plugins.losses.registry import LDAMLoss
+from ldam_plugins.losses.ldam import LDAMLoss
 
 LOSS_TYPE = "LDAM"
 

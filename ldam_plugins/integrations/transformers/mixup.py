@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Trainer
 
+from ldam_plugins._call_stack import find_trainer
 from ldam_plugins._validation import invalid
 from ldam_plugins.heads import cosine_heads, find_head
-from ldam_plugins.integrations.transformers.checks import calling_trainer
 
 
 class FeatureMixup:
@@ -88,10 +88,7 @@ class FeatureMixup:
 
     def _is_called_for(self) -> bool:
         """Whether the caller is a Trainer whose loss then asks this object for the masses."""
-        try:
-            loss = calling_trainer("compute_loss").compute_loss_func
-        except RuntimeError:
-            return False
+        loss = getattr(find_trainer("compute_loss"), "compute_loss_func", None)
         return getattr(getattr(loss, "__self__", None), "mixup", None) is self
 
 

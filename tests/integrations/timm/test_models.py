@@ -2,11 +2,14 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from timm.models import save_for_hf
 from torch import nn
 
 from ldam_plugins import ClassCounts, DeferredSchedule, LongTailTask, create_loss, use_cosine_head
 from ldam_plugins.heads import cosine_heads
 from ldam_plugins.integrations.timm import CifarResNet
+from ldam_plugins.integrations.timm.images import ImagePipeline
+from ldam_plugins.integrations.timm.models import check_trains_on, create_classifier
 from ldam_plugins.schedules import Progress
 
 COUNTS = ClassCounts([50, 20, 9, 1])
@@ -164,3 +167,94 @@ class TestLongTailTask:
     def test_refuses_an_unknown_loss(self):
         with pytest.raises(ValueError, match="Did you mean 'focal'"):
             LongTailTask(nn.Linear(3, 4), COUNTS, loss="focl")
+
+
+# Classifiers by name
+
+
+def check(model, input_size=(3, 32, 32), *, samples=1200, batch_size=109, fills_batches=False):
+    check_trains_on(
+        model,
+        input_size,
+        name="the model",
+        samples=samples,
+        batch_size=batch_size,
+        fills_batches=fills_batches,
+    )
+
+
+def test_a_last_batch_of_one_image_is_refused_where_the_model_cannot_train_on_it():
+    model = create_classifier("skresnet18", ClassCounts([5, 2]), image_size=32)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    message = (
+        r"`batch_size` must be one that leaves no batch of a single image, got 109\..*1200.*as 110"
+    )
+    with pytest.raises(ValueError, match=message):
+        check(model)
+    check(model, samples=1201)
+    check(model, fills_batches=True)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    with pytest.raises(ValueError, match="got 1"):
+        check(model, batch_size=1, fills_batches=True)
+
+
+def test_a_model_that_trains_on_one_image_is_taken():
+    check(create_classifier("cifar_resnet20", ClassCounts([5, 2])))
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "failure"),
+    [("inception_v3", 32, "Kernel size can't be greater"), ("test_vit", 8, ".")],
+)
+def test_a_model_that_does_not_take_the_images_is_refused(name, size, failure):
+    model = create_classifier(name, ClassCounts([5, 2]), image_size=size)
+    with pytest.raises(ValueError, match=rf"`model` must be one.*{size}x{size}.*{failure}"):
+        check(model, (3, size, size), samples=20, batch_size=128)
+
+
+def test_whatever_timm_creates_is_taken(tmp_path):
+    tagged = create_classifier("test_resnet.r160_in1k", ClassCounts([5, 2]))
+    assert tagged.num_classes == 2
+    classes = {"label_names": ["a", "b"]}
+    save_for_hf(tagged, tmp_path, model_config=classes, safe_serialization=True)
+    saved = f"local-dir:{tmp_path}"
+    loaded = create_classifier(saved, ClassCounts([5, 2]), pretrained=True)
+    for name, value in tagged.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+    other = create_classifier(saved, ClassCounts([5, 3, 2]), pretrained=True)
+    assert other.num_classes == 3
+    assert torch.equal(other.state_dict()["conv1.0.weight"], tagged.state_dict()["conv1.0.weight"])
+
+
+def test_a_head_that_knows_the_classes_is_kept_in_their_order(tmp_path):
+    model = create_classifier("cifar_resnet20", ClassCounts([5, 3, 2]))
+    classes = {"label_names": ["a", "b", "c"]}
+    save_for_hf(model, tmp_path, model_config=classes, safe_serialization=True)
+    counts = ClassCounts([2, 5, 3], class_names=["c", "a", "b"])
+    loaded = create_classifier(f"local-dir:{tmp_path}", counts, pretrained=True)
+    assert torch.equal(loaded.fc.weight, model.fc.weight[[2, 0, 1]])
+    assert torch.equal(loaded.fc.bias, model.fc.bias[[2, 0, 1]])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnet18.a1_in2k", "Did you mean 'resnet18.a1_in1k'"),
+        ("resnet_18.a1_in1k", "Did you mean 'resnet18'"),
+        ("timm/resnet18", "Use 'hf-hub:timm/resnet18'"),
+        ("local-dir:/no/such/folder", "`model` must be a model that timm can make.*/no/such"),
+        ("hf-hub:timm/no_such_model", "`model` must be a model that timm can make"),
+        ("zip:resnet18", "Unknown model source 'zip'"),
+    ],
+)
+def test_a_model_that_timm_does_not_have_is_refused(name, message):
+    with pytest.raises(ValueError, match=message):
+        create_classifier(name, ClassCounts([5, 2]))
+
+
+def test_a_vision_transformer_is_made_for_the_size_of_the_images():
+    model = create_classifier("vit_tiny_patch16_224", ClassCounts([5, 2]), image_size=32)
+    size = ImagePipeline.of_model(model, image_size=32).config["input_size"]
+    assert size == (3, 32, 32)
+    check(model, size, samples=20, batch_size=128)
+    assert model.pos_embed.shape[1] == 2 * 2 + 1

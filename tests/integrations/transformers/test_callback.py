@@ -252,6 +252,117 @@ class TestOneCallbackForManyTrainings:
         assert "leave the callback out" in caplog.text
 
 
+class TestAttach:
+    def test_trains_the_same_as_one_that_was_given(self, tmp_path):
+        given = make_trainer(tmp_path, make_model(dropout=0.1), callbacks=[DRWCallback(start=0.5)])
+        given.train()
+        attached = make_trainer(tmp_path, make_model(dropout=0.1))
+        DRWCallback(start=0.5).attach(attached)
+        assert isinstance(attached.model.classifier, CosineLinear)
+        attached.train()
+        assert torch.equal(_losses(given), _losses(attached))
+        assert torch.equal(_parameters(given), _parameters(attached))
+        assert logged(attached, "drw_stage") == ["uniform", "reweighted"]
+
+    def test_does_without_the_call_stack(self, tmp_path, monkeypatch):
+        callback, trainer = DRWCallback(start=0.5), make_trainer(tmp_path)
+        callback.attach(trainer)
+        module = "ldam_plugins.integrations.transformers.callback"
+        for search in ("find_trainer", "calling_trainer"):
+            monkeypatch.setattr(f"{module}.{search}", None)  # a call would fail
+        trainer.train()
+        trainer.train()
+        assert trainer.evaluate(make_data())["eval_loss"] > 0
+
+    def test_explicit_pair(self, tmp_path):
+        criterion = LDAMLoss(COUNTS)
+        trainer = make_trainer(tmp_path, compute_loss_func=criterion.compute_loss_func)
+        callback = DRWCallback(criterion)
+        callback.attach(trainer)
+        trainer.train()
+        assert callback.criterion is criterion
+
+    def test_an_untrained_head_is_spoken_of(self, tmp_path, caplog):
+        trainer = make_trainer(tmp_path)
+        DRWCallback().attach(trainer)
+        logging.enable_propagation()
+        trainer.evaluate(make_data())
+        logging.disable_propagation()
+        assert "leave the callback out" in caplog.text
+
+    def test_twice_is_refused(self, tmp_path):
+        callback, trainer = DRWCallback(), make_trainer(tmp_path)
+        callback.attach(trainer)
+        for again in (callback, DRWCallback()):
+            with pytest.raises(ValueError, match=r"`trainer` must be one without a DRWCallback"):
+                again.attach(trainer)
+        other = make_trainer(tmp_path, callbacks=[DRWCallback()])
+        with pytest.raises(ValueError, match=r"`trainer` must be one without a DRWCallback"):
+            DRWCallback().attach(other)
+
+    def test_a_second_trainer_is_refused(self, tmp_path):
+        callback, trainer = DRWCallback(), make_trainer(tmp_path)
+        callback.attach(trainer)
+        second = make_trainer(tmp_path)
+        with pytest.raises(ValueError, match=r"got 'a second one'\. Make one for each"):
+            callback.attach(second)
+        assert not cosine_heads(second.model)
+        with pytest.raises(ValueError, match=r"attached to another Trainer.* Make one for each"):
+            make_trainer(tmp_path, callbacks=[callback])
+
+    def test_a_callback_that_was_removed_may_be_attached_again(self, tmp_path):
+        callback, first, second = DRWCallback(), make_trainer(tmp_path), make_trainer(tmp_path)
+        callback.attach(first)
+        first.remove_callback(callback)
+        callback.attach(second)
+        second.train()
+
+    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))])
+    def test_a_copy_is_attached_to_none(self, copied, tmp_path):
+        callback, trainer = DRWCallback(), make_trainer(tmp_path)
+        callback.attach(trainer)
+        second = make_trainer(tmp_path)
+        copied(callback).attach(second)
+        second.train()
+        trainer.train()
+        assert torch.equal(_losses(trainer), _losses(second))
+
+    @pytest.mark.parametrize("loss", ["ldam", "ce"])
+    def test_a_training_that_runs_is_refused(self, loss, tmp_path):
+        class Late(TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                DRWCallback(loss=loss).attach(trainer)
+
+        trainer = make_trainer(tmp_path, callbacks=[Late()])
+        with pytest.raises(ValueError, match=r"not training.*before `trainer\.train\(\)`"):
+            trainer.train()
+
+    def test_after_a_training_the_optimizer_must_hold_the_head(self, tmp_path):
+        trainer = make_trainer(tmp_path)
+        trainer.train()
+        with pytest.raises(ValueError, match="before the optimizer is made"):
+            DRWCallback().attach(trainer)
+        assert not cosine_heads(trainer.model)
+        assert not any(isinstance(c, DRWCallback) for c in trainer.callback_handler.callbacks)
+        DRWCallback(loss="ce", start=0.5).attach(trainer)
+        trainer.train()
+        assert logged(trainer, "drw_stage") == ["uniform", "reweighted"]
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"label_smoothing_factor": 0.1}, "remove label_smoothing_factor"),
+            ({"compute_loss_func": lambda *a, **k: None}, "criterion.compute_loss_func"),
+            ({"model_init": lambda: make_model()}, r"use_cosine_head\(model, scale=30\)"),
+        ],
+    )
+    def test_refuses_what_the_constructor_refuses(self, options, message, tmp_path):
+        trainer = make_trainer(tmp_path, **options)
+        with pytest.raises(ValueError, match=message):
+            DRWCallback().attach(trainer)
+        assert not cosine_heads(trainer.model)
+
+
 class TestWhatIsLeft:
     def test_nothing_on_the_model_but_the_head_and_its_guard(self, tmp_path):
         trainer = make_trainer(tmp_path, callbacks=[DRWCallback()])

@@ -1,30 +1,23 @@
 """Two real processes (gloo) do what one does."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from forked import run_forked
 from hf_split_run import BOUNDS, cases, matrix, runs
-from paths import TESTS
-
-HERE = TESTS / "_helpers"
+from paths import HELPERS
 
 
 def launched(out, processes, extent):
     """Results of all processes."""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    paths = [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
-    found = subprocess.run(
-        [sys.executable, *launch, str(HERE / "hf_split_run.py"), str(out), str(processes), extent],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join(paths)},
-        capture_output=True,
-        text=True,
+    done = run_forked(
+        HELPERS / "hf_split_run.py",
+        [out, processes, extent],
+        out.parent / "log",
+        environment={"ACCELERATE_USE_CPU": "true"},
+        processes=processes,
         timeout=3600,
-        check=False,
     )
-    assert found.returncode == 0, found.stderr[-3000:]
+    assert done.returncode == 0, done.stdout[-3000:]
     with torch.serialization.safe_globals([torch.dtype]):
         return [torch.load(f"{out}.{rank}", weights_only=True) for rank in range(processes)]
 

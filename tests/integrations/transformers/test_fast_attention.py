@@ -1,4 +1,4 @@
-"""Fast dropout of transformers on a CPU: what it computes, what it draws, what it leaves alone."""
+"""Fast dropout in models of transformers on a CPU: what it computes and what it leaves alone."""
 
 import json
 import math
@@ -8,18 +8,17 @@ import pytest
 import torch
 from hf_samples import TEXT_MODELS, make_data, make_model, make_trainer, tensors
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForSequenceClassification
 
 from ldam_plugins import DRWCallback
-from ldam_plugins.integrations.transformers import fast_attention as hf_dropout
+from ldam_plugins.integrations.transformers import fast_attention
 from ldam_plugins.integrations.transformers.fast_attention import (
     ATTENTION,
-    FastDropout,
     attention_forward,
     use_fast_dropout,
 )
+from ldam_plugins.kernels import dropout as kernel
 
 N, H, L, D = 3, 2, 6, 5
 FAST = [name for name in TEXT_MODELS if make_model(name).config._attn_implementation == "sdpa"]
@@ -94,7 +93,7 @@ def test_blocks_change_nothing(layer, monkeypatch):
     parts, mask = attention_inputs()
     found = []
     for block in (1, 2 * H * L * L, 1 << 20):
-        monkeypatch.setattr(hf_dropout, "_BLOCK", block)
+        monkeypatch.setattr(kernel, "_BLOCK", block)
         torch.manual_seed(5)
         output, _ = attention_forward(layer, *parts, mask, 0.4)
         found.append([output, *torch.autograd.grad(output.square().sum(), parts)])
@@ -113,50 +112,6 @@ def test_autocast_changes_the_type_of_the_inputs_alone(layer):
             found.append([output, *torch.autograd.grad(output.float().square().sum(), parts)])
     assert found[0][0].dtype == torch.bfloat16
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-def test_draws_are_independent_and_of_the_probability(p):
-    rows = 400_000
-    layer = FastDropout(p)
-    output = layer(torch.ones(rows, 4))  # the four of a row come from one draw of 64 bits
-    kept = (output > 0).double()
-    assert output.unique().tolist() == pytest.approx([0, 1 / (1 - p)], rel=1e-3)
-    noise = math.sqrt(p * (1 - p) / rows)
-    assert kept.mean(0).sub(1 - p).abs().max() < 5 * noise + 1 / 65536
-    correlation = torch.corrcoef(torch.cat([kept.T[:, 1:], kept.T[:, :-1]])).fill_diagonal_(0)
-    assert correlation.abs().max() < 5 / math.sqrt(rows)
-
-
-def test_every_value_of_a_draw_has_its_share():
-    steps = 3277
-    signs = hf_dropout._draw(torch.Size([4_000_003]), steps)
-    assert (signs.min(), signs.max()) == (-steps, 32767 - steps)
-    counts = torch.bincount((signs.int() + steps) // 256, minlength=128)
-    expected = len(signs) / 128
-    assert counts.sub(expected).square().sum() / expected < 127 + 5 * math.sqrt(2 * 127)
-
-
-@pytest.mark.parametrize("inplace", [False, True])
-def test_dropout_of_hidden_states_passes_the_gradient_of_what_it_kept(inplace):
-    layer = FastDropout(0.25, inplace)
-    leaf = torch.randn(40, 7, requires_grad=True)
-    inputs = leaf * 1
-    output = layer(inputs)
-    assert (output is inputs) == inplace
-    (gradient,) = torch.autograd.grad(output.sum(), leaf)
-    torch.testing.assert_close(gradient, output.ne(0) / 0.75)
-    torch.testing.assert_close(output, leaf * gradient)
-
-
-@pytest.mark.parametrize("p", [0.0, 1.0, 1e-6])
-def test_dropout_of_nothing_and_of_everything_is_the_usual(p):
-    inputs = torch.randn(50, 50)
-    torch.manual_seed(0)
-    expected = nn.Dropout(p)(inputs)
-    torch.manual_seed(0)
-    torch.testing.assert_close(FastDropout(p)(inputs), expected)
-    torch.testing.assert_close(FastDropout(0.5).eval()(inputs), inputs)
 
 
 def test_a_nan_stays_one(layer):
@@ -189,7 +144,7 @@ def left_to_sdpa():
 def test_the_rest_is_left_to_sdpa(case, layer):
     arguments, options = left_to_sdpa()[case]
     torch.manual_seed(1)
-    expected, _ = hf_dropout.sdpa_attention_forward(layer, *arguments, **options)
+    expected, _ = fast_attention.sdpa_attention_forward(layer, *arguments, **options)
     torch.manual_seed(1)
     found, _ = attention_forward(layer, *arguments, **options)
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
@@ -231,9 +186,9 @@ def test_most_models_are_fast():
 @pytest.mark.parametrize("name", ["Bert", "DistilBert", "ModernBert", "Electra"])
 def test_models_train_with_it(name, monkeypatch):
     calls = []
-    apply = hf_dropout._DropoutAttention.apply
+    apply = kernel._DropoutAttention.apply
     monkeypatch.setattr(
-        hf_dropout._DropoutAttention, "apply", lambda *a: calls.append(a[4]) or apply(*a)
+        kernel._DropoutAttention, "apply", lambda *a: calls.append(a[4]) or apply(*a)
     )
     inputs, _ = tensors(make_data(name))
     model = make_model(name, dropout=0.3).train()
@@ -288,14 +243,3 @@ def test_an_empty_batch_has_an_empty_output(layer, empty):
     assert output.shape == (texts, length, H, D)
     output.sum().backward()
     assert query.grad.shape == query.shape
-    assert FastDropout(0.1)(torch.zeros(0, 3)).shape == (0, 3)
-
-
-def test_what_looks_on_gets_the_dropout_of_torch():
-    dropout = FastDropout(0.5)
-    with pytest.raises(RuntimeError, match="randomness"):  # not the same draw for every example
-        torch.func.vmap(dropout)(torch.ones(3, 4))
-    with FakeTensorMode():
-        assert dropout(torch.empty(3, 4)).shape == (3, 4)
-    with torch.device("meta"):  # a default for what is made anew
-        assert dropout(torch.ones(64, 64, device="cpu")).eq(0).any()

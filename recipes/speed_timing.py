@@ -1,4 +1,4 @@
-"""How ``speed.py`` times: what it is told, and two contenders that take turns."""
+"""How ``speed.py`` times: its options, and two contenders that take turns."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 
 import psutil
 import torch
-from options import option
+
+from ldam_plugins.training.options import option
 
 Row = dict[str, Any]
 Contender = Callable[[], Any]

@@ -1,4 +1,4 @@
-"""What a run leaves in ``model/`` is what its ``metrics.json`` was measured on."""
+"""The saved model of a run is what its ``metrics.json`` was measured on."""
 
 import contextlib
 import io
@@ -58,12 +58,12 @@ def test_a_stranger_with_timm_measures_what_the_run_did(name, pictures, tmp_path
     with torch.no_grad():
         logits = model(torch.stack([transform(image) for image, _ in test]))
 
-    left = json.loads((tmp_path / "metrics.json").read_text())["test"]
-    assert left == measured["test"]
+    stored = json.loads((tmp_path / "metrics.json").read_text())["test"]
+    assert stored == measured["test"]
     error, nll, ece = metrics_of(logits, test.labels)
-    assert left["top1_error"] == pytest.approx(error, abs=1e-9)
-    assert left["nll"] == pytest.approx(nll, abs=1e-5, rel=1e-5)
-    assert left["ece"] == pytest.approx(ece, abs=1e-5)
+    assert stored["top1_error"] == pytest.approx(error, abs=1e-9)
+    assert stored["nll"] == pytest.approx(nll, abs=1e-5, rel=1e-5)
+    assert stored["ece"] == pytest.approx(ece, abs=1e-5)
     assert tuple(model.pretrained_cfg["label_names"]) == test.class_names
 
 
@@ -117,7 +117,7 @@ def test_readme_says_what_is_needed_and_its_lines_work(vit, pictures, tmp_path):
     parts = {type(part).__module__.split(".")[0] for part in namespace["model"].modules()}
     assert parts == {"timm", "torch"}
     vision_run(tmp_path, *SHORT, "--dataset", pictures, "--model", "cifar_resnet20")
-    assert readme_code(tmp_path)[1].startswith("import ldam_plugins.integrations.timm.task")
+    assert readme_code(tmp_path)[1].startswith("import ldam_plugins.integrations.timm.")
 
 
 # timm leaves the files it opens to the garbage collector.

@@ -1,15 +1,15 @@
 """Are the features good before the switch? Linear probes of a run's checkpoints, by class group.
 
     python recipes/vision_lt.py digits_lt --keep_checkpoints 21
-    python recipes/probe.py --runs runs/digits_lt
-    python recipes/probe.py --recipe text --runs runs/benchmark_stdlib/cells/* --output probe.csv
+    python recipes/linear_probe.py --runs runs/digits_lt
+    python recipes/linear_probe.py --recipe text --runs runs/benchmark_stdlib/cells/*
 
 If deferral works by giving the network time to learn features first, those just before the switch
 serve a linear classifier as well as those after it. For each run: the last epoch before the switch
 to the second stage, the first after it, and the last of the training, from the checkpoints that
 ``--keep_checkpoints`` kept; for schedules without a switch the same epochs, by their ``--start``.
-The probe is fitted on all training samples of the dataset, before the cut to a long tail, or on
-those the run was trained on (``--fit_on long_tail``), and evaluated on the test set.
+The probe is fitted on all training samples of the dataset, before the cut to a long tail, or only
+on those of the run (``--fit_on long_tail``), and evaluated on the test set.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import text_setup
+import text_lt
 import torch
-import vision_setup
-from options import CoreOptions, option
+import vision_lt
+from options import CoreOptions
 from safetensors.torch import load_file
 from tabulate import tabulate
 from torch import nn
@@ -33,11 +33,12 @@ from tqdm import tqdm
 from transformers import DataCollatorWithPadding, HfArgumentParser
 
 from ldam_plugins import ClassCounts, DeferredSchedule, register
-from ldam_plugins._validation import invalid
+from ldam_plugins.integrations.timm.images import image_loader
 from ldam_plugins.integrations.transformers.run_callbacks import trainer_checkpoints
 from ldam_plugins.metrics import head_inputs, linear_probe
-from ldam_plugins.training.environment import checkpoints
-from ldam_plugins.training.history import read_metrics, write_atomic
+from ldam_plugins.training import read_metrics, write_atomic
+from ldam_plugins.training.checkpoints import checkpoints
+from ldam_plugins.training.options import invalid, option
 
 COLUMNS = ("top1_error", "balanced_accuracy", "many", "medium", "few")
 
@@ -55,7 +56,7 @@ class ProbeOptions:
 
 @dataclass
 class Subject:
-    """A run to probe: its model, and how its checkpoints and features are had."""
+    """A run to probe: its model, its checkpoints, and the features of its train and test set."""
 
     model: nn.Module
     counts: ClassCounts
@@ -77,7 +78,7 @@ def main(options: ProbeOptions) -> list[dict[str, Any]]:
 
 
 def probe_run(options: ProbeOptions, run: Path) -> Iterator[dict[str, Any]]:
-    """Rows of one run."""
+    """The rows of one run."""
     metrics = read_metrics(run)
     kind, open_run = RECIPES[options.recipe]
     trained = kind(**{**metrics["options"], "output_dir": str(run)})
@@ -109,8 +110,7 @@ def switch_epoch(schedule: DeferredSchedule, epochs: int) -> int:
     if schedule.unit == "step":
         hint = "Name the --epochs to probe."
         raise invalid("start_unit", "'epoch' or 'fraction'", "step", hint=hint)
-    fine = 10**6
-    return schedule.start_step(epochs * fine, fine) // fine
+    return schedule.start_epoch(epochs)
 
 
 def load_checkpoint(subject: Subject, epochs: int, run: Path) -> None:
@@ -123,37 +123,40 @@ def load_checkpoint(subject: Subject, epochs: int, run: Path) -> None:
     subject.model.load_state_dict({k.removeprefix(compiled): v for k, v in weights.items()})
 
 
-def open_vision(options: vision_setup.VisionOptions, fit_on: str) -> Subject:
+def open_vision(options: vision_lt.VisionOptions, fit_on: str) -> Subject:
     """A run of the vision recipe."""
-    train, test, counts = vision_setup.load_data(options, show=False)
+    train, test, counts = vision_lt.load_data(options, show=False)
     if fit_on == "all":
-        train, _, _ = vision_setup.load_data(replace(options, profile="none"), show=False)
-    model = vision_setup.make_model(options, options.make_loss(counts)).to(device())
-    to_input = vision_setup.make_input(options, model, device())
-    # The second of the pair is the one without augmentation.
+        train, _, _ = vision_lt.load_data(replace(options, profile="none"), show=False)
+    model = vision_lt.make_model(options, options.make_loss(counts)).to(device())
+    pipeline = vision_lt.make_pipeline(options, model)
+    to_input = pipeline.make_input(device())
+    # Of each pair the second one is not augmented.
     sets = {
-        part: vision_setup.make_datasets(options, model, images, images)[1]
+        part: pipeline.datasets(images, images, memory_limit=options.memory_limit)[1]
         for part, images in (("train", train), ("test", test))
     }
     labels = {"train": np.asarray(train.labels), "test": np.asarray(test.labels)}
 
     def features(part: str) -> tuple[np.ndarray, np.ndarray]:
-        loader = vision_setup.make_loader(options, sets[part], batch_size=4 * options.batch_size)
+        loader = image_loader(
+            sets[part], workers=options.workers, batch_size=4 * options.batch_size
+        )
         images = (to_input(batch[0].to(device())) for batch in loader)
         return head_inputs(model, images, lambda net, batch: net(batch)), labels[part]
 
     return Subject(model, counts, checkpoints(options.output_dir), features)
 
 
-def open_text(options: text_setup.TextOptions, fit_on: str) -> Subject:
+def open_text(options: text_lt.TextOptions, fit_on: str) -> Subject:
     """A run of the text recipe."""
-    train, test, counts = text_setup.load_data(options)
-    tokenizer, model = text_setup.make_model(options, train, options.make_loss(counts))
+    train, test, counts = text_lt.load_data(options)
+    tokenizer, model = text_lt.make_model(options, train, options.make_loss(counts))
     model.to(device())
     if fit_on == "all":
-        train, _, _ = text_setup.load_data(replace(options, profile="none", rare_classes=[]))
+        train, _, _ = text_lt.load_data(replace(options, profile="none", rare_classes=[]))
     sets = {"train": train, "test": test}
-    tokens = {k: text_setup.tokenize(options, tokenizer, texts) for k, texts in sets.items()}
+    tokens = {k: text_lt.tokenize(options, tokenizer, texts) for k, texts in sets.items()}
     collate = DataCollatorWithPadding(tokenizer)
 
     def features(part: str) -> tuple[np.ndarray, np.ndarray]:
@@ -172,8 +175,8 @@ def device() -> torch.device:
 
 
 RECIPES: dict[str, tuple[type[Any], Callable[[Any, str], Subject]]] = {
-    "vision": (vision_setup.VisionOptions, open_vision),
-    "text": (text_setup.TextOptions, open_text),
+    "vision": (vision_lt.VisionOptions, open_vision),
+    "text": (text_lt.TextOptions, open_text),
 }
 
 

@@ -1,0 +1,68 @@
+"""Two files of lines ``relative/path.jpg 17``, as ImageNet-LT and Places-LT are published."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+from ldam_plugins.data.readers.base import FileSource, ImageRequest, ImageRows, Reader
+from ldam_plugins.data.readers.paths import at_line, find_files, read_lines
+
+_LINE = re.compile(r"(.*[^\s,;])[\s,;]+([0-9]+)")
+
+
+def _read(request: ImageRequest) -> tuple[ImageRows, ImageRows]:
+    train_list, test_list = request.listed_in()
+    return read_lists(request.root, train_list, test_list)
+
+
+LIST_FILES = Reader(
+    name="list files",
+    layout="a folder with `train_list` and `test_list`, files of lines 'relative/path.jpg 17'",
+    options=("train_list", "test_list"),
+    accepts=lambda request: request.is_listed,
+    read=_read,
+)
+
+
+def read_lists(root: Path, train_list: Path, test_list: Path) -> tuple[ImageRows, ImageRows]:
+    """Read two files of lines ``relative/path.jpg 17``; class names are the labels.
+
+    Between path and label are blanks, tabs, a comma or a semicolon; a path may have any form that
+    :func:`.find_files` knows. The classes are 0 to the largest label of
+    the training list, which is below its number of lines since each class needs a sample.
+
+    Raises:
+        ValueError: a line of another form, a label out of range, a path that is repeated, is
+            missing or leaves ``root``; the message names file and line.
+    """
+    names, labels = _read_list(root, train_list, None)
+    class_names = tuple(str(label) for label in range(int(labels.max()) + 1))
+    test_names, test_labels = _read_list(root, test_list, len(class_names))
+    return (
+        ImageRows(FileSource(root, names), labels, class_names),
+        ImageRows(FileSource(root, test_names), test_labels, class_names),
+    )
+
+
+def _read_list(root: Path, file: Path, classes: int | None) -> tuple[list[str], np.ndarray]:
+    lines = read_lines(file)
+    limit = len(lines) if classes is None else classes
+    reason = (
+        f"the {limit} lines" if classes is None else f"the {limit} classes of the training list"
+    )
+    names: list[str] = []
+    labels = np.empty(len(lines), dtype=np.int64)
+    for row, line in enumerate(lines):
+        match = _LINE.fullmatch(line.strip())
+        if match is None:
+            expected = "a path and a label from 0 on, as in 'relative/path.jpg 17'"
+            raise ValueError(f"{at_line(file, row)}: must be {expected}, got {line[:200]!r}")
+        name, digits = match.groups()
+        if len(digits) > 18 or int(digits) >= limit:
+            raise ValueError(f"{at_line(file, row)}: label {digits[:40]} is too large for {reason}")
+        names.append(name)
+        labels[row] = int(digits)
+    return find_files(root, names, lambda row: at_line(file, row)), labels

@@ -1,0 +1,179 @@
+"""From labelled images to the input of a timm model, in training and in evaluation."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.data import create_transform, resolve_data_config
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from ldam_plugins._validation import check_choice
+from ldam_plugins.data import LabelledImages
+from ldam_plugins.data.augment import RandomCropFlip, normalize
+from ldam_plugins.data.in_memory import InMemoryImages
+
+AUGMENTATIONS = ("auto", "crop_flip", "timm")
+SMALL = 64
+"""Longest side of the images to which the augmentation ``"auto"`` applies ``"crop_flip"``."""
+
+
+@dataclass(frozen=True)
+class ImagePipeline:
+    """What is done to images before a model gets them.
+
+    Images are decoded to uint8 tensors of the model's size (:meth:`datasets`), held in memory if
+    they fit; a batch of them becomes the model's input in one go (:meth:`make_input`).
+
+    Attributes:
+        config: timm's data config: ``input_size``, ``crop_pct``, ``crop_mode``, ``interpolation``,
+            ``mean``, ``std``. Evaluation follows it, and it is saved with the model.
+        augmentation: ``"crop_flip"``: training images are moved and mirrored, as whole batches.
+            ``"timm"``: timm cuts random parts of them and jitters their colours, image by image.
+        padding: Border of the random crop of ``"crop_flip"``, in pixels.
+        hflip: Probability of a horizontal flip.
+    """
+
+    config: Mapping[str, Any]
+    augmentation: str
+    padding: int = 4
+    hflip: float = 0.5
+
+    @classmethod
+    def of_model(
+        cls,
+        model: nn.Module,
+        *,
+        image_size: int | None = None,
+        crop_pct: float | None = None,
+        crop_mode: str | None = None,
+        augmentation: str = "auto",
+        padding: int = 4,
+        hflip: float = 0.5,
+    ) -> ImagePipeline:
+        """The pipeline of a model of timm.
+
+        Args:
+            model: The model; its own config says what is not given.
+            image_size: Side of the images.
+            crop_pct: Share of the resized image that evaluation crops. By default 1 with
+                ``"crop_flip"``, where training too sees images to their edges.
+            crop_mode: timm's crop of images that are not square: center, squash or border.
+            augmentation: ``"crop_flip"``, ``"timm"`` or ``"auto"``: ``"crop_flip"`` for images of
+                at most :data:`SMALL` pixels a side, else ``"timm"``.
+            padding: As in :class:`ImagePipeline`.
+            hflip: As in :class:`ImagePipeline`.
+
+        Raises:
+            ValueError: an unknown augmentation.
+        """
+        given: dict[str, Any] = {"crop_pct": crop_pct, "crop_mode": crop_mode}
+        if image_size is not None:
+            given["img_size"] = image_size
+        config = resolve_data_config(given, model=model)
+        augmentation = choose_augmentation(augmentation, config["input_size"])
+        if augmentation == "crop_flip" and crop_pct is None:
+            config["crop_pct"] = 1.0
+        return cls(config, augmentation, padding, hflip)
+
+    def datasets(
+        self,
+        train: LabelledImages,
+        test: LabelledImages,
+        *,
+        memory_limit: int = 2**31,
+        progress: bool = False,
+    ) -> tuple[Dataset, Dataset]:
+        """Training and test images as uint8 tensors of the model's size.
+
+        They are the same images whether held in memory or decoded each time. timm's augmentation
+        needs the files, each time anew.
+
+        Args:
+            train: Training images.
+            test: Test images.
+            memory_limit: Bytes of decoded images to hold in memory, of both sets together. If they
+                are more, none is held.
+            progress: Show a progress bar.
+        """
+        plain = create_transform(**self.config, normalize=False)
+        test = transformed(test, plain)
+        if self.augmentation == "timm":
+            augment = create_transform(
+                is_training=True, hflip=self.hflip, normalize=False, **self.config
+            )
+            return transformed(train, augment), test
+        train = transformed(train, plain)
+        if (len(train) + len(test)) * math.prod(self.config["input_size"]) > memory_limit:
+            return train, test
+        held = [InMemoryImages.from_images(part, progress=progress) for part in (train, test)]
+        return held[0], held[1]
+
+    def make_input(self, device: torch.device) -> Callable[..., Tensor]:
+        """``to_input(images, generator=None)``: a batch of a loader as the model's input.
+
+        With a generator (on the CPU) the batch is augmented, if the loader has not done it.
+        """
+        mean, std = (torch.tensor(self.config[name], device=device) for name in ("mean", "std"))
+        augment = RandomCropFlip(self.padding, self.hflip)
+
+        def to_input(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+            if self.augmentation == "crop_flip" and generator is not None:
+                images = augment(images, generator)
+            return normalize(images, mean, std, memory_format=torch.channels_last)
+
+        return to_input
+
+    def record(self) -> dict[str, Any]:
+        """What was done to the images, for ``metrics.json``."""
+        own = {"padding": self.padding} if self.augmentation == "crop_flip" else {}
+        augmentation = {"kind": self.augmentation, "hflip": self.hflip, **own}
+        return {"augmentation": augmentation, "evaluation": dict(self.config)}
+
+
+def choose_augmentation(augmentation: str, input_size: tuple[int, ...]) -> str:
+    """What ``"auto"`` stands for on images of (channels, height, width).
+
+    Raises:
+        ValueError: an unknown augmentation.
+    """
+    check_choice("augmentation", augmentation, AUGMENTATIONS)
+    small = max(input_size[1:]) <= SMALL
+    return ("crop_flip" if small else "timm") if augmentation == "auto" else augmentation
+
+
+def transformed(images: LabelledImages, transform: Callable[..., Any]) -> LabelledImages:
+    """The same images through another transform; the given ones stay unchanged."""
+    images = copy.copy(images)
+    images.transform = transform
+    return images
+
+
+def image_loader(images: Dataset, *, workers: int = 0, **order: Any) -> DataLoader:
+    """A loader of whole batches from memory, or of single images by worker processes.
+
+    Args:
+        images: Images of :meth:`ImagePipeline.datasets`.
+        workers: Processes that decode images that are not in memory.
+        **order: ``batch_size``, ``sampler`` and so on of the ``DataLoader``.
+    """
+    if isinstance(images, InMemoryImages):
+        return DataLoader(images, collate_fn=InMemoryImages.collate, **order)
+    pin = torch.accelerator.is_available()
+    return DataLoader(images, num_workers=workers, pin_memory=pin, **order)
+
+
+def on_device(images: Dataset, device: torch.device) -> Dataset:
+    """Images in memory moved to a CUDA device if it has room for them, all others as they are.
+
+    There is room if they take at most a quarter of the free memory.
+    """
+    if not isinstance(images, InMemoryImages) or device.type != "cuda":
+        return images
+    free, _ = torch.cuda.mem_get_info(device)
+    return images.to(device) if images.pixels.nbytes <= free / 4 else images

@@ -1,0 +1,128 @@
+"""timm models with a classifier for the classes at hand, checked before anything is trained."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import timm
+import torch
+from timm.models import parse_model_name, resolve_model_input_args, split_model_name_tag
+from torch import Tensor, nn
+
+from ldam_plugins._validation import check_choice, invalid
+from ldam_plugins.counts import ClassCounts
+from ldam_plugins.heads import find_head
+
+
+def create_classifier(
+    name: str,
+    class_counts: ClassCounts,
+    *,
+    image_size: int | None = None,
+    pretrained: bool = False,
+) -> nn.Module:
+    """A model of timm with an output for each class.
+
+    If the pretrained head is of exactly these classes by name (``label_names`` of the model's
+    config), it is kept and its rows are brought into the order of ``class_counts``.
+
+    Args:
+        name: What ``timm.create_model`` takes: ``resnet18.a1_in1k``, ``hf-hub:...``,
+            ``local-dir:...``.
+        class_counts: Training samples per class.
+        image_size: Side of the images, for models of a fixed size; None: the model's own.
+        pretrained: Start from timm's pretrained weights.
+
+    Raises:
+        ValueError: timm does not know the model (the nearest names are given) or cannot make it
+            with these options.
+    """
+    _check_name(name)
+    try:
+        # Only models of a fixed size take an image size.
+        given = resolve_model_input_args(name, {"img_size": image_size})
+        given |= {"num_classes": len(class_counts), "pretrained": pretrained}
+        model = timm.create_model(**given)
+    except (OSError, RuntimeError, ValueError) as error:
+        expected = "a model that timm can make with these options"
+        raise invalid("model", expected, name, hint=f"timm says: {error}") from error
+    if pretrained:
+        _order_classes(model, class_counts)
+    return model
+
+
+def _check_name(name: str) -> None:
+    """Check a name of timm's own, with or without a tag; what has a source is timm's to find."""
+    source, _ = parse_model_name(name)
+    if source is None:
+        architecture, tag = split_model_name_tag(name)
+        if not timm.is_model(architecture):
+            check_choice("model", architecture, timm.list_models())
+        if tag:
+            check_choice("model", name, timm.list_models(architecture, include_tags=True))
+
+
+def _order_classes(model: Any, class_counts: ClassCounts) -> None:
+    trained = model.pretrained_cfg.get("label_names")
+    names = list(class_counts.class_names or ())
+    if not isinstance(trained, list | tuple) or sorted(trained) != sorted(names):
+        return
+    order = [list(trained).index(name) for name in names]
+    for name in find_head(model):
+        for parameter in model.get_submodule(name).parameters(recurse=False):
+            parameter.data = parameter.data[order]
+
+
+def check_trains_on(
+    model: nn.Module,
+    input_size: tuple[int, ...],
+    *,
+    name: str,
+    samples: int,
+    batch_size: int,
+    fills_batches: bool,
+) -> None:
+    """Try a model in training mode on its smallest batch, before anything is written.
+
+    Args:
+        model: The model, on the CPU. A copy of it is tried.
+        input_size: (channels, height, width) of the images.
+        name: The model's name, for messages.
+        samples: Training images of an epoch.
+        batch_size: Images of a batch.
+        fills_batches: Whether all batches are whole: the last one is dropped or filled up.
+
+    Raises:
+        ValueError: it does not train on the images, or not on a last batch of a single one.
+    """
+    last = 0 if fills_batches else samples % batch_size
+    single = (last or batch_size) == 1
+    error = _failure(model, 1, input_size) if single else None
+    if single and error is None:
+        return
+    unfit = _failure(model, 2, input_size)
+    if unfit is not None:
+        size = "x".join(map(str, input_size))
+        expected = f"one that gives logits (N, C) in training on images of {size}"
+        hint = f"It fails: {unfit}. Choose another --model or --image_size."
+        raise invalid("model", expected, name, hint=hint) from unfit
+    if error is not None:
+        other = next(n for n in itertools.count(batch_size + 1) if samples % n != 1)
+        hint = f"{name} cannot train on one image ({error}), and one would be a batch"
+        hint += f" of the {samples}. Choose another --batch_size, such as {other}."
+        expected = "one that leaves no batch of a single image"
+        # The message says it all: where in the model it failed helps nobody.
+        raise invalid("batch_size", expected, batch_size, hint=hint) from None
+
+
+def _failure(model: Any, rows: int, input_size: tuple[int, ...]) -> Exception | None:
+    """The error of a copy of the model in training mode on so many images, if there is one."""
+    try:
+        with torch.no_grad():
+            logits = copy.deepcopy(model).train()(torch.zeros(rows, 3, *input_size[1:]))
+    except Exception as error:  # models answer a wrong size with nearly any exception
+        return error
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    return None if shape == (rows, model.num_classes) else TypeError(f"the output is {shape}")

@@ -1,0 +1,104 @@
+"""Images are the same wherever they are held, and augmented as was asked for."""
+
+import json
+
+import pytest
+import timm
+import torch
+from timm.data import create_transform
+from vision_runs import picture_folder
+
+from ldam_plugins.data import LabelledImages, load_images
+from ldam_plugins.data.in_memory import InMemoryImages
+from ldam_plugins.integrations.timm import CifarResNet
+from ldam_plugins.integrations.timm.images import (
+    ImagePipeline,
+    choose_augmentation,
+    image_loader,
+    on_device,
+    transformed,
+)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    return load_images(picture_folder(tmp_path / "pictures"))
+
+
+def pipeline(**options):
+    """The pipeline of a model of images of 32 x 32."""
+    return ImagePipeline.of_model(timm.create_model("cifar_resnet20"), **options)
+
+
+def seen(pictures, memory_limit, **options):
+    """The first training batch as the model gets it, and all test images."""
+    prepared = pipeline(**options)
+    to_input = prepared.make_input(torch.device("cpu"))
+    sets = prepared.datasets(*pictures, memory_limit=memory_limit)
+    batches = [next(iter(image_loader(images, batch_size=19)))[0] for images in sets]
+    drawn = torch.Generator().manual_seed(0)
+    return sets[0], to_input(batches[0], drawn), to_input(batches[1])
+
+
+@pytest.mark.parametrize("more", [{}, {"crop_mode": "squash"}, {"crop_pct": 0.8}], ids=str)
+def test_memory_changes_nothing_but_where_images_are(pictures, more):
+    held, train, test = seen(pictures, 2**31, **more)
+    read, train_of_files, test_of_files = seen(pictures, 100_000, **more)
+    assert isinstance(held, InMemoryImages)
+    assert not isinstance(read, InMemoryImages)
+    assert torch.equal(train, train_of_files)
+    assert torch.equal(test, test_of_files)
+    transform = create_transform(**pipeline(**more).config)
+    expected = torch.stack([transform(image) for image, _ in pictures[1]])
+    assert (test - expected).abs().max() < 1e-5
+
+
+def test_the_bound_is_in_bytes_of_all_decoded_images(pictures):
+    """19 training and 15 test images of 3 x 32 x 32."""
+    for bound, kind in ((34 * 3072, InMemoryImages), (34 * 3072 - 1, LabelledImages)):
+        sets = pipeline().datasets(*pictures, memory_limit=bound)
+        assert [type(images) for images in sets] == [kind, kind]
+
+
+@pytest.mark.parametrize("bound", [0, 2**31])
+@pytest.mark.parametrize("augment", ["crop_flip", "timm"])
+def test_augmentation_is_chosen_and_recorded(pictures, augment, bound):
+    prepared = pipeline(augmentation=augment)
+    record = prepared.record()
+    assert record["augmentation"]["kind"] == augment
+    assert ("padding" in record["augmentation"]) == (augment == "crop_flip")
+    assert record["evaluation"]["input_size"] == (3, 32, 32)
+    json.dumps(record)
+    train_set, _ = prepared.datasets(*pictures, memory_limit=bound)
+    twice = [train_set[0][0] for _ in range(2)]
+    assert torch.equal(*twice) == (augment == "crop_flip")  # which is applied to the batch
+
+
+def test_augmentation_follows_the_size_of_the_images():
+    assert choose_augmentation("auto", (3, 64, 64)) == "crop_flip"
+    assert choose_augmentation("auto", (3, 64, 65)) == "timm"
+    with pytest.raises(ValueError, match=r"`augmentation` must be one of .*Did you mean 'timm'"):
+        choose_augmentation("tim", (3, 64, 64))
+
+
+def test_evaluation_sees_images_to_their_edges_where_training_does():
+    model = CifarResNet(1)
+    model.pretrained_cfg = {"input_size": (3, 32, 32), "crop_pct": 0.875}
+    shares = {
+        "crop_flip": ImagePipeline.of_model(model).config["crop_pct"],
+        "timm": ImagePipeline.of_model(model, augmentation="timm").config["crop_pct"],
+        "asked for": ImagePipeline.of_model(model, crop_pct=0.5).config["crop_pct"],
+    }
+    assert shares == {"crop_flip": 1.0, "timm": 0.875, "asked for": 0.5}
+
+
+def test_given_images_keep_their_transform(pictures):
+    train, _ = pictures
+    assert transformed(train, str).transform is str
+    assert train.transform is None
+
+
+def test_images_stay_where_they_are_without_a_gpu(pictures):
+    train, _ = pipeline().datasets(*pictures)
+    assert on_device(train, torch.device("cpu")) is train
+    assert on_device(pictures[1], torch.device("cuda")) is pictures[1]
