@@ -1,4 +1,4 @@
-"""Samplers that follow a schedule, whatever number of processes and however resumed."""
+"""A sampler that follows a schedule: the same order in every process and in a resumed run."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ class DeferredSampler(Sampler[int]):
 
     While the schedule is uniform the epoch is a shuffle of all samples. While it re-samples, each
     index is drawn with replacement: a class by ``schedule.class_probabilities``, then one of its
-    samples uniformly. The order is a function of the seed and the epoch alone, so every process
-    computes the same one (Accelerate and the Trainer then give each its batches) and a resumed
+    samples uniformly. The order depends on the seed and the epoch alone. So every process computes
+    the same one, of which Accelerate and the Trainer give each process its batches, and a resumed
     training gets the order it would have had. ``len()`` never changes.
 
-    A loop says at the beginning of each epoch which one it is, by ``sampler.set_epoch(epoch)`` or,
-    of a loader that Accelerate has prepared, ``loader.set_epoch(epoch)``. Such a loader also counts
-    its own iterations, from 0 in a resumed run; that count never undoes what the loop said, it goes
-    on from there.
+    The training loop says which epoch begins, by ``sampler.set_epoch(epoch)`` or, with a loader
+    that Accelerate has prepared, ``loader.set_epoch(epoch)``. Such a loader also counts its own
+    iterations, from 0 in a resumed run. What the loop said has priority, and the count goes on
+    from there.
 
     Args:
         labels: Class index of each sample (N,); see :meth:`ClassCounts.from_labels`.
         schedule: What to sample when. Stages begin with an epoch: a start inside one takes
             effect at the next.
         epochs: Epochs of the whole training, a fraction where it stops inside one.
-        steps_per_epoch: Optimizer updates of one epoch; needed only where ``start`` counts steps.
+        steps_per_epoch: Optimizer steps of one epoch; needed only where ``start`` counts steps.
         num_classes: C. Default: the largest label + 1.
         seed: Seed of the order.
         num_replicas: Processes to split the order over, for loops without Accelerate.
@@ -45,8 +45,8 @@ class DeferredSampler(Sampler[int]):
 
     Raises:
         ValueError: bad labels, ``rank`` not below ``num_replicas``, or ``start`` past the end.
-        RuntimeError: from iterating, where two loaders count and the loop did not say which epoch
-            it is, as after ``skip_first_batches``, whose epoch the loader itself does not count.
+        RuntimeError: when iterated by two loaders in turn that each count for themselves, and the
+            loop did not say the epoch. (``skip_first_batches`` makes a second loader.)
 
     Example:
         >>> sampler = DeferredSampler([0, 0, 0, 1], DeferredSchedule("drs", start=1), epochs=2)
@@ -82,9 +82,9 @@ class DeferredSampler(Sampler[int]):
         self.num_replicas = check_int("num_replicas", num_replicas, low=1)
         self.rank = check_int("rank", rank, low=0, high=num_replicas - 1)
         self.epoch = 0
-        self._ahead = 0  # of the count of the loader
-        self._told: str | None = None  # the epoch, since the last iteration, by "loop" or "loader"
-        self._counting: int | None = None  # id of the loader whose count was taken last
+        self._chosen_by: str | None = None  # "loop" or "loader", since the last iteration
+        self._offset = 0  # epoch minus the count of iterations that the loader keeps
+        self._counting_loader: int | None = None  # id of the loader whose count was used last
         self._size = len(array)
         # Indices grouped by class: members of class c are _members[_first[c] : _first[c + 1]].
         index_type = np.int32 if len(array) <= np.iinfo(np.int32).max else np.int64
@@ -95,27 +95,38 @@ class DeferredSampler(Sampler[int]):
         self._first = np.concatenate([[0], np.cumsum(self.class_counts.counts)])
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the 0-based epoch whose order is drawn next."""
+        """Choose the 0-based epoch whose order is drawn next.
+
+        Raises:
+            TypeError: ``epoch`` is not an integer.
+            ValueError: ``epoch`` is negative.
+            RuntimeError: two data loaders of Accelerate count the epochs, see the class.
+        """
         epoch = check_int("epoch", epoch, low=0)
         loader, counts = loader_that_sets_epoch()
         if counts:
             self._take_count(epoch, loader)
             return
-        self.epoch, self._told = epoch, "loop"
-        if loader is not None:  # told by the loop, it counts on from there
-            self._ahead, self._counting = 0, id(loader)
+        self.epoch, self._chosen_by = epoch, "loop"
+        if loader is not None:  # it handed on what the loop said, and counts on from there
+            self._offset, self._counting_loader = 0, id(loader)
 
     def _take_count(self, count: int, loader: object) -> None:
-        """Go on with what a loader of Accelerate counts, unless the loop said which epoch it is."""
-        if self._told == "loop":
-            self._ahead = self.epoch - count
-        elif self._counting not in (None, id(loader)):
+        """Follow the count that a loader of Accelerate keeps of its iterations.
+
+        If the loop chose the epoch since the last iteration, that epoch stays, and the loader
+        counts on from there.
+        """
+        if self._chosen_by == "loop":
+            self._offset = self.epoch - count
+        elif self._counting_loader not in (None, id(loader)):
             raise RuntimeError(
                 "two data loaders count the epochs of one DeferredSampler, each for itself (one "
                 "may be that of skip_first_batches). Call `sampler.set_epoch(epoch)` at the "
                 "beginning of each epoch."
             )
-        self.epoch, self._told, self._counting = count + self._ahead, "loader", id(loader)
+        self.epoch, self._chosen_by = count + self._offset, "loader"
+        self._counting_loader = id(loader)
 
     @property
     def progress(self) -> Progress:
@@ -134,10 +145,10 @@ class DeferredSampler(Sampler[int]):
         return self._members[self._first[drawn] + place]
 
     def __iter__(self) -> Iterator[int]:
-        loader = None if self._told == "loader" else loader_that_iterates()
-        if loader is not None:  # its own call does not reach this sampler through all wrappers
+        loader = None if self._chosen_by == "loader" else loader_that_iterates()
+        if loader is not None:  # not all wrappers hand its call of set_epoch on
             self._take_count(loader.iteration, loader)
-        self._told = None
+        self._chosen_by = None
         order = self.order()
         if self.num_replicas > 1:
             order = np.resize(order, len(self) * self.num_replicas)[self.rank :: self.num_replicas]
@@ -148,4 +159,5 @@ class DeferredSampler(Sampler[int]):
         return math.ceil(self._size / self.num_replicas)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_counting": None}  # no loader of another process has this id
+        # No loader of another process has this id.
+        return {**self.__dict__, "_counting_loader": None}

@@ -36,6 +36,11 @@ def calling_trainer(callback: TrainerCallback) -> Trainer:
 def check_setup(trainer: Trainer, kind: type[TrainerCallback], *, resampling: bool) -> None:
     """Refuse the set-ups in which something else than asked for would be trained.
 
+    Args:
+        trainer: The Trainer, with its model.
+        kind: Class of callback of which there must be one at most.
+        resampling: Whether the schedule re-samples.
+
     Raises:
         ValueError: the message says which argument to change, and to what.
     """
@@ -53,9 +58,8 @@ def check_setup(trainer: Trainer, kind: type[TrainerCallback], *, resampling: bo
 def check_sharding(trainer: Trainer, *, cosine_head: bool) -> None:
     """Refuse to partition a cosine head by DeepSpeed's ZeRO-3.
 
-    Its own way of saving collects the parameters one by one and asks no ``state_dict``, so the
-    exact weight would be left where the folded one belongs. Without such a head nothing of this
-    package is partitioned.
+    ZeRO-3 saves by collecting the parameters one by one and calls no ``state_dict()``. So the
+    unfolded weight of the head would be saved under the name of the folded one.
 
     Raises:
         ValueError: stage 3, and a cosine head is there or expected.
@@ -82,7 +86,7 @@ def check_head(model: nn.Module, optimizer: Any, scale: float) -> None:
     """Check that the cosine head is there, has the loss's scale and will be trained.
 
     Raises:
-        ValueError: it does not; the message says what to write.
+        ValueError: one of these does not hold; the message says what to write.
     """
     before = f"Call use_cosine_head(model, scale={scale:g}) before the optimizer is made."
     if not cosine_heads(model):
@@ -105,8 +109,8 @@ def check_head(model: nn.Module, optimizer: Any, scale: float) -> None:
 def check_forward(trainer: Trainer) -> None:
     """Check that the model can be called without labels, which the Trainer gives to the loss.
 
-    A ``forward`` that asks for them is refused now; one that uses them all the same is when it is
-    called for the first time and fails, before any update.
+    A ``forward`` with a required argument ``labels`` is refused at once. One that uses labels that
+    are None fails at its first call, before any optimizer step, and the error then says why.
 
     Raises:
         ValueError: it cannot; the message says what to write.
@@ -126,7 +130,7 @@ def check_forward(trainer: Trainer) -> None:
 
 
 def _explained(forward: Any) -> Any:
-    """``forward`` for one call, that words the error of missing labels."""
+    """``forward`` for its first call, with an error that explains missing labels."""
 
     @functools.wraps(forward)
     def first_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -171,7 +175,7 @@ def _check_arguments(trainer: Trainer, resampling: bool) -> None:
 
 
 def _check_config(config: Any) -> None:
-    """Refuse models whose task is not one class of several, or that answer with tuples."""
+    """Refuse models of other tasks than one class of several, or that return tuples."""
     problem = getattr(config, "problem_type", None)
     if problem not in (None, "single_label_classification"):
         hint = "A margin per class needs one class an example; other tasks have no LDAM."

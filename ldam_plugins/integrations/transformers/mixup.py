@@ -16,21 +16,22 @@ from ldam_plugins.heads import cosine_heads, find_head
 
 
 class FeatureMixup:
-    """Mixup (Zhang et al., ICLR 2018) of the features of a text, its tokens having no mean.
+    """Mixup of the features that the classification head gets, as texts have no mean of tokens.
 
     Each training batch of a process gets one ``lam ~ Beta(alpha, alpha)`` and one permutation p of
-    its N rows; the head gets ``lam x_i + (1 - lam) x_p(i)`` for its features x (N, H), and the
-    class masses are mixed likewise. Only what a ``Trainer`` computes its loss from is mixed:
-    evaluation and every other call of the model go on as they were.
+    its N rows. With features x (N, H) and targets t (N, C) the head gets
+    ``lam x_i + (1 - lam) x_p(i)``, and the loss ``lam t_i + (1 - lam) t_p(i)``. Mixed are only the
+    calls of the model that a ``Trainer`` computes its training loss from.
 
-    Source: "senMixup" of Guo, Mao and Zhang, 2019, arXiv 1905.08941.
+    Source: Zhang et al., ICLR 2018, arXiv 1710.09412; of features, "senMixup": Guo, Mao and Zhang,
+    2019, arXiv 1905.08941.
 
     Args:
         trainer: Its model gets the hooks. Those that an interrupted training left do nothing.
         alpha: Above 0; near 0 hardly anything is mixed, 1 draws ``lam`` uniformly.
 
     Raises:
-        ValueError: the head of the model is not found, or replicas of one process share a batch.
+        ValueError: the head of the model is not found, or one process trains on several GPUs.
     """
 
     def __init__(self, trainer: Trainer, alpha: float) -> None:
@@ -48,11 +49,11 @@ class FeatureMixup:
         torch.compiler.reset()  # code compiled before would pass the hooks by
 
     def mixed_masses(self, labels: Tensor, num_classes: int) -> Tensor:
-        """Class masses (N, C) of the features mixed last, from indices (N,) or masses (N, C).
+        """Soft targets (N, C) of the features mixed last, from indices (N,) or targets (N, C).
 
         Raises:
             RuntimeError: no features were mixed: the model does not call its head.
-            ValueError: a label outside 0..C-1, such as -100, which has no masses.
+            ValueError: a label outside 0..C-1, such as -100, which cannot be mixed.
         """
         lam, partner = self._lam, self._partner
         self._lam = self._partner = None

@@ -1,4 +1,4 @@
-"""What a text run asks of transformers beside DRWCallback: history, checkpoints, models by name."""
+"""Callbacks of a run: its history, and checkpoints that survive preemption; and two helpers."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ from ldam_plugins._call_stack import trainer_calls
 from ldam_plugins._validation import check_int, invalid
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.integrations.transformers.checks import calling_trainer
+from ldam_plugins.integrations.transformers.training_run import steps_per_epoch
 from ldam_plugins.schedules import DeferredSchedule, Progress
 from ldam_plugins.training.distributed import any_process
 from ldam_plugins.training.files import flush_folder, write_atomic
@@ -87,7 +88,7 @@ class HistoryCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Open the history after the epochs that are done."""
-        self._steps = _steps_per_epoch(args, state, train_dataloader)
+        self._steps = steps_per_epoch(args, train_dataloader, state.max_steps)
         if state.is_world_process_zero:
             done = state.global_step // self._steps
             self._history = HistoryWriter(self.output_dir, start_epoch=done)
@@ -149,7 +150,7 @@ class HistoryCallback(TrainerCallback):
         self._history = None
 
     def _write(self) -> None:
-        """Write the row, before the checkpoint of the epoch is written."""
+        """Append the row. The Trainer writes the checkpoint of the epoch later."""
         if self._history is not None:
             self._history.append(**self._row)
         self._row = {}
@@ -158,18 +159,20 @@ class HistoryCallback(TrainerCallback):
 class CheckpointCallback(TrainerCallback):
     """Keep a Trainer's checkpoints whole and few, and save one when the job is preempted.
 
-    A Trainer writes a checkpoint file by file, on every process. When all have written theirs the
-    checkpoint gets the empty file ``whole``, by which :func:`newest_trainer_checkpoint` knows it;
-    only then, and when it is on the disk, older ones are dropped: of this run and of the one it
-    resumes, never the best one (``state.best_model_checkpoint``) nor what else is in the folder.
-    Set ``save_total_limit=None``, which drops them too early.
+    A Trainer writes a checkpoint file by file, in every process. When all have written theirs the
+    checkpoint gets an empty file ``whole``, by which :func:`newest_trainer_checkpoint` recognises
+    it. Only then, and when it is on the disk, older ones are removed: those of this run and of the
+    one it resumes, but never the best one (``state.best_model_checkpoint``) and nothing else in the
+    folder. Leave ``save_total_limit`` at None: the Trainer would remove them too early.
 
-    After SIGTERM the Trainer saves after the running update (with several processes: after the next
-    whose number is a multiple of 10, when they ask each other), from where a resumed run equals the
-    undisturbed one, and the process ends with the code :data:`.PREEMPTED`.
-    Beside each checkpoint lies the random state in which the order of its epoch was drawn: the
-    Trainer draws the order anew when it resumes inside an epoch. Put this callback last. SIGTERM
-    has its own meaning again when the training has ended, by an error too.
+    After SIGTERM the Trainer finishes the current optimizer step, saves, and the process ends with
+    the exit code :data:`.PREEMPTED`. Several processes ask each other about SIGTERM at every tenth
+    step only, so they go on until then. A resumed run equals one that was not interrupted. For this
+    the random state from which the order of the epoch was drawn lies beside each checkpoint: when
+    it resumes inside an epoch, the Trainer draws the order again. When the training has ended, by
+    an error too, SIGTERM has its usual effect again.
+
+    Put this callback last.
 
     Args:
         keep: Checkpoints to keep, at least 1, beside the best one.
@@ -201,12 +204,12 @@ class CheckpointCallback(TrainerCallback):
         train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Note SIGTERM from now on; find the random state of the epoch that goes on."""
+        """Handle SIGTERM from now on; load the random state of an epoch that is resumed."""
         if state.is_hyper_param_search:
             expected = "without CheckpointCallback in a search of hyperparameters"
             raise invalid("callbacks", expected, type(self).__name__)
         self._preempted = False
-        self._steps = _steps_per_epoch(args, state, train_dataloader)
+        self._steps = steps_per_epoch(args, train_dataloader, state.max_steps)
         earlier = _whole_checkpoints(args.output_dir) if state.global_step else {}
         self._own = [step for step in earlier if step <= state.global_step]
         self._note_sigterm(calling_trainer(self))
@@ -216,7 +219,7 @@ class CheckpointCallback(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Note the random state from which the order of the epoch is drawn."""
+        """Keep the random state from which the order of the epoch is drawn."""
         if self._resumed is not None:
             torch.set_rng_state(self._resumed)
             self._resumed = None
@@ -394,11 +397,3 @@ def _wait_for_all() -> None:
 
 def _order_file(args: TrainingArguments) -> str:
     return f"order_{args.process_index}.safetensors"
-
-
-def _steps_per_epoch(args: TrainingArguments, state: TrainerState, loader: Any) -> int:
-    """Updates of one epoch as the Trainer counts them; all where there is no length."""
-    try:
-        return max(-(-len(loader) // args.gradient_accumulation_steps), 1)
-    except TypeError:
-        return state.max_steps

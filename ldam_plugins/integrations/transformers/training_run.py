@@ -19,7 +19,7 @@ from torch.utils.data import (
     SubsetRandomSampler,
     WeightedRandomSampler,
 )
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from ldam_plugins._validation import invalid
@@ -39,25 +39,26 @@ logger = logging.get_logger(__name__)
 class TrainingRun:
     """Loss, class weights and sampling of one training.
 
-    Where several processes share an epoch that does not divide, Accelerate fills up the last
-    batches with examples that were dealt already. These have no part in the loss, so every example
-    counts once, however many processes there are. (Of such examples without a label, -100, the
-    loss of that one update is divided by as many items too few.)
+    Where several processes share an epoch that they cannot divide evenly, Accelerate fills up the
+    last batches with examples of the same epoch. Those repeats are left out of the loss, so every
+    example counts once, whatever the number of processes. (If repeats have no label, -100, the
+    divisor of that one optimizer step is too small by their number.)
 
     Args:
-        trainer: Its Trainer; only a weak reference is kept.
-        callback: The callback that must stay with the Trainer for the loss to be used.
+        trainer: The Trainer; only a weak reference is kept.
+        callback: The callback the run belongs to. While it is not among the Trainer's callbacks
+            the loss refuses to be trained on.
         criterion: The loss, on the device of the training.
-        schedule: What to re-weight or re-sample when.
-        total_steps: Optimizer updates of the whole training.
-        train_dataloader: As the Trainer has prepared it.
-        labels: Of the training set, asked for where examples are re-sampled.
-        seed: Of re-sampling.
-        mixup: What mixes the features in the model, if anything does.
+        schedule: When to re-weight or re-sample.
+        total_steps: Optimizer steps of the whole training.
+        train_dataloader: The data loader that the Trainer has prepared.
+        labels: Labels of the training set, read only if examples are re-sampled.
+        seed: Seed of re-sampling.
+        mixup: Mixup of the features inside the model; None: no Mixup.
 
     Raises:
-        ValueError: ``start`` past the end or in epochs nobody knows the length of, examples that
-            cannot be re-sampled, or a sampler of the user's own where they would be.
+        ValueError: ``start`` is past the end, or an epoch while the length of one is not known;
+            or examples are to be re-sampled and cannot be, or have a sampler of the user's own.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class TrainingRun:
         self.mixup = mixup
         self._watch = UpdateWatch()
         self._total_steps = total_steps
-        self._steps_per_epoch = _steps_per_epoch(trainer, train_dataloader, total_steps)
+        self._steps_per_epoch = steps_per_epoch(trainer.args, train_dataloader, total_steps)
         self._check_start(total_steps, train_dataloader)
         restore_sampler(train_dataloader)
         self._last_round = _last_round(train_dataloader)
@@ -92,7 +93,17 @@ class TrainingRun:
     def compute_loss(
         self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Loss for ``Trainer.compute_loss_func``, watched on its way into the gradients."""
+        """Loss in the form of ``Trainer.compute_loss_func``; :class:`UpdateWatch` follows it.
+
+        Args:
+            outputs: Output of the model.
+            labels: Class indices (N,) or (N, 1), or soft targets (N, C).
+            num_items_in_batch: Labels of the whole optimizer step, as the Trainer counts them.
+
+        Raises:
+            RuntimeError: the callback was removed from the Trainer, which still has its loss.
+            ValueError: as :meth:`.ClassificationLoss.compute_loss_func`.
+        """
         if torch.is_grad_enabled() and not self._is_wanted():
             raise RuntimeError(
                 "the DRWCallback whose loss this Trainer uses was removed from its callbacks. "
@@ -115,7 +126,11 @@ class TrainingRun:
         return loss
 
     def begin_epoch(self, state: TrainerState, train_dataloader: Any) -> None:
-        """Give the data loader the order of a re-sampled epoch, before it is iterated."""
+        """Give the data loader the order of a re-sampled epoch, before it is iterated.
+
+        Raises:
+            RuntimeError: the data set has another number of rows than when the training began.
+        """
         if self._sampler is None:
             return
         rows, known = len(train_dataloader.dataset), len(self._sampler)
@@ -131,7 +146,7 @@ class TrainingRun:
             train_dataloader.set_sampler(order)
 
     def begin_step(self, state: TrainerState) -> None:
-        """Fill in the class weights of the coming update; log a stage that was not logged last."""
+        """Fill in the class weights of the coming optimizer step; log the stage if it is new."""
         progress = Progress(state.global_step, self._total_steps, self._steps_per_epoch)
         if self._sampler is not None:
             progress = self._sampler.progress  # sampling changes between epochs only
@@ -144,7 +159,7 @@ class TrainingRun:
                 self._running_trainer().log({"drw_stage": stage})
 
     def check_update(self) -> None:
-        """Stop before an update that is not the criterion's, as :class:`UpdateWatch` says."""
+        """Stop before an optimizer step that is not the criterion's, see :class:`UpdateWatch`."""
         self._watch.check(self._running_trainer(), type(self.criterion).__name__)
 
     def serves(self, callback: TrainerCallback) -> bool:
@@ -154,7 +169,7 @@ class TrainingRun:
     def _without_repeats(
         self, outputs: Any, labels: Tensor, items: Tensor | int | None
     ) -> tuple[Any, Tensor, Tensor | int | None]:
-        """Leave the examples out that fill up the last batches of an epoch, and their count."""
+        """Leave out the repeats that fill up the last batches of an epoch, and their count."""
         progress = self._running_trainer().accelerator.gradient_state
         if self._last_round is None or not progress.end_of_dataloader:
             return outputs, labels, items
@@ -223,7 +238,7 @@ class TrainingRun:
 
 
 class _FixedOrder(Sampler[int]):
-    """The order of one epoch. Without ``set_epoch``: hosts would call it with other epochs."""
+    """The order of one epoch. It has no ``set_epoch``, which hosts would call with another one."""
 
     def __init__(self, order: np.ndarray, replaced: Any) -> None:
         self.order = order
@@ -237,7 +252,7 @@ class _FixedOrder(Sampler[int]):
 
 
 def restore_sampler(loader: Any) -> None:
-    """Give a data loader the sampler back that it had before a re-sampled epoch."""
+    """Give a data loader its own sampler back after a re-sampled epoch."""
     sampler = loader.get_sampler() if hasattr(loader, "get_sampler") else None
     if isinstance(sampler, _FixedOrder):
         loader.set_sampler(sampler.replaced)
@@ -271,11 +286,11 @@ def prefers_rows(sampler: Any) -> bool:
 
 @dataclass(frozen=True)
 class _LastRound:
-    """The last batches of an epoch, one a process, filled up with examples dealt already.
+    """The last batches of an epoch, one for each process, filled up with repeated examples.
 
     Attributes:
-        num_unpadded_rows: Rows of this process's batch that are not such.
-        repeats: Rows of all processes that are.
+        num_unpadded_rows: Rows of this process's batch that are not repeats.
+        repeats: Number of repeats in the batches of all processes.
     """
 
     num_unpadded_rows: int
@@ -283,7 +298,7 @@ class _LastRound:
 
 
 def _last_round(loader: Any) -> _LastRound | None:
-    """None where nothing is filled up, or where it cannot be told."""
+    """The last batches of a loader; None if nothing is filled up, or it cannot be known."""
     shard = getattr(loader, "batch_sampler", None)
     if not isinstance(shard, BatchSamplerShard) or not isinstance(
         shard.batch_sampler, BatchSampler
@@ -306,8 +321,14 @@ def _has_length(loader: Any) -> bool:
         return False
 
 
-def _steps_per_epoch(trainer: Trainer, loader: Any, total_steps: int) -> int:
-    """Optimizer updates of one epoch as the Trainer counts them; all where there is no length."""
+def steps_per_epoch(args: TrainingArguments, loader: Any, total_steps: int) -> int:
+    """Optimizer steps of one epoch as the Trainer counts them.
+
+    Args:
+        args: Arguments of the Trainer.
+        loader: Its training data loader.
+        total_steps: Optimizer steps of the whole training, the answer for a loader without length.
+    """
     if not _has_length(loader):
         return total_steps
-    return -(-len(loader) // trainer.args.gradient_accumulation_steps)
+    return -(-len(loader) // args.gradient_accumulation_steps)

@@ -1,4 +1,4 @@
-"""Whether the updates of a Trainer are made by the loss it was given, divided as it should be."""
+"""Checks that a Trainer trains on the loss it was given, divided as it should be."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from ldam_plugins.losses.trainer_checks import HOST_IGNORES
 
 
 class UpdateWatch:
-    """Sees from the gradients of a loss whether a Trainer that may be a subclass uses it rightly.
+    """Checks each optimizer step of a Trainer, by hooks on the gradient of the loss.
 
-    Each update is checked for the loss having a part in it. The first one is also checked for the
-    number it is divided by, ``num_items_in_batch``, and for the factor by which a Trainer makes up
-    for the mean over processes; both ask the device and the other processes once.
+    Subclasses of the Trainer may compute something else. At every step the gradients must have come
+    through the loss. At the first one, the number that the loss was divided by
+    (``num_items_in_batch``) must be that of its labels, and a subclass that calls the loss itself
+    must multiply it by the number of processes, over which gradients are averaged. These two wait
+    for the device and the other processes, once.
     """
 
     def __init__(self) -> None:
@@ -28,7 +30,7 @@ class UpdateWatch:
         self._bare_gradient: Tensor | None = None
 
     def note_call(self, labels: Tensor, items: Tensor | int | None) -> None:
-        """Count what the loss is called with: labels of a micro-batch, and the Trainer's count."""
+        """Note what the loss is called with: labels of a micro-batch, and the Trainer's count."""
         if self._first:
             self._calls += 1
             self._labelled = self._labelled + labels.ne(HOST_IGNORES).sum()
@@ -41,11 +43,11 @@ class UpdateWatch:
             loss.register_hook(self._note_gradient)
 
     def check(self, trainer: Trainer, loss: str) -> None:
-        """Stop before an update that would not be the one asked for; all processes call it.
+        """Stop before an optimizer step that is not the one asked for; all processes call it.
 
         Raises:
-            RuntimeError: the loss took no part in the gradients since the last update, or not with
-                the weight that the other processes make needful.
+            RuntimeError: no gradient came through the loss since the last step, or the subclass
+                does not multiply the loss by the number of processes.
             ValueError: the loss was divided by another number than that of its labels.
         """
         kind = type(trainer).__name__

@@ -142,8 +142,17 @@ def test_cosine_head_is_found_and_folds_back(model, tokens):
     assert torch.equal(model(input_ids=tokens).logits.argmax(-1), logits.argmax(-1))
 
 
-def test_loads_without_the_package(model, tokens, tmp_path):
+@pytest.mark.parametrize("module", ["bilstm", "hf_bilstm"])  # the second is its name of old
+def test_loads_without_the_package(module, model, tokens, tmp_path):
     model.save_pretrained(tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(config.read_text().replace('"bilstm.', f'"{module}.'))
+    (tmp_path / "model" / "bilstm.py").rename(tmp_path / "model" / f"{module}.py")
+    for trust in (False, True):  # with the package
+        options = {"trust_remote_code": trust}
+        loaded = AutoModelForSequenceClassification.from_pretrained(config.parent, **options)
+        assert type(loaded) is BiLSTMForSequenceClassification
+        assert torch.equal(loaded(input_ids=tokens).logits, model(input_ids=tokens).logits)
     torch.save(tokens, tmp_path / "tokens.pt")
     code = """
 import sys

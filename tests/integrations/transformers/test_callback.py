@@ -405,6 +405,15 @@ class TestWhatIsLeft:
         assert not torch.equal(before, trainer.model.classifier.weight)
         assert logged(trainer, "drw_stage") == ["uniform", "reweighted"]
 
+    def test_a_second_training_counts_the_classes_of_its_own_data(self, tmp_path):
+        callback = DRWCallback(start=0.5)
+        trainer = make_trainer(tmp_path, callbacks=[callback])
+        for counts in (COUNTS, [9, 7, 5]):
+            trainer.train_dataset = make_data(counts=counts)
+            trainer.train()
+            assert callback.criterion.class_counts.counts.tolist() == counts
+            torch.testing.assert_close(callback.criterion.weight, effective_weights(counts))
+
     def test_a_removed_callback_is_missed(self, tmp_path):
         trainer = make_trainer(tmp_path, callbacks=[DRWCallback()])
         trainer.train()
