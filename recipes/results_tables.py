@@ -15,7 +15,7 @@ and ``<!-- end -->`` is made anew, from the runs whose options have one of the v
 benchmark), and the plots ``errors``, ``curves`` and ``heat_map``, which are of all runs. After
 ``<!-- timings: FILE [SECTION ...] -->`` come sections of a file that ``recipes/speed.py`` left
 under ``recipes/timings``, after ``<!-- probes: FILE [SCHEDULE ...] -->`` the means of a file
-that ``recipes/probe.py`` left under ``recipes/probes``.
+that ``recipes/linear_probe.py`` left under ``recipes/probes``.
 """
 
 from __future__ import annotations

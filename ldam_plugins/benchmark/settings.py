@@ -12,7 +12,7 @@ import pandas as pd
 from ldam_plugins._validation import invalid
 from ldam_plugins.benchmark.grid import METHODS
 from ldam_plugins.benchmark.records import Record
-from ldam_plugins.losses.registry import create_loss, loss_options
+from ldam_plugins.losses.registry import create_loss, loss_class, loss_options
 from ldam_plugins.schedules import KINDS
 from ldam_plugins.training.run_dir import MAY_CHANGE
 
@@ -112,13 +112,8 @@ def method_title(names: Sequence[str], setting: Setting) -> str:
 def head_of(record: Record) -> str:
     """The classifier that a run was trained with: ``"cosine"`` or ``"linear"``."""
     options = record["options"]
-    cosine = options.get("head") == "cosine" or _needs_cosine_head(options["loss"])
+    cosine = options.get("head") == "cosine" or loss_class(options["loss"]).needs_cosine_head
     return "cosine" if cosine else "linear"
-
-
-@cache
-def _needs_cosine_head(loss: str) -> bool:
-    return create_loss(loss, [1]).needs_cosine_head
 
 
 def heads_of_losses(records: Iterable[Record]) -> dict[str, str]:
