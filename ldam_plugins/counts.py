@@ -205,7 +205,7 @@ _LABEL_FAULTS = {
         "one-dimensional",
         "Drop the second axis: `labels.squeeze(-1)`, `np.ravel(labels)`.",
     ),
-    "masses": ("integers, one a row", "Soft labels have no counts: give those of the classes."),
+    "soft": ("integers, one a row", "Soft labels have no counts: give those of the classes."),
     "several": ("integers, one a row", "Give the index of one class, not several labels, a row."),
     "bool": ("integers", "Write `np.asarray(labels).astype(int)`."),
     "whole": ("integers", "Map floats to class indices: `np.asarray(labels).astype(int)`."),
@@ -221,7 +221,7 @@ def label_fault(values: Any) -> tuple[str, int | None, Any]:
 
     Returns:
         The fault, the row that has it (None: all rows), and the label of that row. Faults:
-        ``"missing"`` (None or NaN), ``"column"`` (N, 1), ``"masses"`` (rows of floats),
+        ``"missing"`` (None or NaN), ``"column"`` (N, 1), ``"soft"`` (rows of floats),
         ``"several"`` (rows of several labels), ``"bool"``, ``"whole"`` (floats without a
         fraction), ``"other"`` (names, fractions).
     """
@@ -235,7 +235,7 @@ def label_fault(values: Any) -> tuple[str, int | None, Any]:
         if all(len(row) == 1 for row in lists):
             return "column", None, f"shape ({len(rows)}, 1)"
         floats = any(isinstance(value, float) for value in lists[0])
-        return "masses" if floats else "several", None, first
+        return "soft" if floats else "several", None, first
     if all(isinstance(row, bool) for row in rows):
         return "bool", None, first
     broken = (row for row, value in enumerate(rows) if not _is_whole(value))

@@ -45,13 +45,13 @@ def loss(options: SpeedOptions) -> Iterator[Row]:
             index = torch.randint(classes, (rows,)).to(DEVICE)
             criterion = LDAMLoss(torch.arange(1, classes + 1)).to(DEVICE)
             weight = (torch.rand(classes) + 0.5).to(DEVICE)
-            masses = nn.functional.normalize(torch.rand(rows, classes), p=1).to(DEVICE)
+            target_probs = nn.functional.normalize(torch.rand(rows, classes), p=1).to(DEVICE)
             ignored = index.where(torch.arange(rows, device=DEVICE) % 4 > 0, -100)
             kinds = {
                 "plain": (index, None),
                 "weighted": (index, weight),
                 "ignored": (ignored, None),
-                "soft": (masses, None),
+                "soft": (target_probs, None),
             }
             for kind, (target, weights) in kinds.items():
                 criterion.weight.copy_(torch.ones(classes) if weights is None else weights)

@@ -158,7 +158,7 @@ def class_indices(
         shown = f"{value} in row {first_row + (row or 0)}"
         advice = _encoded(column, value, fault)
         raise invalid("labels", "given for every example", shown, hint=advice)
-    if fault == "masses":
+    if fault == "soft":
         advice = f"Soft labels have no counts to read. {hint}"
     elif fault == "several":
         advice = _several(values)

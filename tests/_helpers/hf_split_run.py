@@ -171,8 +171,8 @@ class Parameters(TrainerCallback):
 
 def soft_labels(rows):
     batch = default_data_collator(rows)
-    masses = torch.nn.functional.one_hot(batch["labels"], len(COUNTS)).double()
-    return {**batch, "labels": masses * 0.9 + 0.1 / len(COUNTS)}
+    target_probs = torch.nn.functional.one_hot(batch["labels"], len(COUNTS)).double()
+    return {**batch, "labels": target_probs * 0.9 + 0.1 / len(COUNTS)}
 
 
 def cases(whole):

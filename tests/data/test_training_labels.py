@@ -188,8 +188,8 @@ class TestCollatorsAreNotNeeded:
 
         def mix(rows):
             assert len(rows) in (4, 2)  # never a single one
-            masses = torch.eye(3)[[y for _, y in rows]]
-            return {"labels": masses.lerp(masses.flip(0), 0.3)}
+            target_probs = torch.eye(3)[[y for _, y in rows]]
+            return {"labels": target_probs.lerp(target_probs.flip(0), 0.3)}
 
         assert labels_of(pairs, mix).read().tolist() == LABELS
 
@@ -340,9 +340,12 @@ class TestInATraining:
 
         def mix(batch):
             tokens, labels = (torch.tensor(part) for part in zip(*batch, strict=True))
-            masses = torch.nn.functional.one_hot(labels, 3).float()
+            target_probs = torch.nn.functional.one_hot(labels, 3).float()
             share = float(torch.rand(()))
-            return {"input_ids": tokens, "labels": masses.lerp(masses.roll(1, 0), share)}
+            return {
+                "input_ids": tokens,
+                "labels": target_probs.lerp(target_probs.roll(1, 0), share),
+            }
 
         losses = []
         for given in (None, COUNTS):

@@ -106,11 +106,13 @@ def _readme(
     model: Any, class_names: Sequence[str], title: str, pretrained: str | None, licence: str | None
 ) -> str:
     """What the model is, what it needs, and the lines that use it."""
-    package = type(model).__module__.split(".")[0]
+    module = type(model).__module__
+    package = module.partition(".")[0]
     needs, imports = "It needs timm alone.", ""
     if package != "timm":
         needs = f"It is no model of timm's own: it needs the package `{package}`, imported first."
-        imports = f"import {type(model).__module__}  # makes the model known to timm\n"
+        registers = __package__ if module.startswith(f"{__package__}.") else module
+        imports = f"import {registers}  # makes the model known to timm\n"
     weights = ""
     if pretrained is not None:
         weights = f"\nTrained on from the weights of `{pretrained}`"

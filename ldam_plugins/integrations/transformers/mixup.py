@@ -48,7 +48,7 @@ class FeatureMixup:
             model.get_submodule(name).register_forward_pre_hook(self._mix)
         torch.compiler.reset()  # code compiled before would pass the hooks by
 
-    def mixed_masses(self, labels: Tensor, num_classes: int) -> Tensor:
+    def mixed_targets(self, labels: Tensor, num_classes: int) -> Tensor:
         """Soft targets (N, C) of the features mixed last, from indices (N,) or targets (N, C).
 
         Raises:
@@ -88,7 +88,7 @@ class FeatureMixup:
         return features.lerp(partner, 1 - self._lam), *others
 
     def _is_called_for(self) -> bool:
-        """Whether the caller is a Trainer whose loss then asks this object for the masses."""
+        """Whether the caller is a Trainer whose loss then asks this object for the soft targets."""
         loss = getattr(find_trainer("compute_loss"), "compute_loss_func", None)
         return getattr(getattr(loss, "__self__", None), "mixup", None) is self
 

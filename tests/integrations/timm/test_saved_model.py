@@ -117,7 +117,7 @@ def test_readme_says_what_is_needed_and_its_lines_work(vit, pictures, tmp_path):
     parts = {type(part).__module__.split(".")[0] for part in namespace["model"].modules()}
     assert parts == {"timm", "torch"}
     vision_run(tmp_path, *SHORT, "--dataset", pictures, "--model", "cifar_resnet20")
-    assert readme_code(tmp_path)[1].startswith("import ldam_plugins.integrations.timm.")
+    assert readme_code(tmp_path)[1].startswith("import ldam_plugins.integrations.timm  # makes")
 
 
 # timm leaves the files it opens to the garbage collector.

@@ -35,16 +35,18 @@ def flat(tensors):
     return torch.cat([tensor.detach().flatten() for tensor in tensors])
 
 
-def ldam_of_masses(logits, masses, scale=30.0):
+def ldam_of_soft_targets(logits, target_probs, scale=30.0):
     """Re-weighted LDAM of the paper, the margin of each class in proportion to its mass."""
     n, weights = torch.tensor(COUNTS, dtype=torch.float64), effective_weights().double()
     margins = 0.5 * (n / n.min()) ** -0.25
-    rows = (weights * masses * (logits - scale * masses * margins).log_softmax(1)).sum(1)
+    rows = (weights * target_probs * (logits - scale * target_probs * margins).log_softmax(1)).sum(
+        1
+    )
     return -rows.mean() / ((n * weights).sum() / n.sum())
 
 
 @pytest.mark.parametrize("parts", [1, 3])
-def test_the_loss_is_that_of_mixed_features_and_masses(parts, fixed, tmp_path):
+def test_the_loss_is_that_of_mixed_features_and_targets(parts, fixed, tmp_path):
     size = sum(COUNTS) // parts
     options = {**ONE_BATCH, "per_device_train_batch_size": size}
     model = make_model().double()
@@ -65,9 +67,9 @@ def test_the_loss_is_that_of_mixed_features_and_masses(parts, fixed, tmp_path):
         labels = batch.pop("labels")
         features = twin.bert(**batch).pooler_output
         mixed = 0.3 * features + 0.7 * features.flip(0)
-        masses = torch.nn.functional.one_hot(labels, 3).double()
-        masses = 0.3 * masses + 0.7 * masses.flip(0)
-        losses.append(ldam_of_masses(twin.classifier(mixed), masses))
+        target_probs = torch.nn.functional.one_hot(labels, 3).double()
+        target_probs = 0.3 * target_probs + 0.7 * target_probs.flip(0)
+        losses.append(ldam_of_soft_targets(twin.classifier(mixed), target_probs))
     assert len(losses) == parts
     expected = sum(losses) / parts
     assert logged(trainer, "loss")[0] == pytest.approx(expected.item(), rel=1e-6)
@@ -79,7 +81,7 @@ def test_the_loss_is_that_of_mixed_features_and_masses(parts, fixed, tmp_path):
 
 
 def test_nothing_but_the_order_changes_where_nothing_is_mixed(tmp_path, monkeypatch):
-    """With lam 0 every row is replaced by its partner, features and masses alike."""
+    """With lam 0 every row is replaced by its partner, features and soft targets alike."""
     monkeypatch.setattr(np.random, "beta", lambda *_: 0.0)
     ends = []
     for mixup in (0.0, 0.2):
