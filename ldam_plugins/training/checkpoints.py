@@ -168,9 +168,7 @@ def write_checkpoint(
         save(str(beside))
         if main:
             flush_folder(beside)
-    except (
-        Exception
-    ) as error:  # a full disk is another error of torch, of safetensors, of the system
+    except Exception as error:  # torch, safetensors and the system each have their own
         shutil.rmtree(beside, ignore_errors=True)
         hint = "Make room or mend the folder, then go on from the last one with --resume"
         raise OSError(f"checkpoint {target} cannot be written ({error}). {hint}.") from error

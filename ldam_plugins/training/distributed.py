@@ -83,20 +83,6 @@ def any_process(flag: bool) -> bool:
     return any(flags)
 
 
-def device_of_collectives(config: str) -> str:
-    """Type of the device of collective operations: the CPU if a backend supports it.
-
-    Args:
-        config: Backends by device, as of ``torch.distributed.get_backend_config()``.
-
-    Example:
-        >>> device_of_collectives("cpu:gloo,cuda:nccl"), device_of_collectives("xpu:xccl")
-        ('cpu', 'xpu')
-    """
-    devices = [entry.partition(":")[0] for entry in config.split(",")]
-    return "cpu" if "cpu" in devices else devices[0]
-
-
 def epoch_batches(
     samples: int, batch_size: int, processes: int = 1, *, drop_last: bool = False
 ) -> int:

@@ -115,9 +115,8 @@ class TrainingRun:
             if self.mixup is not None:
                 classes = len(self.criterion.class_counts)
                 if labels.ndim == 1 and num_items_in_batch is not None:
-                    num_items_in_batch = (
-                        num_items_in_batch * classes
-                    )  # of soft targets: the entries
+                    # The Trainer counts the entries of soft targets.
+                    num_items_in_batch = num_items_in_batch * classes
                 labels = self.mixup.mixed_targets(labels, classes)
             outputs, labels, num_items_in_batch = self._without_repeats(
                 outputs, labels, num_items_in_batch
