@@ -65,7 +65,7 @@ from ldam_plugins.integrations.transformers.run_callbacks import (
 from ldam_plugins.integrations.transformers.saved_model import describe_saved, measure_saved
 from ldam_plugins.integrations.transformers.tokenizer import train_tokenizer
 from ldam_plugins.losses.base import ClassificationLoss
-from ldam_plugins.reports.run_report import per_class_table, write_report
+from ldam_plugins.reports import per_class_table, write_report
 from ldam_plugins.training import (
     check_processes,
     choose_precision,

@@ -49,7 +49,7 @@ from ldam_plugins.integrations.timm.saved_model import load_model, save_model
 from ldam_plugins.kernels.batch_norm import use_fast_batch_norm
 from ldam_plugins.losses import apply_stage, warn_of_combination
 from ldam_plugins.losses.base import ClassificationLoss
-from ldam_plugins.reports.run_report import per_class_table, write_report
+from ldam_plugins.reports import per_class_table, write_report
 from ldam_plugins.samplers import DeferredSampler
 from ldam_plugins.schedules import DeferredSchedule, Progress
 from ldam_plugins.training import (

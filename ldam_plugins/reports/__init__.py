@@ -1,1 +1,19 @@
 """What a person looks at after a run: tables by class, plots, a page."""
+
+from typing import TYPE_CHECKING
+
+from ldam_plugins._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from ldam_plugins.reports.run_report import write_report
+    from ldam_plugins.reports.class_table import per_class_table
+
+__all__ = ["per_class_table", "write_report"]
+
+__getattr__, __dir__ = lazy_names(  # importing jinja2 and matplotlib takes a second
+    __name__,
+    {
+        "per_class_table": "ldam_plugins.reports.class_table",
+        "write_report": "ldam_plugins.reports.run_report",
+    },
+)

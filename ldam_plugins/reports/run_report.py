@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ldam_plugins.counts import ClassCounts
-from ldam_plugins.reports.class_table import ClassRow, class_rows, per_class_table, percent, summary
+from ldam_plugins.reports.class_table import ClassRow, class_rows, percent, summary
 from ldam_plugins.reports.html import Plot, render
 from ldam_plugins.schedules import DeferredSchedule
 from ldam_plugins.training.files import write_atomic
 from ldam_plugins.training.history import read_history, read_metrics
-
-__all__ = ["per_class_table", "write_report"]
 
 REPORT_FILE, CURVE_FILE, PROFILE_FILE = "report.html", "training_curve.png", "class_profile.png"
 _MAX_TABLE_ROWS = 1000

@@ -14,7 +14,7 @@ on from its last whole epoch; SIGTERM ends it after the running epoch, with exit
 
     from ldam_plugins import ClassCounts, DeferredSchedule, LDAMLoss, Progress, use_cosine_head
     from ldam_plugins.losses import apply_stage
-    from ldam_plugins.reports.run_report import write_report
+    from ldam_plugins.reports import write_report
     from ldam_plugins.training import TrainStep, begin_run, evaluate, folders_held, run_metrics
     from ldam_plugins.training import save_checkpoint, seed_epoch, training_times
     from ldam_plugins.training import unpadded_batches, until_preempted, write_metrics

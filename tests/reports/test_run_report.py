@@ -13,10 +13,9 @@ from matplotlib.figure import Figure
 
 from ldam_plugins import ClassCounts
 from ldam_plugins.metrics import long_tail_metrics
-from ldam_plugins.reports import plots
+from ldam_plugins.reports import plots, write_report
 from ldam_plugins.reports import run_report as reports
 from ldam_plugins.reports.class_table import ClassRow, class_rows
-from ldam_plugins.reports.run_report import write_report
 from ldam_plugins.training.history import HistoryWriter, read_metrics, write_metrics
 from ldam_plugins.training.run_dir import HOLDER_FILE, LOCK_FILE
 
