@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 from ldam_plugins._lazy import lazy_names
 
 if TYPE_CHECKING:
-    from ldam_plugins.reports.run_report import write_report
     from ldam_plugins.reports.class_table import per_class_table
+    from ldam_plugins.reports.run_report import write_report
 
 __all__ = ["per_class_table", "write_report"]
 
