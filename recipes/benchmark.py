@@ -42,6 +42,7 @@ from ldam_plugins.benchmark.grid import Cell, Grid, expand, in_cell
 from ldam_plugins.benchmark.local import CellTask, Outcome, run_locally
 from ldam_plugins.benchmark.records import collect_records
 from ldam_plugins.benchmark.report import write_experiment
+from ldam_plugins.benchmark.settings import by_setting
 from ldam_plugins.benchmark.slurm import run_on_slurm, slurm_parameters
 from ldam_plugins.benchmark.tables import interval_rows, markdown
 from ldam_plugins.training.options import check_int
@@ -138,8 +139,10 @@ def make_tasks(options: BenchmarkOptions) -> list[CellTask]:
         settings=options.set,
         vary=options.vary,
     )
-    cells = expand(grid, known)
-    return [make_task(options, kind, cell) for cell in cells]
+    tasks = [make_task(options, kind, cell) for cell in expand(grid, known)]
+    # Refuses one run under two names, such as erm and erm:head=linear, before it is made twice.
+    by_setting([{"name": task.name, "options": task.options} for task in tasks])
+    return tasks
 
 
 def make_task(options: BenchmarkOptions, kind: type[CoreOptions], cell: Cell) -> CellTask:

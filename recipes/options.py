@@ -16,6 +16,7 @@ from transformers import HfArgumentParser
 from ldam_plugins import ClassCounts, DeferredSchedule, create_loss, list_losses
 from ldam_plugins.counts import DEFAULT_MAX_MARGIN
 from ldam_plugins.data.long_tail import CLASS_ORDERS, PROFILES
+from ldam_plugins.heads.choice import HEADS, LINEAR_SCALE, options_for_head
 from ldam_plugins.losses import loss_options, losses_with
 from ldam_plugins.losses.base import DEFAULT_SCALE, ClassificationLoss
 from ldam_plugins.reports.class_table import kept_table
@@ -88,11 +89,19 @@ class CoreOptions:
         "size", "head of the long tail: the largest class, or class 0", choices=CLASS_ORDERS
     )
     loss: str = option("ldam", f"one of {', '.join(list_losses())}")
+    head: str = option(
+        "auto",
+        "auto: cosine for losses with a margin, else linear. A margin on a linear head is taken "
+        "off the logits as they are",
+        choices=HEADS,
+    )
     max_margin: float | None = option(
         None, f"margin of the rarest class, in cosines [{DEFAULT_MAX_MARGIN:g}]"
     )
     scale: float | None = option(
-        None, f"scale of the cosine head and the margin [{DEFAULT_SCALE:g}]"
+        None,
+        f"scale of the cosine head and the margin [{DEFAULT_SCALE:g}; margin on a linear head: "
+        f"{LINEAR_SCALE:g}]",
     )
     gamma: float | None = option(None, f"exponent of {of_losses('gamma')}")
     tau: float | None = option(None, f"strength of {of_losses('tau')}")
@@ -130,10 +139,6 @@ class CoreOptions:
             raise invalid("output_dir", expected, self.output_dir, hint="Give --output_dir.")
         self.make_schedule()
 
-    def head_scale(self) -> dict[str, Any]:
-        """``scale`` for :func:`~ldam_plugins.use_cosine_head`, where one is given."""
-        return {} if self.scale is None else {"scale": self.scale}
-
     def make_schedule(self) -> DeferredSchedule:
         """The schedule the options describe."""
         if not re.fullmatch(r"\d{1,18}|(\d+\.\d*|\.\d+|\d+(?=e))(e-?\d+)?", self.start, re.ASCII):
@@ -145,9 +150,8 @@ class CoreOptions:
     def make_loss(self, class_counts: ClassCounts) -> ClassificationLoss:
         """The loss the options describe; an option it does not have is an error."""
         given = {f.name: getattr(self, f.name) for f in fields(self) if f.name in LOSS_OPTIONS}
-        return create_loss(
-            self.loss, class_counts, **{k: v for k, v in given.items() if v is not None}
-        )
+        given = {name: value for name, value in given.items() if value is not None}
+        return create_loss(self.loss, class_counts, **options_for_head(self.loss, given, self.head))
 
 
 def parse_options(
@@ -171,12 +175,27 @@ def parse_options(
         preset = read_file(kind, default)
     flags, arguments = arguments, [*as_flags(preset), *arguments]
     (options,) = HfArgumentParser(kind, allow_abbrev=False).parse_args_into_dataclasses(arguments)
-    for name in LOSS_OPTIONS & set(preset) - set(loss_options(options.loss)):
+    for name in LOSS_OPTIONS & set(preset) - _options_in_use(options, preset, flags):
         # A preset's option of its own loss is dropped if a flag chooses a loss without that option.
         if getattr(options, name) == preset[name]:
             setattr(options, name, None)
     _check_ratio(options, preset, flags)
     return options
+
+
+def _options_in_use(options: CoreOptions, preset: Mapping[str, Any], flags: list[str]) -> set[str]:
+    """The options of a preset's loss that are kept for the loss and head of the flags.
+
+    A scale is that of the cosine head, under any loss. It is not kept for a margin on a linear
+    head, unless the preset chose that head or the scale is a flag as well.
+    """
+    names = set(loss_options(options.loss))
+    flagged = any(flag.split("=")[0] == "--scale" for flag in flags)
+    if options.head == "cosine":
+        names.add("scale")
+    elif options.head == "linear" and preset.get("head") != "linear" and not flagged:
+        names.discard("scale")
+    return names
 
 
 def _check_ratio(options: CoreOptions, preset: Mapping[str, Any], flags: list[str]) -> None:

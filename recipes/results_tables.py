@@ -32,12 +32,13 @@ import pandas as pd
 
 from ldam_plugins.benchmark.plots import PLOTS
 from ldam_plugins.benchmark.records import Record, add_records, read_records
-from ldam_plugins.benchmark.settings import heads_of_losses, shown
+from ldam_plugins.benchmark.settings import shown
 from ldam_plugins.benchmark.tables import (
     comparison_rows,
     error_matrices,
     interval_rows,
     markdown,
+    matrix_heads,
     matrix_rows,
     range_rows,
     spread,
@@ -65,10 +66,10 @@ PROBED = {
 
 def matrix_tables(records: list[Record]) -> str:
     """A table a combination of the options beside loss and schedule."""
-    parts, heads = [], heads_of_losses(records)
+    parts, heads = [], matrix_heads(records)
     for title, matrix in error_matrices(records).items():
         parts += [title] if title else []
-        parts.append(markdown(matrix_rows(matrix, heads)))
+        parts.append(markdown(matrix_rows(matrix, heads[title])))
     return "\n\n".join(parts)
 
 

@@ -45,10 +45,10 @@ from ldam_plugins import (
     LongTailMetrics,
     fold_cosine_head,
     long_tail_indices,
-    use_cosine_head,
 )
 from ldam_plugins.data.texts import load_texts, subsample_classes
 from ldam_plugins.heads import cosine_heads, find_head
+from ldam_plugins.heads.choice import put_head
 from ldam_plugins.integrations.transformers.bilstm import (
     BiLSTMConfig,
     BiLSTMForSequenceClassification,
@@ -131,7 +131,6 @@ class TextOptions(CoreOptions):
     hidden_size: int = option(64, "length of a bilstm's state in each direction")
     embedding_dropout: float = option(0.5, "dropout of a bilstm's embeddings")
     attention_dropout: float | None = option(None, "dropout of attention [the model's own]")
-    head: str = option("auto", "auto: cosine where the loss needs it", choices=("auto", "cosine"))
     lora_rank: int = option(0, "train low-rank adapters of this rank and the head; 0: everything")
     lora_alpha: int = option(16, "scale of the adapters, divided by the rank")
     weight_decay: float = option(0.0, "decoupled weight decay")
@@ -270,7 +269,7 @@ def load_data(options: TextOptions, show: bool = False) -> tuple[Dataset, Datase
 def make_model(
     options: TextOptions, train: Dataset, criterion: ClassificationLoss
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    """Tokenizer and model, with a cosine head where the loss needs it, and with adapters."""
+    """Tokenizer and model, with a head of the kind asked for, and with adapters."""
     names = train.features["label"].names
     labels = {
         "id2label": dict(enumerate(names)),
@@ -298,8 +297,7 @@ def make_model(
             model.config.pad_token_id = tokenizer.pad_token_id
     # Saved with the tokenizer, so that `truncation=True` cuts texts as in training.
     tokenizer.model_max_length = min(options.max_length, tokenizer.model_max_length)
-    if criterion.needs_cosine_head or options.head == "cosine":
-        use_cosine_head(model, **options.head_scale())
+    put_head(model, criterion, options.head, scale=options.scale)
     return tokenizer, add_adapters(options, model) if options.lora_rank else model
 
 
@@ -403,7 +401,13 @@ def make_callbacks(options: TextOptions, criterion: ClassificationLoss) -> list[
     schedule = options.make_schedule()
     history = HistoryCallback(options.output_dir, schedule, options.eval_every)
     checkpoints = CheckpointCallback(options.keep_checkpoints)
-    drw = DRWCallback(criterion, schedule=schedule, mixup=options.mixup)
+    drw = DRWCallback(
+        criterion,
+        schedule=schedule,
+        head=options.head,
+        scale=options.scale,
+        mixup=options.mixup,
+    )
     return [drw, history, checkpoints]
 
 

@@ -33,9 +33,10 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm import trange
 
-from ldam_plugins import ClassCounts, register, use_cosine_head
+from ldam_plugins import ClassCounts, register
 from ldam_plugins.data import LabelledImages, load_images, long_tail_indices
 from ldam_plugins.data.in_memory import InMemoryImages
+from ldam_plugins.heads.choice import put_head, wants_cosine_head, warn_of_linear_head
 from ldam_plugins.integrations.timm.images import (
     AUGMENTATIONS,
     SMALL,
@@ -153,7 +154,6 @@ class VisionOptions(CoreOptions):
     )
     workers: int = option(4, "loader processes for images not held in memory")
     pretrained: bool = option(False, "begin from timm's pretrained weights")
-    head: str = option("auto", "auto: cosine where the loss needs it", choices=("auto", "cosine"))
     opt: str = option("sgd", "optimizer of timm")
     momentum: float = option(0.9, "momentum of the optimizer")
     weight_decay: float = option(2e-4, "weight decay of all parameters")
@@ -184,6 +184,7 @@ def main(options: VisionOptions) -> dict[str, Any]:
     criterion = options.make_loss(counts).to(accelerator.device)
     if accelerator.is_main_process:
         warn_of_combination(criterion, options.make_schedule())
+        warn_of_linear_head(criterion, wants_cosine_head(criterion, options.head))
     model = make_model(options, criterion)
     pipeline = make_pipeline(options, model)
     check_trains_on(
@@ -402,15 +403,14 @@ def without_corrupt(images: LabelledImages, name: str, show: bool) -> LabelledIm
 
 
 def make_model(options: VisionOptions, criterion: ClassificationLoss) -> nn.Module:
-    """The timm model with a head for the classes, a cosine one where the loss needs it."""
+    """The timm model with a head for the classes, of the kind asked for."""
     model = create_classifier(
         options.model,
         criterion.class_counts,
         image_size=options.image_size,
         pretrained=options.pretrained,
     )
-    if criterion.needs_cosine_head or options.head == "cosine":
-        use_cosine_head(model, **options.head_scale())
+    model = put_head(model, criterion, options.head, scale=options.scale)
     return model.to(memory_format=torch.channels_last)
 
 

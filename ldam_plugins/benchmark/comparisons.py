@@ -59,23 +59,27 @@ def comparisons(records: Sequence[Record], baseline: str = "erm") -> list[Compar
     Negative differences are less error than the baseline's. P-values and detectable differences are
     corrected for the number of tests in the answer.
 
+    A method is compared with the baseline under its own head where that was run: LDAM with
+    cross-entropy on a cosine head.
+
     Args:
         records: Of one experiment.
         baseline: A name of ``METHODS`` or ``loss/schedule``, in which ``*`` is the method's own:
             ``"*/none"`` compares each schedule with none under the same loss. Of several settings
             of the baseline the one with the method's other options is taken, if there is one,
             else each; options after colons choose among them, a dash standing for the loss's
-            default: ``"ldam_drw:max_margin=-:start=80"``.
+            default: ``"ldam_drw:max_margin=-:start=80"``, ``"erm:head=linear"``.
 
     Raises:
         ValueError: an unknown baseline.
     """
     names, settings = varying_options(records), by_setting(records)
     expected, options = read_baseline(baseline, records[0]["options"])
+    others = {setting: _others(names, setting, runs[0]) for setting, runs in settings.items()}
     chosen = [s for s, runs in settings.items() if _has(runs[0], options)]
     found = []
     for setting, runs in settings.items():
-        for base in _bases(chosen, setting, expected):
+        for base in _bases(chosen, setting, expected, others):
             pairs = _pairs(settings[base], runs)
             if pairs:
                 titles = (method_title(names, base), method_title(names, setting))
@@ -114,17 +118,29 @@ def read_baseline(baseline: str, known: Collection[str]) -> tuple[tuple[str, str
 
 def _has(record: Record, options: Mapping[str, str]) -> bool:
     """Whether a run has what a baseline says after its colons."""
-    return all(shown(option_value(record, name)) == value for name, value in options.items())
+    found = {name: {shown(option_value(record, name))} for name in options}
+    if "head" in found:
+        found["head"].add(head_of(record))
+    return all(value in found[name] for name, value in options.items())
+
+
+def _others(names: Sequence[str], setting: Setting, record: Record) -> Setting:
+    """The options of a setting beside loss and schedule, the head by its own name."""
+    values = zip(names[2:], setting[2:], strict=True)
+    return tuple(head_of(record) if name == "head" else value for name, value in values)
 
 
 def _bases(
-    settings: Collection[Setting], setting: Setting, expected: tuple[str, str]
+    settings: Collection[Setting],
+    setting: Setting,
+    expected: tuple[str, str],
+    others: Mapping[Setting, Setting],
 ) -> list[Setting]:
     pattern = [own if want == "*" else want for want, own in zip(expected, setting, strict=False)]
     bases = [base for base in settings if list(base[:2]) == pattern]
     if setting in bases:
         return []  # the baseline itself, or another setting of it
-    return [base for base in bases if base[2:] == setting[2:]] or bases
+    return [base for base in bases if others[base] == others[setting]] or bases
 
 
 def _pairs(first: Sequence[Record], second: Sequence[Record]) -> list[tuple[Record, Record]]:

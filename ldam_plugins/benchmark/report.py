@@ -8,13 +8,14 @@ from pathlib import Path
 
 from ldam_plugins.benchmark.plots import PLOTS
 from ldam_plugins.benchmark.records import UNKNOWN, Record, write_records
-from ldam_plugins.benchmark.settings import heads_of_losses, shown, varying_options
+from ldam_plugins.benchmark.settings import shown, varying_options
 from ldam_plugins.benchmark.tables import (
     Row,
     comparison_rows,
     error_matrices,
     interval_rows,
     markdown,
+    matrix_heads,
     matrix_rows,
     tidy_table,
 )
@@ -97,10 +98,10 @@ def write_experiment(
 def _sections(records: Sequence[Record], baseline: str) -> list[_Section]:
     """Title, note and rows of each table."""
     sections = [("Methods", _NOTE_ON_INTERVALS, interval_rows(records))]
-    heads = heads_of_losses(records)
+    heads = matrix_heads(records)
     for title, matrix in error_matrices(records).items():
         heading = ", ".join(filter(None, ["Balanced error, %, by loss and schedule", title]))
-        sections.append((heading, _NOTE_ON_MATRIX, matrix_rows(matrix, heads)))
+        sections.append((heading, _NOTE_ON_MATRIX, matrix_rows(matrix, heads[title])))
     pairs = comparison_rows(records, baseline)
     if pairs:
         sections.append((f"More than noise? Against {baseline}", _NOTE_ON_PAIRS, pairs))

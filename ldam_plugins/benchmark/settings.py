@@ -12,6 +12,8 @@ import pandas as pd
 from ldam_plugins._validation import invalid
 from ldam_plugins.benchmark.grid import METHODS
 from ldam_plugins.benchmark.records import Record
+from ldam_plugins.heads.choice import LINEAR_SCALE, wants_cosine_head
+from ldam_plugins.losses.base import DEFAULT_SCALE
 from ldam_plugins.losses.registry import create_loss, loss_class, loss_options
 from ldam_plugins.schedules import KINDS
 from ldam_plugins.training.run_dir import MAY_CHANGE
@@ -36,11 +38,26 @@ def varying_options(records: Sequence[Record]) -> list[str]:
 
 
 def option_value(record: Record, name: str) -> Any:
-    """An option of a run; None where it is an option of the loss and at its default."""
+    """An option of a run; None where it is the head or an option of the loss at its default."""
     options = record["options"]
-    default = _loss_defaults(options["loss"]).get(name)
     value = options[name]
+    if name == "head":
+        return None if head_of(record) == _default_head(options["loss"]) else value
+    default = _default(name, options["loss"], head_of(record))
     return None if default is not None and value == default else _hashable(value)
+
+
+def _default(name: str, loss: str, head: str) -> Any:
+    """What an option of the loss, or the scale of its head, is where it is not given."""
+    if name != "scale":
+        return _loss_defaults(loss).get(name)
+    if head == "cosine":
+        return DEFAULT_SCALE
+    return LINEAR_SCALE if name in _loss_defaults(loss) else None
+
+
+def _default_head(loss: str) -> str:
+    return "cosine" if wants_cosine_head(loss_class(loss), "auto") else "linear"
 
 
 @cache
@@ -112,7 +129,7 @@ def method_title(names: Sequence[str], setting: Setting) -> str:
 def head_of(record: Record) -> str:
     """The classifier that a run was trained with: ``"cosine"`` or ``"linear"``."""
     options = record["options"]
-    cosine = options.get("head") == "cosine" or loss_class(options["loss"]).needs_cosine_head
+    cosine = wants_cosine_head(loss_class(options["loss"]), options.get("head", "auto"))
     return "cosine" if cosine else "linear"
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from ldam_plugins.benchmark.settings import (
     ABSENT,
     by_setting,
     head_of,
+    heads_of_losses,
     option_value,
     shown,
     varying_options,
@@ -97,19 +99,18 @@ def _rows_of(records: Sequence[Record], summarise: Callable[[list[float], int], 
 def error_matrices(records: Sequence[Record]) -> dict[str, pd.DataFrame]:
     """Balanced error in % by loss and schedule, for each combination of the other options.
 
-    Combinations in which nothing can be compared along both ways are left out: they have one loss,
-    or no loss with two schedules.
+    Where the runs of a loss differ in their head, the head is one of the other options, so a table
+    has one head. Combinations in which nothing can be compared along both ways are left out: they
+    have one loss, or no loss with two schedules.
 
     Returns:
         By title of the combination, a row a loss and a column a schedule; a cell is an
         :class:`.Interval` over the seeds, or NaN where there is no run.
     """
-    names = varying_options(records)[2:]
-    cells = []
-    for (loss, schedule, *others), runs in by_setting(records).items():
-        values = zip(names, others, strict=True)
-        title = ", ".join(f"{name} {shown(value)}" for name, value in values)
-        cells.append((title, loss, schedule, mean_interval(errors_of(runs))))
+    cells = [
+        (title, loss, schedule, mean_interval(errors_of(runs)))
+        for title, loss, schedule, runs in _titled(records)
+    ]
     table = pd.DataFrame(cells, columns=["title", "loss", "schedule", "error"])
     matrices = {}
     for title, part in table.groupby("title", sort=False):
@@ -117,6 +118,25 @@ def error_matrices(records: Sequence[Record]) -> dict[str, pd.DataFrame]:
         if 1 < len(matrix) < len(part):
             matrices[title] = matrix[[kind for kind in KINDS if kind in matrix]]
     return matrices
+
+
+def matrix_heads(records: Sequence[Record]) -> dict[str, dict[str, str]]:
+    """The head of each loss in each of :func:`error_matrices`, by its title."""
+    found: dict[str, list[Record]] = defaultdict(list)
+    for title, _, _, runs in _titled(records):
+        found[title] += runs
+    return {title: heads_of_losses(runs) for title, runs in found.items()}
+
+
+def _titled(records: Sequence[Record]) -> Iterator[tuple[str, str, str, list[Record]]]:
+    """Title of the other options, loss, schedule and runs of each setting."""
+    names = varying_options(records)[2:]
+    for (loss, schedule, *others), runs in by_setting(records).items():
+        values = dict(zip(names, others, strict=True))
+        if "head" in values:
+            values["head"] = head_of(runs[0])
+        title = ", ".join(f"{name} {shown(value)}" for name, value in values.items())
+        yield title, loss, schedule, runs
 
 
 def matrix_rows(matrix: pd.DataFrame, heads: Mapping[str, str] | None = None) -> list[Row]:

@@ -74,6 +74,12 @@ def refuse_deepspeed(plugin: Any, *, stages: Collection[int], hint: str) -> None
     raise invalid("zero_stage", expected, plugin.zero_stage, hint=hint)
 
 
+def is_first_process() -> bool:
+    """Whether this is the first of the processes that train together, or the only one."""
+    together = distributed.is_available() and distributed.is_initialized()
+    return not together or distributed.get_rank() == 0
+
+
 def any_process(flag: bool) -> bool:
     """Whether ``flag`` is true on any of the processes that train together; all must call it."""
     if not (distributed.is_available() and distributed.is_initialized()):

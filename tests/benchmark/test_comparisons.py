@@ -44,6 +44,36 @@ def test_what_a_table_calls_detectable_is_after_the_correction_for_its_tests(rec
         assert power == pytest.approx(0.8, abs=1e-3)
 
 
+def test_a_method_is_compared_with_the_baseline_under_its_own_head():
+    records = [
+        *method("ce", "none", [30.0, 31.0], head="auto"),
+        *method("ce", "none", [25.0, 26.0], head="cosine"),
+        *method("ldam", "drw", [20.0, 20.8], head="auto"),
+        *method("ldam", "drw", [28.0, 28.8], head="linear"),
+    ]
+
+    def rows(baseline):
+        return [
+            (row["against"], row["method"], row["head"])
+            for row in comparison_rows(records, baseline)
+        ]
+
+    alike = [
+        ("ERM, head cosine", "LDAM-DRW", "cosine"),
+        ("ERM", "LDAM-DRW, head linear", "linear"),
+    ]
+    assert rows("erm") == alike
+    linear = [
+        ("ERM", "ERM, head cosine", "cosine against linear"),
+        ("ERM", "LDAM-DRW", "cosine against linear"),
+        ("ERM", "LDAM-DRW, head linear", "linear"),
+    ]
+    assert rows("erm:head=linear") == rows("erm:head=-") == linear
+    assert rows("erm:head=cosine")[0] == ("ERM, head cosine", "ERM", "linear against cosine")
+    del records[2:4]  # where the head was not run, the baseline is the one that there is
+    assert rows("erm")[0] == ("ERM", "LDAM-DRW", "cosine against linear")
+
+
 def test_only_equal_seeds_and_long_tails_are_paired(records):
     other_tail = method("ldam", "drw", [5.0, 5.0, 5.0], ratio=10.0)
     other_seeds = [record("focal", "none", seed, 25.0 + seed) for seed in (2, 3)]

@@ -1,7 +1,7 @@
 import pytest
 from made_records import method, record
 
-from ldam_plugins.benchmark.settings import by_setting, varying_options
+from ldam_plugins.benchmark.settings import by_setting, head_of, varying_options
 
 
 def test_varying_options_are_what_tells_the_methods_apart(records):
@@ -16,6 +16,29 @@ def test_varying_options_are_what_tells_the_methods_apart(records):
 def test_a_default_that_is_written_out_is_the_same_method():
     records = [record("ldam", "drw", 0, 20.0), record("ldam", "drw", 1, 21.0, max_margin=0.5)]
     assert len(by_setting(records)) == 1
+
+
+def test_the_head_of_a_run_is_what_its_options_and_its_loss_say():
+    for loss, own in (("ce", "linear"), ("ldam", "cosine")):
+        for word, head in (("auto", own), ("linear", "linear"), ("cosine", "cosine")):
+            assert head_of(record(loss, "none", 0, 9.0, head=word)) == head
+    assert head_of(record("ldam", "none", 0, 9.0)) == "cosine"  # of before the option
+
+
+def test_a_head_and_scale_that_are_written_out_are_the_same_method():
+    def alike(loss, first, second):
+        pair = [record(loss, "drw", 0, 20.0, **first), record(loss, "drw", 1, 21.0, **second)]
+        return len(by_setting(pair)) == 1
+
+    auto, linear, cosine = ({"head": word, "scale": None} for word in ("auto", "linear", "cosine"))
+    assert alike("ldam", auto, cosine)
+    assert alike("ce", auto, linear)
+    assert not alike("ldam", auto, linear)
+    assert not alike("ce", auto, cosine)
+    assert alike("ldam", linear, {**linear, "scale": 1.0})
+    assert not alike("ldam", linear, {**linear, "scale": 30.0})
+    assert alike("ce", cosine, {**cosine, "scale": 30.0})
+    assert not alike("ce", cosine, {**cosine, "scale": 20.0})
 
 
 def test_options_that_not_all_versions_know_do_not_tell_methods_apart(records):

@@ -10,6 +10,7 @@ from ldam_plugins.benchmark.tables import (
     comparison_rows,
     error_matrices,
     interval_rows,
+    matrix_heads,
     matrix_rows,
     range_rows,
     spread,
@@ -70,6 +71,20 @@ def test_every_table_names_the_heads(records):
     rows = matrix_rows(matrix, heads_of_losses(records[:12]))
     assert [(row["loss"], row["head"]) for row in rows] == [("ce", "linear"), ("ldam", "cosine")]
     assert heads_of_losses(records) == {"ce": "cosine, linear", "ldam": "cosine"}
+
+
+def test_a_matrix_has_one_head_where_losses_were_run_under_both():
+    records = []
+    for loss in ("ce", "ldam"):
+        for kind in ("none", "drw"):
+            for head in ("linear", "cosine"):
+                records += method(loss, kind, [20.0, 21.0], head=head)
+    matrices, heads = error_matrices(records), matrix_heads(records)
+    assert list(matrices) == ["head linear", "head cosine"]
+    for title, matrix in matrices.items():
+        rows = matrix_rows(matrix, heads[title])
+        assert [row["loss"] for row in rows] == ["ce", "ldam"]
+        assert {row["head"] for row in rows} == {title.removeprefix("head ")}
 
 
 def test_csv_has_a_row_a_run(records):

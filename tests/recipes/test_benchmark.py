@@ -201,6 +201,8 @@ def test_real_cells_finish_go_on_and_are_reported(tmp_path, capfd):
         (["--methods", "erm", "--jobs", "0"], r"`jobs` must be an integer >= 1, got 0"),
         (["--set", "lr=-1"], r"cell 'ce_rw_s0': `lr` must be"),
         (["--set", "mixup=2,3"], r"cell 'ce_rw_s0'.*'3'"),
+        (["--methods", "erm", "erm:head=linear"], r"different runs.*'ce_none_head-linear_s0'"),
+        (["--methods", "erm", "--set", "scale=20"], r"cell 'ce_none_s0'.*`scale`.*--head cosine"),
         (["--baseline", "emr"], r"`baseline` must be.*Did you mean 'erm'"),
         (["--baseline", "erm:mixxup=0"], r"`option in baseline` must be.*Did you mean 'mixup'"),
     ],
@@ -209,6 +211,20 @@ def test_bad_grids_start_nothing(tmp_path, words, message):
     with pytest.raises(ValueError, match=message):
         benchmark.main(tiny(tmp_path, *words))
     assert not (tmp_path / "grid").exists()
+
+
+@pytest.mark.parametrize("recipe", ["vision", "text"])
+def test_the_head_is_a_setting_of_methods_and_of_grids(recipe):
+    words = ["--recipe", recipe, "--methods", "erm", "erm:head=cosine", "ldam_drw:head=linear"]
+    runs = benchmark.make_tasks(benchmark.parse(words))
+    assert [(run.name, run.options["head"]) for run in runs] == [
+        ("ce_none_s0", "auto"),
+        ("ce_none_head-cosine_s0", "cosine"),
+        ("ldam_drw_head-linear_s0", "linear"),
+    ]
+    words = ["--recipe", recipe, "--methods", "erm", "ldam_drw", "--set", "head=cosine", "scale=20"]
+    runs = benchmark.make_tasks(benchmark.parse(words))
+    assert [(run.options["head"], run.options["scale"]) for run in runs] == [("cosine", 20)] * 2
 
 
 def test_bad_files_are_refused(tmp_path):

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from ldam_plugins.data import load_texts
+from ldam_plugins.heads import cosine_heads
 from ldam_plugins.integrations.transformers.fast_attention import ATTENTION
 from ldam_plugins.integrations.transformers.run_callbacks import (
     class_errors,
@@ -310,6 +311,29 @@ def test_every_way_of_training_runs(run, flags):
     metrics, out = run(*flags, "--epochs", 1, "--start", "0.5")
     assert 0 <= metrics["test"]["top1_error"] <= 100
     assert (out / "model" / "model.safetensors").exists()
+
+
+def test_margins_on_a_linear_head_are_told(run):
+    with pytest.warns(UserWarning, match=r"loss LDAMLoss on a linear head.*0\.5 \* 2 = 1"):
+        metrics, out = run("--head", "linear", "--scale", 2, "--epochs", 1, "--start", "0.5")
+    assert (metrics["options"]["head"], metrics["options"]["scale"]) == ("linear", 2)
+    assert json.loads((out / "metrics.json").read_text())["options"]["head"] == "linear"
+
+
+@pytest.mark.filterwarnings(PEFT_WARNING)
+@pytest.mark.parametrize("more", [(), ("--lora_rank", 2)], ids=str)
+def test_scale_is_that_of_the_cosine_head_under_any_loss(run, bert, more, monkeypatch):
+    scales, folded = [], text_lt.folded
+
+    def seen(options, trainer):
+        scales.extend(head.scale for head in cosine_heads(trainer.model).values())
+        return folded(options, trainer)
+
+    monkeypatch.setattr(text_lt, "folded", seen)
+    flags = ("--loss", "ce", "--head", "cosine", "--scale", 20, "--epochs", 1, "--start", 0)
+    metrics, _ = run("--model", bert, *flags, *more)
+    assert set(scales) == {20}
+    assert metrics["options"]["scale"] == 20
 
 
 def test_rare_classes_lose_training_texts(run):

@@ -19,6 +19,7 @@ from vision_runs import parsed, picture_folder, vision_run
 from ldam_plugins import register
 from ldam_plugins.data import load_images, long_tail_indices
 from ldam_plugins.data.in_memory import InMemoryImages
+from ldam_plugins.heads import cosine_heads
 from ldam_plugins.integrations.timm.images import image_loader
 from ldam_plugins.kernels.batch_norm import FastBatchNorm2d
 from ldam_plugins.training import micro_batches
@@ -104,6 +105,46 @@ def test_every_way_of_training_runs(run, flags):
     metrics, out = run(*flags, "--epochs", 1, "--start", "0.5", "--ratio", 20)
     assert 0 <= metrics["test"]["top1_error"] <= 100
     assert (out / "model" / "model.safetensors").exists()
+
+
+def test_margins_on_a_linear_head_are_told(run):
+    with pytest.warns(UserWarning, match="loss LDAMLoss on a linear head.*0.5 \\* 1 = 0.5"):
+        metrics, out = run("--head", "linear", "--epochs", 1, "--start", "0.5")
+    assert metrics["options"]["head"] == "linear"
+    assert json.loads((out / "metrics.json").read_text())["options"]["head"] == "linear"
+    assert "fc.cosine_weight" not in weights(out)
+    assert "fc.bias" in weights(out)
+
+
+@pytest.mark.parametrize("loss", ["ce", "logit_adjusted", "ldam"])
+def test_scale_is_that_of_the_cosine_head_under_any_loss(loss):
+    options = parsed("--loss", loss, "--head", "cosine", "--scale", 20)
+    criterion = options.make_loss([5, 3, 1])
+    (head,) = cosine_heads(vision_lt.make_model(options, criterion)).values()
+    assert head.scale == 20
+    assert getattr(criterion, "scale", 20) == 20
+    for other in ("auto", "linear"):
+        options = parsed("--loss", "ce", "--head", other, "--scale", 20)
+        with pytest.raises(TypeError, match=r"`scale` must be left out.*--head cosine"):
+            options.make_loss([5, 3, 1])
+
+
+def test_the_scale_of_a_preset_is_that_of_its_cosine_head(tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text("dataset: digits\nloss: ldam\nscale: 10\nmax_margin: 0.3\n")
+
+    def chosen(*flags):
+        options = parsed(path, *flags)
+        return options.scale, getattr(options.make_loss([5, 3, 1]), "scale", None)
+
+    assert chosen() == (10, 10)
+    assert chosen("--loss", "ce") == (None, None)
+    assert chosen("--loss", "ce", "--head", "cosine") == (10, None)
+    assert chosen("--head", "cosine") == (10, 10)
+    assert chosen("--head", "linear") == (None, 1)
+    assert chosen("--head", "linear", "--scale", 10) == (10, 10)
+    path.write_text("dataset: digits\nloss: ldam\nhead: linear\nscale: 4\n")
+    assert chosen() == (4, 4)
 
 
 def test_presets_parse_and_can_be_overridden():

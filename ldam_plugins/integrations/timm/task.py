@@ -17,7 +17,14 @@ from ldam_plugins.heads import (
     cosine_heads,
     find_head,
     folded_state_dict,
-    use_cosine_head,
+)
+from ldam_plugins.heads.choice import (
+    head_scale,
+    head_word,
+    options_for_head,
+    put_head,
+    wants_cosine_head,
+    warn_of_linear_head,
 )
 from ldam_plugins.heads.layers import submodule_or_none
 from ldam_plugins.kernels.chunked_cosines import ChunkedCosines
@@ -25,6 +32,7 @@ from ldam_plugins.losses.base import ClassificationLoss
 from ldam_plugins.losses.registry import create_loss
 from ldam_plugins.losses.reweighting import apply_stage, warn_of_combination
 from ldam_plugins.schedules import DeferredSchedule, Progress
+from ldam_plugins.training.distributed import is_first_process
 
 
 class LongTailTask(ClassificationTask):
@@ -47,12 +55,16 @@ class LongTailTask(ClassificationTask):
         schedule: When classes are re-weighted. Re-sampling (``rs``, ``drs``) is done by the data
             loader (:class:`ldam_plugins.samplers.DeferredSampler`).
         head: Dotted names of the classifier's layers, where the search does not find them.
+        cosine_head: True puts a cosine head on the model, whatever the loss. False trains the
+            model's own linear head: margins are then taken off its logits as they are, times
+            ``scale``, which is 1 unless given, with a warning. Default: a cosine head for losses
+            with a margin; for others the model keeps the head it has.
         device: Device of the loss buffers. Default: that of the model.
         dtype: As in timm's task.
         verbose: As in timm's task.
         **loss_options: Options of :func:`create_loss`, such as ``max_margin`` and ``scale``.
-            A loss with margins puts a cosine head of its scale on the model, so make the
-            optimizer after the task.
+            ``scale`` is that of the cosine head too, also beside ``cosine_head=True`` for a loss
+            without margins. Make the optimizer after the task, which may replace the head.
 
     Raises:
         TypeError: ``loss_options`` beside a ready loss, or an option the loss does not have.
@@ -78,29 +90,34 @@ class LongTailTask(ClassificationTask):
         loss: str | ClassificationLoss = "ldam",
         schedule: DeferredSchedule | None = None,
         head: str | Sequence[str] | None = None,
+        cosine_head: bool | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
         verbose: bool = True,
         **loss_options: Any,
     ) -> None:
+        kind, scale = head_word(cosine_head), loss_options.get("scale")
         if isinstance(loss, str):
-            loss = create_loss(loss, class_counts, **loss_options)
+            loss = create_loss(loss, class_counts, **options_for_head(loss, loss_options, kind))
         elif loss_options:
             raise invalid(
                 "loss_options", "empty beside a ready loss", loss_options, error=TypeError
             )
         else:
             _check_same_counts(class_counts, loss)
-        if loss.needs_cosine_head:
-            model = use_cosine_head(model, loss.scale, head=head)
-        elif head is not None:
+        cosine = wants_cosine_head(loss, kind)
+        model = put_head(model, loss, kind, scale=scale, names=head)
+        if head is not None and not cosine:
             find_head(model, head)
         device = _device_of(model) if device is None else device
         super().__init__(model, loss, device=device, dtype=dtype, verbose=verbose)
         self.schedule = schedule or DeferredSchedule()
         self._head_names = head
-        self._heads = cosine_heads(unwrap_model(model)) if loss.needs_cosine_head else {}
-        warn_of_combination(self.criterion, self.schedule, stacklevel=3)
+        self._heads = cosine_heads(unwrap_model(model)) if cosine else {}
+        self._head_scale = head_scale(loss, scale)
+        if is_first_process():
+            warn_of_combination(self.criterion, self.schedule, stacklevel=3)
+            warn_of_linear_head(self.criterion, cosine, stacklevel=3)
 
     def set_progress(self, progress: Progress) -> str:
         """Set the class weights of ``progress`` and return the name of its stage.
@@ -198,7 +215,7 @@ class LongTailTask(ClassificationTask):
         """Check that the cosine heads are the same as before, or others that suit the loss."""
         model = unwrap_model(self.trainable_module)
         if not all(submodule_or_none(model, name) is head for name, head in self._heads.items()):
-            self._heads = check_heads(model, self.criterion.scale)
+            self._heads = check_heads(model, self._head_scale)
 
 
 def _check_same_counts(class_counts: Any, loss: ClassificationLoss) -> None:

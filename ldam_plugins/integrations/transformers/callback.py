@@ -13,10 +13,19 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.utils import logging
 
 from ldam_plugins._call_stack import find_trainer, trainer_calls
-from ldam_plugins._validation import check_int, check_real, invalid
+from ldam_plugins._validation import check_choice, check_int, check_real, invalid
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.data.labels import GIVE_COUNTS, IGNORED
 from ldam_plugins.data.training_labels import TrainingLabels
+from ldam_plugins.heads.choice import (
+    HEADS,
+    check_linear_head,
+    head_scale,
+    head_word,
+    options_for_head,
+    wants_cosine_head,
+    warn_of_linear_head,
+)
 from ldam_plugins.heads.cosine import attach_cosine_head
 from ldam_plugins.heads.finder import class_count
 from ldam_plugins.heads.folding import fold_when_saved
@@ -35,7 +44,7 @@ from ldam_plugins.integrations.transformers.training_run import (
     restore_sampler,
     users_sampler,
 )
-from ldam_plugins.losses.base import DEFAULT_SCALE, ClassificationLoss
+from ldam_plugins.losses.base import ClassificationLoss
 from ldam_plugins.losses.registry import create_loss, loss_options
 from ldam_plugins.losses.reweighting import warn_of_combination
 from ldam_plugins.losses.trainer_checks import check_ignored
@@ -83,10 +92,14 @@ class DRWCallback(TrainerCallback):
         start: When the second stage begins: a float is a share of the training (default 0.8), an
             int a 0-based epoch.
         beta: That of the class weights and sampling probabilities. Default: 0.9999.
-        scale: Scale s of the cosine head. Default: the criterion's, else 30.
-        cosine_head: Whether to put one on the model. Default: for losses with a margin. It keeps
-            the directions of the head it replaces. One that
-            :func:`~ldam_plugins.use_cosine_head` put on before stays.
+        scale: Scale s of the cosine head and of the margins. Default: the criterion's, else 30,
+            and 1 for margins on a linear head.
+        head: ``"cosine"`` puts a cosine head on the model. It keeps the directions of the head it
+            replaces. One that :func:`~ldam_plugins.use_cosine_head` put on before stays.
+            ``"linear"`` trains the model's own head; margins are then taken off its logits as they
+            are, with a warning. ``"auto"`` is ``"cosine"`` for losses with a margin; for others
+            the model keeps the head it has.
+        cosine_head: The same as a bool: True for ``head="cosine"``, False for ``"linear"``.
         seed: Seed of re-sampling. Default: the Trainer's ``data_seed``, else its ``seed``.
         mixup: Alpha of Mixup of the features that the head gets, see :class:`.FeatureMixup`;
             0: no Mixup.
@@ -114,6 +127,7 @@ class DRWCallback(TrainerCallback):
         start: float | int | None = None,
         beta: float | None = None,
         scale: float | None = None,
+        head: str = "auto",
         cosine_head: bool | None = None,
         seed: int | None = None,
         mixup: float = 0.0,
@@ -128,15 +142,20 @@ class DRWCallback(TrainerCallback):
         self.criterion = criterion
         self._given = criterion
         self._loss, self._options = loss or "ldam", options
+        self.head = _head(head, cosine_head)
         if criterion is not None:
             _check_criterion(criterion, class_counts, {"loss": loss, **options})
         else:
-            if "scale" in loss_options(self._loss):
-                self._options = {"scale": DEFAULT_SCALE if scale is None else scale, **options}
+            if "scale" in loss_options(self._loss) and scale is not None:
+                self._options = {"scale": scale, **options}
+            self._options = options_for_head(self._loss, self._options, self.head)
             criterion = create_loss(self._loss, [1, 1], **self._options)  # refuses bad options now
         self._ignored = criterion.ignore_index
-        self._cosine_head = criterion.needs_cosine_head if cosine_head is None else cosine_head
-        self._scale = _head_scale(scale, criterion, self._cosine_head)
+        self._cosine_head = wants_cosine_head(criterion, self.head)
+        if scale is not None and not (self._cosine_head or criterion.needs_cosine_head):
+            hint = "This loss has no margin: cosine_head=True puts a cosine head on all the same."
+            raise invalid("scale", "left out", scale, hint=hint)
+        self._scale = head_scale(criterion, scale)
         self._forget_models()
 
     def attach(self, trainer: Trainer) -> None:
@@ -216,6 +235,7 @@ class DRWCallback(TrainerCallback):
         self.criterion = self._criterion_for(trainer, labels)
         if state.is_world_process_zero:
             warn_of_combination(self.criterion, self.schedule)
+            warn_of_linear_head(self.criterion, self._cosine_head)
             self._warn_of_sampler(train_dataloader)
         data_seed = args.seed if args.data_seed is None else args.data_seed
         run = TrainingRun(
@@ -331,6 +351,8 @@ class DRWCallback(TrainerCallback):
         check_setup(trainer, DRWCallback, resampling=self.schedule.is_resampling)
         check_sharding(trainer, cosine_head=self._cosine_head)
         check_ignored(self._ignored)
+        if self.head == "linear":
+            check_linear_head(trainer.model)
         loss = trainer.compute_loss_func
         ours = isinstance(getattr(loss, "__self__", None), TrainingRun)
         explicit = self._given is not None and loss == self._given.compute_loss_func
@@ -399,6 +421,17 @@ class DRWCallback(TrainerCallback):
         return run
 
 
+def _head(head: str, cosine_head: bool | None) -> str:
+    """The word for the head, which may be given as ``cosine_head`` as well."""
+    check_choice("head", head, HEADS)
+    if cosine_head is None:
+        return head
+    if head != "auto":
+        hint = "Both say which head is trained: give one of them."
+        raise invalid("head", "left out beside cosine_head", head, hint=hint)
+    return head_word(cosine_head)
+
+
 def _schedule(
     schedule: str | DeferredSchedule, start: float | int | None, beta: float | None
 ) -> DeferredSchedule:
@@ -428,16 +461,3 @@ def _check_criterion(
     if again:
         hint = "The criterion has its own."
         raise invalid(", ".join(again), "left out", list(again.values()), hint=hint)
-
-
-def _head_scale(scale: float | None, criterion: ClassificationLoss, expected: bool) -> float:
-    """Scale of the cosine head: the loss's own, the one given, or the default."""
-    own = getattr(criterion, "scale", None)
-    if scale is None:
-        return DEFAULT_SCALE if own is None else own
-    if own not in (None, scale):
-        raise invalid("scale", f"{own:g} or left out, as the criterion's", scale)
-    if own is None and not expected:
-        hint = "This loss has no margin: cosine_head=True puts a cosine head on all the same."
-        raise invalid("scale", "left out", scale, hint=hint)
-    return check_real("scale", scale, low=0, low_open=True)

@@ -66,7 +66,7 @@ def check_sharding(trainer: Trainer, *, cosine_head: bool) -> None:
     """
     if cosine_head or cosine_heads(trainer.model):
         hint = "Shard a model with a cosine head by ZeRO-2 or FSDP2, or choose a loss without"
-        hint += " margin, such as loss='logit_adjusted' or loss='ce'."
+        hint += " margin, such as loss='logit_adjusted' or loss='ce', or head='linear'."
         refuse_deepspeed(trainer.args.deepspeed_plugin, stages=(3,), hint=hint)
 
 

@@ -110,6 +110,44 @@ class TestHead:
         with pytest.raises(ValueError, match="`head` must be one of '0', '1', got '3'"):
             LongTailTask(plain, COUNTS, loss="ce", head="3", verbose=False)
 
+    @pytest.mark.parametrize("options", [{}, {"scale": 4.0}], ids=str)
+    def test_margins_on_a_linear_head_are_taken_off_the_logits_as_they_are(self, options):
+        with pytest.warns(UserWarning, match="loss LDAMLoss on a linear head") as caught:
+            task = make_task(cosine_head=False, **options)
+        assert caught[0].filename == __file__
+        assert not cosine_heads(task.get_trainable_module())
+        images, target = images_and_target()
+        result = task(images, target)
+        shift = options.get("scale", 1) * COUNTS.margins() * F.one_hot(target, 4)
+        expected = F.cross_entropy(result["output"] - shift, target)
+        torch.testing.assert_close(result["loss"], expected)
+        assert task.get_task_state() == {}
+
+    @pytest.mark.parametrize(("options", "scale"), [({}, 30), ({"scale": 20.0}, 20)], ids=str)
+    def test_other_losses_can_have_the_head(self, options, scale):
+        task = make_task(loss="ce", cosine_head=True, **options)
+        (head,) = cosine_heads(task.get_trainable_module()).values()
+        assert head.scale == scale
+        images, target = images_and_target()
+        result = task(images, target)
+        torch.testing.assert_close(result["loss"], F.cross_entropy(result["output"], target))
+        resets(task.get_trainable_module())
+        with pytest.raises(ValueError, match=rf"use_cosine_head\(model, scale={scale}\)"):
+            task(images, target)
+
+    def test_a_cosine_head_stays_or_says_what_to_do(self):
+        model = use_cosine_head(make_model(), 20.0)
+        head = model.fc
+        given = {"loss": "ce", "verbose": False}
+        task = LongTailTask(model, COUNTS, cosine_head=True, scale=20, **given)
+        assert task.get_trainable_module().fc is head
+        with pytest.raises(ValueError, match=r"`scale` must be 20, got 10.*fold_cosine_head"):
+            LongTailTask(model, COUNTS, cosine_head=True, scale=10, **given)
+        with pytest.raises(ValueError, match=r"linear head.*'fc'.*fold_cosine_head"):
+            LongTailTask(model, COUNTS, cosine_head=False, **given)
+        with pytest.raises(TypeError, match=r"`scale` must be left out.*cosine_head=True"):
+            LongTailTask(make_model(), COUNTS, scale=10, **given)
+
     def test_counts_are_those_of_a_ready_loss(self):
         loss = create_loss("ldam", COUNTS)
         with pytest.raises(ValueError, match=r"`class_counts` must be those of the ready loss"):

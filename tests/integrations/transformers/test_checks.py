@@ -1,11 +1,13 @@
 """Every set-up in which something else than asked for would be trained stops with a way out."""
 
+import copy
+
 import pytest
 import torch
-from hf_samples import COUNTS, make_data, make_model, make_trainer
+from hf_samples import COUNTS, logged, make_data, make_model, make_trainer, tensors
 from transformers import Trainer
 
-from ldam_plugins import DeferredSchedule, LDAMLoss, create_loss, use_cosine_head
+from ldam_plugins import ClassCounts, DeferredSchedule, LDAMLoss, create_loss, use_cosine_head
 from ldam_plugins.heads import cosine_heads
 from ldam_plugins.integrations.transformers import DRWCallback
 
@@ -26,6 +28,11 @@ class TestArguments:
             ({"seed": -1}, ValueError, "seed"),
             ({"scale": 0.0}, ValueError, "scale"),
             ({"loss": "ce", "scale": 30.0}, ValueError, "cosine_head=True"),
+            ({"loss": "ce", "scale": 30.0, "head": "linear"}, ValueError, "cosine_head=True"),
+            ({"head": "cosin"}, ValueError, "'cosine'"),
+            ({"head": "linear", "cosine_head": False}, ValueError, "beside cosine_head"),
+            ({"cosine_head": "linear"}, TypeError, "cosine_head"),
+            ({"head": "linear", "scale": 0.0}, ValueError, "scale"),
             ({"gamma": 1.0}, TypeError, "gamma"),
             ({"max_margin": -1.0}, ValueError, "max_margin"),
             ({"class_counts": [3, 0]}, ValueError, "no training sample"),
@@ -52,6 +59,67 @@ class TestArguments:
         callback = DRWCallback(loss="ce", cosine_head=True, scale=16.0)
         trainer = make_trainer(tmp_path, callbacks=[callback])
         assert cosine_heads(trainer.model)["classifier"].scale == 16
+
+    @pytest.mark.parametrize("given", [{"head": "cosine"}, {"cosine_head": True}], ids=str)
+    def test_a_head_that_is_there_stays(self, given, tmp_path):
+        model = use_cosine_head(make_model(), 16.0)
+        head = model.classifier
+        callback = DRWCallback(loss="ce", scale=16.0, schedule="none", **given)
+        trainer = make_trainer(tmp_path, model, callbacks=[callback], max_steps=1)
+        trainer.train()
+        assert trainer.model.classifier is head
+
+    def test_another_scale_than_that_of_the_head_is_refused(self, tmp_path):
+        model = use_cosine_head(make_model(), 16.0)
+        with pytest.raises(ValueError, match=r"`scale` must be 16, got 20.*fold_cosine_head"):
+            make_trainer(
+                tmp_path, model, callbacks=[DRWCallback(loss="ce", head="cosine", scale=20)]
+            )
+
+
+@pytest.mark.parametrize("given", [{"head": "linear"}, {"cosine_head": False}], ids=str)
+class TestLinearHead:
+    """A linear head under a loss with margins, where it is asked for."""
+
+    @pytest.mark.parametrize("scale", [None, 4.0])
+    def test_margins_are_taken_off_the_logits_as_they_are(self, given, scale, tmp_path):
+        callback = DRWCallback(schedule="none", scale=scale, **given)
+        options = {"max_steps": 1, "per_device_train_batch_size": 24}
+        trainer = make_trainer(tmp_path, callbacks=[callback], **options)
+        inputs, labels = tensors(make_data())
+        with torch.no_grad():
+            logits = copy.deepcopy(trainer.model).train()(**inputs).logits
+        shift = (scale or 1) * ClassCounts(COUNTS).margins(0.5)[labels]
+        logits[torch.arange(len(labels)), labels] -= shift
+        with pytest.warns(UserWarning, match="loss LDAMLoss on a linear head") as caught:
+            trainer.train()
+        assert sum("on a linear head" in str(each.message) for each in caught) == 1
+        expected = torch.nn.functional.cross_entropy(logits, labels)
+        assert logged(trainer, "loss")[0] == pytest.approx(expected.item(), rel=1e-5)
+        assert not cosine_heads(trainer.model)
+
+    def test_a_criterion_keeps_its_scale(self, given, tmp_path):
+        callback = DRWCallback(LDAMLoss(COUNTS, scale=3.0), **given)
+        trainer = make_trainer(tmp_path, callbacks=[callback], max_steps=1)
+        with pytest.warns(UserWarning, match=r"0\.5 \* 3 = 1\.5"):
+            trainer.train()
+
+    @pytest.mark.parametrize("loss", ["ldam", "ce"])
+    def test_a_cosine_head_is_refused(self, given, loss, tmp_path):
+        model = use_cosine_head(make_model())
+        with pytest.raises(ValueError, match=r"linear head.*'classifier'.*fold_cosine_head"):
+            make_trainer(tmp_path, model, callbacks=[DRWCallback(loss=loss, **given)])
+        trainer = make_trainer(tmp_path, callbacks=[DRWCallback(loss=loss, **given)])
+        use_cosine_head(trainer.model)
+        with pytest.raises(ValueError, match=r"linear head.*'classifier'.*fold_cosine_head"):
+            trainer.train()
+
+    def test_a_model_that_is_built_anew_needs_no_head(self, given, tmp_path):
+        callback = DRWCallback(schedule="none", **given)
+        options = {"model_init": lambda: make_model(), "max_steps": 1}
+        trainer = make_trainer(tmp_path, callbacks=[callback], **options)
+        with pytest.warns(UserWarning, match="on a linear head"):
+            trainer.train()
 
 
 class TestRefusedByTheConstructor:
