@@ -210,6 +210,14 @@ def test_training_curve_shows_values_and_marks_the_switch(monkeypatch):
     assert error.get_title("left") == "Test error, % (last value: 41)"
 
 
+def test_training_curve_names_the_validation_error(monkeypatch):
+    rows = [{**row, "val_error": row["test_error"]} for row in history(3)]
+    for row in rows:
+        del row["test_error"]
+    _, error = drawn(monkeypatch, lambda: plots.training_curve(rows)).axes
+    assert error.get_title("left") == "Validation error, % (last value: 48)"
+
+
 def test_training_curve_of_one_epoch(monkeypatch):
     loss, error = drawn(monkeypatch, lambda: plots.training_curve(list(history(1)))).axes
     assert (loss.lines[0].get_marker(), error.lines[0].get_marker()) == ("o", "o")
