@@ -279,6 +279,26 @@ def test_history_file_is_the_documented_table(tmp_path):
 
 
 @pytest.mark.usefixtures("_no_drawing")
+def test_figures_of_a_held_out_part_are_shown(tmp_path):
+    names = ["cat", "<lynx>"]
+    make_run(tmp_path, ClassCounts([9, 1], class_names=names), history())
+    write_report(tmp_path)
+    assert "held out" not in " ".join(read_page(tmp_path).words)
+    metrics = read_metrics(tmp_path)
+    found = {"top1_error": 12.34, "per_class_accuracy": [0.8766, None], "few": 0.8766}
+    metrics["validation"] = {**metrics["test"], **found}
+    metrics["held_out"] = {"samples": 3, "class_counts": [3, 0], "classes_without": names[1:]}
+    write_metrics(tmp_path, metrics)
+    write_report(tmp_path)
+    words = read_page(tmp_path).words
+    errors = [words[at + 1] for at, word in enumerate(words) if word == "top-1 error"]
+    assert errors == ["0.00 %", "12.34 %"]
+    text = " ".join(words)
+    assert "Measured on 3 of 13 training samples that were held out." in text
+    assert "Classes of which none is held out: 1 (<lynx>)." in text
+
+
+@pytest.mark.usefixtures("_no_drawing")
 def test_augmentation_and_preprocessing_are_shown(tmp_path):
     make_run(tmp_path, ClassCounts([9, 3]), history())
     metrics = read_metrics(tmp_path)
