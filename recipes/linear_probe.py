@@ -126,6 +126,7 @@ def load_checkpoint(subject: Subject, epochs: int, run: Path) -> None:
 def open_vision(options: vision_lt.VisionOptions, fit_on: str) -> Subject:
     """A run of the vision recipe."""
     train, test, counts = vision_lt.load_data(options, show=False)
+    train, _, counts = vision_lt.hold_out(options, train, counts, show=False)
     if fit_on == "all":
         train, _, _ = vision_lt.load_data(replace(options, profile="none"), show=False)
     model = vision_lt.make_model(options, options.make_loss(counts)).to(device())
@@ -151,6 +152,7 @@ def open_vision(options: vision_lt.VisionOptions, fit_on: str) -> Subject:
 def open_text(options: text_lt.TextOptions, fit_on: str) -> Subject:
     """A run of the text recipe."""
     train, test, counts = text_lt.load_data(options)
+    train, _, counts = text_lt.hold_out(options, train, counts, show=False)
     tokenizer, model = text_lt.make_model(options, train, options.make_loss(counts))
     model.to(device())
     if fit_on == "all":

@@ -6,15 +6,18 @@ import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+import numpy as np
 from transformers import HfArgumentParser
 
 from ldam_plugins import ClassCounts, DeferredSchedule, create_loss, list_losses
 from ldam_plugins.counts import DEFAULT_MAX_MARGIN
+from ldam_plugins.data import SingleSampleWarning, stratified_split
 from ldam_plugins.data.long_tail import CLASS_ORDERS, PROFILES
 from ldam_plugins.heads.choice import HEADS, LINEAR_SCALE, options_for_head
 from ldam_plugins.losses import loss_options, losses_with
@@ -64,6 +67,7 @@ class CoreOptions:
     LIMITS: ClassVar[dict[str, Limits]] = {
         "ratio": {"low": 1},
         "subset_seed": SEED,
+        "val_split": {"low": 0, "high": 1, "low_open": True, "high_open": True},
         "max_margin": NOT_NEGATIVE,
         "scale": POSITIVE,
         "gamma": NOT_NEGATIVE,
@@ -84,9 +88,17 @@ class CoreOptions:
         "none", "cut the training samples to a long tail; none keeps them all", choices=PROFILES
     )
     ratio: float = option(100.0, "imbalance ratio n_max / n_min that exp and step cut to")
-    subset_seed: int = option(0, "seed of the choice of the kept training samples")
+    subset_seed: int = option(
+        0, "seed of the choice of the training samples, by the cut and by --val_split"
+    )
     class_order: str = option(
         "size", "head of the long tail: the largest class, or class 0", choices=CLASS_ORDERS
+    )
+    val_split: float | None = option(
+        None,
+        "share of each class's training samples, after the cut, that is held out and evaluated "
+        "during training instead of the test set; counts, margins and weights are those of the "
+        "others [none]",
     )
     loss: str = option("ldam", f"one of {', '.join(list_losses())}")
     head: str = option(
@@ -138,6 +150,11 @@ class CoreOptions:
             expected = "the folder of the run"
             raise invalid("output_dir", expected, self.output_dir, hint="Give --output_dir.")
         self.make_schedule()
+
+    @property
+    def error_column(self) -> str:
+        """The column of ``history.csv`` for the error on what is evaluated during training."""
+        return "test_error" if self.val_split is None else "val_error"
 
     def make_schedule(self) -> DeferredSchedule:
         """The schedule the options describe."""
@@ -219,6 +236,46 @@ def print_kept(options: CoreOptions, before: ClassCounts, after: ClassCounts) ->
         under = f" under --profile {options.profile} --ratio {options.ratio:g}"
     if under or after.total < before.total:
         print(f"Training samples{under}:\n{kept_table(before, after)}\n")
+
+
+def split_samples(
+    labels: Any, counts: ClassCounts, share: float, *, seed: int, show: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the samples to train on, and of those that --val_split holds out.
+
+    With ``show`` it prints how many are held out, and of which classes none can be.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SingleSampleWarning)  # printed by name instead
+        kept, held_out = stratified_split(labels, share, seed=seed)
+    if show:
+        sizes = f"{len(held_out)} of {counts.total} training samples are held out for validation"
+        print(f"{sizes} (--val_split {share:g}).")
+        if single := class_names(counts, counts.counts == 1):
+            some = ", ".join([*single[:3], *(["..."] if len(single) > 3 else [])])
+            print(f"Classes of which the only sample is trained on: {len(single)} ({some}).")
+    return kept, held_out
+
+
+def held_out_record(labels: Any, counts: ClassCounts) -> dict[str, Any]:
+    """What ``metrics.json`` says of the held-out samples.
+
+    Args:
+        labels: Their classes.
+        counts: Samples per class that are left to train on.
+    """
+    held_out = np.bincount(labels, minlength=len(counts))
+    return {
+        "samples": len(labels),
+        "class_counts": held_out,
+        "classes_without": class_names(counts, held_out == 0),
+    }
+
+
+def class_names(counts: ClassCounts, chosen: np.ndarray) -> list[str]:
+    """The names of the classes where ``chosen`` (C,) is true."""
+    names = counts.class_names or [str(index) for index in range(len(counts))]
+    return [names[index] for index in np.flatnonzero(chosen)]
 
 
 def read_file(kind: type[Any], name: str, folder: Path = PRESETS) -> dict[str, Any]:

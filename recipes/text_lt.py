@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from options import RESUME, CoreOptions, parse_options, print_kept
+from options import RESUME, CoreOptions, held_out_record, parse_options, print_kept, split_samples
 from torch.utils.data import DataLoader
 from transformers import (
     AutoConfig,
@@ -151,23 +151,30 @@ def main(options: TextOptions) -> dict[str, Any]:
     check_processes(arguments.world_size, options.num_processes)
     refuse_deepspeed(arguments.deepspeed_plugin, stages=(3,), hint="Use ZeRO-2 or FSDP2.")
     train, test, counts = load_data(options, show=arguments.process_index == 0)
+    train, validation, counts = hold_out(options, train, counts, show=arguments.process_index == 0)
     criterion = options.make_loss(counts)
     tokenizer, model = make_model(options, train, criterion)
-    texts = test
+    evaluated = test if validation is None else validation
     with arguments.main_process_first(desc="tokenize"):  # the others read its cache
-        train, test = (tokenize(options, tokenizer, each) for each in (train, test))
-    check_start(options, arguments, train)
+        train_set, eval_set = (tokenize(options, tokenizer, each) for each in (train, evaluated))
+    check_start(options, arguments, train_set)
     callbacks = make_callbacks(options, criterion)
     if arguments.process_index == 0:
         claim_output_dir(options.output_dir, asdict(options), resume=RESUME[options.resume])
         drop_partial_trainer_checkpoints(arguments.output_dir)
-    trainer = make_trainer(options, arguments, model, tokenizer, counts, train, test, callbacks)
+    trainer = make_trainer(
+        options, arguments, model, tokenizer, counts, train_set, eval_set, callbacks
+    )
     with disk_errors(options.output_dir), keep_freed_memory(arguments.device):
         trainer.train(resume_from_checkpoint=newest_trainer_checkpoint(arguments.output_dir))
         save_model(options, trainer)
-    result = measure_saved(
-        model_folder(options), texts, counts, batch_size=arguments.per_device_eval_batch_size
-    )
+    size = arguments.per_device_eval_batch_size
+    held_out: dict[str, Any] = {}
+    if validation is not None:
+        held_out["held_out"] = held_out_record(validation["label"], counts)
+        found = measure_saved(model_folder(options), validation, counts, batch_size=size)
+        held_out["validation"] = found
+    result = measure_saved(model_folder(options), test, counts, batch_size=size)
     metrics = run_metrics(
         options=asdict(options),
         class_counts=counts,
@@ -175,6 +182,7 @@ def main(options: TextOptions) -> dict[str, Any]:
         processes=arguments.world_size,
         mixed_precision=trainer.accelerator.mixed_precision,
         class_errors=class_errors(result, counts),
+        **held_out,
         test=result,
     )
     if trainer.is_world_process_zero():
@@ -264,6 +272,20 @@ def load_data(options: TextOptions, show: bool = False) -> tuple[Dataset, Datase
     if show:
         print_kept(options, ClassCounts(np.bincount(labels, minlength=len(names))), counts)
     return train, test, counts
+
+
+def hold_out(
+    options: TextOptions, train: Dataset, counts: ClassCounts, show: bool
+) -> tuple[Dataset, Dataset | None, ClassCounts]:
+    """The texts to train on, those held out by --val_split, and how many of a class are left."""
+    if options.val_split is None:
+        return train, None, counts
+    kept, held_out = split_samples(
+        train["label"], counts, options.val_split, seed=options.subset_seed, show=show
+    )
+    validation, train = train.select(held_out), train.select(kept)
+    counts = ClassCounts.from_labels(train["label"], class_names=counts.class_names)
+    return train, validation, counts
 
 
 def make_model(
@@ -399,7 +421,9 @@ def check_start(options: TextOptions, arguments: TrainingArguments, train: Datas
 def make_callbacks(options: TextOptions, criterion: ClassificationLoss) -> list[TrainerCallback]:
     """The loss with its schedule, and the history of the run."""
     schedule = options.make_schedule()
-    history = HistoryCallback(options.output_dir, schedule, options.eval_every)
+    history = HistoryCallback(
+        options.output_dir, schedule, options.eval_every, options.error_column
+    )
     checkpoints = CheckpointCallback(options.keep_checkpoints)
     drw = DRWCallback(
         criterion,
@@ -417,8 +441,8 @@ def make_trainer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     counts: ClassCounts,
-    train: Dataset,
-    test: Dataset,
+    train_set: Dataset,
+    eval_set: Dataset,
     callbacks: list[TrainerCallback],
 ) -> Trainer:
     """A stock Trainer; the callbacks bring the loss, the schedule and the history."""
@@ -427,8 +451,8 @@ def make_trainer(
     return Trainer(
         model=model,
         args=arguments,
-        train_dataset=train,
-        eval_dataset=test,
+        train_dataset=train_set,
+        eval_dataset=eval_set,
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=LongTailMetrics(counts),

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from options import RESUME, CoreOptions, parse_options, print_kept
+from options import RESUME, CoreOptions, held_out_record, parse_options, print_kept, split_samples
 from timm.data import Mixup
 from timm.data.mixup import mixup_target
 from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
@@ -181,6 +181,9 @@ def main(options: VisionOptions) -> dict[str, Any]:
     accelerator = make_accelerator(options)
     set_seed(options.seed)
     train, test, counts = load_data(options, show=accelerator.is_main_process)
+    train, validation, counts = hold_out(options, train, counts, show=accelerator.is_main_process)
+    if validation is not None and not options.skip_corrupt:
+        refuse_corrupt(test, show=accelerator.is_main_process)
     criterion = options.make_loss(counts).to(accelerator.device)
     if accelerator.is_main_process:
         warn_of_combination(criterion, options.make_schedule())
@@ -195,11 +198,14 @@ def main(options: VisionOptions) -> dict[str, Any]:
         batch_size=options.batch_size,
         fills_batches=accelerator.num_processes > 1 or mixes(options),
     )
-    train_set, test_set = pipeline.datasets(
-        train, test, memory_limit=options.memory_limit, progress=accelerator.is_main_process
+    train_set, eval_set = pipeline.datasets(
+        train,
+        test if validation is None else validation,
+        memory_limit=options.memory_limit,
+        progress=accelerator.is_main_process,
     )
     with keep_freed_memory(accelerator.device):
-        model = fit(accelerator, options, model, criterion, pipeline, train_set, test_set)
+        model = fit(accelerator, options, model, criterion, pipeline, train_set, eval_set)
         if accelerator.is_main_process:
             save_model(
                 model,
@@ -209,7 +215,12 @@ def main(options: VisionOptions) -> dict[str, Any]:
                 title=Path(options.output_dir).name,
                 pretrained=options.model if options.pretrained else None,
             )
-        workers = 0 if isinstance(test_set, InMemoryImages) else options.workers
+        workers = 0 if isinstance(eval_set, InMemoryImages) else options.workers
+        held_out: dict[str, Any] = {}
+        if validation is not None:
+            held_out["held_out"] = held_out_record(validation.labels, counts)
+            found = measure(accelerator, options, counts, validation, workers)
+            held_out["validation"] = found
         result = measure(accelerator, options, counts, test, workers)
     metrics = run_metrics(
         options=asdict(options),
@@ -218,6 +229,7 @@ def main(options: VisionOptions) -> dict[str, Any]:
         images=pipeline.record(),
         processes=accelerator.num_processes,
         mixed_precision=accelerator.mixed_precision,
+        **held_out,
         test=result,
     )
     if accelerator.is_main_process:
@@ -233,11 +245,12 @@ def fit(
     criterion: ClassificationLoss,
     pipeline: ImagePipeline,
     train_set: Any,
-    test_set: Any,
+    eval_set: Any,
 ) -> nn.Module:
     """Train to the last epoch, from the newest checkpoint if there is one.
 
-    The test errors in the history are of the model in training, cosine head and mixed precision
+    ``eval_set`` is the held-out part of the training images if there is one, else the test images.
+    The errors in the history are of the model in training, cosine head and mixed precision
     included.
 
     Returns:
@@ -247,8 +260,8 @@ def fit(
     samples, batch_size = len(train_set), options.batch_size
     steps = steps_per_epoch(accelerator, options, samples)
     sampler = make_sampler(accelerator, options, schedule, train_set, len(counts))
-    train_set, test_set = (
-        on_device(images, accelerator.device) for images in (train_set, test_set)
+    train_set, eval_set = (
+        on_device(images, accelerator.device) for images in (train_set, eval_set)
     )
     loader = image_loader(
         train_set,
@@ -257,19 +270,24 @@ def fit(
         sampler=sampler,
         drop_last=mixes(options),
     )
-    test_loader = image_loader(test_set, workers=options.workers, batch_size=4 * batch_size)
+    eval_loader = image_loader(eval_set, workers=options.workers, batch_size=4 * batch_size)
     to_input = pipeline.make_input(accelerator.device)
     mix = make_target(options, len(counts))
     optimizer, lr_scheduler = make_optimizer(options, model, accelerator.device)
     ema = make_average(accelerator, options, model)
     averages = {} if ema is None else {"average": ema.module}
     net = compiled(accelerator, model) if options.compile else model
-    net, optimizer, loader, test_loader = accelerator.prepare(net, optimizer, loader, test_loader)
+    net, optimizer, loader, eval_loader = accelerator.prepare(net, optimizer, loader, eval_loader)
     train_step = make_train_step(accelerator, options, net, criterion, optimizer)
     # The classes of a run that is resumed must be the same, in the same order.
     run = {**asdict(options), "class_names": counts.class_names}
     first_epoch, history = begin_run(
-        accelerator, options.output_dir, run, resume=RESUME[options.resume], models=averages
+        accelerator,
+        options.output_dir,
+        run,
+        resume=RESUME[options.resume],
+        models=averages,
+        error_column=options.error_column,
     )
     config = {name: str(value) for name, value in asdict(options).items()}
     accelerator.init_trackers("vision_lt", config=config)
@@ -298,13 +316,14 @@ def fit(
             "lr": optimizer.param_groups[0]["lr"],
             "stage": stage,
             "train_loss": total.item() / steps,
-            "test_error": None,
+            options.error_column: None,
             "seconds": time.perf_counter() - began,
         }
         if (epoch + 1) % options.eval_every == 0 or epoch + 1 == options.epochs:
-            found = evaluate(accelerator, ema or net, test_loader, counts, to_input=to_input)
-            row["test_error"] = found["top1_error"]
-        shown = {"loss": row["train_loss"], "error": row["test_error"], "stage": row["stage"]}
+            found = evaluate(accelerator, ema or net, eval_loader, counts, to_input=to_input)
+            row[options.error_column] = found["top1_error"]
+        error = row[options.error_column]
+        shown = {"loss": row["train_loss"], "error": error, "stage": row["stage"]}
         epochs.set_postfix({key: value for key, value in shown.items() if value is not None})
         accelerator.log({k: v for k, v in row.items() if isinstance(v, float)}, step=epoch)
         if history is not None:
@@ -323,15 +342,16 @@ def measure(
     accelerator: Accelerator,
     options: VisionOptions,
     counts: ClassCounts,
-    test: LabelledImages,
+    images: LabelledImages,
     workers: int,
 ) -> dict[str, Any]:
-    """Metrics on the test images of the saved model, used as anyone does who has timm only."""
+    """Metrics of the saved model on some images, used as anyone does who has timm only."""
     accelerator.free_memory()
     accelerator.wait_for_everyone()
     model, transform = load_model(model_folder(options))
-    images = transformed(test, transform)
-    loader = image_loader(images, workers=workers, batch_size=4 * options.batch_size)
+    loader = image_loader(
+        transformed(images, transform), workers=workers, batch_size=4 * options.batch_size
+    )
     loader = accelerator.prepare(loader)
     return evaluate(accelerator, model.to(accelerator.device), loader, counts, autocast=False)
 
@@ -392,6 +412,20 @@ def load_data(
     return train, test, counts
 
 
+def hold_out(
+    options: VisionOptions, train: LabelledImages, counts: ClassCounts, show: bool
+) -> tuple[LabelledImages, LabelledImages | None, ClassCounts]:
+    """The images to train on, those held out by --val_split, and how many of a class are left."""
+    if options.val_split is None:
+        return train, None, counts
+    kept, held_out = split_samples(
+        train.labels, counts, options.val_split, seed=options.subset_seed, show=show
+    )
+    validation, train = train.subset(held_out), train.subset(kept)
+    counts = ClassCounts.from_labels(train.labels, class_names=train.class_names)
+    return train, validation, counts
+
+
 def without_corrupt(images: LabelledImages, name: str, show: bool) -> LabelledImages:
     """The images that can be decoded; how many cannot is printed."""
     corrupt = images.find_corrupt(progress=show)
@@ -400,6 +434,15 @@ def without_corrupt(images: LabelledImages, name: str, show: bool) -> LabelledIm
         more = ", ..." if len(corrupt) > 3 else ""
         print(f"{len(corrupt)} of {len(images)} {name} images cannot be read: {some}{more}")
     return images.without(corrupt)
+
+
+def refuse_corrupt(images: LabelledImages, show: bool) -> None:
+    """Raise the error of the first image that cannot be decoded, if there is one.
+
+    Test images that are first read after the training must not stop a run there.
+    """
+    for index in images.find_corrupt(progress=show):
+        images.image(index)
 
 
 def make_model(options: VisionOptions, criterion: ClassificationLoss) -> nn.Module:

@@ -27,7 +27,7 @@ from ldam_plugins.benchmark.statistics import (
 from ldam_plugins.losses.registry import list_losses
 from ldam_plugins.schedules import KINDS
 
-_TAIL_OPTIONS = ("dataset", "profile", "ratio", "subset_seed")
+_TAIL_OPTIONS = ("dataset", "profile", "ratio", "subset_seed", "val_split")
 """Options that say which samples a run was trained on."""
 
 

@@ -1,9 +1,10 @@
-"""Data sets of images and texts, their labels, and the cut to a long tail."""
+"""Data sets of images and texts, their labels, the cut to a long tail, and splits."""
 
 from typing import TYPE_CHECKING
 
 from ldam_plugins._lazy import lazy_names
 from ldam_plugins.data.long_tail import long_tail_counts, long_tail_indices
+from ldam_plugins.data.splits import SingleSampleWarning, stratified_split
 
 if TYPE_CHECKING:
     from ldam_plugins.data.images import LabelledImages, load_images, map_in_threads
@@ -11,11 +12,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LabelledImages",
+    "SingleSampleWarning",
     "load_images",
     "load_texts",
     "long_tail_counts",
     "long_tail_indices",
     "map_in_threads",
+    "stratified_split",
 ]
 
 # Readers need libraries that `import ldam_plugins` does without.

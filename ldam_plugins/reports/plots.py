@@ -26,7 +26,7 @@ _MARKED_EPOCHS = 40
 
 
 def training_curve(history: Sequence[Mapping[str, Any]], *, dark: bool = False) -> bytes:
-    """Training loss and test error over the epochs, with the switches of the stage marked.
+    """Training loss and test or validation error over the epochs, with the switches marked.
 
     Args:
         history: Rows as of :func:`~ldam_plugins.training.history.read_history`, at least one.
@@ -83,7 +83,9 @@ def png(draw: Callable[[], Figure], dark: bool, metadata: Mapping[str, str] | No
 
 
 def _draw_training(history: Sequence[Mapping[str, Any]], dark: bool) -> Figure:
-    panels = {"train_loss": "Training loss", "test_error": "Test error, %"}
+    named = {"test_error": "Test error, %", "val_error": "Validation error, %"}
+    errors = {column: title for column, title in named.items() if column in history[0]}
+    panels = {"train_loss": "Training loss", **errors}
     figure = Figure(figsize=(WIDTH, 4.6))
     axes = figure.subplots(len(panels), sharex=True)
     line = {"markersize": 3.5, "color": CURVE[dark]}

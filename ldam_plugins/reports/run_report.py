@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ldam_plugins.counts import ClassCounts
-from ldam_plugins.reports.class_table import ClassRow, class_rows, percent, summary
+from ldam_plugins.reports.class_table import ClassRow, class_rows, percent, printable, summary
 from ldam_plugins.reports.html import Plot, render
 from ldam_plugins.schedules import DeferredSchedule
 from ldam_plugins.training.files import write_atomic
@@ -16,14 +16,16 @@ from ldam_plugins.training.history import read_history, read_metrics
 
 REPORT_FILE, CURVE_FILE, PROFILE_FILE = "report.html", "training_curve.png", "class_profile.png"
 _MAX_TABLE_ROWS = 1000
+_NAMED = 20
 
 
 def write_report(output_dir: str | os.PathLike[str]) -> Path:
     """Write ``report.html`` with its plots inside, and the same plots as PNG.
 
     A pure function of ``metrics.json`` and ``history.csv`` in ``output_dir``, so it can be run
-    again at any time. The page needs no network and no script, and follows the reader's light or
-    dark setting. Without an epoch in the history there is no training curve.
+    again at any time. Figures on held-out training samples (``validation`` in the metrics) stand
+    below those on the test set. The page needs no network and no script, and follows the reader's
+    light or dark setting. Without an epoch in the history there is no training curve.
 
     Returns:
         The path of the page.
@@ -44,6 +46,7 @@ def write_report(output_dir: str | os.PathLike[str]) -> Path:
         title=_title(metrics["options"]),
         subtitle=_subtitle(metrics["options"], counts),
         summary=summary(metrics["test"], counts),
+        validation=_validation(metrics, counts),
         plots=plots,
         rows=_shortened(rows),
         left_out=len(rows) - _MAX_TABLE_ROWS,
@@ -85,6 +88,20 @@ def _subtitle(options: Mapping[str, Any], counts: ClassCounts) -> str:
     parts = [text.format(**given) for name, text in wordings.items() if name in given]
     tail = f"{counts.total} training samples in {len(counts)} classes"
     return ", ".join([*parts, f"{tail}, imbalance ratio {counts.imbalance_ratio:.4g}"])
+
+
+def _validation(
+    metrics: Mapping[str, Any], counts: ClassCounts
+) -> tuple[str, list[tuple[str, str]]] | None:
+    """How many samples were held out, and the metrics on them; None if none were."""
+    if "validation" not in metrics:
+        return None
+    held_out = metrics["held_out"]
+    share = f"{held_out['samples']} of {held_out['samples'] + counts.total} training samples"
+    without = [printable(name) for name in held_out["classes_without"]]
+    named = ", ".join([*without[:_NAMED], *(["..."] if len(without) > _NAMED else [])])
+    rest = f" Classes of which none is held out: {len(without)} ({named})." if without else ""
+    return f"Measured on {share} that were held out.{rest}", summary(metrics["validation"], counts)
 
 
 def _shortened(rows: list[ClassRow]) -> list[ClassRow | None]:

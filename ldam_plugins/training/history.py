@@ -12,13 +12,15 @@ from typing import Any
 
 import torch
 
-from ldam_plugins._validation import check_int, invalid, quoted
+from ldam_plugins._validation import check_choice, check_int, invalid, quoted
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.training.environment import device_name, run_versions
 from ldam_plugins.training.files import disk_errors, to_json, write_atomic
 from ldam_plugins.training.run_dir import HISTORY_FILE, METRICS_FILE, hold_folder
 
 HISTORY_COLUMNS = ("epoch", "lr", "stage", "train_loss", "test_error", "seconds")
+ERROR_COLUMNS = ("test_error", "val_error")
+"""On what a run is evaluated while it trains: the test set, or a held-out part in its place."""
 _MEASURED = ("device", "train_seconds", "examples_per_second", "test")
 METRICS_KEYS = ("options", "versions", "class_counts", *_MEASURED)
 
@@ -27,17 +29,20 @@ class HistoryWriter:
     """``history.csv``: one row an epoch, on disk as soon as it is appended.
 
     Columns: ``epoch`` (0-based), ``lr``, ``stage``, ``train_loss``, ``test_error`` (%),
-    ``seconds``; an empty field where something was not measured. Append the row before the
-    checkpoint of that epoch is written, so that a resumed run finds every row it needs. The folder
-    is locked against other processes while there is a writer.
+    ``seconds``; an empty field where something was not measured. A run that is evaluated on a
+    held-out part of the training samples has ``val_error`` in place of ``test_error``. Append the
+    row before the checkpoint of that epoch is written, so that a resumed run finds every row it
+    needs. The folder is locked against other processes while there is a writer.
 
     Args:
         output_dir: Folder of the run.
         start_epoch: First epoch still to be trained. Rows from there on, left by a run that
             was stopped after its last checkpoint, are dropped.
+        error_column: ``"test_error"`` or ``"val_error"``.
 
     Raises:
-        ValueError: another process is at work in the folder.
+        ValueError: another process is at work in the folder, an unknown column, or rows to go on
+            with that have the other one.
 
     Example:
         >>> import tempfile
@@ -50,14 +55,22 @@ class HistoryWriter:
         2.5
     """
 
-    def __init__(self, output_dir: str | os.PathLike[str], start_epoch: int = 0) -> None:
+    def __init__(
+        self,
+        output_dir: str | os.PathLike[str],
+        start_epoch: int = 0,
+        error_column: str = ERROR_COLUMNS[0],
+    ) -> None:
         check_int("start_epoch", start_epoch, low=0)
+        self.error_column = check_choice("error_column", error_column, ERROR_COLUMNS)
         self._lock: Any = hold_folder(output_dir)
         self.path = Path(output_dir) / HISTORY_FILE
         rows = read_history(output_dir) if start_epoch and self.path.exists() else []
         kept = [row for row in rows if row["epoch"] < start_epoch]
+        if kept and error_column not in kept[0]:
+            raise invalid("error_column", f"the one of the run in {self.path}", error_column)
         self._last_epoch = kept[-1]["epoch"] if kept else -1
-        lines = [_csv_line(HISTORY_COLUMNS), *(_csv_line(row.values()) for row in kept)]
+        lines = [_csv_line(_columns(error_column)), *(_csv_line(row.values()) for row in kept)]
         write_atomic(self.path, "".join(lines).encode())
 
     def append(
@@ -67,17 +80,23 @@ class HistoryWriter:
         lr: float,
         stage: str,
         train_loss: float | None,
-        test_error: float | None,
         seconds: float,
+        test_error: float | None = None,
+        val_error: float | None = None,
     ) -> None:
         """Add the row of an epoch.
 
         Raises:
             OSError: it cannot be written.
-            ValueError: ``epoch`` is not after the last one.
+            ValueError: ``epoch`` is not after the last one, or an error has no column.
         """
         check_int("epoch", epoch, low=self._last_epoch + 1)
-        line = _csv_line((epoch, lr, stage, train_loss, test_error, seconds))
+        errors = dict(zip(ERROR_COLUMNS, (test_error, val_error), strict=True))
+        error = errors.pop(self.error_column)
+        for name, value in errors.items():
+            if value is not None:
+                raise invalid(name, f"None in a history of {self.error_column}", value)
+        line = _csv_line((epoch, lr, stage, train_loss, error, seconds))
         with (
             disk_errors(self.path.parent),
             self.path.open("a", encoding="utf-8", newline="") as file,
@@ -103,10 +122,14 @@ def read_history(output_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     path = Path(output_dir) / HISTORY_FILE
     whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
     reader = csv.DictReader(io.StringIO(whole))
-    if tuple(reader.fieldnames or ()) != HISTORY_COLUMNS:
+    if tuple(reader.fieldnames or ()) not in map(_columns, ERROR_COLUMNS):
         expected = f"the columns of a run ({', '.join(HISTORY_COLUMNS)})"
         raise invalid(str(path), expected, reader.fieldnames)
     return [{name: _parsed(name, value) for name, value in row.items()} for row in reader]
+
+
+def _columns(error_column: str) -> tuple[str, ...]:
+    return tuple(error_column if name in ERROR_COLUMNS else name for name in HISTORY_COLUMNS)
 
 
 def _parsed(column: str, value: str) -> Any:

@@ -119,12 +119,15 @@ def _check_same_options(folder: Path, options: dict[str, Any], may_change: Colle
 def differing_options(
     stored: Mapping[str, Any], options: Mapping[str, Any], may_change: Collection[str] = MAY_CHANGE
 ) -> list[str]:
-    """Each option in which two runs differ, as text for a message, apart from ``may_change``."""
+    """Each option in which two runs differ, as text for a message, apart from ``may_change``.
+
+    An option that a run does not have, as one of an earlier version, is None there.
+    """
     absent = "(absent)"
     return [
         f"{name}: {stored.get(name, absent)!r} there, {options.get(name, absent)!r} now"
         for name in {**stored, **options}
-        if name not in may_change and stored.get(name, absent) != options.get(name, absent)
+        if name not in may_change and stored.get(name) != options.get(name)
     ]
 
 

@@ -45,7 +45,8 @@ def test_vision_run_is_probed_around_its_switch(tmp_path):
         recipe.main(recipe.ProbeOptions())
 
 
-def test_text_run_is_probed_around_its_switch(tmp_path):
+@pytest.mark.parametrize("more", [[], ["--val_split", "0.3"]], ids=" ".join)
+def test_text_run_is_probed_around_its_switch(tmp_path, more):
     features = Features({"text": Value("string"), "label": ClassLabel(names=["a", "b"])})
     for split in ("train", "test"):
         texts = [f"apple pear {n}" for n in "xyzuvw"] + [f"iron zinc {n}" for n in "xyzuvw"]
@@ -54,7 +55,7 @@ def test_text_run_is_probed_around_its_switch(tmp_path):
     flags = ["--dataset", str(tmp_path / "set"), "--output_dir", str(tmp_path / "run")]
     flags += ["--epochs", "2", "--start", "1", "--keep_checkpoints", "2", "--hidden_size", "8"]
     flags += ["--embedding_size", "8", "--batch_size", "4", "--rare_classes", "b"]
-    flags += ["--rare_fraction", "0.5"]
+    flags += ["--rare_fraction", "0.5", *more]
     parsed = recipe_options.parse_options(text_lt.TextOptions, flags, default="stdlib_lt")
     text_lt.main(parsed)
     output = tmp_path / "probe.csv"

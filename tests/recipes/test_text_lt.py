@@ -467,3 +467,74 @@ def test_second_run_in_one_folder_is_refused(run):
     assert len(rows_of(out)) == 1
     with pytest.raises(ValueError, match=r"lr: 0.01 there, 0.02 now"):
         run("--epochs", 1, "--start", 0, "--resume", "--lr", "0.02")
+
+
+# A held-out part of the training texts
+
+
+def test_without_a_split_nothing_is_held_out(run):
+    metrics, out = run("--epochs", 1, "--start", 0)
+    assert not {"validation", "held_out"} & set(metrics)
+    first = (out / "history.csv").read_text().splitlines()[0]
+    assert first == "epoch,lr,stage,train_loss,test_error,seconds"
+
+
+def test_a_split_is_evaluated_in_place_of_the_test_set(run, monkeypatch, capsys):
+    measure, evaluate, sizes = text_lt.measure_saved, Trainer.evaluate, []
+
+    def measured(folder, texts, counts, **options):
+        sizes.append(len(texts))
+        return measure(folder, texts, counts, **options)
+
+    def evaluated(trainer, *arguments, **options):
+        sizes.append(len(trainer.eval_dataset))
+        return evaluate(trainer, *arguments, **options)
+
+    monkeypatch.setattr(text_lt, "measure_saved", measured)
+    monkeypatch.setattr(Trainer, "evaluate", evaluated)
+    metrics, out = run("--val_split", 0.25, report=True)
+    assert sizes == [12, 12, 12, 18]  # two epochs, then the saved model
+    assert list(metrics["class_counts"]) == [18, 12, 6]
+    left = json.loads((out / "metrics.json").read_text())
+    held_out = {"samples": 12, "class_counts": [6, 4, 2], "classes_without": []}
+    assert left["held_out"] == held_out
+    assert set(left["validation"]) == set(left["test"])
+    rows = rows_of(out)
+    assert list(rows[0]) == ["epoch", "lr", "stage", "train_loss", "val_error", "seconds"]
+    assert float(rows[1]["val_error"]) == pytest.approx(left["validation"]["top1_error"])
+    assert "12 of 48 training samples are held out for validation" in capsys.readouterr().out
+
+
+def test_a_run_with_a_split_can_be_resumed(run, monkeypatch):
+    flags = ("--epochs", 3, "--val_split", 0.25)
+    undisturbed, whole = run(*flags, out="whole")
+    evaluate, calls = Trainer.evaluate, []
+
+    def killed(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluate(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "evaluate", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(*flags, out="broken")
+    resumed, broken = run(*flags, "--resume", out="broken")
+    assert resumed["test"] == undisturbed["test"]
+    assert resumed["validation"] == undisturbed["validation"]
+    errors = [[row["val_error"] for row in rows_of(out)] for out in (whole, broken)]
+    assert errors[0] == errors[1]
+    assert len(errors[0]) == 3
+
+
+def test_the_split_follows_the_subset_seed_alone(folder):
+    def held_out(*flags):
+        flags = ["--dataset", str(folder), "--val_split", "0.25", *flags]
+        options = recipe_options.parse_options(text_lt.TextOptions, flags, default="")
+        train, _, counts = text_lt.load_data(options)
+        _, validation, _ = text_lt.hold_out(options, train, counts, show=False)
+        return validation["text"][:]
+
+    assert held_out("--seed", "1") == held_out("--seed", "2", "--loss", "ce")
+    assert held_out("--subset_seed", "1") != held_out()

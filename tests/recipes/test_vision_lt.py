@@ -24,6 +24,7 @@ from ldam_plugins.integrations.timm.images import image_loader
 from ldam_plugins.kernels.batch_norm import FastBatchNorm2d
 from ldam_plugins.training import micro_batches
 from ldam_plugins.training.environment import choose_precision
+from ldam_plugins.training.history import read_history
 
 register()
 TINY = ["--epochs", "2", "--start", "1", "--ratio", "10", "--decay_milestones", "1"]
@@ -381,3 +382,100 @@ def test_an_epoch_without_a_whole_batch_is_refused():
     options = parsed("--dataset", "digits", "--batch_size", 1300, "--mixup", 0.2)
     with pytest.raises(ValueError, match=r"smaller --batch_size; there are 1200 training images"):
         vision_lt.steps_per_epoch(Accelerator(cpu=True), options, 1200)
+
+
+# A held-out part of the training samples
+
+
+def test_without_a_split_nothing_is_held_out(run):
+    metrics, out = run("--epochs", 1, "--start", 0)
+    assert not {"validation", "held_out"} & set(metrics)
+    first = (out / "history.csv").read_text().splitlines()[0]
+    assert first == "epoch,lr,stage,train_loss,test_error,seconds"
+
+
+def test_a_split_is_evaluated_in_place_of_the_test_set(run, monkeypatch, capsys):
+    evaluate, sizes = vision_lt.evaluate, []
+
+    def noted(accelerator, net, loader, counts, **options):
+        sizes.append(sum(len(labels) for _, labels in loader))
+        return evaluate(accelerator, net, loader, counts, **options)
+
+    monkeypatch.setattr(vision_lt, "evaluate", noted)
+    metrics, out = run("--val_split", 0.2, "--eval_every", 1, report=True)
+    assert sizes == [97, 97, 97, 540]  # two epochs, then the saved model
+    assert list(metrics["class_counts"]) == [96, 74, 57, 44, 34, 26, 20, 16, 12, 10]
+    left = json.loads((out / "metrics.json").read_text())
+    assert left["held_out"] == {
+        "samples": 97,
+        "class_counts": [24, 18, 14, 11, 9, 7, 5, 4, 3, 2],
+        "classes_without": [],
+    }
+    assert set(left["validation"]) == set(left["test"])
+    rows = list(csv.DictReader((out / "history.csv").read_text().splitlines()))
+    assert list(rows[0]) == ["epoch", "lr", "stage", "train_loss", "val_error", "seconds"]
+    assert [bool(row["val_error"]) for row in rows] == [True, True]
+    assert "97 of 486 training samples are held out for validation (--val_split 0.2)." in (
+        capsys.readouterr().out
+    )
+
+
+def test_the_split_follows_the_subset_seed_alone():
+    def rows(*flags):
+        options = parsed(*flags, "--val_split", 0.1)
+        train, _, counts = vision_lt.load_data(options, show=False)
+        kept, validation, left = vision_lt.hold_out(options, train, counts, show=False)
+        assert sorted([*kept.rows, *validation.rows]) == sorted(train.rows)
+        assert left.counts.tolist() == np.bincount(kept.labels).tolist()
+        return validation.rows.tolist()
+
+    assert rows("--seed", 1, "--loss", "ce") == rows("--seed", 2)
+    assert rows("--subset_seed", 1) != rows()
+
+
+def test_a_class_with_a_single_image_is_trained_on_and_told(tmp_path, capsys):
+    folder = picture_folder(tmp_path / "rare", train=(9, 1, 4))
+    options = parsed("--dataset", folder, "--model", "cifar_resnet20", "--val_split", 0.5)
+    train, _, counts = vision_lt.load_data(options, show=True)
+    train, validation, counts = vision_lt.hold_out(options, train, counts, show=True)
+    assert counts.counts.tolist() == [4, 2, 1]
+    record = recipe_options.held_out_record(validation.labels, counts)
+    assert record["class_counts"].tolist() == [5, 2, 0]
+    assert (record["samples"], record["classes_without"]) == (7, ["10"])
+    assert "Classes of which the only sample is trained on: 1 (10)." in capsys.readouterr().out
+
+
+def test_corrupt_test_images_stop_a_run_with_a_split_before_training(run, tmp_path):
+    folder = small_folder(tmp_path / "images", [("test", "cat", 3)])
+    flags = ["--dataset", folder, "--model", "cifar_resnet20", "--image_size", "8"]
+    flags += ["--epochs", "1", "--schedule", "none", "--batch_size", "4", "--val_split", 0.3]
+    with pytest.raises(ValueError, match=r"cat.3\.png.*--skip_corrupt"):
+        run(*flags, preset=[])
+    assert not (tmp_path / "run").exists()
+    metrics, _ = run(*flags, "--skip_corrupt", preset=[])
+    assert list(metrics["class_counts"]) == [4, 4]
+
+
+def test_a_run_with_a_split_can_be_resumed(run, monkeypatch):
+    flags = ("--epochs", 3, "--val_split", 0.2, "--eval_every", 1)
+    undisturbed, whole = run(*flags, folder="whole")
+    evaluate, calls = vision_lt.evaluate, []
+
+    def killed(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluate(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vision_lt, "evaluate", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(*flags, folder="broken")
+    with pytest.raises(ValueError, match=r"val_split: 0\.2 there, None now"):
+        run("--epochs", 3, "--eval_every", 1, "--resume", folder="broken")
+    resumed, broken = run(*flags, "--resume", folder="broken")
+    assert resumed["test"] == undisturbed["test"]
+    assert resumed["validation"] == undisturbed["validation"]
+    errors = [[row["val_error"] for row in read_history(out)] for out in (whole, broken)]
+    assert errors[0] == errors[1]
+    assert len(errors[0]) == 3

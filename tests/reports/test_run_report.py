@@ -210,6 +210,14 @@ def test_training_curve_shows_values_and_marks_the_switch(monkeypatch):
     assert error.get_title("left") == "Test error, % (last value: 41)"
 
 
+def test_training_curve_names_the_validation_error(monkeypatch):
+    rows = [{**row, "val_error": row["test_error"]} for row in history(3)]
+    for row in rows:
+        del row["test_error"]
+    _, error = drawn(monkeypatch, lambda: plots.training_curve(rows)).axes
+    assert error.get_title("left") == "Validation error, % (last value: 48)"
+
+
 def test_training_curve_of_one_epoch(monkeypatch):
     loss, error = drawn(monkeypatch, lambda: plots.training_curve(list(history(1)))).axes
     assert (loss.lines[0].get_marker(), error.lines[0].get_marker()) == ("o", "o")
@@ -268,6 +276,26 @@ def test_history_file_is_the_documented_table(tmp_path):
         rows = list(csv.reader(file))
     assert rows[0] == ["epoch", "lr", "stage", "train_loss", "test_error", "seconds"]
     assert rows[1] == ["0", "0.1", "uniform", "2.0", "50.0", "1.0"]
+
+
+@pytest.mark.usefixtures("_no_drawing")
+def test_figures_of_a_held_out_part_are_shown(tmp_path):
+    names = ["cat", "<lynx>"]
+    make_run(tmp_path, ClassCounts([9, 1], class_names=names), history())
+    write_report(tmp_path)
+    assert "held out" not in " ".join(read_page(tmp_path).words)
+    metrics = read_metrics(tmp_path)
+    found = {"top1_error": 12.34, "per_class_accuracy": [0.8766, None], "few": 0.8766}
+    metrics["validation"] = {**metrics["test"], **found}
+    metrics["held_out"] = {"samples": 3, "class_counts": [3, 0], "classes_without": names[1:]}
+    write_metrics(tmp_path, metrics)
+    write_report(tmp_path)
+    words = read_page(tmp_path).words
+    errors = [words[at + 1] for at, word in enumerate(words) if word == "top-1 error"]
+    assert errors == ["0.00 %", "12.34 %"]
+    text = " ".join(words)
+    assert "Measured on 3 of 13 training samples that were held out." in text
+    assert "Classes of which none is held out: 1 (<lynx>)." in text
 
 
 @pytest.mark.usefixtures("_no_drawing")

@@ -46,6 +46,7 @@ OUT_OF_RANGE = [
     (BOTH, "accumulation", ["0", "-1"], COUNT),
     (BOTH, "seed", ["-1", "4294967296"], SEED),
     (BOTH, "subset_seed", ["-1"], SEED),
+    (BOTH, "val_split", ["0", "1", "nan", "-0.1"], r"in \(0, 1\)"),
     (BOTH, "ratio", ["nan", "inf", "-3"], "a finite number >= 1"),
     (BOTH, "beta", ["1", "nan", "-0.1"], SHARE_BELOW_1),
     (BOTH, "max_margin", ["nan", "-1"], NOT_NEGATIVE),

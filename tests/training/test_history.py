@@ -130,3 +130,32 @@ def test_metrics_of_a_run_with_the_times_of_its_history(tmp_path):
     assert (kept["class_counts"], kept["class_names"]) == ([5, 3], ["a", "b"])
     assert kept["processes"] == 2
     assert kept["device"].startswith("cpu (")
+
+
+def val_row(epoch, **changed):
+    return {("val_error" if k == "test_error" else k): v for k, v in row(epoch, **changed).items()}
+
+
+def test_a_history_of_validation_says_so(tmp_path):
+    history = HistoryWriter(tmp_path, error_column="val_error")
+    rows = [val_row(0), val_row(1, test_error=None)]
+    for values in rows:
+        history.append(**values)
+    first = (tmp_path / "history.csv").read_text().splitlines()[0]
+    assert first == "epoch,lr,stage,train_loss,val_error,seconds"
+    assert read_history(tmp_path) == rows
+    HistoryWriter(tmp_path, 1, "val_error").append(**val_row(1, seconds=3.0))
+    assert read_history(tmp_path) == [val_row(0), val_row(1, seconds=3.0)]
+
+
+def test_errors_are_written_in_their_own_column_only(tmp_path):
+    with pytest.raises(ValueError, match=r"`error_column` must be one of .*got 'error'"):
+        HistoryWriter(tmp_path, error_column="error")
+    for column, other in (("val_error", "test_error"), ("test_error", "val_error")):
+        history = HistoryWriter(tmp_path, error_column=column)
+        with pytest.raises(ValueError, match=f"`{other}` must be None in a history of {column}"):
+            history.append(**{**row(0, test_error=None), other: 5.0})
+        history.append(**{**row(0, test_error=None), column: 5.0})
+        with pytest.raises(ValueError, match="`error_column` must be the one of the run in"):
+            HistoryWriter(tmp_path, 1, other)
+        assert read_history(tmp_path)[0][column] == 5.0

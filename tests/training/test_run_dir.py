@@ -94,6 +94,13 @@ def test_resume_names_the_options_that_differ(tmp_path):
     claim_output_dir(tmp_path, {**OPTIONS, "lr": 0.2}, resume=True, may_change=free)
 
 
+def test_runs_of_a_version_without_an_option_go_on_where_it_is_none(tmp_path):
+    claim_output_dir(tmp_path, OPTIONS, resume=False)
+    claim_output_dir(tmp_path, {**OPTIONS, "new": None}, resume=True)
+    with pytest.raises(ValueError, match=r"new: '\(absent\)' there, False now"):
+        claim_output_dir(tmp_path, {**OPTIONS, "new": False}, resume=True)
+
+
 def test_resume_of_no_run_names_the_folder_and_makes_none(tmp_path):
     with pytest.raises(ValueError, match=r"run to resume, got '.*nowhere'.*leave out --resume"):
         claim_output_dir(tmp_path / "nowhere", OPTIONS, resume=True)

