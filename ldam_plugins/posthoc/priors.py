@@ -169,7 +169,7 @@ def _shares(name: str, prior: Prior, classes: int) -> Tensor:
     if abs(total - 1) > _SUM_TOLERANCE:
         hint = "Samples per class go in as ClassCounts(counts)."
         raise invalid(name, "probabilities that sum to 1", f"a sum of {total:g}", hint=hint)
-    return shares / total
+    return shares
 
 
 def _check_adjustable(
