@@ -45,7 +45,11 @@ from ldam_plugins.integrations.timm.images import (
     on_device,
     transformed,
 )
-from ldam_plugins.integrations.timm.models import check_trains_on, create_classifier
+from ldam_plugins.integrations.timm.models import (
+    BUNDLED_MODELS,
+    check_trains_on,
+    create_classifier,
+)
 from ldam_plugins.integrations.timm.saved_model import load_model, save_model
 from ldam_plugins.kernels.batch_norm import use_fast_batch_norm
 from ldam_plugins.losses import apply_stage, warn_of_combination
@@ -119,7 +123,8 @@ class VisionOptions(CoreOptions):
     dataset: str = option("digits", "hub id, local folder, or digits")
     model: str = option(
         "cifar_resnet32",
-        "what timm.create_model takes: resnet18.a1_in1k, hf-hub:..., local-dir:...",
+        "what timm.create_model takes: resnet18.a1_in1k, hf-hub:..., local-dir:...; or "
+        "efficientnet_lite0_imagenet (pretrained, in a package)",
     )
     epochs: int = option(200, "epochs of training")
     batch_size: int = option(128, "images a process and micro-batch")
@@ -213,7 +218,7 @@ def main(options: VisionOptions) -> dict[str, Any]:
                 class_names=train.class_names,
                 data_config=pipeline.config,
                 title=Path(options.output_dir).name,
-                pretrained=options.model if options.pretrained else None,
+                pretrained=options.model if is_pretrained(options) else None,
             )
         workers = 0 if isinstance(eval_set, InMemoryImages) else options.workers
         held_out: dict[str, Any] = {}
@@ -455,6 +460,11 @@ def make_model(options: VisionOptions, criterion: ClassificationLoss) -> nn.Modu
     )
     model = put_head(model, criterion, options.head, scale=options.scale)
     return model.to(memory_format=torch.channels_last)
+
+
+def is_pretrained(options: VisionOptions) -> bool:
+    """Whether the weights are not those of a random start."""
+    return options.pretrained or options.model in BUNDLED_MODELS
 
 
 def make_pipeline(options: VisionOptions, model: nn.Module) -> ImagePipeline:

@@ -147,15 +147,32 @@ def check_replaceable(model: nn.Module, layers: Mapping[str, nn.Linear | nn.Conv
 
 
 def _check_not_wrapped(model: nn.Module, name: str, layer: nn.Linear | nn.Conv2d) -> None:
+    wrapper = parallel_wrapper(model, name, layer)
+    if wrapper is not None:
+        raise _already_wrapped(name, wrapper)
+
+
+def parallel_wrapper(model: nn.Module, name: str, layer: nn.Linear | nn.Conv2d) -> nn.Module | None:
+    """The module around ``layer`` that trains it in parallel and knows its parameters, if any.
+
+    Args:
+        model: The model.
+        name: Dotted name of ``layer`` in it.
+        layer: The layer.
+
+    Returns:
+        The wrapper (DistributedDataParallel, FSDP, DeepSpeed's engine), or ``model`` where the
+        weight itself is sharded.
+    """
     fsdp = sys.modules.get("torch.distributed.fsdp")  # slow to import, and needless if it is not
     kinds: tuple[type, ...] = (DistributedDataParallel,)
     kinds += (fsdp.FullyShardedDataParallel,) if fsdp else ()
     for module in modules_around(model, name):
         deepspeed = any(kind.__name__ == "DeepSpeedEngine" for kind in type(module).__mro__)
         if deepspeed or isinstance(module, kinds):
-            raise _already_wrapped(name, module)
-    if is_sharded(layer.weight) or getattr(layer.weight, "_fsdp_flattened", False):
-        raise _already_wrapped(name, model)
+            return module
+    sharded = is_sharded(layer.weight) or getattr(layer.weight, "_fsdp_flattened", False)
+    return model if sharded else None
 
 
 def _check_not_shared(model: nn.Module, name: str, layer: nn.Linear | nn.Conv2d) -> None:

@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ldam_plugins._validation import invalid
 from ldam_plugins.counts import ClassCounts
-from ldam_plugins.heads import cosine_heads, find_head
-from ldam_plugins.heads.folding import evaluation_mode
+from ldam_plugins.heads.inputs import with_head_inputs
 from ldam_plugins.metrics.long_tail import long_tail_metrics
 
 _ITERATIONS = 2000
@@ -70,7 +69,6 @@ def linear_probe(
     return long_tail_metrics(probe.predict_log_proba(test_features), test_labels, class_counts)
 
 
-@torch.inference_mode()
 def head_inputs(
     model: nn.Module, batches: Iterable[Any], run: Callable[[nn.Module, Any], Any]
 ) -> np.ndarray:
@@ -85,30 +83,4 @@ def head_inputs(
         ValueError: several heads, or a head that is called more than once or on more than one
             vector a sample.
     """
-    names = tuple(cosine_heads(model)) or find_head(model)
-    if len(names) != 1:
-        raise invalid("model", "one with a single head", names)
-    seen: list[Tensor] = []
-    hook = model.get_submodule(names[0]).register_forward_pre_hook(
-        lambda module, arguments: seen.append(arguments[0].float().cpu())
-    )
-    try:
-        with evaluation_mode(model):
-            rows = [_one_call(model, batch, run, seen) for batch in batches]
-    finally:
-        hook.remove()
-    return torch.cat(rows).numpy()
-
-
-def _one_call(
-    model: nn.Module, batch: Any, run: Callable[[nn.Module, Any], Any], seen: list[Tensor]
-) -> Tensor:
-    seen.clear()
-    run(model, batch)
-    if len(seen) != 1:
-        raise invalid("calls of the head for a batch", "1", len(seen))
-    features = seen[0].flatten(1) if seen[0].ndim == 4 else seen[0]  # 1x1 maps of a conv head
-    if features.ndim != 2:
-        expected = "(samples, features)"
-        raise invalid("input of the head", expected, tuple(features.shape))
-    return features
+    return torch.cat([features for features, _ in with_head_inputs(model, batches, run)]).numpy()

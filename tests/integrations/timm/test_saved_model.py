@@ -13,6 +13,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from vision_runs import picture_folder, vision_run
 
 from ldam_plugins.data import load_images
+from ldam_plugins.integrations.timm.models import BUNDLED_MODELS
 
 SHORT = ["--epochs", 1, "--schedule", "none", "--batch_size", 8, "--lr", 0.02]
 PICTURES = ["--dataset", "PICTURES", "--lr", 0.01]
@@ -154,3 +155,14 @@ def test_a_saved_model_is_trained_on_under_its_own_classes(vit, pictures, tmp_pa
     # With the classes as they were ordered before, each image would count for another class.
     assert max(run["test"]["top1_error"] for run in (before, after)) < 20
     assert "Trained on from" in (tmp_path / "b" / "model" / "README.md").read_text()
+
+
+def test_weights_of_a_package_are_trained_on(pictures, tmp_path, monkeypatch):
+    weights = tmp_path / "weights.pth"
+    torch.save(timm.create_model("test_efficientnet").state_dict(), weights)
+    monkeypatch.setitem(BUNDLED_MODELS, "small", ("test_efficientnet", lambda: weights))
+    flags = ["--dataset", pictures, "--model", "small", "--image_size", 32, "--workers", 0]
+    vision_run(tmp_path / "run", *SHORT, *flags)
+    folder = tmp_path / "run" / "model"
+    assert "Trained on from the weights of `small`" in (folder / "README.md").read_text()
+    assert timm.create_model(f"local-dir:{folder}", pretrained=True).num_classes == 3
