@@ -68,9 +68,9 @@ def options_for_head(loss: str, options: Mapping[str, Any], head: str) -> dict[s
     if "scale" in loss_options(loss):
         return {"scale": LINEAR_SCALE, **options} if head == "linear" else dict(options)
     if "scale" in options and head != "cosine":
-        hint = "It would be that of a cosine head: ask for one (--head cosine, cosine_head=True)."
-        expected = f"left out: {loss!r} has no margin and a linear head no scale"
-        raise invalid("scale", expected, options["scale"], hint=hint, error=TypeError)
+        hint = "It is that of a cosine head: ask for one (--head cosine, cosine_head=True)."
+        expected = f"an option of {loss!r} with a linear head"
+        raise invalid("options", expected, "scale", hint=hint, error=TypeError)
     return {name: value for name, value in options.items() if name != "scale"}
 
 

@@ -202,7 +202,7 @@ def test_real_cells_finish_go_on_and_are_reported(tmp_path, capfd):
         (["--set", "lr=-1"], r"cell 'ce_rw_s0': `lr` must be"),
         (["--set", "mixup=2,3"], r"cell 'ce_rw_s0'.*'3'"),
         (["--methods", "erm", "erm:head=linear"], r"different runs.*'ce_none_head-linear_s0'"),
-        (["--methods", "erm", "--set", "scale=20"], r"cell 'ce_none_s0'.*`scale`.*--head cosine"),
+        (["--methods", "erm", "--set", "scale=20"], r"cell 'ce_none_s0'.*'scale'.*--head cosine"),
         (["--baseline", "emr"], r"`baseline` must be.*Did you mean 'erm'"),
         (["--baseline", "erm:mixxup=0"], r"`option in baseline` must be.*Did you mean 'mixup'"),
     ],

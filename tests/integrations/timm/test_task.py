@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import timm
@@ -123,6 +124,12 @@ class TestHead:
         torch.testing.assert_close(result["loss"], expected)
         assert task.get_task_state() == {}
 
+    def test_one_process_warns_for_all(self, one_process, monkeypatch):
+        monkeypatch.setattr(distributed, "get_rank", lambda: 1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            make_task(cosine_head=False)
+
     @pytest.mark.parametrize(("options", "scale"), [({}, 30), ({"scale": 20.0}, 20)], ids=str)
     def test_other_losses_can_have_the_head(self, options, scale):
         task = make_task(loss="ce", cosine_head=True, **options)
@@ -145,7 +152,7 @@ class TestHead:
             LongTailTask(model, COUNTS, cosine_head=True, scale=10, **given)
         with pytest.raises(ValueError, match=r"linear head.*'fc'.*fold_cosine_head"):
             LongTailTask(model, COUNTS, cosine_head=False, **given)
-        with pytest.raises(TypeError, match=r"`scale` must be left out.*cosine_head=True"):
+        with pytest.raises(TypeError, match=r"option of 'ce' .*got 'scale'.*cosine_head=True"):
             LongTailTask(make_model(), COUNTS, scale=10, **given)
 
     def test_counts_are_those_of_a_ready_loss(self):
