@@ -12,6 +12,7 @@ import timm
 import torch
 from timm.models import (
     load_pretrained,
+    load_state_dict,
     parse_model_name,
     resolve_model_input_args,
     split_model_name_tag,
@@ -87,7 +88,8 @@ def create_classifier(
 
 def _bundled_classifier(name: str, class_counts: ClassCounts, image_size: int | None) -> nn.Module:
     architecture, find = BUNDLED_MODELS[name]
-    weights = _renamed(torch.load(find(), map_location="cpu", weights_only=True), architecture)
+    file = load_state_dict(str(find()), use_ema=False, weights_only=True)
+    weights = _renamed(file, architecture)
     model: Any = create_classifier(architecture, class_counts, image_size=image_size)
     # As timm does with weights of its own: it leaves out a classifier of other classes.
     config = {**model.pretrained_cfg, "state_dict": weights}
