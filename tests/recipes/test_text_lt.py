@@ -12,6 +12,7 @@ import pytest
 import text_lt
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
+from interruptions import interrupted_at
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
@@ -258,21 +259,11 @@ def weights(out):
 
 
 @pytest.mark.parametrize("more", [(), ("--schedule", "drs"), ("--mixup", 1)], ids=str)
-def test_resumed_run_equals_the_undisturbed_one(run, monkeypatch, more):
+def test_resumed_run_equals_the_undisturbed_one(run, more):
     flags = ("--epochs", 3, *more)
     undisturbed, whole = run(*flags, out="whole")
-    evaluate, calls = Trainer.evaluate, []
-
-    def killed(*arguments, **options):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return evaluate(*arguments, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "evaluate", killed)
-        with pytest.raises(KeyboardInterrupt):
-            run(*flags, out="broken")
+    with interrupted_at(Trainer, "evaluate"):
+        run(*flags, out="broken")
     (whole_state,) = (out for out in (whole / "checkpoints").glob("checkpoint-18"))
     assert (whole_state / "optimizer.pt").exists()
     resumed, broken = run(*flags, "--resume", out="broken")
@@ -503,21 +494,11 @@ def test_a_split_is_evaluated_in_place_of_the_test_set(run, monkeypatch, capsys)
     assert "12 of 48 training samples are held out for validation" in capsys.readouterr().out
 
 
-def test_a_run_with_a_split_can_be_resumed(run, monkeypatch):
+def test_a_run_with_a_split_can_be_resumed(run):
     flags = ("--epochs", 3, "--val_split", 0.25)
     undisturbed, whole = run(*flags, out="whole")
-    evaluate, calls = Trainer.evaluate, []
-
-    def killed(*arguments, **options):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return evaluate(*arguments, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "evaluate", killed)
-        with pytest.raises(KeyboardInterrupt):
-            run(*flags, out="broken")
+    with interrupted_at(Trainer, "evaluate"):
+        run(*flags, out="broken")
     resumed, broken = run(*flags, "--resume", out="broken")
     assert resumed["test"] == undisturbed["test"]
     assert resumed["validation"] == undisturbed["validation"]

@@ -11,6 +11,7 @@ import timm
 import torch
 import vision_lt
 from accelerate import Accelerator
+from interruptions import interrupted_at
 from paths import RECIPES
 from PIL import Image
 from safetensors.torch import load_file
@@ -67,21 +68,11 @@ def test_leaves_what_is_promised(run, capsys):
 
 
 @pytest.mark.parametrize("flags", [(), ("--ema_decay", 0.5, "--schedule", "drs", "--mixup", 0.2)])
-def test_resumed_run_equals_the_undisturbed_one(run, monkeypatch, flags):
+def test_resumed_run_equals_the_undisturbed_one(run, flags):
     flags = ("--epochs", 3, *flags)
     undisturbed, whole = run(*flags, folder="whole")
-    evaluate, calls = vision_lt.evaluate, []
-
-    def killed(*arguments, **options):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return evaluate(*arguments, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(vision_lt, "evaluate", killed)
-        with pytest.raises(KeyboardInterrupt):
-            run(*flags, "--eval_every", 1, folder="broken")
+    with interrupted_at(vision_lt, "evaluate"):
+        run(*flags, "--eval_every", 1, folder="broken")
     resumed, broken = run(*flags, "--eval_every", 1, "--resume", folder="broken")
     assert resumed["test"] == undisturbed["test"]
     left, right = weights(whole), weights(broken)
@@ -456,21 +447,11 @@ def test_corrupt_test_images_stop_a_run_with_a_split_before_training(run, tmp_pa
     assert list(metrics["class_counts"]) == [4, 4]
 
 
-def test_a_run_with_a_split_can_be_resumed(run, monkeypatch):
+def test_a_run_with_a_split_can_be_resumed(run):
     flags = ("--epochs", 3, "--val_split", 0.2, "--eval_every", 1)
     undisturbed, whole = run(*flags, folder="whole")
-    evaluate, calls = vision_lt.evaluate, []
-
-    def killed(*arguments, **options):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return evaluate(*arguments, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(vision_lt, "evaluate", killed)
-        with pytest.raises(KeyboardInterrupt):
-            run(*flags, folder="broken")
+    with interrupted_at(vision_lt, "evaluate"):
+        run(*flags, folder="broken")
     with pytest.raises(ValueError, match=r"val_split: 0\.2 there, None now"):
         run("--epochs", 3, "--eval_every", 1, "--resume", folder="broken")
     resumed, broken = run(*flags, "--resume", folder="broken")
