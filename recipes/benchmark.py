@@ -37,6 +37,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from ldam_plugins import ClassCounts
+from ldam_plugins.benchmark.captions import row_caption
 from ldam_plugins.benchmark.comparisons import read_baseline
 from ldam_plugins.benchmark.grid import Cell, Grid, expand, in_cell
 from ldam_plugins.benchmark.local import CellTask, Outcome, run_locally
@@ -118,7 +119,8 @@ def main(options: BenchmarkOptions) -> list[Outcome]:
         page = write_experiment(
             options.output_dir, records, failed=failed, baseline=options.baseline
         )
-        print(f"{markdown(interval_rows(records))}\n\n{page}")
+        caption = row_caption(records).markdown()
+        print(*filter(None, [markdown(interval_rows(records)), caption, page]), sep="\n\n")
     return outcomes
 
 

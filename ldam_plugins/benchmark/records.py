@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ldam_plugins._validation import invalid, quoted
+from ldam_plugins.counts import ClassCounts
+from ldam_plugins.metrics.views import error_views
 from ldam_plugins.training.files import write_atomic
 from ldam_plugins.training.history import METRICS_KEYS, read_metrics
 from ldam_plugins.training.run_dir import COMMAND_FILE, METRICS_FILE
@@ -98,9 +100,12 @@ def _command(cell: Path) -> str | None:
     return path.read_text(encoding="utf-8").strip() if path.exists() else None
 
 
-def errors_of(records: Iterable[Record]) -> list[float]:
-    """Balanced error in % of each run: 100 less the mean accuracy of the classes.
+def test_metrics(record: Record) -> dict[str, Any]:
+    """The test metrics of a run, with both of :func:`.error_views` also where it is older."""
+    test, counts = record["test"], ClassCounts(record["class_counts"])
+    return {**test, **error_views(test["per_class_accuracy"], counts)}
 
-    On a test set whose classes are of one size that is the top-1 error.
-    """
-    return [100 * (1 - record["test"]["balanced_accuracy"]) for record in records]
+
+def errors_of(records: Iterable[Record], view: str = "balanced_error") -> list[float]:
+    """An error in % of each run, the balanced one unless told: one of :func:`.error_views`."""
+    return [test_metrics(record)[view] for record in records]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ldam_plugins._validation import check_int, check_logits, invalid
 from ldam_plugins.counts import ClassCounts, check_label_range, label_array
+from ldam_plugins.metrics.views import error_views
 
 ECE_BINS = 15
 """Equal-width confidence bins of the calibration error (Guo et al., ICML 2017)."""
@@ -33,6 +34,9 @@ def long_tail_metrics(
     are Python floats (or None) and ready for JSON; accuracies and ``ece`` are in 0..1:
 
     * ``top1_error``: share of wrong samples, in %.
+    * ``balanced_error``, ``train_prior_error``: in %, as if all classes were equally frequent, or
+      as frequent as in training; see :func:`~ldam_plugins.metrics.views.error_views`. Where the
+      classes of the test set are of one size the first is ``top1_error``.
     * ``balanced_accuracy``: mean of the per-class accuracies, over classes with a test sample.
     * ``worst_class_accuracy``: the smallest of them.
     * ``per_class_accuracy``: list of C; None for a class without a test sample.
@@ -183,10 +187,12 @@ class MetricAccumulator:
         accuracy = self._correct / np.maximum(self._samples, 1)
         pairs = zip(accuracy.tolist(), seen.tolist(), strict=True)
         groups = self.class_counts.groups().items()
+        by_class = [value if known else None for value, known in pairs]
         return {
+            **error_views(by_class, self.class_counts),
             "balanced_accuracy": float(accuracy[seen].mean()),
             "worst_class_accuracy": float(accuracy[seen].min()),
-            "per_class_accuracy": [value if known else None for value, known in pairs],
+            "per_class_accuracy": by_class,
             **{name: _mean_or_none(accuracy[ids][seen[ids]]) for name, ids in groups},
         }
 

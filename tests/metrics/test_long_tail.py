@@ -20,6 +20,8 @@ from ldam_plugins.metrics.long_tail import (
 
 KEYS = [
     "top1_error",
+    "balanced_error",
+    "train_prior_error",
     "balanced_accuracy",
     "worst_class_accuracy",
     "per_class_accuracy",

@@ -108,7 +108,7 @@ def test_leaves_what_is_promised(run, capsys):
     assert (out / "report.html").stat().st_size > 10_000
     assert list(out.glob("*.png"))
     assert newest_trainer_checkpoint(out / "checkpoints").endswith("checkpoint-12")
-    assert "balanced accuracy" in capsys.readouterr().out
+    assert "balanced error" in capsys.readouterr().out
 
 
 def is_locked(folder):

@@ -64,7 +64,7 @@ def test_leaves_what_is_promised(run, capsys):
     assert [bool(row["test_error"]) for row in rows] == [False, True]
     assert (out / "report.html").stat().st_size > 10_000
     assert list(out.glob("*.png"))
-    assert "balanced accuracy" in capsys.readouterr().out
+    assert "balanced error" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags", [(), ("--ema_decay", 0.5, "--schedule", "drs", "--mixup", 0.2)])
