@@ -11,8 +11,10 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from ldam_plugins._validation import check_int, invalid, quoted
+from ldam_plugins.data.notes import DataNotes
 from ldam_plugins.data.readers import read_images
-from ldam_plugins.data.readers.base import ImageRequest, ImageSource
+from ldam_plugins.data.readers.base import ImageRequest, ImageRows, ImageSource
+from ldam_plugins.data.splits import as_part, hold_out
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -152,10 +154,15 @@ def load_images(
     image_column: str | None = None,
     label_column: str | None = None,
     train_split: str = "train",
-    test_split: str | None = None,
+    test_split: float | str | None = None,
     train_list: str | os.PathLike[str] | None = None,
     test_list: str | os.PathLike[str] | None = None,
+    encoding: str | None = None,
+    skip_empty: bool = False,
+    seed: int = 0,
+    min_kept: int = 1,
     cache_dir: str | os.PathLike[str] | None = None,
+    notes: DataNotes | None = None,
 ) -> tuple[LabelledImages, LabelledImages]:
     """Load the training and the test images of a data set, in the same order on every machine.
 
@@ -167,7 +174,9 @@ def load_images(
       one of type Image and the one of type ClassLabel (``label`` or ``fine_label`` of several); a
       split may be a slice of one as in ``datasets``: ``"train[:10%]"``;
     * a folder ``train/<class>/...`` and ``test/<class>/...``, the classes in natural order, ``2``
-      before ``10``, as timm's reader numbers them (torchvision sorts them as text);
+      before ``10``, as timm's reader numbers them (torchvision sorts them as text); also
+      ``Train``, ``training``, ``Valid`` and the like, or ``<class>/...`` alone with a share for
+      ``test_split``, and all of it once more in a folder, as archives are unpacked;
     * Tiny ImageNet's own folder (``wnids.txt``, ``val/val_annotations.txt``);
     * a folder with iNaturalist's ``train2018.json`` and ``val2018.json``, or those of another year
       or of camera traps in COCO's form: several boxes of one class in an image are one label;
@@ -181,11 +190,18 @@ def load_images(
         image_column: The image column of a hub dataset. Default: the only one of type Image.
         label_column: The label column of a hub dataset. Default: that of type ClassLabel.
         train_split: The split or folder to train on.
-        test_split: The one to test on. Default: the first there is of test, validation, valid and
-            val.
+        test_split: The one to test on, or the share in (0, 1) of the training split's examples that
+            is held out to test on, see :func:`~ldam_plugins.data.stratified_split`. Default: the
+            first there is of test, validation, valid and val.
         train_list: List or JSON file of the training images.
         test_list: List or JSON file of the test images.
+        encoding: Of text files that are not UTF-8, such as ``"cp1252"`` or ``"utf-16"``.
+        skip_empty: Leave out rows of a table without a file or label instead of stopping.
+        seed: Of the choice of a share, in 0..2**32 - 1.
+        min_kept: Examples that a class keeps for training, if it has more; 2 where a share of them
+            is to be held out, too.
         cache_dir: Where the hub's files are kept; only the hub uses it.
+        notes: Gets what was decided, noticed and left out; without it ``logging`` does.
 
     Raises:
         ConnectionError: the hub cannot be reached.
@@ -206,16 +222,38 @@ def load_images(
         image_column=image_column,
         label_column=label_column,
         train_split=train_split,
-        test_split=test_split,
+        **as_part("test_split", test_split),
         train_list=None if train_list is None else _as_text("train_list", train_list),
         test_list=None if test_list is None else _as_text("test_list", test_list),
+        encoding=encoding,
+        skip_empty=skip_empty,
         cache_dir=None if cache_dir is None else _as_text("cache_dir", cache_dir),
+        notes=DataNotes() if notes is None else notes,
     )
-    train, test = read_images(request)
-    if train.class_names != test.class_names:
-        odd = quoted(sorted(set(train.class_names) ^ set(test.class_names))) or "their order"
+    train_rows, test_rows = read_images(request)
+    train = LabelledImages(*train_rows)
+    if test_rows is None:
+        kept, held_out = hold_out(
+            train.labels,
+            train.class_names,
+            request.test_share or 0,
+            seed=seed,
+            min_kept=min_kept,
+            notes=request.notes,
+        )
+        train, test = train.subset(kept), train.subset(held_out)
+    else:
+        test = _of_same_classes(test_rows, train.class_names)
+    if notes is None:
+        request.notes.log()
+    return train, test
+
+
+def _of_same_classes(test: ImageRows, class_names: tuple[str, ...]) -> LabelledImages:
+    if class_names != test.class_names:
+        odd = quoted(sorted(set(class_names) ^ set(test.class_names))) or "their order"
         raise ValueError(f"the classes to train on and to test on must be equal, not so: {odd}")
-    return LabelledImages(*train), LabelledImages(*test)
+    return LabelledImages(*test)
 
 
 def _integers(name: str, values: Sequence[int] | np.ndarray) -> np.ndarray:

@@ -52,7 +52,7 @@ def _holds(root: Path, *patterns: str) -> bool:
     return any(True for pattern in patterns for _ in root.glob(pattern))
 
 
-def _read_images(request: ImageRequest) -> tuple[ImageRows, ImageRows]:
+def _read_images(request: ImageRequest) -> tuple[ImageRows, ImageRows | None]:
     splits = _open_splits(request)
     features = splits[0][1].features
     image = _pick_image(request.image_column, features)
@@ -65,12 +65,12 @@ def _read_images(request: ImageRequest) -> tuple[ImageRows, ImageRows]:
         labels, class_names = read_labels(table, label, split, class_names)
         source = TableSource(table, image, split, _roots(request))
         parts.append(ImageRows(source, labels, class_names))
-    return parts[0], parts[1]
+    return parts[0], parts[1] if len(parts) > 1 else None
 
 
-def _read_texts(request: TextRequest) -> tuple[Dataset, Dataset]:
+def _read_texts(request: TextRequest) -> tuple[Dataset, Dataset | None]:
     splits = _open_splits(request)
-    if splits[0][0] == splits[1][0]:
+    if len(splits) > 1 and splits[0][0] == splits[1][0]:
         raise invalid("test_split", "other rows than `train_split`", splits[1][0])
     features = splits[0][1].features
     label = _pick_text_label(request.label_column, features)
@@ -86,7 +86,7 @@ def _read_texts(request: TextRequest) -> tuple[Dataset, Dataset]:
         labels, class_names = read_labels(table, label, split, class_names)
         part = _cached_columns(table, text, label, class_names)
         parts.append(text_table(table[text][:], labels, class_names) if part is None else part)
-    return parts[0], parts[1]
+    return parts[0], parts[1] if len(parts) > 1 else None
 
 
 HUB_IMAGES = Reader(
@@ -135,8 +135,9 @@ def _open_splits(request: Request) -> list[tuple[str, Any]]:
     """The rows to train on and those to test on, each with what it was asked for as."""
     name = str(request.root) if request.is_folder else request.dataset
     tables = open_tables(name, request.cache_dir)
-    test_split = request.test_split or default_test_split(tables)
-    asked = {"train_split": request.train_split, "test_split": test_split}
+    asked: dict[str, str | None] = {"train_split": request.train_split}
+    if request.test_share is None:
+        asked["test_split"] = request.test_split or default_test_split(tables)
     return [
         (str(split), _rows_of(argument, split, tables, request))
         for argument, split in asked.items()
@@ -149,9 +150,11 @@ def _rows_of(argument: str, asked: str | None, tables: Mapping[str, Any], reques
 
     name = check_split(argument, asked and asked.partition("[")[0], list(tables), request)
     table = tables[name]
-    if asked is None or asked == name:
+    request.notes.parts[argument] = asked or name
+    if asked is None or "[" not in asked:
         return table
     try:
+        asked = f"{name}[{asked.partition('[')[2]}"
         (rows,) = ReadInstruction.from_spec(asked).to_absolute({name: len(table)})
     except (ValueError, AssertionError) as error:
         expected = f"a split or a slice of one, such as '{name}[:10%]'"
