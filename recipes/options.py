@@ -106,7 +106,15 @@ class CoreOptions:
         "split or folder to test on, or the share of each class's samples, before the cut, that "
         "is held out to test on [test, else validation]",
     )
+    group_column: str | None = option(
+        None,
+        "column of a table that tells what belongs together (patient, camera, author): no group "
+        "is divided by --test_split and --val_split",
+    )
     encoding: str | None = option(None, "encoding of text files, such as cp1252 [utf-8]")
+    delimiter: str | None = option(
+        None, "what separates the fields of a CSV file [what gives even rows]"
+    )
     skip_empty: bool = option(False, "leave out rows without a text, file or label, and count them")
     loss: str = option("ldam", f"one of {', '.join(list_losses())}")
     head: str = option(

@@ -121,7 +121,7 @@ class TextOptions(CoreOptions):
         "mixup": NOT_NEGATIVE,
     }
 
-    dataset: str = option("stdlib_docstrings", "hub id, local folder, or stdlib_docstrings")
+    dataset: str = option("stdlib_docstrings", "table, folder, hub id, or stdlib_docstrings")
     model: str = option("bilstm", "bilstm, minilm (in a package), hub id or local folder")
     epochs: int = option(3, "epochs of training")
     batch_size: int = option(32, "texts a process and micro-batch")
@@ -129,8 +129,8 @@ class TextOptions(CoreOptions):
     output_dir: str = option("runs/text_lt", "folder of the run")
     rare_classes: list[str] = option([], "names of classes that lose training texts")
     rare_fraction: float = option(0.1, "share of their training texts that rare classes keep")
-    text_column: str | None = option(None, "text column of the dataset [by name or type]")
-    label_column: str | None = option(None, "label column of the dataset [by name or type]")
+    text_column: str | None = option(None, "column of the texts [by name or content]")
+    label_column: str | None = option(None, "column of the labels [by name or content]")
     train_split: str = option("train", "split to train on, or a slice: train[:10%%]")
     max_length: int = option(256, "tokens a text is cut to")
     vocab_size: int = option(20_000, "words the tokenizer of a bilstm knows")
@@ -295,7 +295,9 @@ def load_parts(
         label_column=options.label_column,
         train_split=options.train_split,
         test_split=test_split,
+        group_column=options.group_column,
         encoding=options.encoding,
+        delimiter=options.delimiter,
         skip_empty=options.skip_empty,
         seed=options.subset_seed,
         min_kept=options.min_kept,

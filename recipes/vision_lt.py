@@ -129,7 +129,7 @@ class VisionOptions(CoreOptions):
         "eval_every": COUNT,
     }
 
-    dataset: str = option("digits", "hub id, local folder, or digits")
+    dataset: str = option("digits", "folder, table, hub id, or digits")
     model: str = option(
         "cifar_resnet32",
         "what timm.create_model takes: resnet18.a1_in1k, hf-hub:..., local-dir:...; or "
@@ -139,8 +139,10 @@ class VisionOptions(CoreOptions):
     batch_size: int = option(128, "images a process and micro-batch")
     lr: float = option(0.1, "learning rate")
     output_dir: str = option("runs/vision_lt", "folder of the run")
-    image_column: str | None = option(None, "image column of a hub dataset [by its type]")
-    label_column: str | None = option(None, "label column of a hub dataset [by its type]")
+    image_column: str | None = option(
+        None, "column of the images, or of their names [by its content]"
+    )
+    label_column: str | None = option(None, "column of the labels [by name or content]")
     train_list: str | None = option(None, "list or JSON file of the training images")
     test_list: str | None = option(None, "list or JSON file of the test images")
     skip_corrupt: bool = option(False, "leave out images that cannot be decoded, and count them")
@@ -438,7 +440,9 @@ def load_parts(
         test_split=test_split,
         train_list=options.train_list,
         test_list=options.test_list,
+        group_column=options.group_column,
         encoding=options.encoding,
+        delimiter=options.delimiter,
         skip_empty=options.skip_empty,
         seed=options.subset_seed,
         min_kept=options.min_kept,

@@ -26,7 +26,9 @@ def load_texts(
     label_column: str | None = None,
     train_split: str = "train",
     test_split: float | str | None = None,
+    group_column: str | None = None,
     encoding: str | None = None,
+    delimiter: str | None = None,
     skip_empty: bool = False,
     seed: int = 0,
     min_kept: int = 1,
@@ -35,10 +37,11 @@ def load_texts(
     """Load the texts to train on and those to test on, in the same order on every machine.
 
     What ``dataset`` may be: a hub id; a local folder of files as the hub serves them, or one that
-    ``save_to_disk`` wrote; a folder ``train/<class>/*.txt`` and ``test/<class>/*.txt``, or
-    ``<class>/*.txt`` alone with a share for ``test_split``; or ``"stdlib_docstrings"``, docstrings
-    of Python's own standard library labelled by module (see
-    :func:`~ldam_plugins.data.readers.stdlib_docstrings.read_docstrings`).
+    ``save_to_disk`` wrote; a CSV, TSV or JSON Lines file, or a folder with ``train.csv`` and
+    ``test.csv``, or with one such file and a share for ``test_split``; a folder
+    ``train/<class>/*.txt`` and ``test/<class>/*.txt``, or ``<class>/*.txt`` alone with a share for
+    ``test_split``; or ``"stdlib_docstrings"``, docstrings of Python's own standard library labelled
+    by module (see :func:`~ldam_plugins.data.readers.stdlib_docstrings.read_docstrings`).
 
     Args:
         dataset: One of the above.
@@ -51,7 +54,11 @@ def load_texts(
         test_split: The one to test on, likewise, or the share in (0, 1) of the training split's
             examples that is held out to test on, see :func:`~ldam_plugins.data.stratified_split`.
             Default: the first there is of test, validation, valid and val.
+        group_column: Column that tells what belongs together, such as an author: no group is
+            divided by a share that is held out. The parts have it as ``group``.
         encoding: Of files that are not UTF-8, such as ``"cp1252"`` or ``"utf-16"``.
+        delimiter: What separates the fields of a CSV file. Default: a comma, semicolon, tab or
+            bar, whichever gives even rows.
         skip_empty: Leave out rows without a text or label instead of stopping.
         seed: Of the choice of a share, in 0..2**32 - 1.
         min_kept: Examples that a class keeps for training, if it has more; 2 where a share of them
@@ -78,7 +85,9 @@ def load_texts(
         label_column=label_column,
         train_split=train_split,
         **as_part("test_split", test_split),
+        group_column=group_column,
         encoding=encoding,
+        delimiter=delimiter,
         skip_empty=skip_empty,
         notes=DataNotes() if notes is None else notes,
     )

@@ -26,6 +26,7 @@ from ldam_plugins.data.readers.hub import HUB_IMAGES, HUB_TEXTS
 from ldam_plugins.data.readers.list_files import LIST_FILES
 from ldam_plugins.data.readers.paths import listing
 from ldam_plugins.data.readers.stdlib_docstrings import STDLIB_DOCSTRINGS
+from ldam_plugins.data.readers.table_files import IMAGE_TABLES, TEXT_TABLES
 from ldam_plugins.data.readers.tiny_imagenet import TINY_IMAGENET
 
 if TYPE_CHECKING:
@@ -37,11 +38,13 @@ IMAGE_READERS: tuple[Reader[ImageRequest, ImageRows], ...] = (
     COCO_JSON,
     LIST_FILES,
     TINY_IMAGENET,
+    IMAGE_TABLES,
     HUB_IMAGES,
     CLASS_FOLDERS,
 )
 TEXT_READERS: tuple[Reader[TextRequest, Dataset], ...] = (
     STDLIB_DOCSTRINGS,
+    TEXT_TABLES,
     TEXT_FOLDERS,
     HUB_TEXTS,
 )

@@ -32,7 +32,7 @@ _ALSO_CALLED = {
     "validation": ("valid", "val", "dev", "validation_set", "val_set"),
 }
 """What else people call a split, capitals aside."""
-TEXT, LABEL = "text", "label"
+TEXT, LABEL, GROUP = "text", "label", "group"
 """Columns of the tables that readers of texts give."""
 # Pillow tells formats apart by content, and some of the others (EPS) start external programs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "JPEG2000", "PPM")
@@ -57,6 +57,7 @@ class Request:
     group_column: str | None = None
     skip_empty: bool = False
     encoding: str | None = None
+    delimiter: str | None = None
     cache_dir: str | None = None
     notes: DataNotes = field(default_factory=DataNotes, compare=False)
 
@@ -140,8 +141,10 @@ def split_kind(name: str) -> str | None:
 
 def default_test_split(available: Collection[str]) -> str | None:
     """The first of :data:`TEST_SPLITS` that there is; None if there is none."""
+    if test := find_split("test", available):
+        return test
     exact = next((name for name in TEST_SPLITS if name in available), None)
-    return exact or find_split("test", available) or find_split("validation", available)
+    return exact or find_split("validation", available)
 
 
 def check_split(
@@ -290,11 +293,17 @@ class ImageSource(Protocol):
 
 
 class ImageRows(NamedTuple):
-    """One split: a source, the int64 label of each of its rows, and the name of each class."""
+    """One split: a source, the int64 label of each of its rows, and the name of each class.
+
+    ``rows`` are those of the source that are meant, where not all are, and ``groups`` what each
+    belongs to.
+    """
 
     source: ImageSource
     labels: np.ndarray
     class_names: tuple[str, ...]
+    rows: np.ndarray | None = None
+    groups: np.ndarray | None = None
 
 
 class FileSource:
@@ -407,16 +416,24 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 # Texts
 
 
-def text_table(texts: Sequence[str], labels: np.ndarray, class_names: Sequence[str]) -> Dataset:
-    """One split of texts: a table with the columns ``text`` and ``label``."""
+def text_table(
+    texts: Sequence[str],
+    labels: np.ndarray,
+    class_names: Sequence[str],
+    groups: Sequence[str] | np.ndarray | None = None,
+) -> Dataset:
+    """One split of texts: a table with the columns ``text`` and ``label``, ``group`` if given."""
     from datasets import Dataset
 
     columns = {TEXT: list(texts), LABEL: labels}
-    return Dataset.from_dict(columns, features=text_features(class_names))
+    if groups is not None:
+        columns[GROUP] = list(groups)
+    return Dataset.from_dict(columns, features=text_features(class_names, groups is not None))
 
 
-def text_features(class_names: Sequence[str]) -> Features:
+def text_features(class_names: Sequence[str], grouped: bool = False) -> Features:
     """Types of the columns of a :func:`text_table`."""
     from datasets import ClassLabel, Features, Value
 
-    return Features({TEXT: Value("string"), LABEL: ClassLabel(names=list(class_names))})
+    group = {GROUP: Value("string")} if grouped else {}
+    return Features({TEXT: Value("string"), LABEL: ClassLabel(names=list(class_names)), **group})

@@ -25,6 +25,7 @@ from ldam_plugins.data.readers.base import (
     text_table,
 )
 from ldam_plugins.data.readers.class_names import same_but_blanks
+from ldam_plugins.data.readers.file_index import name_kinds
 from ldam_plugins.data.readers.paths import (
     IMAGE_SUFFIXES,
     class_folders,
@@ -59,14 +60,35 @@ def _is_text_name(name: str) -> bool:
 # Which folder is what
 
 
-def _splits(request: Request) -> dict[str, str] | None:
+def split_folders(request: Request) -> dict[str, str] | None:
     """Folders of the splits by their names, relative to the root; None if there are none."""
     for base in (_base for _base in ("", _unwrapped(request.root, ""))):
         folders = subfolders(request.root, base)
         train = find_split(request.train_split, folders)
-        if train is not None and _is_split(request.root, base, train, folders):
+        if train is None:
+            by_kind = _by_kind(request.root, base, folders)
+            if find_split(request.train_split, list(by_kind)) is not None:
+                return {kind: _unwrapped(request.root, path) for kind, path in by_kind.items()}
+        elif _is_split(request.root, base, train, folders):
             return {name: _unwrapped(request.root, _join(base, name)) for name in folders}
     return None
+
+
+def _by_kind(root: Path, base: str, folders: list[str]) -> dict[str, str]:
+    """Folders of class folders whose names speak of a split, such as ``seg_train``, by split."""
+    found: dict[str, list[str]] = {}
+    for name in folders:
+        kind = name_kinds(name)
+        if kind is not None and subfolders(root, _join(base, name)):
+            found.setdefault(kind, []).append(_join(base, name))
+    return {kind: names[0] for kind, names in found.items() if len(names) == 1}
+
+
+def has_class_folders(request: Request) -> bool:
+    """Whether a folder has a split to train on with folders in it."""
+    splits = split_folders(request)
+    train = find_split(request.train_split, list(splits or {}))
+    return train is not None and bool(subfolders(request.root, (splits or {})[train]))
 
 
 def _is_split(root: Path, base: str, train: str, folders: list[str]) -> bool:
@@ -77,7 +99,7 @@ def _is_split(root: Path, base: str, train: str, folders: list[str]) -> bool:
     return not any(_has_file(root, _join(base, name), is_image_name) for name in beside)
 
 
-def _flat(request: Request, *, texts: bool = False) -> str | None:
+def flat_folder(request: Request, *, texts: bool = False) -> str | None:
     """The folder, relative to the root, that holds a folder for each class and no splits."""
     if find_split(request.train_split, [Request("").train_split]) is None:
         return None  # another split was asked for by name
@@ -86,10 +108,10 @@ def _flat(request: Request, *, texts: bool = False) -> str | None:
     wanted = _is_text_name if texts else is_image_name
     held = (True for name in folders if _has_file(request.root, _join(base, name), wanted))
     several = next(held, False) and next(held, False)
-    only_splits = any(
+    are_splits = all(map(name_kinds, folders)) or any(
         split_kind(name) and subfolders(request.root, _join(base, name)) for name in folders
     )
-    return base if several and not only_splits else None
+    return base if several and not are_splits else None
 
 
 def _unwrapped(root: Path, folder: str) -> str:
@@ -120,9 +142,9 @@ def _join(folder: str, name: str) -> str:
 
 def _read_parts(request: Request, *, texts: bool = False) -> tuple[ClassFiles, ClassFiles | None]:
     """The files to train on and those to test on, of the classes that training has."""
-    splits = _splits(request)
+    splits = split_folders(request)
     if splits is None:
-        whole = _flat(request, texts=texts) or ""
+        whole = flat_folder(request, texts=texts) or ""
         if request.test_share is None:
             where = request.root / whole
             raise no_test_part("test_split", f"given: {where} holds class folders only", request)
@@ -234,9 +256,9 @@ def _read_texts(request: TextRequest) -> tuple[Dataset, Dataset | None]:
 def _holds_texts(request: TextRequest) -> bool:
     if not request.is_folder:
         return False
-    splits = _splits(request)
+    splits = split_folders(request)
     if splits is None:
-        return _flat(request, texts=True) is not None
+        return flat_folder(request, texts=True) is not None
     train = splits[find_split(request.train_split, list(splits)) or ""]
     inner = subfolders(request.root, train)
     return any(_has_file(request.root, _join(train, name), _is_text_name) for name in inner)
@@ -247,7 +269,8 @@ CLASS_FOLDERS = Reader(
     layout="a folder with {train_split}/<class>/, or with <class>/ alone",
     options=("train_split", "test_split"),
     accepts=lambda request: (
-        request.is_folder and (_splits(request) is not None or _flat(request) is not None)
+        request.is_folder
+        and (split_folders(request) is not None or flat_folder(request) is not None)
     ),
     read=_read_images,
 )

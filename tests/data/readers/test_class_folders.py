@@ -125,7 +125,8 @@ def test_folders_without_splits_are_split(deeper, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("train", "test"), [("Train", "Test"), ("training", "validation"), ("TRAIN", "Valid")]
+    ("train", "test"),
+    [("Train", "Test"), ("training", "validation"), ("TRAIN", "Valid"), ("seg_train", "test")],
 )
 @pytest.mark.parametrize("deeper", ["", "set/"])
 def test_splits_by_other_names(train, test, deeper, tmp_path):
