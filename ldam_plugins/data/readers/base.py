@@ -34,8 +34,10 @@ _ALSO_CALLED = {
 """What else people call a split, capitals aside."""
 TEXT, LABEL, GROUP = "text", "label", "group"
 """Columns of the tables that readers of texts give."""
+_ORIENTATION = 0x0112
+"""The EXIF tag that says how a camera was held."""
 # Pillow tells formats apart by content, and some of the others (EPS) start external programs.
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "JPEG2000", "PPM")
+_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "JPEG2000", "PPM")
 
 
 # Requests
@@ -156,18 +158,18 @@ def check_split(
         ValueError: it is not; None stands for a test split that was not given and has no default.
     """
     if name is None:
-        raise no_test_part(argument, f"one of {quoted(available)}", request)
+        named = f"None is named {', '.join(TEST_SPLITS)}: "
+        raise no_test_part(argument, f"one of {quoted(available)}", request, named)
     hint = f"The data set is {request.dataset}."
     found = find_split(name, available) or check_choice(argument, name, available, hint=hint)
     request.notes.parts[argument] = found
     return found
 
 
-def no_test_part(argument: str, expected: str, request: Request) -> Exception:
+def no_test_part(argument: str, expected: str, request: Request, why: str = "") -> Exception:
     """The error where nothing is there to test on, and nobody said what to hold out."""
-    hint = f"None is named {', '.join(TEST_SPLITS)}: "
-    hint += "--test_split 0.2 (test_split=0.2) holds out a fifth of each class to test on."
-    return invalid(argument, expected, request.test_split, hint=hint)
+    hint = "--test_split 0.2 (test_split=0.2) holds out a fifth of each class to test on."
+    return invalid(argument, expected, request.test_split, hint=why + hint)
 
 
 def pick_splits(request: Request, available: Collection[str]) -> tuple[str, str | None]:
@@ -385,19 +387,21 @@ class ArraySource:
 
 
 def decode_image(file: str | io.BytesIO) -> Image.Image:
-    """Decode a file (a path or its bytes in memory) to RGB, pixels as stored.
+    """Decode a file (a path or its bytes in memory) to RGB, as a person sees it.
 
-    As in torchvision's and timm's loaders an alpha channel is dropped and an EXIF orientation is
-    not applied; of an animation the first frame is taken.
+    Its EXIF orientation is applied, what is transparent stands before white, 16 bits become the
+    higher 8, and of an animation the first frame is taken. (torchvision's and timm's loaders drop
+    orientation and transparency; other pixels are as theirs.)
 
     Raises:
         Exception: a damaged file; Pillow raises nearly any type.
         ValueError: pixels of 32 bits, which have no defined range.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     with Image.open(file, formats=_FORMATS) as image:
-        return _to_rgb(image)
+        rotated = image.getexif().get(_ORIENTATION, 1) != 1
+        return _to_rgb(ImageOps.exif_transpose(image) if rotated else image)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -408,9 +412,14 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise ValueError(f"pixels of mode {image.mode!r} (32 bits) have no defined range")
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    seen = image.convert("RGBA")
+    if seen.getchannel("A").getextrema()[0] == 255:
+        return seen.convert("RGB")
+    before_white = Image.new("RGBA", seen.size, "white")
+    before_white.alpha_composite(seen)
+    return before_white.convert("RGB")
 
 
 # Texts

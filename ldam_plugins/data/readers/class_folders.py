@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 _TEXT_SUFFIX = ".txt"
 _OF_DETECTION = {"images", "labels", "annotations"}
 """Folders that object detectors are trained on: not classes."""
+_NESTED = 3
 _PHONE_SUFFIXES = (".heic", ".heif")
 
 
@@ -116,10 +117,15 @@ def flat_folder(request: Request, *, texts: bool = False) -> str | None:
 
 def _unwrapped(root: Path, folder: str) -> str:
     """The folder, or the only one in it if that holds several: archives are often unpacked so."""
-    inner = subfolders(root, folder)
-    if len(inner) == 1 and split_kind(inner[0]) in (None, split_kind(os.path.basename(folder))):
-        deeper = _join(folder, inner[0])
-        if not _has_own_file(root, folder) and len(subfolders(root, deeper)) > 1:
+    deeper = folder
+    for _ in range(_NESTED):
+        inner = subfolders(root, deeper)
+        if len(inner) != 1 or _has_own_file(root, deeper):
+            break
+        if split_kind(inner[0]) not in (None, split_kind(os.path.basename(folder))):
+            break
+        deeper = _join(deeper, inner[0])
+        if len(subfolders(root, deeper)) > 1:
             return deeper
     return folder
 

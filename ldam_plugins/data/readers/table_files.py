@@ -26,13 +26,13 @@ from ldam_plugins.data.readers.tables import (
     PARQUET,
     TEXT_SUFFIXES,
     Table,
+    check_file,
     is_table,
     labels_of,
     pick_column,
     pick_labels,
     read_parts,
     read_table,
-    refuse_spreadsheets,
     tables_of,
     text_candidates,
     whole_rows,
@@ -150,7 +150,7 @@ def _say_columns(request: Request, table: Table) -> None:
 
 
 def _holds_texts(request: TextRequest) -> bool:
-    refuse_spreadsheets(request)
+    check_file(request)
     if not request.is_folder:
         return request.root.is_file() and is_table(request.root, TEXT_SUFFIXES)
     root = request.root
@@ -282,7 +282,7 @@ def _once(part: _Part, split: str, request: Request) -> np.ndarray:
 
 
 def _holds_image_table(request: ImageRequest) -> bool:
-    refuse_spreadsheets(request)
+    check_file(request)
     if request.is_listed:
         return False
     if not request.is_folder:

@@ -37,6 +37,7 @@ from ldam_plugins.data.readers.paths import (
 SEPARATED = (".csv", ".tsv", ".tab")
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 PARQUET = (".parquet",)
+ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".7z", ".rar")
 SPREADSHEETS = (".xlsx", ".xls", ".ods")
 TEXT_SUFFIXES = (*SEPARATED, *JSON_LINES)
 TABLE_SUFFIXES = (*TEXT_SUFFIXES, *PARQUET)
@@ -534,8 +535,18 @@ def _other_table(request: Request) -> Path | None:
     return None
 
 
-def refuse_spreadsheets(request: Request) -> None:
-    """Say what to do with a spreadsheet, which nothing here reads."""
-    if request.root.suffix.lower() in SPREADSHEETS:
+def check_file(request: Request) -> None:
+    """Say what to do with a file that nothing here reads, or that is not there.
+
+    Raises:
+        ValueError: it is one.
+    """
+    suffix = request.root.suffix.lower()
+    if suffix in SPREADSHEETS:
         hint = "Save it as CSV (in Excel: Save as, CSV UTF-8)."
         raise invalid("dataset", "a CSV file, not a spreadsheet", request.dataset, hint=hint)
+    if suffix in ARCHIVES:
+        expected = "a folder or a table, not an archive"
+        raise invalid("dataset", expected, request.dataset, hint="Unpack it, and give the folder.")
+    if suffix in TABLE_SUFFIXES and not request.root.exists():
+        raise invalid("dataset", "a file that is there", request.dataset)

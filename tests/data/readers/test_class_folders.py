@@ -73,10 +73,8 @@ def boxes(root):
 
 def flat(root):
     """The training pictures in class folders without a split."""
-    both = root.parent.parent / "both"
-    class_folders(both)
-    root.parent.mkdir(exist_ok=True)
-    (both / "train").rename(root)
+    for row, label in enumerate(TRAIN):
+        write(root / CLASSES[label] / f"{row}.png", png("train", row))
     return {"dataset": root}
 
 
@@ -109,7 +107,7 @@ def files_of(images):
     return [Path(images.describe(i)).name for i in range(len(images))]
 
 
-@pytest.mark.parametrize("deeper", ["", "set"])
+@pytest.mark.parametrize("deeper", ["", "set", "set/set"])
 def test_folders_without_splits_are_split(deeper, tmp_path):
     flat(tmp_path / "set" / deeper)
     write(tmp_path / "set" / "__MACOSX" / "ant" / "._0.png", "")

@@ -394,6 +394,8 @@ BAD_TEXTS = {
         {},
         r"`dataset` must be a CSV file, not a spreadsheet.*Save it as",
     ),
+    "archive": (text("PK", "t.zip"), {}, "not an archive, .*Unpack it"),
+    "gone": (lambda r: {"dataset": r / "t.csv"}, {}, r"`dataset` must be a file that is there"),
     "unlabelled": (columns(label=[None] * 8), {}, "Of 8 rows of .* 8 have no label"),
     "nothing left": (
         columns(label=[None] * 8),
