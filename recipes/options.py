@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -19,6 +19,8 @@ from ldam_plugins import ClassCounts, DeferredSchedule, create_loss, list_losses
 from ldam_plugins.counts import DEFAULT_MAX_MARGIN
 from ldam_plugins.data import SingleSampleWarning, stratified_split
 from ldam_plugins.data.long_tail import CLASS_ORDERS, PROFILES
+from ldam_plugins.data.notes import DataNotes
+from ldam_plugins.data.splits import share_or_name
 from ldam_plugins.heads.choice import HEADS, LINEAR_SCALE, options_for_head
 from ldam_plugins.losses import loss_options, losses_with
 from ldam_plugins.losses.base import DEFAULT_SCALE, ClassificationLoss
@@ -67,7 +69,6 @@ class CoreOptions:
     LIMITS: ClassVar[dict[str, Limits]] = {
         "ratio": {"low": 1},
         "subset_seed": SEED,
-        "val_split": {"low": 0, "high": 1, "low_open": True, "high_open": True},
         "max_margin": NOT_NEGATIVE,
         "scale": POSITIVE,
         "gamma": NOT_NEGATIVE,
@@ -89,17 +90,32 @@ class CoreOptions:
     )
     ratio: float = option(100.0, "imbalance ratio n_max / n_min that exp and step cut to")
     subset_seed: int = option(
-        0, "seed of the choice of the training samples, by the cut and by --val_split"
+        0, "seed of the choice of samples, by the cut, by --val_split and by --test_split"
     )
     class_order: str = option(
         "size", "head of the long tail: the largest class, or class 0", choices=CLASS_ORDERS
     )
-    val_split: float | None = option(
+    val_split: float | str | None = option(
         None,
         "share of each class's training samples, after the cut, that is held out and evaluated "
-        "during training instead of the test set; counts, margins and weights are those of the "
-        "others [none]",
+        "during training instead of the test set, or the name of a split to evaluate; counts, "
+        "margins and weights are those of the other samples [none]",
     )
+    test_split: float | str | None = option(
+        None,
+        "split or folder to test on, or the share of each class's samples, before the cut, that "
+        "is held out to test on [test, else validation]",
+    )
+    group_column: str | None = option(
+        None,
+        "column of a table that tells what belongs together (patient, camera, author): no group "
+        "is divided by --test_split and --val_split",
+    )
+    encoding: str | None = option(None, "encoding of text files, such as cp1252 [utf-8]")
+    delimiter: str | None = option(
+        None, "what separates the fields of a CSV file [what gives even rows]"
+    )
+    skip_empty: bool = option(False, "leave out rows without a text, file or label, and count them")
     loss: str = option("ldam", f"one of {', '.join(list_losses())}")
     head: str = option(
         "auto",
@@ -146,10 +162,17 @@ class CoreOptions:
 
     def __post_init__(self) -> None:
         check_limits(self, self.LIMITS)
+        self.val_split = share_or_name("val_split", self.val_split)
+        self.test_split = share_or_name("test_split", self.test_split)
         if not self.output_dir.strip():
             expected = "the folder of the run"
             raise invalid("output_dir", expected, self.output_dir, hint="Give --output_dir.")
         self.make_schedule()
+
+    @property
+    def min_kept(self) -> int:
+        """Samples of a class that holding out to test on leaves, where a class has them."""
+        return 2 if isinstance(self.val_split, float) else 1
 
     @property
     def error_column(self) -> str:
@@ -255,6 +278,25 @@ def split_samples(
             some = ", ".join([*single[:3], *(["..."] if len(single) > 3 else [])])
             print(f"Classes of which the only sample is trained on: {len(single)} ({some}).")
     return kept, held_out
+
+
+def load_validation(
+    options: Options, load: Callable[[Options, Any, DataNotes], Any], notes: DataNotes
+) -> Any:
+    """The split that --val_split names, which must not be the one that is tested on.
+
+    Args:
+        options: Options of the recipe.
+        load: Gives the training part and another, named or a share.
+        notes: Those of the data loaded so far.
+    """
+    tested = notes.parts.get("test_split")
+    _, validation = load(options, options.val_split, notes)
+    if notes.parts.get("test_split") == tested:
+        hint = "Give a number, such as --val_split 0.1, to hold that share of training out."
+        raise invalid("val_split", "another split than is tested on", options.val_split, hint=hint)
+    notes.parts |= {"val_split": notes.parts["test_split"], "test_split": tested or ""}
+    return validation
 
 
 def held_out_record(labels: Any, counts: ClassCounts) -> dict[str, Any]:

@@ -24,7 +24,15 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from options import RESUME, CoreOptions, held_out_record, parse_options, print_kept, split_samples
+from options import (
+    RESUME,
+    CoreOptions,
+    held_out_record,
+    load_validation,
+    parse_options,
+    print_kept,
+    split_samples,
+)
 from torch.utils.data import DataLoader
 from transformers import (
     AutoConfig,
@@ -46,6 +54,7 @@ from ldam_plugins import (
     fold_cosine_head,
     long_tail_indices,
 )
+from ldam_plugins.data.notes import DataNotes
 from ldam_plugins.data.texts import load_texts, subsample_classes
 from ldam_plugins.heads import cosine_heads, find_head
 from ldam_plugins.heads.choice import put_head
@@ -112,7 +121,7 @@ class TextOptions(CoreOptions):
         "mixup": NOT_NEGATIVE,
     }
 
-    dataset: str = option("stdlib_docstrings", "hub id, local folder, or stdlib_docstrings")
+    dataset: str = option("stdlib_docstrings", "table, folder, hub id, or stdlib_docstrings")
     model: str = option("bilstm", "bilstm, minilm (in a package), hub id or local folder")
     epochs: int = option(3, "epochs of training")
     batch_size: int = option(32, "texts a process and micro-batch")
@@ -120,11 +129,9 @@ class TextOptions(CoreOptions):
     output_dir: str = option("runs/text_lt", "folder of the run")
     rare_classes: list[str] = option([], "names of classes that lose training texts")
     rare_fraction: float = option(0.1, "share of their training texts that rare classes keep")
-    text_column: str | None = option(None, "text column of the dataset [by name or type]")
-    label_column: str | None = option(None, "label column of the dataset [by name or type]")
+    text_column: str | None = option(None, "column of the texts [by name or content]")
+    label_column: str | None = option(None, "column of the labels [by name or content]")
     train_split: str = option("train", "split to train on, or a slice: train[:10%%]")
-    test_split: str | None = option(None, "split to test on, or a slice [test, else validation]")
-    skip_empty: bool = option(False, "leave out rows without a text")
     max_length: int = option(256, "tokens a text is cut to")
     vocab_size: int = option(20_000, "words the tokenizer of a bilstm knows")
     embedding_size: int = option(100, "length of a bilstm's embeddings")
@@ -150,8 +157,10 @@ def main(options: TextOptions) -> dict[str, Any]:
     arguments = make_arguments(options)
     check_processes(arguments.world_size, options.num_processes)
     refuse_deepspeed(arguments.deepspeed_plugin, stages=(3,), hint="Use ZeRO-2 or FSDP2.")
-    train, test, counts = load_data(options, show=arguments.process_index == 0)
-    train, validation, counts = hold_out(options, train, counts, show=arguments.process_index == 0)
+    notes = DataNotes()
+    show = arguments.process_index == 0
+    train, test, counts = load_data(options, show, notes)
+    train, validation, counts = hold_out(options, train, counts, show, notes)
     criterion = options.make_loss(counts)
     tokenizer, model = make_model(options, train, criterion)
     evaluated = test if validation is None else validation
@@ -177,6 +186,7 @@ def main(options: TextOptions) -> dict[str, Any]:
     result = measure_saved(model_folder(options), test, counts, batch_size=size)
     metrics = run_metrics(
         options=asdict(options),
+        **notes.record(),
         class_counts=counts,
         device=arguments.device,
         processes=arguments.world_size,
@@ -242,16 +252,17 @@ def model_folder(options: TextOptions) -> str:
     return str(Path(options.output_dir, "model"))
 
 
-def load_data(options: TextOptions, show: bool = False) -> tuple[Dataset, Dataset, ClassCounts]:
-    """The training texts, cut to a long tail if asked for, the test texts, and texts per class."""
-    train, test = load_texts(
-        options.dataset,
-        text_column=options.text_column,
-        label_column=options.label_column,
-        train_split=options.train_split,
-        test_split=options.test_split,
-        skip_empty=options.skip_empty,
-    )
+def load_data(
+    options: TextOptions, show: bool = False, notes: DataNotes | None = None
+) -> tuple[Dataset, Dataset, ClassCounts]:
+    """The training texts, cut to a long tail if asked for, the test texts, and texts per class.
+
+    What there is to say of them is printed with ``show``, and kept in ``notes``.
+    """
+    notes = DataNotes() if notes is None else notes
+    train, test = load_parts(options, options.test_split, notes)
+    if show:
+        notes.print()
     names = train.features["label"].names
     labels = np.asarray(train["label"])
     train = train.select(
@@ -274,12 +285,42 @@ def load_data(options: TextOptions, show: bool = False) -> tuple[Dataset, Datase
     return train, test, counts
 
 
+def load_parts(
+    options: TextOptions, test_split: float | str | None, notes: DataNotes
+) -> tuple[Dataset, Dataset]:
+    """The texts to train on and those of another part."""
+    return load_texts(
+        options.dataset,
+        text_column=options.text_column,
+        label_column=options.label_column,
+        train_split=options.train_split,
+        test_split=test_split,
+        group_column=options.group_column,
+        encoding=options.encoding,
+        delimiter=options.delimiter,
+        skip_empty=options.skip_empty,
+        seed=options.subset_seed,
+        min_kept=options.min_kept,
+        notes=notes,
+    )
+
+
 def hold_out(
-    options: TextOptions, train: Dataset, counts: ClassCounts, show: bool
+    options: TextOptions,
+    train: Dataset,
+    counts: ClassCounts,
+    show: bool,
+    notes: DataNotes | None = None,
 ) -> tuple[Dataset, Dataset | None, ClassCounts]:
-    """The texts to train on, those held out by --val_split, and how many of a class are left."""
+    """The texts to train on, those of --val_split, and how many of a class are left."""
     if options.val_split is None:
         return train, None, counts
+    if isinstance(options.val_split, str):
+        notes = DataNotes() if notes is None else notes
+        validation = load_validation(options, load_parts, notes)
+        if show:
+            notes.print()
+        return train, validation, counts
     kept, held_out = split_samples(
         train["label"], counts, options.val_split, seed=options.subset_seed, show=show
     )

@@ -24,7 +24,15 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from options import RESUME, CoreOptions, held_out_record, parse_options, print_kept, split_samples
+from options import (
+    RESUME,
+    CoreOptions,
+    held_out_record,
+    load_validation,
+    parse_options,
+    print_kept,
+    split_samples,
+)
 from timm.data import Mixup
 from timm.data.mixup import mixup_target
 from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
@@ -36,6 +44,7 @@ from tqdm import trange
 from ldam_plugins import ClassCounts, register
 from ldam_plugins.data import LabelledImages, load_images, long_tail_indices
 from ldam_plugins.data.in_memory import InMemoryImages
+from ldam_plugins.data.notes import DataNotes
 from ldam_plugins.heads.choice import put_head, wants_cosine_head, warn_of_linear_head
 from ldam_plugins.integrations.timm.images import (
     AUGMENTATIONS,
@@ -120,7 +129,7 @@ class VisionOptions(CoreOptions):
         "eval_every": COUNT,
     }
 
-    dataset: str = option("digits", "hub id, local folder, or digits")
+    dataset: str = option("digits", "folder, table, hub id, or digits")
     model: str = option(
         "cifar_resnet32",
         "what timm.create_model takes: resnet18.a1_in1k, hf-hub:..., local-dir:...; or "
@@ -130,9 +139,10 @@ class VisionOptions(CoreOptions):
     batch_size: int = option(128, "images a process and micro-batch")
     lr: float = option(0.1, "learning rate")
     output_dir: str = option("runs/vision_lt", "folder of the run")
-    image_column: str | None = option(None, "image column of a hub dataset [by its type]")
-    label_column: str | None = option(None, "label column of a hub dataset [by its type]")
-    test_split: str | None = option(None, "split or folder to test on [test, else validation]")
+    image_column: str | None = option(
+        None, "column of the images, or of their names [by its content]"
+    )
+    label_column: str | None = option(None, "column of the labels [by name or content]")
     train_list: str | None = option(None, "list or JSON file of the training images")
     test_list: str | None = option(None, "list or JSON file of the test images")
     skip_corrupt: bool = option(False, "leave out images that cannot be decoded, and count them")
@@ -185,8 +195,10 @@ def main(options: VisionOptions) -> dict[str, Any]:
     register()
     accelerator = make_accelerator(options)
     set_seed(options.seed)
-    train, test, counts = load_data(options, show=accelerator.is_main_process)
-    train, validation, counts = hold_out(options, train, counts, show=accelerator.is_main_process)
+    notes = DataNotes()
+    show = accelerator.is_main_process
+    train, test, counts = load_data(options, show, notes)
+    train, validation, counts = hold_out(options, train, counts, show, notes)
     if validation is not None and not options.skip_corrupt:
         refuse_corrupt(test, show=accelerator.is_main_process)
     criterion = options.make_loss(counts).to(accelerator.device)
@@ -229,6 +241,7 @@ def main(options: VisionOptions) -> dict[str, Any]:
         result = measure(accelerator, options, counts, test, workers)
     metrics = run_metrics(
         options=asdict(options),
+        **notes.record(),
         class_counts=counts,
         device=accelerator.device,
         images=pipeline.record(),
@@ -386,20 +399,19 @@ def make_accelerator(options: VisionOptions) -> Accelerator:
 
 
 def load_data(
-    options: VisionOptions, show: bool
+    options: VisionOptions, show: bool, notes: DataNotes | None = None
 ) -> tuple[LabelledImages, LabelledImages, ClassCounts]:
-    """The training images, cut to a long tail if asked for, the test images, images per class."""
-    train, test = load_images(
-        options.dataset,
-        image_column=options.image_column,
-        label_column=options.label_column,
-        test_split=options.test_split,
-        train_list=options.train_list,
-        test_list=options.test_list,
-    )
+    """The training images, cut to a long tail if asked for, the test images, images per class.
+
+    What there is to say of them is printed with ``show``, and kept in ``notes``.
+    """
+    notes = DataNotes() if notes is None else notes
+    train, test = load_parts(options, options.test_split, notes)
     if options.skip_corrupt:
-        train = without_corrupt(train, "training", show)
-        test = without_corrupt(test, "test", show)
+        train = without_corrupt(train, "training", show, notes)
+        test = without_corrupt(test, "test", show, notes)
+    if show:
+        notes.print()
     classes = len(train.class_names)
     keep = long_tail_indices(
         train.labels,
@@ -417,12 +429,45 @@ def load_data(
     return train, test, counts
 
 
+def load_parts(
+    options: VisionOptions, test_split: float | str | None, notes: DataNotes
+) -> tuple[LabelledImages, LabelledImages]:
+    """The images to train on and those of another part."""
+    return load_images(
+        options.dataset,
+        image_column=options.image_column,
+        label_column=options.label_column,
+        test_split=test_split,
+        train_list=options.train_list,
+        test_list=options.test_list,
+        group_column=options.group_column,
+        encoding=options.encoding,
+        delimiter=options.delimiter,
+        skip_empty=options.skip_empty,
+        seed=options.subset_seed,
+        min_kept=options.min_kept,
+        notes=notes,
+    )
+
+
 def hold_out(
-    options: VisionOptions, train: LabelledImages, counts: ClassCounts, show: bool
+    options: VisionOptions,
+    train: LabelledImages,
+    counts: ClassCounts,
+    show: bool,
+    notes: DataNotes | None = None,
 ) -> tuple[LabelledImages, LabelledImages | None, ClassCounts]:
-    """The images to train on, those held out by --val_split, and how many of a class are left."""
+    """The images to train on, those of --val_split, and how many of a class are left."""
     if options.val_split is None:
         return train, None, counts
+    if isinstance(options.val_split, str):
+        notes = DataNotes() if notes is None else notes
+        validation = load_validation(options, load_parts, notes)
+        if options.skip_corrupt:
+            validation = without_corrupt(validation, "validation", show, notes)
+        if show:
+            notes.print()
+        return train, validation, counts
     kept, held_out = split_samples(
         train.labels, counts, options.val_split, seed=options.subset_seed, show=show
     )
@@ -431,13 +476,15 @@ def hold_out(
     return train, validation, counts
 
 
-def without_corrupt(images: LabelledImages, name: str, show: bool) -> LabelledImages:
-    """The images that can be decoded; how many cannot is printed."""
+def without_corrupt(
+    images: LabelledImages, name: str, show: bool, notes: DataNotes
+) -> LabelledImages:
+    """The images that can be decoded; how many cannot is noted."""
     corrupt = images.find_corrupt(progress=show)
-    if show and corrupt:
+    if corrupt:
         some = ", ".join(images.describe(index) for index in corrupt[:3])
         more = ", ..." if len(corrupt) > 3 else ""
-        print(f"{len(corrupt)} of {len(images)} {name} images cannot be read: {some}{more}")
+        notes.leave_out(f"{name} images that cannot be read", len(corrupt), f"{some}{more}")
     return images.without(corrupt)
 
 

@@ -10,8 +10,10 @@ import numpy as np
 
 from ldam_plugins._validation import check_choice, check_int, check_real, invalid
 from ldam_plugins.counts import check_label_range, label_array
+from ldam_plugins.data.notes import DataNotes
 from ldam_plugins.data.readers import read_texts
-from ldam_plugins.data.readers.base import TextRequest
+from ldam_plugins.data.readers.base import LABEL, TextRequest
+from ldam_plugins.data.splits import as_part, hold_out
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -23,14 +25,23 @@ def load_texts(
     text_column: str | None = None,
     label_column: str | None = None,
     train_split: str = "train",
-    test_split: str | None = None,
+    test_split: float | str | None = None,
+    group_column: str | None = None,
+    encoding: str | None = None,
+    delimiter: str | None = None,
     skip_empty: bool = False,
+    seed: int = 0,
+    min_kept: int = 1,
+    notes: DataNotes | None = None,
 ) -> tuple[Dataset, Dataset]:
     """Load the texts to train on and those to test on, in the same order on every machine.
 
     What ``dataset`` may be: a hub id; a local folder of files as the hub serves them, or one that
-    ``save_to_disk`` wrote; or ``"stdlib_docstrings"``, docstrings of Python's own standard library
-    labelled by module (see :func:`~ldam_plugins.data.readers.stdlib_docstrings.read_docstrings`).
+    ``save_to_disk`` wrote; a CSV, TSV or JSON Lines file, or a folder with ``train.csv`` and
+    ``test.csv``, or with one such file and a share for ``test_split``; a folder
+    ``train/<class>/*.txt`` and ``test/<class>/*.txt``, or ``<class>/*.txt`` alone with a share for
+    ``test_split``; or ``"stdlib_docstrings"``, docstrings of Python's own standard library labelled
+    by module (see :func:`~ldam_plugins.data.readers.stdlib_docstrings.read_docstrings`).
 
     Args:
         dataset: One of the above.
@@ -40,9 +51,19 @@ def load_texts(
             ``labels``.
         train_split: The split to train on, or a slice of one as in ``datasets``:
             ``"train[:10%]"``, ``"train[500:]"``.
-        test_split: The one to test on, likewise. Default: the first there is of test, validation,
-            valid and val.
-        skip_empty: Leave out rows without a text instead of stopping.
+        test_split: The one to test on, likewise, or the share in (0, 1) of the training split's
+            examples that is held out to test on, see :func:`~ldam_plugins.data.stratified_split`.
+            Default: the first there is of test, validation, valid and val.
+        group_column: Column that tells what belongs together, such as an author: no group is
+            divided by a share that is held out. The parts have it as ``group``.
+        encoding: Of files that are not UTF-8, such as ``"cp1252"`` or ``"utf-16"``.
+        delimiter: What separates the fields of a CSV file. Default: a comma, semicolon, tab or
+            bar, whichever gives even rows.
+        skip_empty: Leave out rows without a text or label instead of stopping.
+        seed: Of the choice of a share, in 0..2**32 - 1.
+        min_kept: Examples that a class keeps for training, if it has more; 2 where a share of them
+            is to be held out, too.
+        notes: Gets what was decided, noticed and left out; without it ``logging`` does.
 
     Returns:
         Training and test set with the columns ``text`` (str) and ``label`` (a ``ClassLabel``
@@ -63,10 +84,27 @@ def load_texts(
         text_column=text_column,
         label_column=label_column,
         train_split=train_split,
-        test_split=test_split,
+        **as_part("test_split", test_split),
+        group_column=group_column,
+        encoding=encoding,
+        delimiter=delimiter,
         skip_empty=skip_empty,
+        notes=DataNotes() if notes is None else notes,
     )
-    return read_texts(request)
+    train, test = read_texts(request)
+    if test is None:
+        kept, held_out = hold_out(
+            np.asarray(train[LABEL]),
+            train.features[LABEL].names,
+            request.test_share or 0,
+            seed=seed,
+            min_kept=min_kept,
+            notes=request.notes,
+        )
+        train, test = train.select(kept), train.select(held_out)
+    if notes is None:
+        request.notes.log()
+    return train, test
 
 
 def subsample_classes(

@@ -346,8 +346,8 @@ def test_images_that_cannot_be_read_are_counted(pictures, tmp_path, capsys):
     _, train, _, _ = made(*parts)
     assert np.bincount(train.labels).tolist() == [9, 4, 5]
     out = capsys.readouterr().out
-    assert out.startswith("1 of 19 training images cannot be read: ")
-    assert out.strip().endswith("03.png")
+    assert out.startswith("Left out: 1 training images that cannot be read (")
+    assert out.strip().endswith("03.png).")
 
 
 # Optimizer steps
