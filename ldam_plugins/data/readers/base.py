@@ -189,6 +189,9 @@ class ImageSource(Protocol):
     def describe(self, row: int) -> str:
         """Name one row for a message: a path, or a row and its split."""
 
+    def stored(self, row: int) -> bytes | None:
+        """The file of one row as it is stored; None if its pixels come from no file."""
+
 
 class ImageRows(NamedTuple):
     """One split: a source, the int64 label of each of its rows, and the name of each class."""
@@ -216,6 +219,10 @@ class FileSource:
         """Name the file."""
         return os.path.join(self.root, self.names[row])
 
+    def stored(self, row: int) -> bytes:
+        """Read the file."""
+        return Path(self.describe(row)).read_bytes()
+
 
 class TableSource:
     """The image column of a ``datasets`` split, whose rows hold ``bytes``, else a ``path``.
@@ -240,15 +247,19 @@ class TableSource:
 
     def read(self, row: int) -> Image.Image:
         """Decode the row to an RGB image."""
+        return decode_image(io.BytesIO(self.stored(row)))
+
+    def stored(self, row: int) -> bytes:
+        """The bytes in the row, or those of the file that it names."""
         record = self.table[row][self.column]
         if record is None:
             raise ValueError(f"column {self.column!r} is empty here")
         if record["bytes"] is not None:
-            return decode_image(io.BytesIO(record["bytes"]))
+            return bytes(record["bytes"])
         path = os.path.realpath(record["path"])
         if not any(is_inside(path, root) for root in self.roots):
             raise ValueError(f"its path {record['path']!r} leads out of {', '.join(self.roots)}")
-        return decode_image(path)
+        return Path(path).read_bytes()
 
     def describe(self, row: int) -> str:
         """Name the row and its split."""
@@ -275,6 +286,9 @@ class ArraySource:
         """Name the row and its set."""
         return f"row {row} of {self.name}"
 
+    def stored(self, row: int) -> None:
+        """There is no file."""
+
 
 def decode_image(file: str | io.BytesIO) -> Image.Image:
     """Decode a file (a path or its bytes in memory) to RGB, pixels as stored.
@@ -286,13 +300,19 @@ def decode_image(file: str | io.BytesIO) -> Image.Image:
         Exception: a damaged file; Pillow raises nearly any type.
         ValueError: pixels of 32 bits, which have no defined range.
     """
+    with open_image(file) as image:
+        return to_rgb(image)
+
+
+def open_image(file: str | io.BytesIO) -> Image.Image:
+    """Open an image of a format that is read, its pixels not decoded yet."""
     from PIL import Image
 
-    with Image.open(file, formats=_FORMATS) as image:
-        return _to_rgb(image)
+    return Image.open(file, formats=_FORMATS)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Decode the pixels to RGB, as :func:`decode_image` says."""
     from PIL import Image
 
     # Pillow's own conversion of 16 bits clips at 255; its older releases open such a PNG as "I".
