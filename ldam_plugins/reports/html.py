@@ -31,5 +31,5 @@ def render(template: str, **values: Any) -> bytes:
     return page.encode()
 
 
-def _data_uri(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
+def _data_uri(picture: bytes, kind: str = "image/png") -> str:
+    return f"data:{kind};base64,{base64.b64encode(picture).decode('ascii')}"

@@ -293,6 +293,9 @@ class ImageSource(Protocol):
     def describe(self, row: int) -> str:
         """Name one row for a message: a path, or a row and its split."""
 
+    def stored(self, row: int) -> bytes | None:
+        """The file of one row as it is stored; None if its pixels come from no file."""
+
 
 class ImageRows(NamedTuple):
     """One split: a source, the int64 label of each of its rows, and the name of each class.
@@ -326,6 +329,10 @@ class FileSource:
         """Name the file."""
         return os.path.join(self.root, self.names[row])
 
+    def stored(self, row: int) -> bytes:
+        """Read the file."""
+        return Path(self.describe(row)).read_bytes()
+
 
 class TableSource:
     """The image column of a ``datasets`` split, whose rows hold ``bytes``, else a ``path``.
@@ -350,15 +357,19 @@ class TableSource:
 
     def read(self, row: int) -> Image.Image:
         """Decode the row to an RGB image."""
+        return decode_image(io.BytesIO(self.stored(row)))
+
+    def stored(self, row: int) -> bytes:
+        """The bytes in the row, or those of the file that it names."""
         record = self.table[row][self.column]
         if record is None:
             raise ValueError(f"column {self.column!r} is empty here")
         if record["bytes"] is not None:
-            return decode_image(io.BytesIO(record["bytes"]))
+            return bytes(record["bytes"])
         path = os.path.realpath(record["path"])
         if not any(is_inside(path, root) for root in self.roots):
             raise ValueError(f"its path {record['path']!r} leads out of {', '.join(self.roots)}")
-        return decode_image(path)
+        return Path(path).read_bytes()
 
     def describe(self, row: int) -> str:
         """Name the row and its split."""
@@ -385,6 +396,9 @@ class ArraySource:
         """Name the row and its set."""
         return f"row {row} of {self.name}"
 
+    def stored(self, row: int) -> None:
+        """There is no file."""
+
 
 def decode_image(file: str | io.BytesIO) -> Image.Image:
     """Decode a file (a path or its bytes in memory) to RGB, as a person sees it.
@@ -397,16 +411,23 @@ def decode_image(file: str | io.BytesIO) -> Image.Image:
         Exception: a damaged file; Pillow raises nearly any type.
         ValueError: pixels of 32 bits, which have no defined range.
     """
-    from PIL import Image, ImageOps
-
-    with Image.open(file, formats=_FORMATS) as image:
-        rotated = image.getexif().get(_ORIENTATION, 1) != 1
-        return _to_rgb(ImageOps.exif_transpose(image) if rotated else image)
+    with open_image(file) as image:
+        return to_rgb(image)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def open_image(file: str | io.BytesIO) -> Image.Image:
+    """Open an image of a format that is read, its pixels not decoded yet."""
     from PIL import Image
 
+    return Image.open(file, formats=_FORMATS)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Decode the pixels to RGB, as :func:`decode_image` says."""
+    from PIL import Image, ImageOps
+
+    if image.getexif().get(_ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
     # Pillow's own conversion of 16 bits clips at 255; its older releases open such a PNG as "I".
     if image.mode.startswith("I;16") or (image.format, image.mode) == ("PNG", "I"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")

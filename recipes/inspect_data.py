@@ -1,0 +1,272 @@
+"""Look at a data set before training: what is in it, what is wrong with it, and what to run.
+
+    python recipes/inspect_data.py path/to/photos
+    python recipes/inspect_data.py path/to/reviews --model minilm --max_length 128
+    python recipes/inspect_data.py uoft-cs/cifar10 --regime scratch
+
+Prints the classes from head to tail, what was found, and a command to train with and what in this
+repository speaks for it. ``--output_dir`` gets the same as ``report.html`` and ``audit.json``, and
+lists of duplicates, test examples that are in the training set, conflicting labels and unreadable
+files as CSV. Takes imagehash and datasketch (``pip install -e ".[inspect]"``). The advice is that
+of ``recipes/advice.yaml``.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import yaml
+from transformers import AutoTokenizer, HfArgumentParser
+
+from ldam_plugins.data import Audit, audit_images, audit_texts, load_images, load_texts
+from ldam_plugins.data.audit import NEAR_DISTANCE, NEAR_SIMILARITY, TRAIN
+from ldam_plugins.integrations.transformers.run_callbacks import bundled_minilm
+from ldam_plugins.integrations.transformers.tokenizer import train_tokenizer
+from ldam_plugins.reports import audit_text, write_audit
+from ldam_plugins.reports.audit_report import Advice
+from ldam_plugins.training.options import COUNT, Limits, check_limits, invalid, option
+
+ADVICE = Path(__file__).parent / "advice.yaml"
+EVIDENCE = "recipes/results/README.md"
+REGIMES = ("pretrained", "scratch", "frozen")
+LOADING = {
+    "images": (
+        "image_column",
+        "label_column",
+        "train_split",
+        "test_split",
+        "train_list",
+        "test_list",
+    ),
+    "texts": ("text_column", "label_column", "train_split", "test_split", "skip_empty"),
+}
+"""The options that go to ``load_images`` and ``load_texts``, and into the command to paste."""
+KNOWN = {"digits": "images", "stdlib_docstrings": "texts"}
+PREVIEW = 128  # pixels of a side
+
+
+@dataclass
+class InspectOptions:
+    """What is looked at, and how."""
+
+    LIMITS: ClassVar[dict[str, Limits]] = {
+        "near_distance": {"low": 0, "high": 16},
+        "near_similarity": {"low": 0.5, "high": 1},
+        "max_length": COUNT,
+    }
+
+    dataset: str = option(
+        "", "hub id, local folder, or embedded set; may come first without a flag"
+    )
+    kind: str = option("auto", "what it holds", choices=("auto", "images", "texts"))
+    image_column: str | None = option(None, "image column of a hub dataset [by its type]")
+    text_column: str | None = option(None, "text column of the dataset [by name or type]")
+    label_column: str | None = option(None, "label column of the dataset [by name or type]")
+    train_split: str = option("train", "split to train on")
+    test_split: str | None = option(None, "split or folder to test on [test, else validation]")
+    train_list: str | None = option(None, "list or JSON file of the training images")
+    test_list: str | None = option(None, "list or JSON file of the test images")
+    skip_empty: bool = option(False, "leave out rows without a text")
+    near_distance: int = option(
+        NEAR_DISTANCE, "bits of 64 in which the hashes of nearly equal images differ at most"
+    )
+    near_similarity: float = option(
+        NEAR_SIMILARITY, "share of their runs of 5 signs that nearly equal texts have in common"
+    )
+    regime: str = option("pretrained", "how you will train, for the advice", choices=REGIMES)
+    model: str | None = option(
+        None, "model to train, for the advice and for the tokenizer of texts [the advised one]"
+    )
+    max_length: int | None = option(
+        None, "tokens a text is cut to [256; advised: the 95th percentile of the lengths]"
+    )
+    output_dir: str = option("runs/inspect", "folder of the page and the lists")
+
+    def __post_init__(self) -> None:
+        check_limits(self, self.LIMITS)
+        if not self.dataset.strip():
+            raise invalid("dataset", "a data set to look at", self.dataset, hint="Give it first.")
+
+    def loading(self, kind: str) -> dict[str, Any]:
+        """The options that were given of those that say what is loaded."""
+        defaults = {each.name: each.default for each in fields(self)}
+        given = {name: getattr(self, name) for name in LOADING[kind]}
+        return {name: value for name, value in given.items() if value != defaults[name]}
+
+
+def main(options: InspectOptions) -> Audit:
+    """Look at the data set, print what was found, and write it to ``--output_dir``."""
+    Path(options.output_dir).mkdir(parents=True, exist_ok=True)
+    kind, (train, test) = load(options)
+    preview = None
+    if kind == "images":
+        audit = audit_images(train, test, near_distance=options.near_distance, progress=True)
+        preview = partial(thumbnail, {"train": train, "test": test})
+    else:
+        audit = audit_texts(
+            train,
+            test,
+            near_similarity=options.near_similarity,
+            tokenizer=make_tokenizer(options.model, train),
+            max_length=options.max_length or 256,
+            progress=True,
+        )
+    advice = advise(options, audit)
+    print(audit_text(audit, options.dataset, advice))
+    page = write_audit(audit, options.output_dir, options.dataset, advice=advice, preview=preview)
+    print(f"\nThe same as a page, with the lists beside it: {page}")
+    return audit
+
+
+def load(options: InspectOptions) -> tuple[str, tuple[Any, Any]]:
+    """The kind of the data set, its training and its test set."""
+    loaders: dict[str, Callable[..., tuple[Any, Any]]] = {
+        "images": load_images,
+        "texts": load_texts,
+    }
+    kind = options.kind if options.kind != "auto" else KNOWN.get(options.dataset, "auto")
+    kinds = [each for each in loaders if kind in (each, "auto") and takes(options, each)]
+    refused = {}
+    for each in kinds:
+        try:
+            return each, loaders[each](options.dataset, **options.loading(each))
+        except (ValueError, ConnectionError) as error:
+            if len(kinds) == 1:
+                raise
+            refused[each] = error
+    reasons = " ".join(f"As {each}: {error}" for each, error in refused.items())
+    hint = f"{reasons} With --kind images or --kind texts only one is tried."
+    raise invalid("dataset", "a data set of images or of texts", options.dataset, hint=hint)
+
+
+def takes(options: InspectOptions, kind: str) -> bool:
+    """Whether no option is given that only the other kind has."""
+    (other,) = set(LOADING) - {kind}
+    alone = set(options.loading(other)) - set(LOADING[kind])
+    if alone and options.kind == kind:
+        name = sorted(alone)[0]
+        raise invalid(name, f"left out for {kind}", getattr(options, name))
+    return not alone
+
+
+def make_tokenizer(model: str | None, train: Any) -> Any:
+    """The tokenizer of a model, which counts all tokens of a text; None without a model."""
+    if model is None:
+        return None
+    if model == "bilstm":
+        tokenizer = train_tokenizer(train["text"])
+    else:
+        folder = bundled_minilm() if model == "minilm" else model
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return partial(tokenizer, truncation=False, verbose=False)
+
+
+def thumbnail(parts: Mapping[str, Any], split: str, index: int) -> bytes:
+    """A small JPEG of an image for the page."""
+    image = parts[split].image(index)
+    image.thumbnail((PREVIEW, PREVIEW))
+    content = io.BytesIO()
+    image.save(content, "JPEG", quality=85)
+    return content.getvalue()
+
+
+def advise(options: InspectOptions, audit: Audit, table: Path = ADVICE) -> Advice:
+    """What to run on such data, by the first entries of the table that fit."""
+    entries = yaml.safe_load(table.read_bytes())
+    method = first_fit(entries["methods"], options, audit)
+    training = first_fit(entries["training"], options, audit)
+    settings = {**training["options"], **method["options"]}
+    if options.model is not None:
+        settings["model"] = options.model
+    if settings:
+        settings |= fitted_lengths(settings, training.get("updates", 0), audit)
+    if audit.texts is not None and training["recipe"]:
+        settings["max_length"] = options.max_length or advised_length(audit)
+    reasons = [
+        (what, worded(settings, entry["options"]), evidence(entry))
+        for what, entry in (("method", method), ("training", training))
+    ]
+    command = None
+    if training["recipe"]:
+        launch = "accelerate launch" if audit.kind == "images" else "python"
+        flags = {"dataset": options.dataset, **options.loading(audit.kind), **settings}
+        flags["output_dir"] = f"runs/{Path(options.dataset).name}"
+        if len(audit.unreadable):
+            flags["skip_corrupt"] = True
+        command = f"{launch} recipes/{training['recipe']} {as_words(flags)}"
+    return Advice(command, reasons)
+
+
+def first_fit(
+    entries: Sequence[Mapping[str, Any]], options: InspectOptions, audit: Audit
+) -> Mapping[str, Any]:
+    """The first entry for such data."""
+    found = {"max_ratio": audit.imbalance_ratio, "max_classes": len(audit.class_names)}
+    if audit.images is not None:
+        found["max_side"] = min(audit.images.width["median"], audit.images.height["median"])
+    return next(
+        entry
+        for entry in entries
+        if (entry["data"], entry["regime"]) == (audit.kind, options.regime)
+        and all(found[name] <= entry[name] for name in found if name in entry)
+    )
+
+
+def fitted_lengths(settings: Mapping[str, Any], updates: int, audit: Audit) -> dict[str, int]:
+    """Batch size and epochs: at least eight batches an epoch, and so many updates in all."""
+    samples, batch_size = audit.sizes[TRAIN], settings["batch_size"]
+    while batch_size > 8 and batch_size * 8 > samples:
+        batch_size //= 2
+    epochs = max(settings["epochs"], math.ceil(updates / math.ceil(samples / batch_size)))
+    return {"batch_size": batch_size, "epochs": epochs}
+
+
+def advised_length(audit: Audit) -> int:
+    """Tokens that 95 % of the texts do not exceed; without a tokenizer three for two words."""
+    assert audit.texts is not None
+    tokens, words = audit.texts.tokens, audit.texts.words
+    longest = tokens["95 %"] if tokens else 1.5 * words["95 %"] + 2
+    return int(np.clip(16 * math.ceil(longest / 16), 16, 512))
+
+
+def worded(settings: Mapping[str, Any], names: Mapping[str, Any]) -> str:
+    """The settings of an entry, with the values that are advised."""
+    return ", ".join(f"{name} {settings[name]}" for name in names) or "-"
+
+
+def evidence(entry: Mapping[str, Any]) -> str:
+    """What was measured, or that nothing was."""
+    where = f'{EVIDENCE}, "{entry["evidence"]}".' if entry["evidence"] else "No evidence here."
+    return f"{where} {entry['says']}"
+
+
+def as_words(flags: Mapping[str, Any]) -> str:
+    """Flags as they are typed into a shell."""
+    words = []
+    for name, value in flags.items():
+        words += [f"--{name}"] if value is True else [f"--{name}", shlex.quote(f"{value}")]
+    return " ".join(words)
+
+
+def parse(arguments: Sequence[str] | None = None) -> InspectOptions:
+    """Options from the command line, whose first word may be the data set."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words and not words[0].startswith("-"):
+        words.insert(0, "--dataset")
+    (options,) = HfArgumentParser(InspectOptions, allow_abbrev=False).parse_args_into_dataclasses(
+        words
+    )
+    return options
+
+
+if __name__ == "__main__":
+    main(parse())

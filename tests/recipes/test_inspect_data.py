@@ -1,0 +1,149 @@
+import json
+import re
+import shlex
+from pathlib import Path
+
+import inspect_data as recipe
+import numpy as np
+import options as recipe_options
+import pandas as pd
+import pytest
+import text_lt
+import vision_lt
+import yaml
+from datasets import ClassLabel, Dataset, Features, Value
+from PIL import Image
+
+from ldam_plugins.data import audit_texts
+from ldam_plugins.data.readers.base import text_table
+from ldam_plugins.losses import loss_options
+
+RESULTS = Path(__file__).parents[2] / recipe.EVIDENCE
+ENTRIES = yaml.safe_load(recipe.ADVICE.read_bytes())
+
+
+def picture(seed):
+    pixels = np.random.RandomState(seed).randint(0, 255, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((48, 48), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Two classes under three names, a leak with another label, and a damaged file."""
+    root = tmp_path / "my photos"
+    for split, names in (("train", ("Cat", "cat ", "dog")), ("test", ("Cat", "cat ", "dog"))):
+        for place, name in enumerate(names):
+            (root / split / name).mkdir(parents=True)
+            for row in range(4 if split == "train" else 2):
+                seed = 100 * (split == "test") + 10 * place + row
+                picture(seed).save(root / split / name / f"{row}.png")
+    picture(0).save(root / "test" / "dog" / "9.png")
+    whole = (root / "train" / "dog" / "0.png").read_bytes()
+    (root / "train" / "dog" / "0.png").write_bytes(whole[:300])
+    return root
+
+
+def parsed_command(printed):
+    """The options that the advised command gives its recipe."""
+    line = next(x for x in printed.splitlines() if x.startswith(("accelerate launch", "python ")))
+    words = shlex.split(line)
+    kind = {"vision_lt": vision_lt.VisionOptions, "text_lt": text_lt.TextOptions}
+    at = next(place for place, word in enumerate(words) if word.endswith(".py"))
+    return recipe_options.parse_options(kind[Path(words[at]).stem], words[at + 1 :], default="")
+
+
+def test_photographs_are_inspected(photos, tmp_path, capsys):
+    output = tmp_path / "deep" / "out"
+    recipe.main(recipe.parse([str(photos), "--output_dir", str(output)]))
+    printed = capsys.readouterr().out
+    assert "12 to train on, 7 to test on, 3 classes" in printed
+    assert "1 image cannot be read" in printed
+    assert "Class names that look like one: 'Cat', 'cat '" in printed
+    assert re.search(r"1 image of the 7 to test on \(14.3%\) has a twin .*1 equal", printed)
+    assert "1 pair of images with different labels: 1 equal" in printed
+    leaks = pd.read_csv(output / "leaks.csv")
+    assert leaks["label"].tolist() == ["dog"]
+    assert leaks["other_example"][0].endswith("train/Cat/0.png")
+    assert pd.read_csv(output / "unreadable.csv")["example"][0].endswith("train/dog/0.png")
+    page = (output / "report.html").read_text()
+    assert page.count("data:image/jpeg;base64,") == 4  # both sides of the leak and of the conflict
+    assert not re.search(r"https?://|<script", page)
+    assert json.loads((output / "audit.json").read_text())["look_alikes"] == [["Cat", "cat "]]
+    options = parsed_command(printed)
+    assert (options.dataset, options.skip_corrupt, options.head) == (str(photos), True, "linear")
+    (photos / "test" / "dog" / "9.png").unlink()
+    recipe.main(recipe.parse([str(photos), "--output_dir", str(output)]))
+    assert not (output / "leaks.csv").exists()
+
+
+def test_texts_are_inspected(tmp_path, capsys):
+    features = Features({"body": Value("string"), "label": ClassLabel(names=["a", "b"])})
+    rows = [(f"Parcel {n * 7919} <b>was</b> sent to street {n * n}", n % 8 == 0) for n in range(80)]
+    for split, part in (("train", rows[:60]), ("test", [*rows[60:], rows[3]])):
+        table = {"body": [text for text, _ in part], "label": [int(label) for _, label in part]}
+        file = tmp_path / "set" / f"{split}-00000-of-00001.parquet"
+        Dataset.from_dict(table, features=features).to_parquet(file)
+    flags = ["--dataset", str(tmp_path / "set"), "--output_dir", str(tmp_path / "out")]
+    audit = recipe.main(recipe.parse([*flags, "--model", "bilstm", "--max_length", "4"]))
+    printed = capsys.readouterr().out
+    assert audit.kind == "texts"
+    assert "1 text of the 21 to test on (4.8%) has a twin in the training set: 1 equal" in printed
+    assert "longer than 4 tokens" in printed
+    assert "<b>was</b>" not in (tmp_path / "out" / "report.html").read_text()  # escaped
+    options = parsed_command(printed)
+    assert (options.model, options.max_length, options.loss) == ("bilstm", 4, "ce")
+
+
+def some_texts(classes, ratio):
+    """As many of the first class as ``ratio``, one of each other."""
+    labels = np.array([0] * ratio + list(range(1, classes)))
+    names = [f"class {label}" for label in range(classes)]
+    return audit_texts(text_table([f"text {n}" for n in range(len(labels))], labels, names))
+
+
+@pytest.mark.parametrize(
+    ("classes", "ratio", "loss"), [(2, 4, "ce"), (2, 40, "ce"), (12, 40, "ldam")]
+)
+def test_advice_follows_the_table(classes, ratio, loss):
+    audit = some_texts(classes, ratio)
+    advice = recipe.advise(recipe.parse(["some texts"]), audit)
+    options = parsed_command(advice.command)
+    assert (options.dataset, options.loss, options.model) == ("some texts", loss, "minilm")
+    assert options.batch_size == 8
+    assert options.epochs * -(-len(audit.counts["train"]) // 8) >= 6
+
+
+def test_no_command_where_no_recipe_can():
+    advice = recipe.advise(recipe.parse(["x", "--regime", "frozen"]), some_texts(2, 4))
+    assert advice.command is None
+    assert "No evidence here" in advice.reasons[0][2]
+
+
+@pytest.mark.parametrize("entry", [*ENTRIES["methods"], *ENTRIES["training"]], ids=str)
+def test_entries_of_the_advice_hold(entry):
+    if entry["evidence"] is not None:
+        assert f"## {entry['evidence']}\n" in RESULTS.read_text()
+    recipes = {"images": vision_lt.VisionOptions, "texts": text_lt.TextOptions}
+    known = {field for field in recipes[entry["data"]].__dataclass_fields__}
+    assert set(entry["options"]) <= known
+    if "loss" in entry["options"]:
+        free = {"loss", "schedule", "start", "head"}
+        assert set(entry["options"]) - free <= set(loss_options(entry["options"]["loss"]))
+
+
+@pytest.mark.parametrize("part", ["methods", "training"])
+def test_every_regime_has_advice(part):
+    last = {(entry["data"], entry["regime"]): entry for entry in ENTRIES[part]}
+    assert set(last) == {(data, regime) for data in recipe.LOADING for regime in recipe.REGIMES}
+    assert not any(name.startswith("max_") for entry in last.values() for name in entry)
+
+
+def test_what_is_neither_is_refused_before_anything_is_read(tmp_path):
+    (tmp_path / "set").mkdir()
+    flags = [str(tmp_path / "set"), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match=r"As images: .*As texts: .*--kind images"):
+        recipe.main(recipe.parse(flags))
+    with pytest.raises(ValueError, match="`text_column` must be left out for images"):
+        recipe.main(recipe.parse([*flags, "--kind", "images", "--text_column", "x"]))
+    with pytest.raises(ValueError, match="`dataset` must be a data set to look at"):
+        recipe.parse([])
