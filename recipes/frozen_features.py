@@ -26,7 +26,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,9 @@ def main(options: FrozenOptions, data: CoreOptions) -> list[dict[str, Any]]:
     """Solve for each classifier; returns the record of each."""
     register()
     cells = list(make_cells(options))
-    train, test = load_features(options, data) if options.features else extract(options, data)
+    if options.features is None:
+        extract(options, data)
+    train, test = load_features(options.features or options.output_dir, data)
     counts = ClassCounts.from_labels(train.labels, class_names=train.class_names)
     records: list[dict[str, Any]] = []
     for cell in tqdm(cells, unit="classifier"):
@@ -125,20 +127,19 @@ def main(options: FrozenOptions, data: CoreOptions) -> list[dict[str, Any]]:
     return records
 
 
-def extract(options: FrozenOptions, data: CoreOptions) -> tuple[Features, Features]:
-    """The features of the training and test set, which are also kept in a file each."""
+def extract(options: FrozenOptions, data: CoreOptions) -> None:
+    """Keep the features of the training and of the test set in a file each."""
     _, _, get_features = RECIPES[options.recipe]
     with keep_freed_memory("cpu"):
         for part, features in get_features(data):
             features.save(features_file(options.output_dir, part))
-    return load_features(replace(options, features=options.output_dir), data)
 
 
-def load_features(options: FrozenOptions, data: CoreOptions) -> tuple[Features, Features]:
+def load_features(folder: str, data: CoreOptions) -> tuple[Features, Features]:
     """The features that a run left, if it made them of the same data and network."""
     found = []
     for part in ("train", "test"):
-        path = features_file(options.features, part)
+        path = features_file(folder, part)
         features = Features.load(path)
         if features.origin["options"] != origin(data)["options"]:
             expected = f"a folder of features of {origin(data)['options']}"
@@ -169,7 +170,8 @@ def make_cells(options: FrozenOptions) -> Iterator[dict[str, Any]]:
     for name, known in (("losses", list_losses()), ("heads", HEADS), ("schedules", SCHEDULES)):
         for value in getattr(options, name):
             check_choice(name, value, known)
-    for loss, head, schedule in product(options.losses, options.heads, options.schedules):
+    chosen = (dict.fromkeys(each) for each in (options.losses, options.heads, options.schedules))
+    for loss, head, schedule in product(*chosen):
         if (head, schedule) == ("linear", "drw"):
             continue
         margins = options.max_margins if "max_margin" in loss_options(loss) else [None]

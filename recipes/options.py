@@ -29,6 +29,7 @@ from ldam_plugins.schedules import KINDS, UNITS
 from ldam_plugins.training.environment import PRECISIONS
 from ldam_plugins.training.options import (
     COUNT,
+    COUNT_OR_0,
     NOT_NEGATIVE,
     POSITIVE,
     SEED,
@@ -41,6 +42,7 @@ from ldam_plugins.training.options import (
     option,
     read_preset,
 )
+from ldam_plugins.training.selection import LAST, METRICS, SelectionRule, first_candidate
 
 PRESETS = Path(__file__).parent / "presets"
 LOSS_OPTIONS = {name for loss in list_losses() for name in loss_options(loss)}
@@ -79,6 +81,9 @@ class CoreOptions:
         "accumulation": COUNT,
         "lr": POSITIVE,
         "seed": SEED,
+        "patience": COUNT,
+        "eval_every": COUNT,
+        "eval_test_every": COUNT_OR_0,
         "keep_checkpoints": COUNT,
         "num_processes": COUNT,
     }
@@ -98,8 +103,8 @@ class CoreOptions:
     val_split: float | str | None = option(
         None,
         "share of each class's training samples, after the cut, that is held out and evaluated "
-        "during training instead of the test set, or the name of a split to evaluate; counts, "
-        "margins and weights are those of the other samples [none]",
+        "during training, or the name of a split to evaluate; counts, margins and weights are "
+        "those of the other samples [none]",
     )
     test_split: float | str | None = option(
         None,
@@ -146,6 +151,25 @@ class CoreOptions:
         "auto", "auto: bf16 where the hardware has it", choices=PRECISIONS
     )
     output_dir: str = option("", "folder of the run")
+    select: str = option(
+        LAST,
+        "epoch that is the result: the last, or the best by this metric on the held-out samples "
+        "of --val_split, of a deferred schedule only from the switch on",
+        choices=(LAST, *METRICS),
+    )
+    patience: int | None = option(
+        None,
+        "stop when so many epochs have brought nothing better by --select, of a deferred schedule "
+        "counted from the switch on [train all epochs]",
+    )
+    eval_every: int = option(
+        1, "epochs between evaluations of the held-out samples; the last is always evaluated"
+    )
+    eval_test_every: int = option(
+        0,
+        "epochs between evaluations of the test set during training, for curves like the paper's; "
+        "0: it is read once, at the end",
+    )
     keep_checkpoints: int = option(1, "newest checkpoints that are kept")
     resume: str = option(
         "no",
@@ -168,16 +192,33 @@ class CoreOptions:
             expected = "the folder of the run"
             raise invalid("output_dir", expected, self.output_dir, hint="Give --output_dir.")
         self.make_schedule()
+        self._check_selection()
 
     @property
     def min_kept(self) -> int:
         """Samples of a class that holding out to test on leaves, where a class has them."""
         return 2 if isinstance(self.val_split, float) else 1
 
-    @property
-    def error_column(self) -> str:
-        """The column of ``history.csv`` for the error on what is evaluated during training."""
-        return "test_error" if self.val_split is None else "val_error"
+    def _check_selection(self) -> None:
+        if self.select != LAST and self.val_split is None:
+            hint = "Hold a part of the training samples out, --val_split 0.1."
+            raise invalid("select", f"{LAST!r} without held-out samples", self.select, hint=hint)
+        if self.patience is not None and self.select == LAST:
+            expected = "left out where the last epoch is the result"
+            hint = f"Say by what an epoch is better: --select {METRICS[0]}."
+            raise invalid("patience", expected, self.patience, hint=hint)
+
+    def make_selection(self, steps_per_epoch: int) -> SelectionRule | None:
+        """How the epoch that is the result is selected; None if it is the last one."""
+        if self.select == LAST:
+            return None
+        first = first_candidate(self.make_schedule(), self.epochs, steps_per_epoch)
+        return SelectionRule(self.select, first, self.patience)
+
+    def evaluates(self, column: str, epoch: int) -> bool:
+        """Whether the column of ``history.csv``, an error, is measured after an epoch (0-based)."""
+        every = self.eval_test_every if column == "test_error" else self.eval_every
+        return (epoch + 1) % every == 0 or epoch + 1 == self.epochs
 
     def make_schedule(self) -> DeferredSchedule:
         """The schedule the options describe."""
@@ -203,6 +244,9 @@ def parse_options(
     entries are turned into flags, so they are checked like flags. ``default`` is the preset if
     neither a preset nor ``--dataset`` is given.
 
+    A preset whose runs draw the error on the test set does not do so where samples are held out
+    (``--val_split``), whose error is then drawn, unless ``--eval_test_every`` is a flag as well.
+
     Raises:
         ValueError: unknown preset, unknown option in it, unknown flag, or a ``--ratio`` to which
             no profile is given.
@@ -219,6 +263,9 @@ def parse_options(
         # A preset's option of its own loss is dropped if a flag chooses a loss without that option.
         if getattr(options, name) == preset[name]:
             setattr(options, name, None)
+    flagged = {flag.split("=")[0].replace("-", "_") for flag in flags}
+    if options.val_split is not None and "__eval_test_every" not in flagged:
+        options.eval_test_every = kind.eval_test_every
     _check_ratio(options, preset, flags)
     return options
 

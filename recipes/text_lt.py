@@ -66,10 +66,13 @@ from ldam_plugins.integrations.transformers.fast_attention import use_fast_dropo
 from ldam_plugins.integrations.transformers.run_callbacks import (
     CheckpointCallback,
     HistoryCallback,
+    SelectionCallback,
     bundled_minilm,
     class_errors,
     drop_partial_trainer_checkpoints,
+    epochs_to_train,
     newest_trainer_checkpoint,
+    selection_scores,
 )
 from ldam_plugins.integrations.transformers.saved_model import describe_saved, measure_saved
 from ldam_plugins.integrations.transformers.tokenizer import train_tokenizer
@@ -95,6 +98,7 @@ from ldam_plugins.training.options import (
     invalid,
     option,
 )
+from ldam_plugins.training.selection import LAST, SelectionRule
 
 # Names of the dropout of attention in the configurations of transformers.
 ATTENTION_DROPOUTS = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")
@@ -147,7 +151,6 @@ class TextOptions(CoreOptions):
     lr_schedule: str = option("linear", "learning rate schedule of transformers")
     compile: bool = option(False, "compile the model")
     fast_dropout: bool = option(True, "draw dropout from fewer random bits on a CPU")
-    eval_every: int = option(1, "epochs between evaluations; the last is always evaluated")
 
 
 @folders_held()
@@ -163,22 +166,29 @@ def main(options: TextOptions) -> dict[str, Any]:
     train, validation, counts = hold_out(options, train, counts, show, notes)
     criterion = options.make_loss(counts)
     tokenizer, model = make_model(options, train, criterion)
-    evaluated = test if validation is None else validation
     with arguments.main_process_first(desc="tokenize"):  # the others read its cache
-        train_set, eval_set = (tokenize(options, tokenizer, each) for each in (train, evaluated))
-    check_start(options, arguments, train_set)
-    callbacks = make_callbacks(options, criterion)
+        train_set = tokenize(options, tokenizer, train)
+        eval_set = None if validation is None else tokenize(options, tokenizer, validation)
+        test_set = tokenize(options, tokenizer, test) if options.eval_test_every else None
+    steps = steps_per_epoch(options, arguments, train_set)
+    options.make_schedule().start_step(options.epochs * steps, steps)  # may be past the end
+    rule = options.make_selection(steps)
+    callbacks = make_callbacks(options, criterion, test_set, rule)
     if arguments.process_index == 0:
         claim_output_dir(options.output_dir, asdict(options), resume=RESUME[options.resume])
         drop_partial_trainer_checkpoints(arguments.output_dir)
+    checkpoint = newest_trainer_checkpoint(arguments.output_dir)
+    arguments.num_train_epochs = epochs_to_train(checkpoint, options.epochs, rule)
     trainer = make_trainer(
         options, arguments, model, tokenizer, counts, train_set, eval_set, callbacks
     )
     with disk_errors(options.output_dir), keep_freed_memory(arguments.device):
-        trainer.train(resume_from_checkpoint=newest_trainer_checkpoint(arguments.output_dir))
+        trainer.train(resume_from_checkpoint=checkpoint)
         save_model(options, trainer)
     size = arguments.per_device_eval_batch_size
     held_out: dict[str, Any] = {}
+    if rule is not None:
+        held_out["selection"] = rule.record(selection_scores(trainer.state, rule.metric))
     if validation is not None:
         held_out["held_out"] = held_out_record(validation["label"], counts)
         found = measure_saved(model_folder(options), validation, counts, batch_size=size)
@@ -424,9 +434,10 @@ def tokenize(options: TextOptions, tokenizer: PreTrainedTokenizerBase, texts: Da
 
 
 def make_arguments(options: TextOptions) -> TrainingArguments:
-    """Arguments of a Trainer that logs, evaluates and saves once an epoch."""
+    """Arguments of a Trainer that logs, evaluates held-out texts and saves once an epoch."""
     precision = choose_precision(options.mixed_precision)
     resampled = options.make_schedule().is_resampling
+    selection = {} if options.select == LAST else SelectionCallback.arguments(options.select)
     return TrainingArguments(
         output_dir=str(Path(options.output_dir, "checkpoints")),
         num_train_epochs=options.epochs,
@@ -440,7 +451,7 @@ def make_arguments(options: TextOptions) -> TrainingArguments:
         lr_scheduler_type=options.lr_schedule,
         train_sampling_strategy="random" if resampled else "group_by_length",
         logging_strategy="epoch",
-        eval_strategy="epoch",
+        eval_strategy="no" if options.val_split is None else "epoch",
         save_strategy="epoch",
         seed=options.seed,
         bf16=precision == "bf16",
@@ -449,22 +460,33 @@ def make_arguments(options: TextOptions) -> TrainingArguments:
         use_cpu=not torch.accelerator.is_available(),
         dataloader_pin_memory=torch.accelerator.is_available(),
         report_to=options.report_to,
+        **selection,
     )
 
 
-def check_start(options: TextOptions, arguments: TrainingArguments, train: Dataset) -> None:
-    """Refuse a schedule that starts past the end of the training, before anything is written."""
-    step_size = options.batch_size * options.accumulation * arguments.world_size
-    steps = math.ceil(len(train) / step_size)
-    options.make_schedule().start_step(options.epochs * steps, steps)
+def steps_per_epoch(options: TextOptions, arguments: TrainingArguments, train: Dataset) -> int:
+    """Optimizer steps of an epoch."""
+    return math.ceil(
+        len(train) / (options.batch_size * options.accumulation * arguments.world_size)
+    )
 
 
-def make_callbacks(options: TextOptions, criterion: ClassificationLoss) -> list[TrainerCallback]:
-    """The loss with its schedule, and the history of the run."""
+def make_callbacks(
+    options: TextOptions,
+    criterion: ClassificationLoss,
+    test_set: Dataset | None = None,
+    rule: SelectionRule | None = None,
+) -> list[TrainerCallback]:
+    """The loss with its schedule, the history of the run, the selection of its result."""
     schedule = options.make_schedule()
     history = HistoryCallback(
-        options.output_dir, schedule, options.eval_every, options.error_column
+        options.output_dir,
+        schedule,
+        options.eval_every,
+        test_set=test_set,
+        eval_test_every=options.eval_test_every or 1,
     )
+    selection = [] if rule is None else [SelectionCallback(rule)]
     checkpoints = CheckpointCallback(options.keep_checkpoints)
     drw = DRWCallback(
         criterion,
@@ -473,7 +495,7 @@ def make_callbacks(options: TextOptions, criterion: ClassificationLoss) -> list[
         scale=options.scale,
         mixup=options.mixup,
     )
-    return [drw, history, checkpoints]
+    return [drw, history, *selection, checkpoints]
 
 
 def make_trainer(
@@ -483,7 +505,7 @@ def make_trainer(
     tokenizer: PreTrainedTokenizerBase,
     counts: ClassCounts,
     train_set: Dataset,
-    eval_set: Dataset,
+    eval_set: Dataset | None,
     callbacks: list[TrainerCallback],
 ) -> Trainer:
     """A stock Trainer; the callbacks bring the loss, the schedule and the history."""

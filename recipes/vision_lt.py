@@ -67,6 +67,7 @@ from ldam_plugins.reports import per_class_table, write_report
 from ldam_plugins.samplers import DeferredSampler
 from ldam_plugins.schedules import DeferredSchedule, Progress
 from ldam_plugins.training import (
+    BestModel,
     TrainStep,
     begin_run,
     check_processes,
@@ -126,7 +127,6 @@ class VisionOptions(CoreOptions):
         "smoothing": SHARE_BELOW_1,
         "ema_decay": SHARE_BELOW_1,
         "clip_grad": POSITIVE,
-        "eval_every": COUNT,
     }
 
     dataset: str = option("digits", "folder, table, hub id, or digits")
@@ -186,7 +186,6 @@ class VisionOptions(CoreOptions):
     compile: bool = option(
         False, "compile the model; on one GPU, replay its passes as a CUDA graph"
     )
-    eval_every: int = option(1, "epochs between evaluations; the last is always evaluated")
 
 
 @folders_held()
@@ -199,7 +198,8 @@ def main(options: VisionOptions) -> dict[str, Any]:
     show = accelerator.is_main_process
     train, test, counts = load_data(options, show, notes)
     train, validation, counts = hold_out(options, train, counts, show, notes)
-    if validation is not None and not options.skip_corrupt:
+    watched = watched_images(options, validation, test)
+    if "test_error" not in watched and not options.skip_corrupt:
         refuse_corrupt(test, show=accelerator.is_main_process)
     criterion = options.make_loss(counts).to(accelerator.device)
     if accelerator.is_main_process:
@@ -215,14 +215,15 @@ def main(options: VisionOptions) -> dict[str, Any]:
         batch_size=options.batch_size,
         fills_batches=accelerator.num_processes > 1 or mixes(options),
     )
-    train_set, eval_set = pipeline.datasets(
+    train_set, *eval_sets = pipeline.datasets(
         train,
-        test if validation is None else validation,
+        *watched.values(),
         memory_limit=options.memory_limit,
         progress=accelerator.is_main_process,
     )
     with keep_freed_memory(accelerator.device):
-        model = fit(accelerator, options, model, criterion, pipeline, train_set, eval_set)
+        parts = dict(zip(watched, eval_sets, strict=True))
+        model, selection = fit(accelerator, options, model, criterion, pipeline, train_set, parts)
         if accelerator.is_main_process:
             save_model(
                 model,
@@ -232,8 +233,8 @@ def main(options: VisionOptions) -> dict[str, Any]:
                 title=Path(options.output_dir).name,
                 pretrained=options.model if is_pretrained(options) else None,
             )
-        workers = 0 if isinstance(eval_set, InMemoryImages) else options.workers
-        held_out: dict[str, Any] = {}
+        workers = 0 if isinstance(train_set, InMemoryImages) else options.workers
+        held_out: dict[str, Any] = {} if selection is None else {"selection": selection}
         if validation is not None:
             held_out["held_out"] = held_out_record(validation.labels, counts)
             found = measure(accelerator, options, counts, validation, workers)
@@ -263,24 +264,22 @@ def fit(
     criterion: ClassificationLoss,
     pipeline: ImagePipeline,
     train_set: Any,
-    eval_set: Any,
-) -> nn.Module:
+    eval_sets: dict[str, Any],
+) -> tuple[nn.Module, dict[str, Any] | None]:
     """Train to the last epoch, from the newest checkpoint if there is one.
 
-    ``eval_set`` is the held-out part of the training images if there is one, else the test images.
-    The errors in the history are of the model in training, cosine head and mixed precision
-    included.
+    ``eval_sets`` are the images whose error is watched during training, by its column in the
+    history. These errors are of the model in training, cosine head and mixed precision included.
 
     Returns:
-        The model of the last epoch, or its moving average if there is one.
+        The model of the last epoch, or its moving average if there is one; with ``--select`` that
+        of the best epoch, and what is to be said of it.
     """
     schedule, counts = options.make_schedule(), criterion.class_counts
     samples, batch_size = len(train_set), options.batch_size
     steps = steps_per_epoch(accelerator, options, samples)
     sampler = make_sampler(accelerator, options, schedule, train_set, len(counts))
-    train_set, eval_set = (
-        on_device(images, accelerator.device) for images in (train_set, eval_set)
-    )
+    train_set = on_device(train_set, accelerator.device)
     loader = image_loader(
         train_set,
         workers=options.workers,
@@ -288,14 +287,27 @@ def fit(
         sampler=sampler,
         drop_last=mixes(options),
     )
-    eval_loader = image_loader(eval_set, workers=options.workers, batch_size=4 * batch_size)
+    eval_loaders = [
+        image_loader(
+            on_device(images, accelerator.device),
+            workers=options.workers,
+            batch_size=4 * batch_size,
+        )
+        for images in eval_sets.values()
+    ]
     to_input = pipeline.make_input(accelerator.device)
     mix = make_target(options, len(counts))
     optimizer, lr_scheduler = make_optimizer(options, model, accelerator.device)
     ema = make_average(accelerator, options, model)
-    averages = {} if ema is None else {"average": ema.module}
+    evaluated = model if ema is None else ema.module
+    rule = options.make_selection(steps)
+    best = None if rule is None else BestModel(evaluated, rule, options.epochs)
+    beside: dict[str, nn.Module] = {} if ema is None else {"average": ema.module}
+    beside |= {} if best is None else {"best": best}
     net = compiled(accelerator, model) if options.compile else model
-    net, optimizer, loader, eval_loader = accelerator.prepare(net, optimizer, loader, eval_loader)
+    net, optimizer, loader, *eval_loaders = accelerator.prepare(
+        net, optimizer, loader, *eval_loaders
+    )
     train_step = make_train_step(accelerator, options, net, criterion, optimizer)
     # The classes of a run that is resumed must be the same, in the same order.
     run = {**asdict(options), "class_names": counts.class_names}
@@ -304,8 +316,8 @@ def fit(
         options.output_dir,
         run,
         resume=RESUME[options.resume],
-        models=averages,
-        error_column=options.error_column,
+        models=beside,
+        test_error="test_error" in eval_sets,
     )
     config = {name: str(value) for name, value in asdict(options).items()}
     accelerator.init_trackers("vision_lt", config=config)
@@ -314,6 +326,8 @@ def fit(
         first_epoch, options.epochs, unit="epoch", disable=not accelerator.is_main_process
     )
     for epoch in until_preempted(epochs):
+        if best is not None and best.stops:
+            break
         began = time.perf_counter()
         # All random numbers of an epoch follow from this, so a resumed run repeats them.
         generator = seed_epoch(options.seed, epoch, accelerator.process_index)
@@ -334,15 +348,16 @@ def fit(
             "lr": optimizer.param_groups[0]["lr"],
             "stage": stage,
             "train_loss": total.item() / steps,
-            options.error_column: None,
             "seconds": time.perf_counter() - began,
         }
-        if (epoch + 1) % options.eval_every == 0 or epoch + 1 == options.epochs:
-            found = evaluate(accelerator, ema or net, eval_loader, counts, to_input=to_input)
-            row[options.error_column] = found["top1_error"]
-        error = row[options.error_column]
-        shown = {"loss": row["train_loss"], "error": error, "stage": row["stage"]}
-        epochs.set_postfix({key: value for key, value in shown.items() if value is not None})
+        for column, eval_loader in zip(eval_sets, eval_loaders, strict=True):
+            if options.evaluates(column, epoch):
+                found = evaluate(accelerator, ema or net, eval_loader, counts, to_input=to_input)
+                row[column] = found["top1_error"]
+                if best is not None and column == "val_error":
+                    best.update(evaluated, epoch, found[options.select])
+        shown = {"loss": row["train_loss"], "stage": row["stage"]}
+        epochs.set_postfix(shown | {name: row[name] for name in eval_sets if name in row})
         accelerator.log({k: v for k, v in row.items() if isinstance(v, float)}, step=epoch)
         if history is not None:
             history.append(**row)
@@ -351,9 +366,12 @@ def fit(
             options.output_dir,
             epoch + 1,
             keep=options.keep_checkpoints,
-            models=averages,
+            models=beside,
         )
-    return model if ema is None else ema.module
+    if best is None:
+        return evaluated, None
+    evaluated.load_state_dict(best.module.state_dict())
+    return evaluated, best.rule.record(best.scores)
 
 
 def measure(
@@ -474,6 +492,14 @@ def hold_out(
     validation, train = train.subset(held_out), train.subset(kept)
     counts = ClassCounts.from_labels(train.labels, class_names=train.class_names)
     return train, validation, counts
+
+
+def watched_images(
+    options: VisionOptions, validation: LabelledImages | None, test: LabelledImages
+) -> dict[str, LabelledImages]:
+    """The images that are evaluated during training, by the column of their error."""
+    watched = {} if validation is None else {"val_error": validation}
+    return watched | ({"test_error": test} if options.eval_test_every else {})
 
 
 def without_corrupt(

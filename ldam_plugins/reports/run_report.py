@@ -38,7 +38,7 @@ def write_report(output_dir: str | os.PathLike[str]) -> Path:
     metrics, history = read_metrics(folder), read_history(folder)
     counts = ClassCounts(metrics["class_counts"], metrics.get("class_names"))
     rows = class_rows(metrics["test"], counts)
-    plots = _draw(history, rows)
+    plots = _draw(history, rows, metrics.get("selection"))
     for plot in plots:
         write_atomic(folder / plot.file, plot.light)
     page = render(
@@ -46,6 +46,7 @@ def write_report(output_dir: str | os.PathLike[str]) -> Path:
         title=_title(metrics["options"]),
         subtitle=_subtitle(metrics["options"], counts),
         summary=summary(metrics["test"], counts),
+        measured=_measured(metrics.get("selection")),
         validation=_validation(metrics, counts),
         plots=plots,
         rows=_shortened(rows),
@@ -58,12 +59,19 @@ def write_report(output_dir: str | os.PathLike[str]) -> Path:
     return folder / REPORT_FILE
 
 
-def _draw(history: Sequence[Mapping[str, Any]], rows: Sequence[ClassRow]) -> list[Plot]:
+def _draw(
+    history: Sequence[Mapping[str, Any]],
+    rows: Sequence[ClassRow],
+    selection: Mapping[str, Any] | None,
+) -> list[Plot]:
     from ldam_plugins.reports import plots
 
     drawn = []
     if history:
-        curves = [plots.training_curve(history, dark=dark) for dark in (False, True)]
+        selected = selection["epoch"] if selection else None
+        curves = [
+            plots.training_curve(history, selected=selected, dark=dark) for dark in (False, True)
+        ]
         drawn.append(Plot(CURVE_FILE, "Training curve", *curves))
     profiles = [plots.class_profile(rows, dark=dark) for dark in (False, True)]
     drawn.append(Plot(PROFILE_FILE, "Accuracy and training samples per class", *profiles))
@@ -88,6 +96,18 @@ def _subtitle(options: Mapping[str, Any], counts: ClassCounts) -> str:
     parts = [text.format(**given) for name, text in wordings.items() if name in given]
     tail = f"{counts.total} training samples in {len(counts)} classes"
     return ", ".join([*parts, f"{tail}, imbalance ratio {counts.imbalance_ratio:.4g}"])
+
+
+def _measured(selection: Mapping[str, Any] | None) -> str:
+    """Of which epoch the model is, and why."""
+    if selection is None:
+        return "after the last epoch"
+    name = selection["metric"].replace("_", " ")
+    text = f"after epoch {selection['epoch']} (counted from 0), which had the best {name} on the"
+    text += f" held-out samples, {selection['score']:.4g}"
+    if earlier := selection["better_before"]:
+        text += f"; epoch {earlier['epoch']}, before the switch, had {earlier['score']:.4g}"
+    return text
 
 
 def _validation(

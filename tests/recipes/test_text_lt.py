@@ -92,7 +92,7 @@ def rows_of(out):
 
 
 def test_leaves_what_is_promised(run, capsys):
-    _, out = run(report=True)
+    _, out = run("--eval_test_every", 1, report=True)
     left = json.loads((out / "metrics.json").read_text())
     assert left["options"]["loss"] == "ldam"
     assert (left["class_counts"], left["class_names"]) == ([24, 16, 8], ["a", "b", "c"])
@@ -244,13 +244,18 @@ def test_learns_and_exports_a_plain_model_that_predicts_the_same(run, folder):
 
 
 def test_epochs_between_evaluations_are_only_trained(run, monkeypatch):
-    calls, evaluate = [], Trainer.evaluate
-    monkeypatch.setattr(Trainer, "evaluate", lambda *a, **k: calls.append(1) or evaluate(*a, **k))
-    metrics, out = run("--epochs", 5, "--eval_every", 2)
-    errors = [row["test_error"] for row in rows_of(out)]
-    assert [bool(error) for error in errors] == [False, True, False, True, True]
-    assert len(calls) == 3
-    assert float(errors[-1]) == pytest.approx(metrics["test"]["top1_error"])
+    calls, evaluate = [], Trainer.evaluation_loop
+    monkeypatch.setattr(
+        Trainer, "evaluation_loop", lambda *a, **k: calls.append(1) or evaluate(*a, **k)
+    )
+    every = ("--val_split", 0.25, "--eval_every", 3, "--eval_test_every", 2)
+    metrics, out = run("--epochs", 5, *every)
+    val, test = ([row[name] for row in rows_of(out)] for name in ("val_error", "test_error"))
+    assert [bool(error) for error in val] == [False, False, True, False, True]
+    assert [bool(error) for error in test] == [False, True, False, True, True]
+    assert len(calls) == 5
+    assert float(val[-1]) == pytest.approx(metrics["validation"]["top1_error"])
+    assert float(test[-1]) == pytest.approx(metrics["test"]["top1_error"])
     assert all(float(row["train_loss"]) > 0 for row in rows_of(out))
 
 
@@ -260,9 +265,9 @@ def weights(out):
 
 @pytest.mark.parametrize("more", [(), ("--schedule", "drs"), ("--mixup", 1)], ids=str)
 def test_resumed_run_equals_the_undisturbed_one(run, more):
-    flags = ("--epochs", 3, *more)
+    flags = ("--epochs", 3, "--eval_test_every", 1, *more)
     undisturbed, whole = run(*flags, out="whole")
-    with interrupted_at(Trainer, "evaluate"):
+    with interrupted_at(Trainer, "predict"):
         run(*flags, out="broken")
     (whole_state,) = (out for out in (whole / "checkpoints").glob("checkpoint-18"))
     assert (whole_state / "optimizer.pt").exists()
@@ -463,9 +468,9 @@ def test_second_run_in_one_folder_is_refused(run):
 
 def test_without_a_split_nothing_is_held_out(run):
     metrics, out = run("--epochs", 1, "--start", 0)
-    assert not {"validation", "held_out"} & set(metrics)
+    assert not {"validation", "held_out", "selection"} & set(metrics)
     first = (out / "history.csv").read_text().splitlines()[0]
-    assert first == "epoch,lr,stage,train_loss,test_error,seconds"
+    assert first == "epoch,lr,stage,train_loss,val_error,seconds"
 
 
 def test_a_split_is_evaluated_in_place_of_the_test_set(run, monkeypatch, capsys):
@@ -517,3 +522,25 @@ def test_the_split_follows_the_subset_seed_alone(folder):
 
     assert held_out("--seed", "1") == held_out("--seed", "2", "--loss", "ce")
     assert held_out("--subset_seed", "1") != held_out()
+
+
+@pytest.mark.parametrize("metric", ["macro_f1", "nll"])
+def test_a_selected_epoch_is_that_of_the_rule_and_what_is_left(run, metric):
+    flags = ("--epochs", 6, "--start", 2, "--val_split", 0.25, "--lr", 0.03)
+    flags += ("--select", metric, "--patience", 1)
+    undisturbed, whole = run(*flags, out="whole")
+    selection, rows = undisturbed["selection"], rows_of(whole)
+    assert 2 <= selection["epoch"] <= 5
+    assert len(rows) == min(6, selection["epoch"] + 2)
+    error = float(rows[selection["epoch"]]["val_error"])
+    assert error == pytest.approx(undisturbed["validation"]["top1_error"])
+    again, _ = run(*flags, "--resume", out="whole")
+    assert (again["selection"], again["test"]) == (selection, undisturbed["test"])
+    assert rows_of(whole) == rows
+    with interrupted_at(Trainer, "_save_checkpoint", call=len(rows) - 1):
+        run(*flags, out="broken")
+    (whole.parent / "broken").rename(whole.parent / "moved")
+    resumed, moved = run(*flags, "--resume", out="moved")
+    assert (resumed["selection"], resumed["test"]) == (selection, undisturbed["test"])
+    best, last = (f"checkpoint-{5 * epochs}" for epochs in (selection["epoch"] + 1, len(rows)))
+    assert {path.name for path in (moved / "checkpoints").iterdir()} == {best, last}

@@ -48,7 +48,7 @@ def weights(out):
 
 
 def test_leaves_what_is_promised(run, capsys):
-    _, out = run("--eval_every", 2, report=True)
+    _, out = run("--eval_test_every", 2, report=True)
     left = json.loads((out / "metrics.json").read_text())
     assert left["options"]["loss"] == "ldam"
     assert left["class_counts"] == [120, 92, 71, 55, 43, 33, 25, 20, 15, 12]
@@ -72,8 +72,8 @@ def test_resumed_run_equals_the_undisturbed_one(run, flags):
     flags = ("--epochs", 3, *flags)
     undisturbed, whole = run(*flags, folder="whole")
     with interrupted_at(vision_lt, "evaluate"):
-        run(*flags, "--eval_every", 1, folder="broken")
-    resumed, broken = run(*flags, "--eval_every", 1, "--resume", folder="broken")
+        run(*flags, "--eval_test_every", 1, folder="broken")
+    resumed, broken = run(*flags, "--eval_test_every", 1, "--resume", folder="broken")
     assert resumed["test"] == undisturbed["test"]
     left, right = weights(whole), weights(broken)
     assert all(torch.equal(left[name], right[name]) for name in left)
@@ -252,7 +252,7 @@ def test_corrupt_image_is_named_or_skipped(run, tmp_path):
     folder = small_folder(tmp_path / "images", corrupt)
     flags = ["--dataset", folder, "--model", "cifar_resnet20", "--image_size", "8"]
     flags += ["--epochs", "1", "--profile", "none", "--schedule", "none", "--batch_size", "4"]
-    with pytest.raises(ValueError, match=r"dog.2\.png.*--skip_corrupt"):
+    with pytest.raises(ValueError, match=r"(dog.2|cat.0)\.png.*--skip_corrupt"):
         run(*flags, preset=[])
     assert not (tmp_path / "run").exists()
     metrics, _ = run(*flags, "--skip_corrupt", preset=[])
@@ -379,10 +379,10 @@ def test_an_epoch_without_a_whole_batch_is_refused():
 
 
 def test_without_a_split_nothing_is_held_out(run):
-    metrics, out = run("--epochs", 1, "--start", 0)
-    assert not {"validation", "held_out"} & set(metrics)
+    metrics, out = run("--epochs", 1, "--start", 0, "--eval_test_every", 0)
+    assert not {"validation", "held_out", "selection"} & set(metrics)
     first = (out / "history.csv").read_text().splitlines()[0]
-    assert first == "epoch,lr,stage,train_loss,test_error,seconds"
+    assert first == "epoch,lr,stage,train_loss,val_error,seconds"
 
 
 def test_a_split_is_evaluated_in_place_of_the_test_set(run, monkeypatch, capsys):
@@ -393,7 +393,7 @@ def test_a_split_is_evaluated_in_place_of_the_test_set(run, monkeypatch, capsys)
         return evaluate(accelerator, net, loader, counts, **options)
 
     monkeypatch.setattr(vision_lt, "evaluate", noted)
-    metrics, out = run("--val_split", 0.2, "--eval_every", 1, report=True)
+    metrics, out = run("--val_split", 0.2, report=True)
     assert sizes == [97, 97, 97, 540]  # two epochs, then the saved model
     assert list(metrics["class_counts"]) == [96, 74, 57, 44, 34, 26, 20, 16, 12, 10]
     left = json.loads((out / "metrics.json").read_text())
@@ -448,15 +448,60 @@ def test_corrupt_test_images_stop_a_run_with_a_split_before_training(run, tmp_pa
 
 
 def test_a_run_with_a_split_can_be_resumed(run):
-    flags = ("--epochs", 3, "--val_split", 0.2, "--eval_every", 1)
+    flags = ("--epochs", 3, "--val_split", 0.2)
     undisturbed, whole = run(*flags, folder="whole")
     with interrupted_at(vision_lt, "evaluate"):
         run(*flags, folder="broken")
     with pytest.raises(ValueError, match=r"val_split: 0\.2 there, None now"):
-        run("--epochs", 3, "--eval_every", 1, "--resume", folder="broken")
+        run("--epochs", 3, "--eval_test_every", 0, "--resume", folder="broken")
     resumed, broken = run(*flags, "--resume", folder="broken")
     assert resumed["test"] == undisturbed["test"]
     assert resumed["validation"] == undisturbed["validation"]
     errors = [[row["val_error"] for row in read_history(out)] for out in (whole, broken)]
     assert errors[0] == errors[1]
     assert len(errors[0]) == 3
+
+
+SELECTED = ("--epochs", 6, "--start", 3, "--decay_milestones", 3, "--val_split", 0.2)
+
+
+def test_a_selected_epoch_is_that_of_the_rule_and_what_is_left(run, monkeypatch):
+    evaluate = vision_lt.evaluate
+
+    def worse(*arguments, **options):  # and worse, as the loss falls
+        found = evaluate(*arguments, **options)
+        return {**found, "balanced_accuracy": found["nll"]}
+
+    monkeypatch.setattr(vision_lt, "evaluate", worse)
+    flags = (*SELECTED, "--select", "balanced_accuracy", "--patience", 1, "--ema_decay", 0.5)
+    undisturbed, whole = run(*flags, folder="whole")
+    selection, rows = undisturbed["selection"], read_history(whole)
+    assert (selection["epoch"], selection["better_before"]["epoch"]) == (3, 1)
+    assert [row["epoch"] for row in rows] == [0, 1, 2, 3, 4]
+    assert rows[3]["val_error"] == pytest.approx(undisturbed["validation"]["top1_error"])
+    assert rows[3]["val_error"] != rows[4]["val_error"]
+    again, _ = run(*flags, "--resume", folder="whole")
+    assert (again["selection"], again["test"]) == (selection, undisturbed["test"])
+    assert read_history(whole) == rows
+    with interrupted_at(vision_lt, "save_checkpoint", call=5):  # epoch 4 has been scored
+        run(*flags, folder="broken")
+    resumed, _ = run(*flags, "--resume", folder="broken")
+    assert (resumed["selection"], resumed["test"]) == (selection, undisturbed["test"])
+
+
+def test_the_test_set_selects_nothing(run, monkeypatch):
+    """Where the test set is turned round, the same epoch is the best."""
+    flags = (*SELECTED, "--select", "nll", "--eval_test_every", 1)
+    first, _ = run(*flags, folder="first")
+    load = vision_lt.load_images
+
+    def turned(*arguments, **options):
+        train, test = load(*arguments, **options)
+        test.labels = test.labels[::-1].copy()
+        return train, test
+
+    monkeypatch.setattr(vision_lt, "load_images", turned)
+    second, _ = run(*flags, folder="second")
+    assert first["test"] != second["test"]
+    assert first["selection"] == second["selection"]
+    assert first["validation"] == second["validation"]
