@@ -215,6 +215,37 @@ def matrix_rows(matrix: pd.DataFrame, heads: Mapping[str, str] | None = None) ->
     return text.reset_index().to_dict("records")
 
 
+def grid_rows(records: Sequence[Record]) -> list[Row]:
+    """Balanced error in %: a row a head and loss with its options, a column a schedule.
+
+    Logits that were adjusted to another class prior after training (``posthoc_tau``) have columns
+    of their own. Unlike :func:`error_matrices` it is one table, whatever else varies.
+    """
+    names = varying_options(records)
+    others = [name for name in names[2:] if name not in ("head", "posthoc_tau")]
+    rows: dict[tuple[str, ...], Row] = {}
+    for runs in by_setting(records).values():
+        options = runs[0]["options"]
+        titles = {"head": head_of(runs[0]), "loss": options["loss"]}
+        titles |= {name: shown(options[name]) for name in others}
+        row = rows.setdefault(tuple(titles.values()), titles)
+        row[_column(options)] = worded(mean_interval(errors_of(runs)))
+    columns = sorted({_column(record["options"]) for record in records}, key=_column_order)
+    order = sorted(rows, key=lambda key: (key[0] == "cosine", *key[1:]))
+    header = ["head", "loss", *others, *columns]
+    return [{title: rows[key].get(title, ABSENT) for title in header} for key in order]
+
+
+def _column(options: Mapping[str, Any]) -> str:
+    """The schedule of a run, and what was done to its logits after training."""
+    tau = options.get("posthoc_tau")
+    return f"{options['schedule']}, adjusted afterwards" if tau else str(options["schedule"])
+
+
+def _column_order(title: str) -> tuple[int, str]:
+    return KINDS.index(title.partition(",")[0]), title
+
+
 def comparison_rows(records: Sequence[Record], baseline: str = "erm") -> list[Row]:
     """One row for each of :func:`.comparisons`, with what it says in words."""
     return [

@@ -9,6 +9,7 @@ from ldam_plugins.benchmark.settings import heads_of_losses
 from ldam_plugins.benchmark.tables import (
     comparison_rows,
     error_matrices,
+    grid_rows,
     interval_rows,
     matrix_heads,
     matrix_rows,
@@ -155,3 +156,22 @@ def test_matrices_are_of_either_error(records):
     for view, error in {"balanced_error": 75.0, "train_prior_error": 100 * (1 - 300 / 435)}.items():
         ((_, matrix),) = error_matrices(records, view).items()
         assert round(matrix.loc["ce", "drw"].mean, 9) == round(error, 9)
+
+
+def test_a_grid_is_one_table_with_what_was_adjusted_afterwards_beside_it():
+    records = [
+        *method("ldam", "rw", [12.0], head="cosine", max_margin=0.3, posthoc_tau=0.0),
+        *method("ldam", "rw", [14.0], head="cosine", max_margin=0.5, posthoc_tau=0.0),
+        *method("ce", "none", [20.0, 22.0], head="cosine", posthoc_tau=0.0),
+        *method("ce", "none", [13.0, 15.0], head="cosine", posthoc_tau=1.0),
+        *method("ce", "none", [25.0], head="linear", posthoc_tau=0.0),
+    ]
+    rows = grid_rows(records)
+    titles = ["head", "loss", "max_margin", "none", "none, adjusted afterwards", "rw"]
+    assert [list(row) for row in rows] == [titles] * 4
+    assert [tuple(row.values()) for row in rows] == [
+        ("linear", "ce", "-", "25.0", "-", "-"),
+        ("cosine", "ce", "-", "21.0 ± 12.7", "14.0 ± 12.7", "-"),
+        ("cosine", "ldam", "0.3", "-", "-", "12.0"),
+        ("cosine", "ldam", "0.5", "-", "-", "14.0"),
+    ]
