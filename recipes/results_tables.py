@@ -12,7 +12,8 @@ file into an experiment, or begins one; records of the same name are replaced.
 In a document what is between ``<!-- results: EXPERIMENT [KIND [BASELINE]] [OPTION=VALUE,...] -->``
 and ``<!-- end -->`` is made anew, from the runs whose options have one of the values. Kinds are
 ``range`` (the default), ``intervals``, ``matrix`` (of the balanced error), ``matrices`` (of the
-train-prior error as well), ``grid`` (one table, a row a head and loss) and ``compare`` (with a baseline as of the benchmark), and the plots
+train-prior error as well), ``grid`` (one table, a row a head and loss) and ``compare`` (with a
+baseline as of the benchmark), and the plots
 ``errors``, ``curves`` and ``heat_map``, which are of all runs. After
 ``<!-- timings: FILE [SECTION ...] -->`` come sections of a file that ``recipes/speed.py`` left
 under ``recipes/timings``, after ``<!-- probes: FILE [SCHEDULE ...] -->`` the means of a file
