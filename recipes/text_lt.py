@@ -28,6 +28,7 @@ from options import (
     RESUME,
     CoreOptions,
     held_out_record,
+    keep_split,
     load_validation,
     parse_options,
     print_kept,
@@ -55,7 +56,7 @@ from ldam_plugins import (
     long_tail_indices,
 )
 from ldam_plugins.data.notes import DataNotes
-from ldam_plugins.data.texts import load_texts, subsample_classes
+from ldam_plugins.data.texts import load_texts, subsample_classes, text_examples
 from ldam_plugins.heads import cosine_heads, find_head
 from ldam_plugins.heads.choice import put_head
 from ldam_plugins.integrations.transformers.bilstm import (
@@ -169,7 +170,10 @@ def main(options: TextOptions) -> dict[str, Any]:
     check_start(options, arguments, train_set)
     callbacks = make_callbacks(options, criterion)
     if arguments.process_index == 0:
-        claim_output_dir(options.output_dir, asdict(options), resume=RESUME[options.resume])
+        # The classes of a run that is resumed must be the same, in the same order.
+        run = {**asdict(options), "class_names": counts.class_names}
+        claim_output_dir(options.output_dir, run, resume=RESUME[options.resume])
+        keep_split(options, notes)
         drop_partial_trainer_checkpoints(arguments.output_dir)
     trainer = make_trainer(
         options, arguments, model, tokenizer, counts, train_set, eval_set, callbacks
@@ -299,6 +303,7 @@ def load_parts(
         encoding=options.encoding,
         delimiter=options.delimiter,
         skip_empty=options.skip_empty,
+        split_file=options.split_file,
         seed=options.subset_seed,
         min_kept=options.min_kept,
         notes=notes,
@@ -313,7 +318,7 @@ def hold_out(
     notes: DataNotes | None = None,
 ) -> tuple[Dataset, Dataset | None, ClassCounts]:
     """The texts to train on, those of --val_split, and how many of a class are left."""
-    if options.val_split is None:
+    if not options.holds_out:
         return train, None, counts
     if isinstance(options.val_split, str):
         notes = DataNotes() if notes is None else notes
@@ -321,9 +326,7 @@ def hold_out(
         if show:
             notes.print()
         return train, validation, counts
-    kept, held_out = split_samples(
-        train["label"], counts, options.val_split, seed=options.subset_seed, show=show
-    )
+    kept, held_out = split_samples(options, text_examples(train), counts, show=show, notes=notes)
     validation, train = train.select(held_out), train.select(kept)
     counts = ClassCounts.from_labels(train["label"], class_names=counts.class_names)
     return train, validation, counts
@@ -418,7 +421,7 @@ def tokenize(options: TextOptions, tokenizer: PreTrainedTokenizerBase, texts: Da
     return texts.map(
         lambda batch: tokenizer(batch["text"], truncation=True),
         batched=True,
-        remove_columns=["text"],
+        remove_columns=[name for name in texts.column_names if name != "label"],
         desc="tokenize",
     )
 

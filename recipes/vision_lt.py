@@ -28,6 +28,7 @@ from options import (
     RESUME,
     CoreOptions,
     held_out_record,
+    keep_split,
     load_validation,
     parse_options,
     print_kept,
@@ -222,7 +223,7 @@ def main(options: VisionOptions) -> dict[str, Any]:
         progress=accelerator.is_main_process,
     )
     with keep_freed_memory(accelerator.device):
-        model = fit(accelerator, options, model, criterion, pipeline, train_set, eval_set)
+        model = fit(accelerator, options, model, criterion, pipeline, train_set, eval_set, notes)
         if accelerator.is_main_process:
             save_model(
                 model,
@@ -264,10 +265,12 @@ def fit(
     pipeline: ImagePipeline,
     train_set: Any,
     eval_set: Any,
+    notes: DataNotes,
 ) -> nn.Module:
     """Train to the last epoch, from the newest checkpoint if there is one.
 
-    ``eval_set`` is the held-out part of the training images if there is one, else the test images.
+    ``eval_set`` is the held-out part of the training images if there is one, else the test images,
+    ``notes`` those of the data: of data that were divided ``split.csv`` is written.
     The errors in the history are of the model in training, cosine head and mixed precision
     included.
 
@@ -307,6 +310,8 @@ def fit(
         models=averages,
         error_column=options.error_column,
     )
+    if accelerator.is_main_process:
+        keep_split(options, notes)
     config = {name: str(value) for name, value in asdict(options).items()}
     accelerator.init_trackers("vision_lt", config=config)
     stage = None
@@ -444,6 +449,7 @@ def load_parts(
         encoding=options.encoding,
         delimiter=options.delimiter,
         skip_empty=options.skip_empty,
+        split_file=options.split_file,
         seed=options.subset_seed,
         min_kept=options.min_kept,
         notes=notes,
@@ -458,7 +464,7 @@ def hold_out(
     notes: DataNotes | None = None,
 ) -> tuple[LabelledImages, LabelledImages | None, ClassCounts]:
     """The images to train on, those of --val_split, and how many of a class are left."""
-    if options.val_split is None:
+    if not options.holds_out:
         return train, None, counts
     if isinstance(options.val_split, str):
         notes = DataNotes() if notes is None else notes
@@ -468,9 +474,7 @@ def hold_out(
         if show:
             notes.print()
         return train, validation, counts
-    kept, held_out = split_samples(
-        train.labels, counts, options.val_split, seed=options.subset_seed, show=show
-    )
+    kept, held_out = split_samples(options, train.examples(), counts, show=show, notes=notes)
     validation, train = train.subset(held_out), train.subset(kept)
     counts = ClassCounts.from_labels(train.labels, class_names=train.class_names)
     return train, validation, counts

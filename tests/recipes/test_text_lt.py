@@ -517,3 +517,40 @@ def test_the_split_follows_the_subset_seed_alone(folder):
 
     assert held_out("--seed", "1") == held_out("--seed", "2", "--loss", "ce")
     assert held_out("--subset_seed", "1") != held_out()
+
+
+def test_one_table_of_texts_is_split_and_the_split_is_kept(run, tmp_path, capsys):
+    """A CSV as people have it, to a report; a later run takes its parts over."""
+    lines = [
+        "review,author,mood",
+        *(f"{WORDS[n % 3]} {n},{n % 9},{'xyz'[n % 3]}" for n in range(60)),
+    ]
+    (tmp_path / "own.csv").write_text("\n".join([*lines, ",8,x", "", "plum,7,"]))
+    flags = ["--dataset", tmp_path / "own.csv", "--group_column", "author", "--skip_empty"]
+    divided = ["--test_split", 0.3, "--val_split", 0.3]
+    metrics, out = run(*flags, *divided, "--epochs", 1, "--start", 0, out="first")
+    said = capsys.readouterr().out
+    assert "Columns read from own.csv: 'mood' as --label_column, 'review' as --text_column." in said
+    assert "Left out: 1 rows of own.csv without text." in said
+    assert metrics["data"]["left_out"] == {
+        "rows of own.csv without text": 1,
+        "rows of own.csv without label": 1,
+    }
+    rows = rows_of_csv(out / "split.csv")
+    parts = {part: {row["group"] for row in rows if row["part"] == part} for part in PARTS}
+    assert sum(map(len, parts.values())) == len(set.union(*parts.values())) == 9
+    assert all(
+        {row["class"] for row in rows if row["part"] == part} == set("xyz") for part in PARTS
+    )
+    assert json.loads((out / "options.json").read_text())["class_names"] == ["x", "y", "z"]
+    flags += ["--split_file", out / "split.csv", "--epochs", 1, "--start", 0]
+    again, later = run(*flags, out="later")
+    assert (later / "split.csv").read_bytes() == (out / "split.csv").read_bytes()
+    assert again["test"] == metrics["test"]
+
+
+PARTS = ("train", "validation", "test")
+
+
+def rows_of_csv(file):
+    return list(csv.DictReader(file.read_text().splitlines()))

@@ -1,8 +1,10 @@
+import collections
 import csv
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import options as recipe_options
@@ -460,3 +462,50 @@ def test_a_run_with_a_split_can_be_resumed(run):
     errors = [[row["val_error"] for row in read_history(out)] for out in (whole, broken)]
     assert errors[0] == errors[1]
     assert len(errors[0]) == 3
+
+
+def test_own_folders_are_split_in_three_and_the_split_is_kept(run, tmp_path, capsys):
+    """Folders of classes alone, to a report; its parts are those of a resumed and a later run."""
+    folder = picture_folder(tmp_path / "pictures", train=(12, 6, 3), size=(8, 8)) + "/train"
+    flags = ["--dataset", folder, "--model", "cifar_resnet20", "--image_size", "8"]
+    flags += ["--epochs", "1", "--schedule", "none", "--batch_size", "4"]
+    divided = ["--test_split", "0.25", "--val_split", "0.2"]
+    metrics, out = run(*flags, *divided, preset=[])
+    assert list(metrics["class_counts"]) == [7, 1, 3]
+    assert metrics["held_out"]["class_counts"].tolist() == [2, 1, 1]
+    rows = list(csv.DictReader((out / "split.csv").read_text().splitlines()))
+    assert collections.Counter((row["class"], row["part"]) for row in rows) == {
+        ("1", "train"): 7,
+        ("1", "validation"): 2,
+        ("1", "test"): 3,
+        ("2", "train"): 1,
+        ("2", "validation"): 1,
+        ("2", "test"): 1,
+        ("10", "train"): 3,
+        ("10", "validation"): 1,
+        ("10", "test"): 2,
+    }
+    assert "Held out to test on: 6 of 21 examples, 0.25 of each class." in capsys.readouterr().out
+    again, later = run(*flags, "--split_file", out / "split.csv", folder="later", preset=[])
+    assert (later / "split.csv").read_bytes() == (out / "split.csv").read_bytes()
+    assert again["test"] == metrics["test"]
+    assert again["validation"] == metrics["validation"]
+    Path(folder, "1", "00.png").unlink()
+    with pytest.raises(ValueError, match=r"examples are not those of .*split.csv: 1 are gone"):
+        run(*flags, *divided, "--resume", preset=[])
+
+
+def test_the_split_to_evaluate_can_be_named(pictures, tmp_path):
+    os.rename(f"{pictures}/test", f"{pictures}/val")
+    picture_folder(tmp_path / "more", size=(8, 8))
+    os.rename(tmp_path / "more" / "test", f"{pictures}/test")
+    options = parsed("--dataset", pictures, "--val_split", "val")
+    notes = vision_lt.DataNotes()
+    train, test, counts = vision_lt.load_data(options, False, notes)
+    kept, validation, left = vision_lt.hold_out(options, train, counts, False, notes)
+    assert (kept, left, options.error_column) == (train, counts, "val_error")
+    assert ("/val/" in validation.describe(0), "/test/" in test.describe(0)) == (True, True)
+    options = parsed("--dataset", pictures, "--test_split", "val", "--val_split", "val")
+    train, _, counts = vision_lt.load_data(options, False, notes)
+    with pytest.raises(ValueError, match="`val_split` must be another split than is tested on"):
+        vision_lt.hold_out(options, train, counts, False, notes)
