@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -30,6 +30,7 @@ from ldam_plugins.data.splits import (
     save_split,
     share_or_name,
     split_parts,
+    trained_classes,
 )
 from ldam_plugins.heads.choice import HEADS, LINEAR_SCALE, options_for_head
 from ldam_plugins.losses import loss_options, losses_with
@@ -326,6 +327,32 @@ def keep_split(options: CoreOptions, notes: DataNotes) -> None:
     """Write ``split.csv`` into the folder of a run whose data were divided, or check it there."""
     if notes.divided:
         save_split(Path(options.output_dir, SPLIT_FILE), notes.divided)
+
+
+def without_untrained(
+    parts: tuple[Any, Any],
+    labels: np.ndarray,
+    names: Sequence[str],
+    of_classes: Callable[[Any, np.ndarray], Any],
+    notes: DataNotes,
+) -> tuple[Any, Any]:
+    """Training part and another without the classes that training has no sample of, if any.
+
+    Args:
+        parts: Training part and another.
+        labels: Classes of the training samples.
+        names: Of the classes.
+        of_classes: Gives a part with the samples of some classes only.
+        notes: Where to note them, and how many samples of the other part are left out.
+    """
+    classes = trained_classes(labels, names, notes)
+    if classes is None:
+        return parts
+    train, other = (of_classes(part, classes) for part in parts)
+    if len(other) < len(parts[1]):
+        reason = "samples to test on whose class training has not"
+        notes.leave_out(reason, len(parts[1]) - len(other))
+    return train, other
 
 
 def load_validation(

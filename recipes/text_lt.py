@@ -33,6 +33,7 @@ from options import (
     parse_options,
     print_kept,
     split_samples,
+    without_untrained,
 )
 from torch.utils.data import DataLoader
 from transformers import (
@@ -56,7 +57,7 @@ from ldam_plugins import (
     long_tail_indices,
 )
 from ldam_plugins.data.notes import DataNotes
-from ldam_plugins.data.texts import load_texts, subsample_classes, text_examples
+from ldam_plugins.data.texts import load_texts, subsample_classes, text_examples, texts_of_classes
 from ldam_plugins.heads import cosine_heads, find_head
 from ldam_plugins.heads.choice import put_head
 from ldam_plugins.integrations.transformers.bilstm import (
@@ -293,7 +294,7 @@ def load_parts(
     options: TextOptions, test_split: float | str | None, notes: DataNotes
 ) -> tuple[Dataset, Dataset]:
     """The texts to train on and those of another part."""
-    return load_texts(
+    train, other = load_texts(
         options.dataset,
         text_column=options.text_column,
         label_column=options.label_column,
@@ -308,6 +309,8 @@ def load_parts(
         min_kept=options.min_kept,
         notes=notes,
     )
+    labels, names = np.asarray(train["label"][:]), train.features["label"].names
+    return without_untrained((train, other), labels, names, texts_of_classes, notes)
 
 
 def hold_out(

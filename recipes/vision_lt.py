@@ -33,6 +33,7 @@ from options import (
     parse_options,
     print_kept,
     split_samples,
+    without_untrained,
 )
 from timm.data import Mixup
 from timm.data.mixup import mixup_target
@@ -438,7 +439,7 @@ def load_parts(
     options: VisionOptions, test_split: float | str | None, notes: DataNotes
 ) -> tuple[LabelledImages, LabelledImages]:
     """The images to train on and those of another part."""
-    return load_images(
+    train, other = load_images(
         options.dataset,
         image_column=options.image_column,
         label_column=options.label_column,
@@ -454,6 +455,8 @@ def load_parts(
         min_kept=options.min_kept,
         notes=notes,
     )
+    names = train.class_names
+    return without_untrained((train, other), train.labels, names, LabelledImages.of_classes, notes)
 
 
 def hold_out(

@@ -130,6 +130,21 @@ class LabelledImages(Dataset[tuple[Any, int]]):
             transform=self.transform,
         )
 
+    def of_classes(self, classes: np.ndarray) -> LabelledImages:
+        """The examples of some of the classes, which are numbered anew in the order given."""
+        place = np.full(len(self.class_names), -1)
+        place[classes] = np.arange(len(classes))
+        kept = self.subset(np.flatnonzero(place[self.labels] >= 0))
+        names = [self.class_names[label] for label in classes]
+        return LabelledImages(
+            kept.source,
+            place[kept.labels],
+            names,
+            rows=kept.rows,
+            groups=kept.groups,
+            transform=kept.transform,
+        )
+
     def without(self, indices: Sequence[int] | np.ndarray) -> LabelledImages:
         """Leave the examples ``indices`` out, with the errors of ``subset``."""
         kept = np.ones(len(self), dtype=bool)

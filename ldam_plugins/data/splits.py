@@ -98,6 +98,28 @@ def hold_out(
     return kept, held_out
 
 
+def trained_classes(
+    labels: np.ndarray, class_names: Sequence[str], notes: DataNotes
+) -> np.ndarray | None:
+    """The classes that have an example to train on; None if all have.
+
+    A data set may name classes that it has no example of, or none in the part that is read. The
+    others are noted.
+
+    Raises:
+        ValueError: fewer than two classes are left.
+    """
+    found = np.flatnonzero(np.bincount(labels, minlength=len(class_names)))
+    if len(found) == len(class_names):
+        return None
+    absent = [name for row, name in enumerate(class_names) if row not in set(found.tolist())]
+    if len(found) < 2:
+        shown = quoted(class_names[row] for row in found.tolist())
+        raise invalid("train_split", "a part with two classes or more", shown)
+    notes.say(f"Classes without an example to train on are no classes here: {quoted(absent)}.")
+    return found
+
+
 def note_shared_groups(train: Examples, test: Examples, split: str, notes: DataNotes) -> None:
     """Note the groups that a split that was given shares with the training split."""
     if train.groups is None or test.groups is None:

@@ -14,7 +14,7 @@ from ldam_plugins._validation import check_choice, check_int, check_real, invali
 from ldam_plugins.counts import check_label_range, label_array
 from ldam_plugins.data.notes import DataNotes
 from ldam_plugins.data.readers import read_texts
-from ldam_plugins.data.readers.base import GROUP, LABEL, TEXT, TextRequest
+from ldam_plugins.data.readers.base import GROUP, LABEL, TEXT, TextRequest, text_table
 from ldam_plugins.data.splits import (
     TEST_PART,
     TRAIN_PART,
@@ -138,14 +138,25 @@ def text_examples(texts: Dataset) -> Examples:
     """
     found: Counter[str] = Counter()
     names = []
-    for text in texts[TEXT]:
+    for text in texts[TEXT][:]:
         digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
         found[digest] += 1
         again = f" {found[digest]}" if found[digest] > 1 else ""
         names.append(f"{digest}{again} {' '.join(text.split())[:_SHOWN]}")
     groups = np.array(texts[GROUP][:], dtype=object) if GROUP in texts.column_names else None
     feature = texts.features[LABEL]
-    return Examples(names, np.asarray(texts[LABEL]), tuple(feature.names), groups)
+    return Examples(names, np.asarray(texts[LABEL][:]), tuple(feature.names), groups)
+
+
+def texts_of_classes(texts: Dataset, classes: np.ndarray) -> Dataset:
+    """The texts of some of the classes, which are numbered anew in the order given."""
+    names = texts.features[LABEL].names
+    place = np.full(len(names), -1)
+    place[classes] = np.arange(len(classes))
+    labels = place[np.asarray(texts[LABEL][:])]
+    kept = texts.select(np.flatnonzero(labels >= 0))
+    groups = kept[GROUP][:] if GROUP in kept.column_names else None
+    return text_table(kept[TEXT][:], labels[labels >= 0], [names[c] for c in classes], groups)
 
 
 def subsample_classes(

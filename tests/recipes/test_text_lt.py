@@ -554,3 +554,17 @@ PARTS = ("train", "validation", "test")
 
 def rows_of_csv(file):
     return list(csv.DictReader(file.read_text().splitlines()))
+
+
+def test_classes_without_a_training_text_are_no_classes(folder, capsys):
+    """Of a slice that ends before a class begins."""
+    flags = ["--dataset", str(folder), "--train_split", "train[20:]", "--test_split", "test"]
+    options = recipe_options.parse_options(text_lt.TextOptions, flags, default="")
+    assert text_lt.load_data(options)[2].counts.tolist() == [4, 16, 8]
+    flags[3] = "train[24:]"
+    options = recipe_options.parse_options(text_lt.TextOptions, flags, default="")
+    train, test, counts = text_lt.load_data(options, show=True)
+    assert counts.class_names == ("b", "c")
+    assert train.features["label"].names == test.features["label"].names == ["b", "c"]
+    assert (counts.counts.tolist(), test["label"][:]) == ([16, 8], [0] * 6 + [1] * 6)
+    assert "Left out: 6 samples to test on" in capsys.readouterr().out

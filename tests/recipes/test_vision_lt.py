@@ -13,6 +13,7 @@ import timm
 import torch
 import vision_lt
 from accelerate import Accelerator
+from image_sets import saved_to_disk
 from interruptions import interrupted_at
 from paths import RECIPES
 from PIL import Image
@@ -509,3 +510,19 @@ def test_the_split_to_evaluate_can_be_named(pictures, tmp_path):
     train, _, counts = vision_lt.load_data(options, False, notes)
     with pytest.raises(ValueError, match="`val_split` must be another split than is tested on"):
         vision_lt.hold_out(options, train, counts, False, notes)
+
+
+def test_classes_without_a_training_image_are_no_classes(tmp_path, capsys):
+    """A set that names more classes than it has in the part that is trained on."""
+    given = saved_to_disk(tmp_path / "set", labels=[0, 0, 0, 2, 2, 2])
+    options = parsed("--dataset", given["dataset"], "--test_split", "valid")
+    train, test, counts = vision_lt.load_data(options, True)
+    assert counts.class_names == train.class_names == test.class_names == ("ant", "cat")
+    assert (train.labels.tolist(), test.labels.tolist()) == ([0] * 3 + [1] * 3, [0, 1, 1])
+    said = capsys.readouterr().out
+    assert "Classes without an example to train on are no classes here: 'bee'." in said
+    assert "Left out: 1 samples to test on whose class training has not." in said
+    given = saved_to_disk(tmp_path / "one", labels=[1] * 6)
+    options = parsed("--dataset", given["dataset"], "--test_split", "valid")
+    with pytest.raises(ValueError, match="`train_split` must be a part with two classes or more"):
+        vision_lt.load_data(options, False)

@@ -103,6 +103,15 @@ def test_parquet_beside_images(tmp_path):
     assert names_of(train, test) == sorted(zip(SIX, map(str, TRAIN), strict=True))
 
 
+def test_numbers_of_files_beside_numbers_of_classes(tmp_path):
+    names = [str(n) for n in range(60)]
+    pictures(tmp_path, [f"{name}.png" for name in names])
+    write(tmp_path / "t.csv", lines(*rows_of(names, [str(n % 25) for n in range(60)])))
+    train, _, notes = told(load_images, tmp_path, **HALF)
+    assert len(train.class_names) == 25
+    assert notes.columns == {"image_column": "file", "label_column": "label"}
+
+
 def test_tables_of_a_competition(tmp_path):
     """train.csv with ids, test.csv without labels, images of both in folders of their own."""
     pictures(tmp_path, SIX, "train_images")
