@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -20,7 +20,18 @@ from ldam_plugins.counts import DEFAULT_MAX_MARGIN
 from ldam_plugins.data import SingleSampleWarning, stratified_split
 from ldam_plugins.data.long_tail import CLASS_ORDERS, PROFILES
 from ldam_plugins.data.notes import DataNotes
-from ldam_plugins.data.splits import share_or_name
+from ldam_plugins.data.splits import (
+    SPLIT_FILE,
+    TRAIN_PART,
+    VALIDATION_PART,
+    Examples,
+    part_of,
+    read_split,
+    save_split,
+    share_or_name,
+    split_parts,
+    trained_classes,
+)
 from ldam_plugins.heads.choice import HEADS, LINEAR_SCALE, options_for_head
 from ldam_plugins.losses import loss_options, losses_with
 from ldam_plugins.losses.base import DEFAULT_SCALE, ClassificationLoss
@@ -111,6 +122,10 @@ class CoreOptions:
         "split or folder to test on, or the share of each class's samples, before the cut, that "
         "is held out to test on [test, else validation]",
     )
+    split_file: str | None = option(
+        None,
+        "split.csv of an earlier run, which tests on and holds out the same samples as that did",
+    )
     group_column: str | None = option(
         None,
         "column of a table that tells what belongs together (patient, camera, author): no group "
@@ -188,6 +203,10 @@ class CoreOptions:
         check_limits(self, self.LIMITS)
         self.val_split = share_or_name("val_split", self.val_split)
         self.test_split = share_or_name("test_split", self.test_split)
+        self._parts_of_file = split_parts(self.split_file) if self.split_file else set[str]()
+        if self.split_file is not None and self.val_split is not None:
+            hint = f"What is held out is read from {self.split_file}."
+            raise invalid("val_split", "left out beside --split_file", self.val_split, hint=hint)
         if not self.output_dir.strip():
             expected = "the folder of the run"
             raise invalid("output_dir", expected, self.output_dir, hint="Give --output_dir.")
@@ -195,12 +214,17 @@ class CoreOptions:
         self._check_selection()
 
     @property
+    def holds_out(self) -> bool:
+        """Whether a part of the data is evaluated during training in place of the test set."""
+        return self.val_split is not None or VALIDATION_PART in self._parts_of_file
+
+    @property
     def min_kept(self) -> int:
         """Samples of a class that holding out to test on leaves, where a class has them."""
         return 2 if isinstance(self.val_split, float) else 1
 
     def _check_selection(self) -> None:
-        if self.select != LAST and self.val_split is None:
+        if self.select != LAST and not self.holds_out:
             hint = "Hold a part of the training samples out, --val_split 0.1."
             raise invalid("select", f"{LAST!r} without held-out samples", self.select, hint=hint)
         if self.patience is not None and self.select == LAST:
@@ -264,7 +288,7 @@ def parse_options(
         if getattr(options, name) == preset[name]:
             setattr(options, name, None)
     flagged = {flag.split("=")[0].replace("-", "_") for flag in flags}
-    if options.val_split is not None and "__eval_test_every" not in flagged:
+    if options.holds_out and "__eval_test_every" not in flagged:
         options.eval_test_every = kind.eval_test_every
     _check_ratio(options, preset, flags)
     return options
@@ -309,22 +333,73 @@ def print_kept(options: CoreOptions, before: ClassCounts, after: ClassCounts) ->
 
 
 def split_samples(
-    labels: Any, counts: ClassCounts, share: float, *, seed: int, show: bool
+    options: CoreOptions,
+    examples: Examples,
+    counts: ClassCounts,
+    *,
+    show: bool,
+    notes: DataNotes | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the samples to train on, and of those that --val_split holds out.
+    """Indices of the samples to train on, and of those that --val_split or --split_file holds out.
 
     With ``show`` it prints how many are held out, and of which classes none can be.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SingleSampleWarning)  # printed by name instead
-        kept, held_out = stratified_split(labels, share, seed=seed)
+    if options.split_file is not None:
+        parts = read_split(options.split_file, examples)
+        kept, held_out = (np.flatnonzero((parts == VALIDATION_PART) == at) for at in (False, True))
+        chosen = f"--split_file {options.split_file}"
+    else:
+        share = float(options.val_split or 0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SingleSampleWarning)  # printed by name instead
+            kept, held_out = stratified_split(
+                examples.labels, share, seed=options.subset_seed, groups=examples.groups
+            )
+        chosen = f"--val_split {share:g}"
     if show:
         sizes = f"{len(held_out)} of {counts.total} training samples are held out for validation"
-        print(f"{sizes} (--val_split {share:g}).")
-        if single := class_names(counts, counts.counts == 1):
+        print(f"{sizes} ({chosen}).")
+        absent = np.bincount(examples.labels[held_out], minlength=len(counts)) == 0
+        if single := class_names(counts, absent):
             some = ", ".join([*single[:3], *(["..."] if len(single) > 3 else [])])
-            print(f"Classes of which the only sample is trained on: {len(single)} ({some}).")
+            what = "sample" if examples.groups is None else "group"
+            print(f"Classes of which the only {what} is trained on: {len(single)} ({some}).")
+    if notes is not None:
+        notes.divided.setdefault(TRAIN_PART, examples)
+        notes.divided[VALIDATION_PART] = part_of(examples, held_out)
     return kept, held_out
+
+
+def keep_split(options: CoreOptions, notes: DataNotes, *, write: bool) -> None:
+    """Write ``split.csv`` into the folder of a run whose data were divided, or check it there."""
+    if write and notes.divided:
+        save_split(Path(options.output_dir, SPLIT_FILE), notes.divided)
+
+
+def without_untrained(
+    parts: tuple[Any, Any],
+    labels: np.ndarray,
+    names: Sequence[str],
+    of_classes: Callable[[Any, np.ndarray], Any],
+    notes: DataNotes,
+) -> tuple[Any, Any]:
+    """Training part and another without the classes that training has no sample of, if any.
+
+    Args:
+        parts: Training part and another.
+        labels: Classes of the training samples.
+        names: Of the classes.
+        of_classes: Gives a part with the samples of some classes only.
+        notes: Where to note them, and how many samples of the other part are left out.
+    """
+    classes = trained_classes(labels, names, notes)
+    if classes is None:
+        return parts
+    train, other = (of_classes(part, classes) for part in parts)
+    if len(other) < len(parts[1]):
+        reason = "samples to test on whose class training has not"
+        notes.leave_out(reason, len(parts[1]) - len(other))
+    return train, other
 
 
 def load_validation(

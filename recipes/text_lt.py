@@ -28,10 +28,12 @@ from options import (
     RESUME,
     CoreOptions,
     held_out_record,
+    keep_split,
     load_validation,
     parse_options,
     print_kept,
     split_samples,
+    without_untrained,
 )
 from torch.utils.data import DataLoader
 from transformers import (
@@ -55,7 +57,7 @@ from ldam_plugins import (
     long_tail_indices,
 )
 from ldam_plugins.data.notes import DataNotes
-from ldam_plugins.data.texts import load_texts, subsample_classes
+from ldam_plugins.data.texts import load_texts, subsample_classes, text_examples, texts_of_classes
 from ldam_plugins.heads import cosine_heads, find_head
 from ldam_plugins.heads.choice import put_head
 from ldam_plugins.integrations.transformers.bilstm import (
@@ -175,7 +177,10 @@ def main(options: TextOptions) -> dict[str, Any]:
     rule = options.make_selection(steps)
     callbacks = make_callbacks(options, criterion, test_set, rule)
     if arguments.process_index == 0:
-        claim_output_dir(options.output_dir, asdict(options), resume=RESUME[options.resume])
+        # The classes of a run that is resumed must be the same, in the same order.
+        run = {**asdict(options), "class_names": counts.class_names}
+        claim_output_dir(options.output_dir, run, resume=RESUME[options.resume])
+        keep_split(options, notes, write=True)
         drop_partial_trainer_checkpoints(arguments.output_dir)
     checkpoint = newest_trainer_checkpoint(arguments.output_dir)
     arguments.num_train_epochs = epochs_to_train(checkpoint, options.epochs, rule)
@@ -299,7 +304,7 @@ def load_parts(
     options: TextOptions, test_split: float | str | None, notes: DataNotes
 ) -> tuple[Dataset, Dataset]:
     """The texts to train on and those of another part."""
-    return load_texts(
+    train, other = load_texts(
         options.dataset,
         text_column=options.text_column,
         label_column=options.label_column,
@@ -309,10 +314,13 @@ def load_parts(
         encoding=options.encoding,
         delimiter=options.delimiter,
         skip_empty=options.skip_empty,
+        split_file=options.split_file,
         seed=options.subset_seed,
         min_kept=options.min_kept,
         notes=notes,
     )
+    labels, names = np.asarray(train["label"][:]), train.features["label"].names
+    return without_untrained((train, other), labels, names, texts_of_classes, notes)
 
 
 def hold_out(
@@ -323,7 +331,7 @@ def hold_out(
     notes: DataNotes | None = None,
 ) -> tuple[Dataset, Dataset | None, ClassCounts]:
     """The texts to train on, those of --val_split, and how many of a class are left."""
-    if options.val_split is None:
+    if not options.holds_out:
         return train, None, counts
     if isinstance(options.val_split, str):
         notes = DataNotes() if notes is None else notes
@@ -331,9 +339,7 @@ def hold_out(
         if show:
             notes.print()
         return train, validation, counts
-    kept, held_out = split_samples(
-        train["label"], counts, options.val_split, seed=options.subset_seed, show=show
-    )
+    kept, held_out = split_samples(options, text_examples(train), counts, show=show, notes=notes)
     validation, train = train.select(held_out), train.select(kept)
     counts = ClassCounts.from_labels(train["label"], class_names=counts.class_names)
     return train, validation, counts
@@ -428,7 +434,7 @@ def tokenize(options: TextOptions, tokenizer: PreTrainedTokenizerBase, texts: Da
     return texts.map(
         lambda batch: tokenizer(batch["text"], truncation=True),
         batched=True,
-        remove_columns=["text"],
+        remove_columns=[name for name in texts.column_names if name != "label"],
         desc="tokenize",
     )
 
@@ -451,7 +457,7 @@ def make_arguments(options: TextOptions) -> TrainingArguments:
         lr_scheduler_type=options.lr_schedule,
         train_sampling_strategy="random" if resampled else "group_by_length",
         logging_strategy="epoch",
-        eval_strategy="no" if options.val_split is None else "epoch",
+        eval_strategy="epoch" if options.holds_out else "no",
         save_strategy="epoch",
         seed=options.seed,
         bf16=precision == "bf16",

@@ -28,10 +28,12 @@ from options import (
     RESUME,
     CoreOptions,
     held_out_record,
+    keep_split,
     load_validation,
     parse_options,
     print_kept,
     split_samples,
+    without_untrained,
 )
 from timm.data import Mixup
 from timm.data.mixup import mixup_target
@@ -223,7 +225,9 @@ def main(options: VisionOptions) -> dict[str, Any]:
     )
     with keep_freed_memory(accelerator.device):
         parts = dict(zip(watched, eval_sets, strict=True))
-        model, selection = fit(accelerator, options, model, criterion, pipeline, train_set, parts)
+        model, selection = fit(
+            accelerator, options, model, criterion, pipeline, train_set, parts, notes
+        )
         if accelerator.is_main_process:
             save_model(
                 model,
@@ -265,11 +269,13 @@ def fit(
     pipeline: ImagePipeline,
     train_set: Any,
     eval_sets: dict[str, Any],
+    notes: DataNotes,
 ) -> tuple[nn.Module, dict[str, Any] | None]:
     """Train to the last epoch, from the newest checkpoint if there is one.
 
     ``eval_sets`` are the images whose error is watched during training, by its column in the
     history. These errors are of the model in training, cosine head and mixed precision included.
+    ``notes`` are those of the data: of data that were divided ``split.csv`` is written.
 
     Returns:
         The model of the last epoch, or its moving average if there is one; with ``--select`` that
@@ -319,6 +325,7 @@ def fit(
         models=beside,
         test_error="test_error" in eval_sets,
     )
+    keep_split(options, notes, write=accelerator.is_main_process)
     config = {name: str(value) for name, value in asdict(options).items()}
     accelerator.init_trackers("vision_lt", config=config)
     stage = None
@@ -451,7 +458,7 @@ def load_parts(
     options: VisionOptions, test_split: float | str | None, notes: DataNotes
 ) -> tuple[LabelledImages, LabelledImages]:
     """The images to train on and those of another part."""
-    return load_images(
+    train, other = load_images(
         options.dataset,
         image_column=options.image_column,
         label_column=options.label_column,
@@ -462,10 +469,13 @@ def load_parts(
         encoding=options.encoding,
         delimiter=options.delimiter,
         skip_empty=options.skip_empty,
+        split_file=options.split_file,
         seed=options.subset_seed,
         min_kept=options.min_kept,
         notes=notes,
     )
+    names = train.class_names
+    return without_untrained((train, other), train.labels, names, LabelledImages.of_classes, notes)
 
 
 def hold_out(
@@ -476,7 +486,7 @@ def hold_out(
     notes: DataNotes | None = None,
 ) -> tuple[LabelledImages, LabelledImages | None, ClassCounts]:
     """The images to train on, those of --val_split, and how many of a class are left."""
-    if options.val_split is None:
+    if not options.holds_out:
         return train, None, counts
     if isinstance(options.val_split, str):
         notes = DataNotes() if notes is None else notes
@@ -486,9 +496,7 @@ def hold_out(
         if show:
             notes.print()
         return train, validation, counts
-    kept, held_out = split_samples(
-        train.labels, counts, options.val_split, seed=options.subset_seed, show=show
-    )
+    kept, held_out = split_samples(options, train.examples(), counts, show=show, notes=notes)
     validation, train = train.subset(held_out), train.subset(kept)
     counts = ClassCounts.from_labels(train.labels, class_names=train.class_names)
     return train, validation, counts

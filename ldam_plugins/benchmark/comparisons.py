@@ -31,7 +31,10 @@ from ldam_plugins.benchmark.statistics import (
 from ldam_plugins.losses.registry import list_losses
 from ldam_plugins.schedules import KINDS
 
-_TAIL_OPTIONS = ("dataset", "profile", "ratio", "subset_seed", "val_split")
+_TAIL_OPTIONS = (
+    *("dataset", "profile", "ratio", "subset_seed", "val_split"),
+    *("test_split", "split_file", "group_column"),
+)
 """Options that say which samples a run was trained on."""
 
 

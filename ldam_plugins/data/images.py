@@ -14,7 +14,14 @@ from ldam_plugins._validation import check_int, invalid, quoted
 from ldam_plugins.data.notes import DataNotes
 from ldam_plugins.data.readers import read_images
 from ldam_plugins.data.readers.base import ImageRequest, ImageRows, ImageSource
-from ldam_plugins.data.splits import as_part, hold_out
+from ldam_plugins.data.splits import (
+    TEST_PART,
+    TRAIN_PART,
+    Examples,
+    as_part,
+    hold_out,
+    note_shared_groups,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -98,6 +105,14 @@ class LabelledImages(Dataset[tuple[Any, int]]):
         """Name one example for a message: its path, or its row and split."""
         return self.source.describe(int(self.rows[index]))
 
+    def examples(self) -> Examples:
+        """The name, class and group of each example, for what divides and records them."""
+        names = getattr(self.source, "names", None)
+        called = self.source.describe if names is None else names.__getitem__
+        return Examples(
+            [called(row) for row in self.rows.tolist()], self.labels, self.class_names, self.groups
+        )
+
     def subset(self, indices: Sequence[int] | np.ndarray) -> LabelledImages:
         """Keep the examples ``indices`` of this set, in that order.
 
@@ -113,6 +128,21 @@ class LabelledImages(Dataset[tuple[Any, int]]):
             rows=self.rows[kept],
             groups=None if self.groups is None else self.groups[kept],
             transform=self.transform,
+        )
+
+    def of_classes(self, classes: np.ndarray) -> LabelledImages:
+        """The examples of some of the classes, which are numbered anew in the order given."""
+        place = np.full(len(self.class_names), -1)
+        place[classes] = np.arange(len(classes))
+        kept = self.subset(np.flatnonzero(place[self.labels] >= 0))
+        names = [self.class_names[label] for label in classes]
+        return LabelledImages(
+            kept.source,
+            place[kept.labels],
+            names,
+            rows=kept.rows,
+            groups=kept.groups,
+            transform=kept.transform,
         )
 
     def without(self, indices: Sequence[int] | np.ndarray) -> LabelledImages:
@@ -166,6 +196,7 @@ def load_images(
     encoding: str | None = None,
     delimiter: str | None = None,
     skip_empty: bool = False,
+    split_file: str | os.PathLike[str] | None = None,
     seed: int = 0,
     min_kept: int = 1,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -214,6 +245,8 @@ def load_images(
         delimiter: What separates the fields of a CSV file. Default: a comma, semicolon, tab or
             bar, whichever gives even rows.
         skip_empty: Leave out rows of a table without a file or label instead of stopping.
+        split_file: A ``split.csv`` that a run left: what it tests on is tested on, in place of a
+            share.
         seed: Of the choice of a share, in 0..2**32 - 1.
         min_kept: Examples that a class keeps for training, if it has more; 2 where a share of them
             is to be held out, too.
@@ -239,7 +272,7 @@ def load_images(
         image_column=image_column,
         label_column=label_column,
         train_split=train_split,
-        **as_part("test_split", test_split),
+        **as_part("test_split", test_split, split_file),
         train_list=None if train_list is None else _as_text("train_list", train_list),
         test_list=None if test_list is None else _as_text("test_list", test_list),
         group_column=group_column,
@@ -253,19 +286,26 @@ def load_images(
     train = _of_rows(train_rows)
     if test_rows is None:
         kept, held_out = hold_out(
-            train.labels,
-            train.class_names,
+            train.examples(),
             request.test_share or 0,
             seed=seed,
             min_kept=min_kept,
             notes=request.notes,
+            split_file=_as_file(split_file),
         )
         train, test = train.subset(kept), train.subset(held_out)
+        request.notes.divided = {TRAIN_PART: train.examples(), TEST_PART: test.examples()}
     else:
         test = _of_same_classes(test_rows, train.class_names)
+        split = request.notes.parts.get("test_split", "test")
+        note_shared_groups(train.examples(), test.examples(), split, request.notes)
     if notes is None:
         request.notes.log()
     return train, test
+
+
+def _as_file(value: str | os.PathLike[str] | None) -> str | None:
+    return None if value is None else _as_text("split_file", value)
 
 
 def _of_same_classes(test: ImageRows, class_names: tuple[str, ...]) -> LabelledImages:

@@ -18,12 +18,15 @@ class DataNotes:
         columns: The columns that are read, by the argument that chooses each.
         parts: The names of the splits that are read, by the argument that chooses each.
         left_out: How many examples are left out, by part and reason.
+        divided: The parts of a data set that was divided here, ``train``, ``test`` and
+            ``validation``, for :func:`~ldam_plugins.data.splits.save_split`; empty if it was not.
     """
 
     said: list[str] = field(default_factory=list)
     columns: dict[str, str] = field(default_factory=dict)
     parts: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
+    divided: dict[str, Any] = field(default_factory=dict)
     _printed: int = 0
 
     def say(self, sentence: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +14,22 @@ from ldam_plugins._validation import check_choice, check_int, check_real, invali
 from ldam_plugins.counts import check_label_range, label_array
 from ldam_plugins.data.notes import DataNotes
 from ldam_plugins.data.readers import read_texts
-from ldam_plugins.data.readers.base import LABEL, TextRequest
-from ldam_plugins.data.splits import as_part, hold_out
+from ldam_plugins.data.readers.base import GROUP, LABEL, TEXT, TextRequest, text_table
+from ldam_plugins.data.splits import (
+    TEST_PART,
+    TRAIN_PART,
+    Examples,
+    as_part,
+    hold_out,
+    note_shared_groups,
+    part_of,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+_SHOWN = 40
+"""Characters of a text by which a person knows it."""
 
 
 def load_texts(
@@ -30,6 +43,7 @@ def load_texts(
     encoding: str | None = None,
     delimiter: str | None = None,
     skip_empty: bool = False,
+    split_file: str | os.PathLike[str] | None = None,
     seed: int = 0,
     min_kept: int = 1,
     notes: DataNotes | None = None,
@@ -60,6 +74,8 @@ def load_texts(
         delimiter: What separates the fields of a CSV file. Default: a comma, semicolon, tab or
             bar, whichever gives even rows.
         skip_empty: Leave out rows without a text or label instead of stopping.
+        split_file: A ``split.csv`` that a run left: what it tests on is tested on, in place of a
+            share.
         seed: Of the choice of a share, in 0..2**32 - 1.
         min_kept: Examples that a class keeps for training, if it has more; 2 where a share of them
             is to be held out, too.
@@ -84,7 +100,7 @@ def load_texts(
         text_column=text_column,
         label_column=label_column,
         train_split=train_split,
-        **as_part("test_split", test_split),
+        **as_part("test_split", test_split, split_file),
         group_column=group_column,
         encoding=encoding,
         delimiter=delimiter,
@@ -93,18 +109,54 @@ def load_texts(
     )
     train, test = read_texts(request)
     if test is None:
+        whole = text_examples(train)
         kept, held_out = hold_out(
-            np.asarray(train[LABEL]),
-            train.features[LABEL].names,
+            whole,
             request.test_share or 0,
             seed=seed,
             min_kept=min_kept,
             notes=request.notes,
+            split_file=None if split_file is None else os.fspath(split_file),
         )
         train, test = train.select(kept), train.select(held_out)
+        request.notes.divided = {
+            TRAIN_PART: part_of(whole, kept),
+            TEST_PART: part_of(whole, held_out),
+        }
+    elif group_column is not None:
+        split = request.notes.parts.get("test_split", "test")
+        note_shared_groups(text_examples(train), text_examples(test), split, request.notes)
     if notes is None:
         request.notes.log()
     return train, test
+
+
+def text_examples(texts: Dataset) -> Examples:
+    """The name, class and group of each text; it is called by its content and its first words.
+
+    Of equal texts the second is called ``... 2`` and so on, in their order.
+    """
+    found: Counter[str] = Counter()
+    names = []
+    for text in texts[TEXT][:]:
+        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+        found[digest] += 1
+        again = f" {found[digest]}" if found[digest] > 1 else ""
+        names.append(f"{digest}{again} {' '.join(text.split())[:_SHOWN]}")
+    groups = np.array(texts[GROUP][:], dtype=object) if GROUP in texts.column_names else None
+    feature = texts.features[LABEL]
+    return Examples(names, np.asarray(texts[LABEL][:]), tuple(feature.names), groups)
+
+
+def texts_of_classes(texts: Dataset, classes: np.ndarray) -> Dataset:
+    """The texts of some of the classes, which are numbered anew in the order given."""
+    names = texts.features[LABEL].names
+    place = np.full(len(names), -1)
+    place[classes] = np.arange(len(classes))
+    labels = place[np.asarray(texts[LABEL][:])]
+    kept = texts.select(np.flatnonzero(labels >= 0))
+    groups = kept[GROUP][:] if GROUP in kept.column_names else None
+    return text_table(kept[TEXT][:], labels[labels >= 0], [names[c] for c in classes], groups)
 
 
 def subsample_classes(

@@ -544,3 +544,54 @@ def test_a_selected_epoch_is_that_of_the_rule_and_what_is_left(run, metric):
     assert (resumed["selection"], resumed["test"]) == (selection, undisturbed["test"])
     best, last = (f"checkpoint-{5 * epochs}" for epochs in (selection["epoch"] + 1, len(rows)))
     assert {path.name for path in (moved / "checkpoints").iterdir()} == {best, last}
+
+
+def test_one_table_of_texts_is_split_and_the_split_is_kept(run, tmp_path, capsys):
+    """A CSV as people have it, to a report; a later run takes its parts over."""
+    lines = [
+        "review,author,mood",
+        *(f"{WORDS[n % 3]} {n},{n % 9},{'xyz'[n % 3]}" for n in range(60)),
+    ]
+    (tmp_path / "own.csv").write_text("\n".join([*lines, ",8,x", "", "plum,7,"]))
+    flags = ["--dataset", tmp_path / "own.csv", "--group_column", "author", "--skip_empty"]
+    divided = ["--test_split", 0.3, "--val_split", 0.3]
+    metrics, out = run(*flags, *divided, "--epochs", 1, "--start", 0, out="first")
+    said = capsys.readouterr().out
+    assert "Columns read from own.csv: 'mood' as --label_column, 'review' as --text_column." in said
+    assert "Left out: 1 rows of own.csv without text." in said
+    assert metrics["data"]["left_out"] == {
+        "rows of own.csv without text": 1,
+        "rows of own.csv without label": 1,
+    }
+    rows = rows_of_csv(out / "split.csv")
+    parts = {part: {row["group"] for row in rows if row["part"] == part} for part in PARTS}
+    assert sum(map(len, parts.values())) == len(set.union(*parts.values())) == 9
+    assert all(
+        {row["class"] for row in rows if row["part"] == part} == set("xyz") for part in PARTS
+    )
+    assert json.loads((out / "options.json").read_text())["class_names"] == ["x", "y", "z"]
+    flags += ["--split_file", out / "split.csv", "--epochs", 1, "--start", 0]
+    again, later = run(*flags, out="later")
+    assert (later / "split.csv").read_bytes() == (out / "split.csv").read_bytes()
+    assert again["test"] == metrics["test"]
+
+
+PARTS = ("train", "validation", "test")
+
+
+def rows_of_csv(file):
+    return list(csv.DictReader(file.read_text().splitlines()))
+
+
+def test_classes_without_a_training_text_are_no_classes(folder, capsys):
+    """Of a slice that ends before a class begins."""
+    flags = ["--dataset", str(folder), "--train_split", "train[20:]", "--test_split", "test"]
+    options = recipe_options.parse_options(text_lt.TextOptions, flags, default="")
+    assert text_lt.load_data(options)[2].counts.tolist() == [4, 16, 8]
+    flags[3] = "train[24:]"
+    options = recipe_options.parse_options(text_lt.TextOptions, flags, default="")
+    train, test, counts = text_lt.load_data(options, show=True)
+    assert counts.class_names == ("b", "c")
+    assert train.features["label"].names == test.features["label"].names == ["b", "c"]
+    assert (counts.counts.tolist(), test["label"][:]) == ([16, 8], [0] * 6 + [1] * 6)
+    assert "Left out: 6 samples to test on" in capsys.readouterr().out

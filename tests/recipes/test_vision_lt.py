@@ -1,8 +1,10 @@
+import collections
 import csv
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import options as recipe_options
@@ -11,6 +13,7 @@ import timm
 import torch
 import vision_lt
 from accelerate import Accelerator
+from image_sets import saved_to_disk
 from interruptions import interrupted_at
 from paths import RECIPES
 from PIL import Image
@@ -505,3 +508,66 @@ def test_the_test_set_selects_nothing(run, monkeypatch):
     assert first["test"] != second["test"]
     assert first["selection"] == second["selection"]
     assert first["validation"] == second["validation"]
+
+
+def test_own_folders_are_split_in_three_and_the_split_is_kept(run, tmp_path, capsys):
+    """Folders of classes alone, to a report; its parts are those of a resumed and a later run."""
+    folder = picture_folder(tmp_path / "pictures", train=(12, 6, 3), size=(8, 8)) + "/train"
+    flags = ["--dataset", folder, "--model", "cifar_resnet20", "--image_size", "8"]
+    flags += ["--epochs", "1", "--schedule", "none", "--batch_size", "4"]
+    divided = ["--test_split", "0.25", "--val_split", "0.2"]
+    metrics, out = run(*flags, *divided, preset=[])
+    assert list(metrics["class_counts"]) == [7, 1, 3]
+    assert metrics["held_out"]["class_counts"].tolist() == [2, 1, 1]
+    rows = list(csv.DictReader((out / "split.csv").read_text().splitlines()))
+    assert collections.Counter((row["class"], row["part"]) for row in rows) == {
+        ("1", "train"): 7,
+        ("1", "validation"): 2,
+        ("1", "test"): 3,
+        ("2", "train"): 1,
+        ("2", "validation"): 1,
+        ("2", "test"): 1,
+        ("10", "train"): 3,
+        ("10", "validation"): 1,
+        ("10", "test"): 2,
+    }
+    assert "Held out to test on: 6 of 21 examples, 0.25 of each class." in capsys.readouterr().out
+    again, later = run(*flags, "--split_file", out / "split.csv", folder="later", preset=[])
+    assert (later / "split.csv").read_bytes() == (out / "split.csv").read_bytes()
+    assert again["test"] == metrics["test"]
+    assert again["validation"] == metrics["validation"]
+    Path(folder, "1", "00.png").unlink()
+    with pytest.raises(ValueError, match=r"examples are not those of .*split.csv: 1 are gone"):
+        run(*flags, *divided, "--resume", preset=[])
+
+
+def test_the_split_to_evaluate_can_be_named(pictures, tmp_path):
+    os.rename(f"{pictures}/test", f"{pictures}/val")
+    picture_folder(tmp_path / "more", size=(8, 8))
+    os.rename(tmp_path / "more" / "test", f"{pictures}/test")
+    options = parsed("--dataset", pictures, "--val_split", "val")
+    notes = vision_lt.DataNotes()
+    train, test, counts = vision_lt.load_data(options, False, notes)
+    kept, validation, left = vision_lt.hold_out(options, train, counts, False, notes)
+    assert (kept, left, options.holds_out) == (train, counts, True)
+    assert ("/val/" in validation.describe(0), "/test/" in test.describe(0)) == (True, True)
+    options = parsed("--dataset", pictures, "--test_split", "val", "--val_split", "val")
+    train, _, counts = vision_lt.load_data(options, False, notes)
+    with pytest.raises(ValueError, match="`val_split` must be another split than is tested on"):
+        vision_lt.hold_out(options, train, counts, False, notes)
+
+
+def test_classes_without_a_training_image_are_no_classes(tmp_path, capsys):
+    """A set that names more classes than it has in the part that is trained on."""
+    given = saved_to_disk(tmp_path / "set", labels=[0, 0, 0, 2, 2, 2])
+    options = parsed("--dataset", given["dataset"], "--test_split", "valid")
+    train, test, counts = vision_lt.load_data(options, True)
+    assert counts.class_names == train.class_names == test.class_names == ("ant", "cat")
+    assert (train.labels.tolist(), test.labels.tolist()) == ([0] * 3 + [1] * 3, [0, 1, 1])
+    said = capsys.readouterr().out
+    assert "Classes without an example to train on are no classes here: 'bee'." in said
+    assert "Left out: 1 samples to test on whose class training has not." in said
+    given = saved_to_disk(tmp_path / "one", labels=[1] * 6)
+    options = parsed("--dataset", given["dataset"], "--test_split", "valid")
+    with pytest.raises(ValueError, match="`train_split` must be a part with two classes or more"):
+        vision_lt.load_data(options, False)

@@ -41,6 +41,7 @@ from ldam_plugins.data.readers.tables import (
 if TYPE_CHECKING:
     from datasets import Dataset
 
+_PARQUET_FILES = ("*.parquet", "*/*.parquet")
 _TRIED = 50
 """Rows whose files are looked for to tell which column names them."""
 
@@ -220,6 +221,9 @@ def _file_column(table: Table, index: FileIndex, request: ImageRequest) -> str:
         found = {name: _found(values, index) for name, values in table.columns.items()}
         best = max(found.values(), default=0)
         named = [name for name, count in found.items() if count and 2 * count >= best]
+        # A class "1" may stand beside a file 1.jpg, but files are many and classes are few.
+        sizes = {name: len(set(map(str, table.columns[name]))) for name in named}
+        named = [name for name in named if 2 * sizes[name] > max(sizes.values())]
         paths = [n for n in named if any(is_image_name(str(v)) for v in table.columns[n][:_TRIED])]
         return paths if len(paths) == 1 else named
 
@@ -232,8 +236,6 @@ def _found(values: list[Any], index: FileIndex) -> int:
     """How many of the first values are names of images."""
     names = [str(value) for value in values if not is_missing(value)][:_TRIED]
     depth = max((len(parts_of(name)) for name in names), default=0)
-    if len(set(names)) < len(names) / 2:
-        return 0  # a class called "1" beside a file 1.jpg
     return max((sum(bool(index.find(n, skip)) for n in names) for skip in range(depth)), default=0)
 
 
@@ -289,11 +291,13 @@ def _holds_image_table(request: ImageRequest) -> bool:
         return request.root.is_file() and is_table(request.root) and _is_plain(request.root)
     if (request.root / "dataset_dict.json").is_file() or has_class_folders(request):
         return False
+    if not all(_is_plain(f) for pattern in _PARQUET_FILES for f in request.root.glob(pattern)):
+        return False
     if flat_folder(request) is not None:
         return _names_images(request)
     tables = tables_of(request)
     if any(file.suffix.lower() in PARQUET for file in tables.values()):
-        return all(map(_is_plain, tables.values())) and bool(FileIndex(request.root).files)
+        return bool(FileIndex(request.root).files)
     return bool(tables)
 
 

@@ -46,6 +46,8 @@ _NO_DATA = re.compile(
     re.IGNORECASE,
 )
 """Stems of files that lie beside data and are none."""
+_SHARD = re.compile(r"-\d+-of-\d+$")
+"""One file of several, as `datasets` writes and reads them."""
 _DELIMITERS = ",;\t|"
 _SNIFFED = 50
 """Lines, or rows, that are looked at to tell how a table is written."""
@@ -96,8 +98,10 @@ class Table:
 
 
 def is_table(file: Path, suffixes: Collection[str] = TABLE_SUFFIXES) -> bool:
-    """Whether a file is a table by its name; one of JSON must be a list."""
+    """Whether a file is a table by its name, and whole; one of JSON must be a list."""
     if file.suffix.lower() not in suffixes or _NO_DATA.fullmatch(file.stem):
+        return False
+    if _SHARD.search(file.stem):
         return False
     if file.suffix.lower() == ".json":
         with file.open("rb") as opened:

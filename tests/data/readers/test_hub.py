@@ -114,6 +114,21 @@ def test_rows_without_a_label_are_left_out_and_counted(tmp_path):
     assert notes.left_out == {"rows of split train without label": 2}
 
 
+def test_splits_of_several_files(tmp_path):
+    for split in ("train", "test"):
+        for shard in range(2):
+            rows = table(split).shard(2, shard, contiguous=True)
+            rows.to_parquet(tmp_path / f"{split}-0000{shard}-of-00002.parquet")
+    train, test = load_images(tmp_path, cache_dir=tmp_path / ".cache")
+    assert (train.labels.tolist(), test.labels.tolist()) == (list(TRAIN), list(TEST))
+    (tmp_path / "texts").mkdir()
+    for split in ("train", "test"):
+        for shard in range(2):
+            line = f"text,label\n{split} {shard},{shard}\n"
+            write(tmp_path / "texts" / f"{split}-0000{shard}-of-00002.csv", line)
+    assert load_texts(tmp_path / "texts")[0]["text"][:] == ["train 0", "train 1"]
+
+
 def test_one_parquet_file_is_split(tmp_path):
     table("train").to_parquet(tmp_path / "all.parquet")
     cache = tmp_path / ".cache"

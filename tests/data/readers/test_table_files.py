@@ -12,6 +12,7 @@ from image_sets import CLASSES, TRAIN, png, write
 
 from ldam_plugins.data import load_images, load_texts
 from ldam_plugins.data.notes import DataNotes
+from ldam_plugins.data.splits import save_split
 
 HALF = {"test_split": 0.3}
 
@@ -102,6 +103,15 @@ def test_parquet_beside_images(tmp_path):
     assert names_of(train, test) == sorted(zip(SIX, map(str, TRAIN), strict=True))
 
 
+def test_numbers_of_files_beside_numbers_of_classes(tmp_path):
+    names = [str(n) for n in range(60)]
+    pictures(tmp_path, [f"{name}.png" for name in names])
+    write(tmp_path / "t.csv", lines(*rows_of(names, [str(n % 25) for n in range(60)])))
+    train, _, notes = told(load_images, tmp_path, **HALF)
+    assert len(train.class_names) == 25
+    assert notes.columns == {"image_column": "file", "label_column": "label"}
+
+
 def test_tables_of_a_competition(tmp_path):
     """train.csv with ids, test.csv without labels, images of both in folders of their own."""
     pictures(tmp_path, SIX, "train_images")
@@ -135,6 +145,48 @@ def test_a_column_of_splits(tmp_path):
     assert (len(train), test.describe(0)[-5:]) == (4, "5.png")
     assert notes.parts == {"train_split": "train", "test_split": "Test"}
     assert len(load_images(tmp_path, test_split=0.25, seed=1)[1]) == 2  # of all rows
+
+
+def test_groups_stay_together(tmp_path):
+    pictures(tmp_path, SIX)
+    groups = ["p", "p", "q", "q", "r", "r"]
+    rows = [f"{row},{g}" for row, g in zip(rows_of(labels="aaaabb"), groups, strict=True)]
+    write(tmp_path / "data.csv", lines(*rows, header="file,label,patient"))
+    train, test, notes = told(load_images, tmp_path, **HALF, group_column="patient")
+    assert set(train.groups) | set(test.groups) == {"p", "q", "r"}
+    assert not set(train.groups) & set(test.groups)
+    assert "Classes of which the only group is trained on, 1: 'b'." in notes.said
+    assert notes.divided["test"].groups.tolist() == test.groups.tolist()
+    frame = pd.read_csv(tmp_path / "data.csv").rename(columns={"file": "text"})
+    frame.to_csv(tmp_path / "train.csv", index=False)
+    frame[:3].assign(text="new", patient=["q", "q", "z"]).to_csv(tmp_path / "test.csv", index=False)
+    (tmp_path / "data.csv").unlink()
+    train, test, notes = told(load_texts, tmp_path, group_column="patient")
+    assert (train["group"][:], test["group"][:]) == (groups, ["q", "q", "z"])
+    message = "Groups both in training and in split test, of which they are 2 examples, 1: 'q'."
+    assert message in notes.said
+    train, test = load_texts(tmp_path, group_column="patient", test_split=0.3)
+    assert not set(train["group"][:]) & set(test["group"][:])
+    with pytest.raises(ValueError, match=r"`group_column` must be a column of train.csv, got 'x'"):
+        load_texts(tmp_path, group_column="x")
+
+
+def test_a_split_of_a_run_is_used_again(tmp_path):
+    file = text_csv(tmp_path, texts=["the same text"] * 4 + TEXTS[4:])
+    train, test, notes = told(load_texts, file, test_split=0.5, seed=3)
+    save_split(tmp_path / "split.csv", notes.divided)
+    again = load_texts(file, split_file=tmp_path / "split.csv")
+    for part, other in zip((train, test), again, strict=True):
+        assert part["text"][:] == other["text"][:]
+        assert part["label"][:] == other["label"][:]
+    with pytest.raises(ValueError, match="`test_split` must be left out beside `split_file`"):
+        load_texts(file, split_file=tmp_path / "split.csv", test_split=0.5)
+    pictures(tmp_path / "set", SIX)
+    write(tmp_path / "set" / "t.csv", lines(*rows_of()))
+    train, test, notes = told(load_images, tmp_path / "set", test_split=0.5, seed=3)
+    save_split(tmp_path / "images.csv", notes.divided)
+    other = load_images(tmp_path / "set", split_file=str(tmp_path / "images.csv"))[1]
+    assert other.examples().names == test.examples().names
 
 
 def test_names_as_the_web_leaves_them(tmp_path):
