@@ -22,7 +22,7 @@ from ldam_plugins.data.long_tail import CLASS_ORDERS, PROFILES
 from ldam_plugins.heads.choice import HEADS, LINEAR_SCALE, options_for_head
 from ldam_plugins.losses import loss_options, losses_with
 from ldam_plugins.losses.base import DEFAULT_SCALE, ClassificationLoss
-from ldam_plugins.reports.class_table import kept_table
+from ldam_plugins.reports.class_table import kept_table, per_class_table
 from ldam_plugins.schedules import KINDS, UNITS
 from ldam_plugins.training.environment import PRECISIONS
 from ldam_plugins.training.options import (
@@ -100,6 +100,12 @@ class CoreOptions:
         "during training instead of the test set; counts, margins and weights are those of the "
         "others [none]",
     )
+    evaluate: str | None = option(
+        None,
+        "validation: measure the trained model on the samples of --val_split alone and leave the "
+        "test set alone, as for a choice of options [both]",
+        choices=("validation",),
+    )
     loss: str = option("ldam", f"one of {', '.join(list_losses())}")
     head: str = option(
         "auto",
@@ -149,7 +155,17 @@ class CoreOptions:
         if not self.output_dir.strip():
             expected = "the folder of the run"
             raise invalid("output_dir", expected, self.output_dir, hint="Give --output_dir.")
+        if self.evaluate is not None and self.val_split is None:
+            hint = "Give --val_split as well, such as --val_split 0.2."
+            raise invalid(
+                "evaluate", "left out where nothing is held out", self.evaluate, hint=hint
+            )
         self.make_schedule()
+
+    @property
+    def measures_test(self) -> bool:
+        """Whether the trained model is measured on the test set."""
+        return self.evaluate is None
 
     @property
     def error_column(self) -> str:
@@ -270,6 +286,13 @@ def held_out_record(labels: Any, counts: ClassCounts) -> dict[str, Any]:
         "class_counts": held_out,
         "classes_without": class_names(counts, held_out == 0),
     }
+
+
+def print_classes(metrics: Mapping[str, Any], counts: ClassCounts) -> None:
+    """Print the accuracy of each class on the test set; on what is held out where that is left."""
+    if metrics["test"] is None:
+        print("The test set is left alone. On the samples held out for validation:")
+    print(per_class_table(metrics["test"] or metrics["validation"], counts))
 
 
 def class_names(counts: ClassCounts, chosen: np.ndarray) -> list[str]:

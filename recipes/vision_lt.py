@@ -24,7 +24,15 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from options import RESUME, CoreOptions, held_out_record, parse_options, print_kept, split_samples
+from options import (
+    RESUME,
+    CoreOptions,
+    held_out_record,
+    parse_options,
+    print_classes,
+    print_kept,
+    split_samples,
+)
 from timm.data import Mixup
 from timm.data.mixup import mixup_target
 from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
@@ -54,7 +62,7 @@ from ldam_plugins.integrations.timm.saved_model import load_model, save_model
 from ldam_plugins.kernels.batch_norm import use_fast_batch_norm
 from ldam_plugins.losses import apply_stage, warn_of_combination
 from ldam_plugins.losses.base import ClassificationLoss
-from ldam_plugins.reports import per_class_table, write_report
+from ldam_plugins.reports import write_report
 from ldam_plugins.samplers import DeferredSampler
 from ldam_plugins.schedules import DeferredSchedule, Progress
 from ldam_plugins.training import (
@@ -187,7 +195,7 @@ def main(options: VisionOptions) -> dict[str, Any]:
     set_seed(options.seed)
     train, test, counts = load_data(options, show=accelerator.is_main_process)
     train, validation, counts = hold_out(options, train, counts, show=accelerator.is_main_process)
-    if validation is not None and not options.skip_corrupt:
+    if validation is not None and options.measures_test and not options.skip_corrupt:
         refuse_corrupt(test, show=accelerator.is_main_process)
     criterion = options.make_loss(counts).to(accelerator.device)
     if accelerator.is_main_process:
@@ -226,7 +234,9 @@ def main(options: VisionOptions) -> dict[str, Any]:
             held_out["held_out"] = held_out_record(validation.labels, counts)
             found = measure(accelerator, options, counts, validation, workers)
             held_out["validation"] = found
-        result = measure(accelerator, options, counts, test, workers)
+        result = None
+        if options.measures_test:
+            result = measure(accelerator, options, counts, test, workers)
     metrics = run_metrics(
         options=asdict(options),
         class_counts=counts,
@@ -366,7 +376,7 @@ def save_outputs(options: VisionOptions, metrics: dict[str, Any], counts: ClassC
     times = training_times(options.output_dir, counts.total)
     write_metrics(options.output_dir, metrics | times)
     write_report(options.output_dir)
-    print(per_class_table(metrics["test"], counts))
+    print_classes(metrics, counts)
 
 
 def make_accelerator(options: VisionOptions) -> Accelerator:
@@ -399,7 +409,7 @@ def load_data(
     )
     if options.skip_corrupt:
         train = without_corrupt(train, "training", show)
-        test = without_corrupt(test, "test", show)
+        test = without_corrupt(test, "test", show) if options.measures_test else test
     classes = len(train.class_names)
     keep = long_tail_indices(
         train.labels,

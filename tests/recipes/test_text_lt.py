@@ -22,6 +22,7 @@ from transformers import (
     BertForSequenceClassification,
     Trainer,
 )
+from untouchable import without_test_set
 
 from ldam_plugins.data import load_texts
 from ldam_plugins.heads import cosine_heads
@@ -517,3 +518,14 @@ def test_the_split_follows_the_subset_seed_alone(folder):
 
     assert held_out("--seed", "1") == held_out("--seed", "2", "--loss", "ce")
     assert held_out("--subset_seed", "1") != held_out()
+
+
+def test_a_run_evaluated_on_the_split_leaves_the_test_set_alone(run, monkeypatch):
+    monkeypatch.setattr(text_lt, "load_texts", without_test_set(text_lt.load_texts))
+    flags = ["--epochs", 1, "--start", 0, "--val_split", 0.25]
+    metrics, out = run(*flags, "--evaluate", "validation")
+    assert (metrics["test"], metrics["class_errors"]) == (None, None)
+    left = json.loads((out / "metrics.json").read_text())
+    assert (left["test"], left["held_out"]["samples"]) == (None, 12)
+    with pytest.raises(AssertionError, match="the test set was asked"):
+        run(*flags, out="other")

@@ -15,6 +15,7 @@ from interruptions import interrupted_at
 from paths import RECIPES
 from PIL import Image
 from safetensors.torch import load_file
+from untouchable import without_test_set
 from vision_runs import parsed, picture_folder, vision_run
 
 from ldam_plugins import register
@@ -460,3 +461,23 @@ def test_a_run_with_a_split_can_be_resumed(run):
     errors = [[row["val_error"] for row in read_history(out)] for out in (whole, broken)]
     assert errors[0] == errors[1]
     assert len(errors[0]) == 3
+
+
+@pytest.mark.parametrize("more", [[], ["--skip_corrupt"]], ids=" ".join)
+def test_a_run_evaluated_on_the_split_leaves_the_test_set_alone(run, monkeypatch, capsys, more):
+    monkeypatch.setattr(vision_lt, "load_images", without_test_set(vision_lt.load_images))
+    flags = ["--epochs", 1, "--start", 0, "--val_split", 0.2, *more]
+    metrics, out = run(*flags, "--evaluate", "validation", report=True)
+    assert metrics["test"] is None
+    left = json.loads((out / "metrics.json").read_text())
+    assert (left["test"], left["held_out"]["samples"]) == (None, 97)
+    assert 0 <= left["validation"]["balanced_accuracy"] <= 1
+    assert "The test set is left alone. On the samples held out" in capsys.readouterr().out
+    assert "the test set was left alone" in (out / "report.html").read_text()
+    with pytest.raises(AssertionError, match="the test set was asked"):
+        run(*flags, folder="other")
+
+
+def test_what_is_evaluated_needs_to_be_held_out():
+    with pytest.raises(ValueError, match=r"`evaluate` must be left out.*--val_split 0\.2"):
+        parsed("--evaluate", "validation")
