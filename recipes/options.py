@@ -35,7 +35,7 @@ from ldam_plugins.data.splits import (
 from ldam_plugins.heads.choice import HEADS, LINEAR_SCALE, options_for_head
 from ldam_plugins.losses import loss_options, losses_with
 from ldam_plugins.losses.base import DEFAULT_SCALE, ClassificationLoss
-from ldam_plugins.reports.class_table import kept_table
+from ldam_plugins.reports.class_table import kept_table, per_class_table
 from ldam_plugins.schedules import KINDS, UNITS
 from ldam_plugins.training.environment import PRECISIONS
 from ldam_plugins.training.options import (
@@ -136,6 +136,12 @@ class CoreOptions:
         None, "what separates the fields of a CSV file [what gives even rows]"
     )
     skip_empty: bool = option(False, "leave out rows without a text, file or label, and count them")
+    evaluate: str | None = option(
+        None,
+        "validation: measure the trained model on the samples of --val_split alone and leave the "
+        "test set alone, as for a choice of options [both]",
+        choices=("validation",),
+    )
     loss: str = option("ldam", f"one of {', '.join(list_losses())}")
     head: str = option(
         "auto",
@@ -210,8 +216,18 @@ class CoreOptions:
         if not self.output_dir.strip():
             expected = "the folder of the run"
             raise invalid("output_dir", expected, self.output_dir, hint="Give --output_dir.")
+        if self.evaluate is not None and not self.holds_out:
+            hint = "Give --val_split as well, such as --val_split 0.2."
+            raise invalid(
+                "evaluate", "left out where nothing is held out", self.evaluate, hint=hint
+            )
         self.make_schedule()
         self._check_selection()
+
+    @property
+    def measures_test(self) -> bool:
+        """Whether the trained model is measured on the test set."""
+        return self.evaluate is None
 
     @property
     def holds_out(self) -> bool:
@@ -290,6 +306,9 @@ def parse_options(
     flagged = {flag.split("=")[0].replace("-", "_") for flag in flags}
     if options.holds_out and "__eval_test_every" not in flagged:
         options.eval_test_every = kind.eval_test_every
+    if options.evaluate is not None and options.eval_test_every:
+        expected = "0 beside --evaluate validation, which leaves the test set alone"
+        raise invalid("eval_test_every", expected, options.eval_test_every)
     _check_ratio(options, preset, flags)
     return options
 
@@ -434,6 +453,13 @@ def held_out_record(labels: Any, counts: ClassCounts) -> dict[str, Any]:
         "class_counts": held_out,
         "classes_without": class_names(counts, held_out == 0),
     }
+
+
+def print_classes(metrics: Mapping[str, Any], counts: ClassCounts) -> None:
+    """Print the accuracy of each class on the test set; on what is held out where that is left."""
+    if metrics["test"] is None:
+        print("The test set is left alone. On the samples held out for validation:")
+    print(per_class_table(metrics["test"] or metrics["validation"], counts))
 
 
 def class_names(counts: ClassCounts, chosen: np.ndarray) -> list[str]:

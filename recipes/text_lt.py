@@ -31,6 +31,7 @@ from options import (
     keep_split,
     load_validation,
     parse_options,
+    print_classes,
     print_kept,
     split_samples,
     without_untrained,
@@ -79,7 +80,7 @@ from ldam_plugins.integrations.transformers.run_callbacks import (
 from ldam_plugins.integrations.transformers.saved_model import describe_saved, measure_saved
 from ldam_plugins.integrations.transformers.tokenizer import train_tokenizer
 from ldam_plugins.losses.base import ClassificationLoss
-from ldam_plugins.reports import per_class_table, write_report
+from ldam_plugins.reports import write_report
 from ldam_plugins.training import (
     check_processes,
     choose_precision,
@@ -198,7 +199,9 @@ def main(options: TextOptions) -> dict[str, Any]:
         held_out["held_out"] = held_out_record(validation["label"], counts)
         found = measure_saved(model_folder(options), validation, counts, batch_size=size)
         held_out["validation"] = found
-    result = measure_saved(model_folder(options), test, counts, batch_size=size)
+    result = None
+    if options.measures_test:
+        result = measure_saved(model_folder(options), test, counts, batch_size=size)
     metrics = run_metrics(
         options=asdict(options),
         **notes.record(),
@@ -206,7 +209,7 @@ def main(options: TextOptions) -> dict[str, Any]:
         device=arguments.device,
         processes=arguments.world_size,
         mixed_precision=trainer.accelerator.mixed_precision,
-        class_errors=class_errors(result, counts),
+        class_errors=None if result is None else class_errors(result, counts),
         **held_out,
         test=result,
     )
@@ -221,7 +224,7 @@ def save_outputs(options: TextOptions, metrics: dict[str, Any], counts: ClassCou
     times = training_times(options.output_dir, counts.total)
     write_metrics(options.output_dir, metrics | times)
     write_report(options.output_dir)
-    print(per_class_table(metrics["test"], counts))
+    print_classes(metrics, counts)
 
 
 def save_model(options: TextOptions, trainer: Trainer) -> None:

@@ -31,6 +31,7 @@ from options import (
     keep_split,
     load_validation,
     parse_options,
+    print_classes,
     print_kept,
     split_samples,
     without_untrained,
@@ -65,7 +66,7 @@ from ldam_plugins.integrations.timm.saved_model import load_model, save_model
 from ldam_plugins.kernels.batch_norm import use_fast_batch_norm
 from ldam_plugins.losses import apply_stage, warn_of_combination
 from ldam_plugins.losses.base import ClassificationLoss
-from ldam_plugins.reports import per_class_table, write_report
+from ldam_plugins.reports import write_report
 from ldam_plugins.samplers import DeferredSampler
 from ldam_plugins.schedules import DeferredSchedule, Progress
 from ldam_plugins.training import (
@@ -201,7 +202,8 @@ def main(options: VisionOptions) -> dict[str, Any]:
     train, test, counts = load_data(options, show, notes)
     train, validation, counts = hold_out(options, train, counts, show, notes)
     watched = watched_images(options, validation, test)
-    if "test_error" not in watched and not options.skip_corrupt:
+    unread = options.measures_test and "test_error" not in watched
+    if unread and not options.skip_corrupt:
         refuse_corrupt(test, show=accelerator.is_main_process)
     criterion = options.make_loss(counts).to(accelerator.device)
     if accelerator.is_main_process:
@@ -243,7 +245,9 @@ def main(options: VisionOptions) -> dict[str, Any]:
             held_out["held_out"] = held_out_record(validation.labels, counts)
             found = measure(accelerator, options, counts, validation, workers)
             held_out["validation"] = found
-        result = measure(accelerator, options, counts, test, workers)
+        result = None
+        if options.measures_test:
+            result = measure(accelerator, options, counts, test, workers)
     metrics = run_metrics(
         options=asdict(options),
         **notes.record(),
@@ -404,7 +408,7 @@ def save_outputs(options: VisionOptions, metrics: dict[str, Any], counts: ClassC
     times = training_times(options.output_dir, counts.total)
     write_metrics(options.output_dir, metrics | times)
     write_report(options.output_dir)
-    print(per_class_table(metrics["test"], counts))
+    print_classes(metrics, counts)
 
 
 def make_accelerator(options: VisionOptions) -> Accelerator:
@@ -434,7 +438,8 @@ def load_data(
     train, test = load_parts(options, options.test_split, notes)
     if options.skip_corrupt:
         train = without_corrupt(train, "training", show, notes)
-        test = without_corrupt(test, "test", show, notes)
+        if options.measures_test:
+            test = without_corrupt(test, "test", show, notes)
     if show:
         notes.print()
     classes = len(train.class_names)

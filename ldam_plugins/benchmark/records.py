@@ -16,7 +16,11 @@ from ldam_plugins.training.history import METRICS_KEYS, read_metrics
 from ldam_plugins.training.run_dir import COMMAND_FILE, METRICS_FILE
 
 Record = dict[str, Any]
-"""``metrics.json`` of one run, after its ``name`` and the ``command`` that made it."""
+"""``metrics.json`` of one run, after its ``name`` and the ``command`` that made it; with ``tuned``,
+as of :meth:`.Search.record`, where options of the run were tuned."""
+
+TUNED_FILE = "tuned.json"
+"""Beside the metrics of a run: ``tuned`` of its record."""
 
 UNKNOWN = "unknown"
 """The precision of a run that was made before runs recorded it."""
@@ -50,6 +54,13 @@ def _parse(line: str, place: str) -> Record:
     missing = [key for key in ("name", "command", *METRICS_KEYS) if key not in record]
     if missing:
         raise invalid(place, f"a whole record, with {quoted(missing)}", list(record))
+    return _measured(record, place)
+
+
+def _measured(record: Record, place: str) -> Record:
+    if record["test"] is None:
+        expected = "the record of a run measured on the test set"
+        raise invalid(place, expected, "one made with --evaluate validation")
     return record
 
 
@@ -83,16 +94,19 @@ def collect_records(
         leave_out: Names of cells whose files are not what the grid asked for.
     """
     cells = [path.parent for path in sorted(Path(folder).glob(f"*/{METRICS_FILE}"))]
-    return [
-        {
-            "name": cell.name,
-            "command": _command(cell),
-            "mixed_precision": UNKNOWN,
-            **read_metrics(cell),
-        }
-        for cell in cells
-        if cell.name not in leave_out
-    ]
+    return [_measured(_record(cell), str(cell)) for cell in cells if cell.name not in leave_out]
+
+
+def _record(cell: Path) -> Record:
+    record = {"name": cell.name, "command": _command(cell), "mixed_precision": UNKNOWN}
+    tuned = cell / TUNED_FILE
+    found = {"tuned": json.loads(tuned.read_text(encoding="utf-8"))} if tuned.exists() else {}
+    return {**record, **read_metrics(cell), **found}
+
+
+def write_tuned(folder: str | os.PathLike[str], tuned: Mapping[str, Any]) -> None:
+    """Write what a search says of a finished run, for its record, beside its metrics."""
+    write_atomic(Path(folder, TUNED_FILE), f"{json.dumps(tuned, ensure_ascii=False)}\n".encode())
 
 
 def _command(cell: Path) -> str | None:

@@ -164,6 +164,7 @@ def _values(records: Sequence[Record], option: str) -> str:
 def _common(records: Sequence[Record]) -> dict[str, str]:
     """Options that all runs share."""
     left_out = {*varying_options(records), "seed", *MAY_CHANGE}
+    left_out |= {name for record in records for name in record.get("tuned", {"given": ()})["given"]}
     options = records[0]["options"]
     return {name: shown(value) for name, value in options.items() if name not in left_out}
 

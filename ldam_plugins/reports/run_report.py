@@ -24,8 +24,9 @@ def write_report(output_dir: str | os.PathLike[str]) -> Path:
 
     A pure function of ``metrics.json`` and ``history.csv`` in ``output_dir``, so it can be run
     again at any time. Figures on held-out training samples (``validation`` in the metrics) stand
-    below those on the test set. The page needs no network and no script, and follows the reader's
-    light or dark setting. Without an epoch in the history there is no training curve.
+    below those on the test set, and in their place where ``test`` is None. The page needs no
+    network and no script, and follows the reader's light or dark setting. Without an epoch in the
+    history there is no training curve.
 
     Returns:
         The path of the page.
@@ -37,7 +38,13 @@ def write_report(output_dir: str | os.PathLike[str]) -> Path:
     folder = Path(output_dir)
     metrics, history = read_metrics(folder), read_history(folder)
     counts = ClassCounts(metrics["class_counts"], metrics.get("class_names"))
-    rows = class_rows(metrics["test"], counts)
+    test, validation = metrics["test"], _validation(metrics, counts)
+    how = f"plain cross-entropy and accuracy {_measured(metrics.get('selection'))}"
+    measured = f"Measured on the test set with {how}."
+    if test is None and validation is not None:
+        measured = f"{validation[0]} With {how}; the test set was left alone."
+        test, validation = metrics["validation"], None
+    rows = class_rows(test, counts)
     plots = _draw(history, rows, metrics.get("selection"))
     for plot in plots:
         write_atomic(folder / plot.file, plot.light)
@@ -45,9 +52,9 @@ def write_report(output_dir: str | os.PathLike[str]) -> Path:
         "report.html.jinja",
         title=_title(metrics["options"]),
         subtitle=_subtitle(metrics["options"], counts),
-        summary=summary(metrics["test"], counts),
-        measured=_measured(metrics.get("selection")),
-        validation=_validation(metrics, counts),
+        summary=summary(test, counts),
+        measured=measured,
+        validation=validation,
         plots=plots,
         rows=_shortened(rows),
         left_out=len(rows) - _MAX_TABLE_ROWS,

@@ -160,7 +160,7 @@ def run_metrics(
     options: Mapping[str, Any],
     class_counts: ClassCounts,
     device: torch.device | str,
-    test: Mapping[str, Any],
+    test: Mapping[str, Any] | None,
     **more: Any,
 ) -> dict[str, Any]:
     """What :func:`write_metrics` writes of a run, apart from its :func:`training_times`.
@@ -169,7 +169,8 @@ def run_metrics(
         options: Everything that makes the run.
         class_counts: Training samples per class.
         device: Where the model was trained.
-        test: Metrics on the test set, as of :func:`~ldam_plugins.training.evaluate`.
+        test: Metrics on the test set, as of :func:`~ldam_plugins.training.evaluate`; None where it
+            was left alone.
         **more: Further entries.
     """
     return {
@@ -179,7 +180,7 @@ def run_metrics(
         "class_names": class_counts.class_names,
         "device": device_name(device),
         **more,
-        "test": dict(test),
+        "test": None if test is None else dict(test),
     }
 
 

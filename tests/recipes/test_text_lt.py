@@ -22,6 +22,7 @@ from transformers import (
     BertForSequenceClassification,
     Trainer,
 )
+from untouchable import without_test_set
 
 from ldam_plugins.data import load_texts
 from ldam_plugins.heads import cosine_heads
@@ -595,3 +596,14 @@ def test_classes_without_a_training_text_are_no_classes(folder, capsys):
     assert train.features["label"].names == test.features["label"].names == ["b", "c"]
     assert (counts.counts.tolist(), test["label"][:]) == ([16, 8], [0] * 6 + [1] * 6)
     assert "Left out: 6 samples to test on" in capsys.readouterr().out
+
+
+def test_a_run_evaluated_on_the_split_leaves_the_test_set_alone(run, monkeypatch):
+    monkeypatch.setattr(text_lt, "load_texts", without_test_set(text_lt.load_texts))
+    flags = ["--epochs", 1, "--start", 0, "--val_split", 0.25]
+    metrics, out = run(*flags, "--evaluate", "validation")
+    assert (metrics["test"], metrics["class_errors"]) == (None, None)
+    left = json.loads((out / "metrics.json").read_text())
+    assert (left["test"], left["held_out"]["samples"]) == (None, 12)
+    with pytest.raises(AssertionError, match="the test set was asked"):
+        run(*flags, out="other")

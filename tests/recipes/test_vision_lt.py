@@ -18,6 +18,7 @@ from interruptions import interrupted_at
 from paths import RECIPES
 from PIL import Image
 from safetensors.torch import load_file
+from untouchable import without_test_set
 from vision_runs import parsed, picture_folder, vision_run
 
 from ldam_plugins import register
@@ -571,3 +572,26 @@ def test_classes_without_a_training_image_are_no_classes(tmp_path, capsys):
     options = parsed("--dataset", given["dataset"], "--test_split", "valid")
     with pytest.raises(ValueError, match="`train_split` must be a part with two classes or more"):
         vision_lt.load_data(options, False)
+
+
+@pytest.mark.parametrize("more", [[], ["--skip_corrupt"]], ids=" ".join)
+def test_a_run_evaluated_on_the_split_leaves_the_test_set_alone(run, monkeypatch, capsys, more):
+    monkeypatch.setattr(vision_lt, "load_images", without_test_set(vision_lt.load_images))
+    flags = ["--epochs", 1, "--start", 0, "--val_split", 0.2, *more]
+    metrics, out = run(*flags, "--evaluate", "validation", report=True)
+    assert metrics["test"] is None
+    left = json.loads((out / "metrics.json").read_text())
+    assert (left["test"], left["held_out"]["samples"]) == (None, 97)
+    assert 0 <= left["validation"]["balanced_accuracy"] <= 1
+    assert "The test set is left alone. On the samples held out" in capsys.readouterr().out
+    assert "the test set was left alone" in (out / "report.html").read_text()
+    with pytest.raises(AssertionError, match="the test set was asked"):
+        run(*flags, folder="other")
+
+
+def test_what_is_evaluated_needs_to_be_held_out():
+    with pytest.raises(ValueError, match=r"`evaluate` must be left out.*--val_split 0\.2"):
+        parsed("--evaluate", "validation")
+    flags = ["--evaluate", "validation", "--val_split", "0.2", "--eval_test_every", "1"]
+    with pytest.raises(ValueError, match="`eval_test_every` must be 0 beside --evaluate validati"):
+        parsed(*flags)
