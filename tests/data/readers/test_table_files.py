@@ -359,6 +359,9 @@ def test_rows_that_lack_something(tmp_path):
 def test_encodings_are_named(tmp_path):
     content = text_csv(tmp_path, texts=[f"caf\xe9 \u2019 {n}" for n in range(8)]).read_text("utf-8")
     file = tmp_path / "spam.csv"
+    write(tmp_path / "unicode.txt", content.replace(",", "\t").encode("utf-16"))
+    train, _ = load_texts(tmp_path / "unicode.txt", test_split=0.25, encoding="utf-16")
+    assert train.features["label"].names == ["ham", "spam"]
     for encoding in ("cp1252", "utf-16"):
         write(file, content.encode(encoding))
         with pytest.raises(ValueError, match=rf"spam.csv, line .*--encoding {encoding}"):
@@ -478,7 +481,15 @@ def several_labels(root):
     write(pictures(root, SIX) / "t.csv", lines(*rows, header="file,cat,dog"))
 
 
+def other_names(root):
+    write(pictures(root, SIX) / "t.csv", lines(*rows_of([f"x{name}" for name in SIX])))
+
+
 BAD_IMAGES = {
+    "other names": (
+        other_names,
+        r"no column of .*t.csv names images below .* there are 6, such as 'images/0.png'.*'x0.png'",
+    ),
     "several tables": (several_tables, r"one table a split, got .*a.csv.*--dataset .*a.csv"),
     "no images": (no_images, "there is no image below"),
     "several labels": (
