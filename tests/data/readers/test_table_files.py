@@ -262,6 +262,7 @@ LABELS = {
     "truths": (["True", "False"] * 3, ("False", "True")),
     "missing?": (["NA", "None", "nan"] * 2, ("NA", "None", "nan")),
     "blanks": (["x ", "x", "y", "y", "x ", "y "], ("x", "y")),
+    "blanks alone": (["x ", "y"] * 3, ("x", "y")),
     "capitals": (["Cat", "cat"] * 3, ("Cat", "cat")),
     "scripts": (["\u732b \u72ac", "\u041a\u043e\u0442", "\u0642\u0637"] * 2, None),
     "normal forms": (["caf\xe9", "cafe\u0301", "tea"] * 2, ("caf\xe9", "tea")),
