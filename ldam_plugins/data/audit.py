@@ -27,7 +27,7 @@ from ldam_plugins.data.duplicates import (
     normalised,
     text_signer,
 )
-from ldam_plugins.data.readers.base import LABEL, TEXT, decode_image
+from ldam_plugins.data.readers.base import LABEL, TEXT, open_image, to_rgb
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -474,7 +474,9 @@ def _look_at_image(images: LabelledImages, index: int) -> dict[str, Any]:
             content = image.tobytes()
             facts |= _stored_as(image)
         else:
-            image = decode_image(io.BytesIO(content), lambda stored: facts.update(_opened(stored)))
+            with open_image(io.BytesIO(content)) as opened:
+                facts |= _opened(opened)
+                image = to_rgb(opened)
         fingerprint, thumbnail = image_fingerprint(image)
     except Exception as error:  # decoders raise nearly any exception for damaged bytes
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):

@@ -290,30 +290,29 @@ class ArraySource:
         """There is no file."""
 
 
-def decode_image(
-    file: str | io.BytesIO, look: Callable[[Image.Image], object] = lambda image: None
-) -> Image.Image:
+def decode_image(file: str | io.BytesIO) -> Image.Image:
     """Decode a file (a path or its bytes in memory) to RGB, pixels as stored.
 
     As in torchvision's and timm's loaders an alpha channel is dropped and an EXIF orientation is
     not applied; of an animation the first frame is taken.
 
-    Args:
-        file: The file.
-        look: Called with what Pillow opened, before its pixels are decoded.
-
     Raises:
         Exception: a damaged file; Pillow raises nearly any type.
         ValueError: pixels of 32 bits, which have no defined range.
     """
+    with open_image(file) as image:
+        return to_rgb(image)
+
+
+def open_image(file: str | io.BytesIO) -> Image.Image:
+    """Open an image of a format that is read, its pixels not decoded yet."""
     from PIL import Image
 
-    with Image.open(file, formats=_FORMATS) as image:
-        look(image)
-        return _to_rgb(image)
+    return Image.open(file, formats=_FORMATS)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Decode the pixels to RGB, as :func:`decode_image` says."""
     from PIL import Image
 
     # Pillow's own conversion of 16 bits clips at 255; its older releases open such a PNG as "I".
