@@ -51,6 +51,7 @@ LOADING = {
 }
 """The options that go to ``load_images`` and ``load_texts``, and into the command to paste."""
 KNOWN = {"digits": "images", "stdlib_docstrings": "texts"}
+NO_LIMITS = (0, math.inf)
 PREVIEW = 128  # pixels of a side
 
 
@@ -105,8 +106,8 @@ class InspectOptions:
 
 def main(options: InspectOptions) -> Audit:
     """Look at the data set, print what was found, and write it to ``--output_dir``."""
-    Path(options.output_dir).mkdir(parents=True, exist_ok=True)
     kind, (train, test) = load(options)
+    Path(options.output_dir).mkdir(parents=True, exist_ok=True)  # before what takes minutes
     preview = None
     if kind == "images":
         audit = audit_images(train, test, near_distance=options.near_distance, progress=True)
@@ -143,7 +144,7 @@ def load(options: InspectOptions) -> tuple[str, tuple[Any, Any]]:
             if len(kinds) == 1:
                 raise
             refused[each] = error
-    reasons = " ".join(f"As {each}: {error}" for each, error in refused.items())
+    reasons = " ".join(f"As {each}: {error}." for each, error in refused.items())
     hint = f"{reasons} With --kind images or --kind texts only one is tried."
     raise invalid("dataset", "a data set of images or of texts", options.dataset, hint=hint)
 
@@ -187,13 +188,17 @@ def advise(options: InspectOptions, audit: Audit, table: Path = ADVICE) -> Advic
     settings = {**training["options"], **method["options"]}
     if options.model is not None:
         settings["model"] = options.model
-    if settings:
-        settings |= fitted_lengths(settings, training.get("updates", 0), audit)
+    changes: dict[str, int] = {}
+    if training["recipe"]:
+        changes = fitted_lengths(settings, training.get("updates", NO_LIMITS), audit)
+    settings |= changes
     if audit.texts is not None and training["recipe"]:
         settings["max_length"] = options.max_length or advised_length(audit)
+    changed = [f"{name} {new}, not {training['options'][name]}" for name, new in changes.items()]
+    unlike = f" To fit the size of this set: {', '.join(changed)}." if changed else ""
     reasons = [
-        (what, worded(settings, entry["options"]), evidence(entry))
-        for what, entry in (("method", method), ("training", training))
+        ("method", worded(settings, method["options"]), evidence(method)),
+        ("training", worded(settings, training["options"]), evidence(training) + unlike),
     ]
     command = None
     if training["recipe"]:
@@ -221,13 +226,22 @@ def first_fit(
     )
 
 
-def fitted_lengths(settings: Mapping[str, Any], updates: int, audit: Audit) -> dict[str, int]:
-    """Batch size and epochs: at least eight batches an epoch, and so many updates in all."""
+def fitted_lengths(
+    settings: Mapping[str, Any], updates: Sequence[float], audit: Audit
+) -> dict[str, int]:
+    """Batch size and epochs, where others fit the set better than those of the table.
+
+    There are to be eight batches an epoch, and in all as many optimizer steps as ``updates``, the
+    least and the greatest number, allow; at least one epoch.
+    """
     samples, batch_size = audit.sizes[TRAIN], settings["batch_size"]
     while batch_size > 8 and batch_size * 8 > samples:
         batch_size //= 2
-    epochs = max(settings["epochs"], math.ceil(updates / math.ceil(samples / batch_size)))
-    return {"batch_size": batch_size, "epochs": epochs}
+    steps = math.ceil(samples / batch_size)
+    least, most = (math.ceil(updates[0] / steps), max(updates[1] // steps, 1))
+    epochs = int(min(max(settings["epochs"], least), most))
+    fitted = {"batch_size": batch_size, "epochs": epochs}
+    return {name: value for name, value in fitted.items() if value != settings[name]}
 
 
 def advised_length(audit: Audit) -> int:

@@ -119,7 +119,7 @@ def test_all_near_hashes_are_found(distance, monkeypatch):
             flipped = sum(1 << bit for bit in generator.sample(range(64), flips))
             hashes.append(base ^ flipped)
     array = np.array(hashes, dtype=np.uint64)
-    near = duplicates.near_images(array, np.zeros((len(array), 3), np.uint8), distance)
+    near = duplicates.near_images(array, np.zeros((len(array), 1, 3), np.uint8), distance)
     found = {
         (min(i, j), max(i, j)): bits
         for i, j, bits in zip(near.first, near.second, near.difference, strict=True)
@@ -129,6 +129,18 @@ def test_all_near_hashes_are_found(distance, monkeypatch):
     }
     assert found == {pair: bits for pair, bits in distances.items() if bits <= distance}
     assert len(found) == len(near.first)
+
+
+def test_equal_hashes_of_unlike_images_are_no_duplicates():
+    generator = np.random.RandomState(0)
+    one = generator.randint(0, 255, (16, 3))
+    noise = generator.randint(0, 2, (16, 3))  # of a single colour but for that
+    parts = [one, one * 0.5 + 60, 255 - one, 100 + noise, 50 + noise]
+    thumbnails = np.stack(parts).astype(np.uint8)
+    near = duplicates.near_images(np.zeros(5, np.uint64), thumbnails, 6)
+    assert (near.first.tolist(), near.second.tolist()) == ([0], [1])
+    tinted = thumbnails[[0, 2]] // 8 + np.array([180, 0, 90], np.uint8)  # alike in colour alone
+    assert not len(duplicates.near_images(np.zeros(2, np.uint64), tinted, 6).first)
 
 
 def texts_of(rows, names=("a", "b")):
@@ -166,6 +178,16 @@ def test_texts_that_were_planted_are_found():
     assert audit.texts.empty == 1
     assert audit.texts.tokens is None
     assert audit.leaks["other_example"].tolist() == [LONG, "Where is my card?"]
+
+
+def test_a_leak_names_the_nearest_training_example():
+    other = "A shop that sells bread and nothing else was opened in the street behind the church"
+    train = texts_of([(LONG + " of May", 0), (LONG + " I", 0)])
+    test = texts_of([(LONG, 0), (other, 0), (other + "!", 0)])
+    audit = audit_texts(train, test)
+    assert pairs(audit.leaks) == [(("test", 0), ("train", 1))]
+    assert audit.near == 4
+    assert audit.conflicts.empty
 
 
 def test_tokens_that_would_be_cut():
