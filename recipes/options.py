@@ -3,34 +3,46 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
-from transformers import HfArgumentParser
 
-from ldam_plugins import ClassCounts, DeferredSchedule, create_loss, list_losses
-from ldam_plugins.counts import DEFAULT_MAX_MARGIN
-from ldam_plugins.data import SingleSampleWarning, stratified_split
-from ldam_plugins.data.long_tail import CLASS_ORDERS, PROFILES
-from ldam_plugins.heads.choice import HEADS, LINEAR_SCALE, options_for_head
-from ldam_plugins.losses import loss_options, losses_with
-from ldam_plugins.losses.base import DEFAULT_SCALE, ClassificationLoss
-from ldam_plugins.reports.class_table import kept_table
-from ldam_plugins.schedules import KINDS, UNITS
-from ldam_plugins.training.environment import PRECISIONS
+from ldam_plugins.choices import (
+    AUGMENTATIONS,
+    CLASS_ORDERS,
+    DEFAULT_MAX_MARGIN,
+    DEFAULT_SCALE,
+    HEADS,
+    LAST,
+    LINEAR_SCALE,
+    LOSSES,
+    METRICS,
+    PRECISIONS,
+    PROFILES,
+    SCHEDULES,
+    SMALL,
+    START_UNITS,
+)
+from ldam_plugins.training.command_line import (
+    USAGE_ERROR,
+    flag_names,
+    is_first_process,
+    parse_flags,
+    say_errors_briefly,
+)
 from ldam_plugins.training.options import (
     COUNT,
     COUNT_OR_0,
     NOT_NEGATIVE,
     POSITIVE,
     SEED,
+    SHARE,
     SHARE_BELOW_1,
     Limits,
     as_flags,
@@ -40,21 +52,54 @@ from ldam_plugins.training.options import (
     option,
     read_preset,
 )
-from ldam_plugins.training.selection import LAST, METRICS, SelectionRule, first_candidate
+from ldam_plugins.training.run_dir import check_no_run
 
+if TYPE_CHECKING:  # what needs torch is imported where it is used: --help is to answer at once
+    from ldam_plugins import ClassCounts, DeferredSchedule
+    from ldam_plugins.losses import ClassificationLoss
+    from ldam_plugins.training import SelectionRule
+
+LR_SCHEDULERS = ("cosine", "multistep", "step", "poly", "tanh", "constant")
+CROP_MODES = ("center", "squash", "border")
 PRESETS = Path(__file__).parent / "presets"
-LOSS_OPTIONS = {name for loss in list_losses() for name in loss_options(loss)}
-"""Options that a loss takes; those of a recipe that it does not take must be left out."""
+LOSS_OPTIONS = {"max_margin", "scale", "gamma", "tau"}
+"""Options of single losses; those that the loss of a run does not take must be left out."""
 RESUME: dict[str, bool | str] = {"no": False, "yes": True, "auto": "auto"}
 """``--resume`` as the argument of :func:`~ldam_plugins.training.claim_output_dir`."""
 
 logger = logging.getLogger(__name__)
 Options = TypeVar("Options", bound="CoreOptions")
 
-
-def of_losses(name: str) -> str:
-    """The losses that take an option, with its defaults, for a help text."""
-    return " and ".join(f"{loss} [{default:g}]" for loss, default in losses_with(name).items())
+GROUPS = {
+    "data": (
+        *("dataset", "image_column", "text_column", "label_column", "train_split", "test_split"),
+        *("train_list", "test_list", "skip_corrupt", "skip_empty", "val_split", "subset_seed"),
+        *("profile", "ratio", "class_order", "rare_classes", "rare_fraction"),
+    ),
+    "model": (
+        *("model", "pretrained", "head", "scale", "image_size", "lora_rank", "lora_alpha"),
+        *("max_length", "vocab_size", "embedding_size", "hidden_size", "embedding_dropout"),
+        *("attention_dropout", "fast_dropout"),
+    ),
+    "loss and schedule": (
+        *("loss", "max_margin", "gamma", "tau", "schedule", "start", "start_unit", "beta"),
+    ),
+    "training": (
+        *("epochs", "batch_size", "accumulation", "lr", "opt", "momentum", "weight_decay"),
+        *("sched", "lr_schedule", "warmup", "warmup_epochs", "warmup_lr", "decay_milestones"),
+        *("decay_rate", "min_lr", "clip_grad", "ema_decay", "seed"),
+    ),
+    "images and augmentation": (
+        *("augment", "padding", "hflip", "crop_pct", "crop_mode", "mixup", "cutmix", "smoothing"),
+        *("memory_limit", "workers"),
+    ),
+    "evaluation and selection": ("select", "patience", "eval_every", "eval_test_every"),
+    "run": (
+        *("output_dir", "overwrite", "resume", "keep_checkpoints", "report_to", "quiet"),
+        *("traceback", "mixed_precision", "compile", "num_processes"),
+    ),
+}
+"""Options by their titles in ``--help``; those of one recipe only are not in that of the other."""
 
 
 @dataclass
@@ -104,7 +149,7 @@ class CoreOptions:
         "share of each class's training samples, after the cut, that is held out and evaluated "
         "during training; counts, margins and weights are those of the others [none]",
     )
-    loss: str = option("ldam", f"one of {', '.join(list_losses())}")
+    loss: str = option("ldam", "loss that is trained", choices=LOSSES)
     head: str = option(
         "auto",
         "auto: cosine for losses with a margin, else linear. A margin on a linear head is taken "
@@ -119,11 +164,11 @@ class CoreOptions:
         f"scale of the cosine head and the margin [{DEFAULT_SCALE:g}; margin on a linear head: "
         f"{LINEAR_SCALE:g}]",
     )
-    gamma: float | None = option(None, f"exponent of {of_losses('gamma')}")
-    tau: float | None = option(None, f"strength of {of_losses('tau')}")
-    schedule: str = option("drw", "when classes are re-weighted or re-sampled", choices=KINDS)
+    gamma: float | None = option(None, "exponent of focal [2] and vector_scaling [0.15]")
+    tau: float | None = option(None, "strength of logit_adjusted [1] and vector_scaling [1]")
+    schedule: str = option("drw", "when classes are re-weighted or re-sampled", choices=SCHEDULES)
     start: str = option("0.8", "start of drw/drs: 0.8 is a share of training, 160 an epoch")
-    start_unit: str = option("auto", "unit of --start", choices=UNITS)
+    start_unit: str = option("auto", "unit of --start", choices=START_UNITS)
     beta: float = option(0.9999, "beta of the class-balanced weights; towards 1: inverse frequency")
     epochs: int = option(0, "epochs of training")
     batch_size: int = option(0, "samples a process and micro-batch")
@@ -166,13 +211,18 @@ class CoreOptions:
         "none", "experiment tracker", choices=("none", "tensorboard", "wandb", "trackio")
     )
     num_processes: int | None = option(None, "stop unless this many processes run")
+    overwrite: bool = option(
+        False, "delete the run in --output_dir first; other files there are left alone"
+    )
+    quiet: bool = option(False, "print warnings and errors only")
+    traceback: bool = option(False, "show where in the code an error arose")
 
     def __post_init__(self) -> None:
         check_limits(self, self.LIMITS)
         if not self.output_dir.strip():
             expected = "the folder of the run"
             raise invalid("output_dir", expected, self.output_dir, hint="Give --output_dir.")
-        self.make_schedule()
+        self._check_start()
         self._check_selection()
 
     def _check_selection(self) -> None:
@@ -188,27 +238,200 @@ class CoreOptions:
         """How the epoch that is the result is selected; None if it is the last one."""
         if self.select == LAST:
             return None
+        from ldam_plugins.training import SelectionRule, first_candidate
+
         first = first_candidate(self.make_schedule(), self.epochs, steps_per_epoch)
         return SelectionRule(self.select, first, self.patience)
+
+    def may_grow(self) -> dict[str, str | None]:
+        """That a resumed run may have more epochs, or the reason why not."""
+        tied = self.tied_to_length()
+        hint = "so its epochs so far are not those of a longer training. Start a new run in another"
+        return {"epochs": None if tied is None else f"{tied}, {hint} --output_dir."}
+
+    def tied_to_length(self) -> str | None:
+        """What in the training depends on how long it is as a whole; None if nothing does."""
+        if self.schedule == "progressive":
+            return "--schedule progressive goes by the share of the training that is done"
+        unit = self.start_unit if self.start_unit != "auto" else ""
+        is_share = unit == "fraction" or (not unit and not self.start.isdigit())
+        if self.make_schedule().is_deferred and is_share:
+            return f"--start {self.start} is a share of the training"
+        return None
 
     def evaluates(self, column: str, epoch: int) -> bool:
         """Whether the column of ``history.csv``, an error, is measured after an epoch (0-based)."""
         every = self.eval_test_every if column == "test_error" else self.eval_every
         return (epoch + 1) % every == 0 or epoch + 1 == self.epochs
 
-    def make_schedule(self) -> DeferredSchedule:
-        """The schedule the options describe."""
+    def _check_start(self) -> None:
         if not re.fullmatch(r"\d{1,18}|(\d+\.\d*|\.\d+|\d+(?=e))(e-?\d+)?", self.start, re.ASCII):
             expected = "a share such as 0.8 or an epoch such as 160"
             raise invalid("start", expected, self.start)
+
+    def make_schedule(self) -> DeferredSchedule:
+        """The schedule the options describe."""
+        from ldam_plugins import DeferredSchedule
+
         start = int(self.start) if self.start.isdigit() else float(self.start)
         return DeferredSchedule(self.schedule, start=start, unit=self.start_unit, beta=self.beta)
 
     def make_loss(self, class_counts: ClassCounts) -> ClassificationLoss:
         """The loss the options describe; an option it does not have is an error."""
+        from ldam_plugins import create_loss
+        from ldam_plugins.heads.choice import options_for_head
+
         given = {f.name: getattr(self, f.name) for f in fields(self) if f.name in LOSS_OPTIONS}
         given = {name: value for name, value in given.items() if value is not None}
         return create_loss(self.loss, class_counts, **options_for_head(self.loss, given, self.head))
+
+
+@dataclass
+class VisionOptions(CoreOptions):
+    """Options of the recipe; presets set those that make an experiment."""
+
+    LIMITS = CoreOptions.LIMITS | {
+        "image_size": COUNT,
+        "memory_limit": {"low": 0},
+        "crop_pct": {"low": 0, "high": 1, "low_open": True},
+        "padding": COUNT_OR_0,
+        "hflip": SHARE,
+        "workers": COUNT_OR_0,
+        "momentum": SHARE_BELOW_1,
+        "weight_decay": NOT_NEGATIVE,
+        "warmup_epochs": COUNT_OR_0,
+        "warmup_lr": NOT_NEGATIVE,
+        "decay_milestones": COUNT_OR_0,
+        "decay_rate": NOT_NEGATIVE,
+        "min_lr": NOT_NEGATIVE,
+        "mixup": NOT_NEGATIVE,
+        "cutmix": NOT_NEGATIVE,
+        "smoothing": SHARE_BELOW_1,
+        "ema_decay": SHARE_BELOW_1,
+        "clip_grad": POSITIVE,
+    }
+
+    dataset: str = option("digits", "hub id, local folder, or digits")
+    model: str = option(
+        "cifar_resnet32",
+        "what timm.create_model takes: resnet18.a1_in1k, hf-hub:..., local-dir:...; or "
+        "efficientnet_lite0_imagenet (pretrained, in a package)",
+    )
+    epochs: int = option(200, "epochs of training")
+    batch_size: int = option(128, "images a process and micro-batch")
+    lr: float = option(0.1, "learning rate")
+    output_dir: str = option("runs/vision_lt", "folder of the run")
+    image_column: str | None = option(None, "image column of a hub dataset [by its type]")
+    label_column: str | None = option(None, "label column of a hub dataset [by its type]")
+    test_split: str | None = option(None, "split or folder to test on [test, else validation]")
+    train_list: str | None = option(None, "list or JSON file of the training images")
+    test_list: str | None = option(None, "list or JSON file of the test images")
+    skip_corrupt: bool = option(False, "leave out images that cannot be decoded, and count them")
+    image_size: int | None = option(None, "side of the images the model gets [the model's own]")
+    crop_pct: float | None = option(
+        None, "share of the resized image that evaluation crops [crop_flip: 1; timm: the model's]"
+    )
+    crop_mode: str | None = option(
+        None, "timm's crop of images that are not square [the model's]", choices=CROP_MODES
+    )
+    augment: str = option(
+        "auto",
+        "augmentation: crop_flip moves and mirrors the image, timm cuts random parts of it and "
+        f"jitters the colours; auto: crop_flip up to {SMALL} pixels a side, else timm",
+        choices=AUGMENTATIONS,
+    )
+    padding: int = option(4, "border of the random crop of --augment crop_flip")
+    hflip: float = option(0.5, "probability of a horizontal flip")
+    memory_limit: int = option(
+        2**31,
+        "bytes of decoded images a process may hold in memory, of training and test together [2 "
+        "GiB]; more, or images that timm augments, are decoded each time. The same images either "
+        "way",
+    )
+    workers: int = option(4, "loader processes for images not held in memory")
+    pretrained: bool = option(False, "begin from timm's pretrained weights")
+    opt: str = option("sgd", "optimizer of timm")
+    momentum: float = option(0.9, "momentum of the optimizer")
+    weight_decay: float = option(2e-4, "weight decay of all parameters")
+    sched: str = option("cosine", "learning rate scheduler of timm", choices=LR_SCHEDULERS)
+    warmup_epochs: int = option(0, "epochs of linear warm-up")
+    warmup_lr: float = option(1e-5, "learning rate the warm-up begins with")
+    decay_milestones: list[int] = option([], "epochs (0-based) at which multistep decays")
+    decay_rate: float = option(0.01, "factor of each decay")
+    min_lr: float = option(0.0, "least learning rate of the cosine scheduler")
+    mixup: float = option(0.0, "alpha of Mixup")
+    cutmix: float = option(0.0, "alpha of CutMix")
+    smoothing: float = option(0.0, "label smoothing")
+    ema_decay: float = option(0.0, "decay of the weight average that is evaluated; 0: none")
+    clip_grad: float | None = option(None, "largest gradient norm")
+    compile: bool = option(
+        False, "compile the model; on one GPU, replay its passes as a CUDA graph"
+    )
+
+    def tied_to_length(self) -> str | None:
+        """What in the training depends on how long it is as a whole."""
+        if self.sched in ("cosine", "poly", "tanh"):
+            return f"--sched {self.sched} lowers the learning rate until the end of the training"
+        return super().tied_to_length()
+
+
+@dataclass
+class TextOptions(CoreOptions):
+    """Options of the recipe; presets set those that make an experiment."""
+
+    LIMITS = CoreOptions.LIMITS | {
+        "rare_fraction": {"low": 0, "high": 1, "low_open": True},
+        "max_length": COUNT,
+        "vocab_size": COUNT,
+        "embedding_size": COUNT,
+        "hidden_size": COUNT,
+        "embedding_dropout": SHARE_BELOW_1,
+        "attention_dropout": SHARE_BELOW_1,
+        "lora_rank": COUNT_OR_0,
+        "lora_alpha": COUNT,
+        "weight_decay": NOT_NEGATIVE,
+        "warmup": SHARE_BELOW_1,
+        "clip_grad": NOT_NEGATIVE,
+        "mixup": NOT_NEGATIVE,
+    }
+
+    dataset: str = option("stdlib_docstrings", "hub id, local folder, or stdlib_docstrings")
+    model: str = option("bilstm", "bilstm, minilm (in a package), hub id or local folder")
+    epochs: int = option(3, "epochs of training")
+    batch_size: int = option(32, "texts a process and micro-batch")
+    lr: float = option(5e-5, "learning rate of Adam")
+    output_dir: str = option("runs/text_lt", "folder of the run")
+    rare_classes: list[str] = option([], "names of classes that lose training texts")
+    rare_fraction: float = option(0.1, "share of their training texts that rare classes keep")
+    text_column: str | None = option(None, "text column of the dataset [by name or type]")
+    label_column: str | None = option(None, "label column of the dataset [by name or type]")
+    train_split: str = option("train", "split to train on, or a slice: train[:10%%]")
+    test_split: str | None = option(None, "split to test on, or a slice [test, else validation]")
+    skip_empty: bool = option(False, "leave out rows without a text")
+    max_length: int = option(256, "tokens a text is cut to")
+    vocab_size: int = option(20_000, "words the tokenizer of a bilstm knows")
+    embedding_size: int = option(100, "length of a bilstm's embeddings")
+    hidden_size: int = option(64, "length of a bilstm's state in each direction")
+    embedding_dropout: float = option(0.5, "dropout of a bilstm's embeddings")
+    attention_dropout: float | None = option(None, "dropout of attention [the model's own]")
+    lora_rank: int = option(0, "train low-rank adapters of this rank and the head; 0: everything")
+    lora_alpha: int = option(16, "scale of the adapters, divided by the rank")
+    weight_decay: float = option(0.0, "decoupled weight decay")
+    warmup: float = option(0.0, "share of the training with a rising learning rate")
+    clip_grad: float = option(1.0, "largest gradient norm; 0: no limit")
+    mixup: float = option(0.0, "alpha of Mixup of the features that the classifier gets")
+    lr_schedule: str = option("linear", "learning rate schedule of transformers")
+    compile: bool = option(False, "compile the model")
+    fast_dropout: bool = option(True, "draw dropout from fewer random bits on a CPU")
+
+    def tied_to_length(self) -> str | None:
+        """What in the training depends on how long it is as a whole."""
+        if self.lr_schedule not in ("constant", "constant_with_warmup"):
+            name = f"--lr_schedule {self.lr_schedule}"
+            return f"{name} lowers the learning rate until the end of the training"
+        if self.warmup:
+            return f"--warmup {self.warmup:g} is a share of the training"
+        return super().tied_to_length()
 
 
 def parse_options(
@@ -231,18 +454,56 @@ def parse_options(
     preset: dict[str, Any] = {}
     if arguments and not arguments[0].startswith("-"):
         preset = read_file(kind, arguments.pop(0))
-    elif not any(argument.split("=")[0] == "--dataset" for argument in arguments):
+    elif "dataset" not in flag_names(arguments):
         preset = read_file(kind, default)
     flags, arguments = arguments, [*as_flags(preset), *arguments]
-    (options,) = HfArgumentParser(kind, allow_abbrev=False).parse_args_into_dataclasses(arguments)
-    for name in LOSS_OPTIONS & set(preset) - _options_in_use(options, preset, flags):
+    options = parse_flags(kind, arguments, groups=GROUPS, **about(kind, default))
+    of_preset = LOSS_OPTIONS & set(preset)
+    for name in of_preset - _options_in_use(options, preset, flags) if of_preset else ():
         # A preset's option of its own loss is dropped if a flag chooses a loss without that option.
         if getattr(options, name) == preset[name]:
             setattr(options, name, None)
-    flagged = {flag.split("=")[0].replace("-", "_") for flag in flags}
-    if options.val_split is not None and "__eval_test_every" not in flagged:
+    if options.val_split is not None and "eval_test_every" not in flag_names(flags):
         options.eval_test_every = kind.eval_test_every
     _check_ratio(options, preset, flags)
+    return options
+
+
+def about(kind: type[Any], default: str) -> dict[str, str]:
+    """What ``--help`` says around the options."""
+    known = {field.name for field in fields(kind)}
+    own = [file.stem for file in PRESETS.glob("*.yaml") if known.issuperset(read_preset(file))]
+    presets = ", ".join(sorted(own))
+    return {
+        "usage": "%(prog)s [PRESET] [--option value ...]",
+        "description": (kind.__doc__ or "").split("\n")[0]
+        + " Written with underscores or dashes; [default].",
+        "epilog": f"PRESET: {presets}, or a YAML or JSON file of options; without one and without "
+        f"--dataset it is {default}. Exit codes: 0 done, 1 an error, {USAGE_ERROR} a command line "
+        "that is refused, 130 Ctrl-C, 143 SIGTERM after the state was saved.",
+    }
+
+
+def command_line(kind: type[Options], *, default: str) -> Options:
+    """The options of the command line of this process, as :func:`parse_options` makes them.
+
+    It ends the process where they are refused, and from now on errors end it with one line.
+    """
+    try:
+        options = parse_options(kind, default=default)
+        if is_first_process() and options.resume == "no" and not options.overwrite:
+            check_no_run(options.output_dir)
+    except (TypeError, ValueError) as error:
+        if "traceback" in flag_names(sys.argv):
+            raise
+        if is_first_process():
+            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        raise SystemExit(USAGE_ERROR) from None
+    if not options.traceback:
+        say_errors_briefly(options.output_dir)
+    if is_first_process() and not options.quiet:
+        name = Path(sys.argv[0]).stem
+        print(f"{name}: {options.model} on {options.dataset}, epochs: {options.epochs}", flush=True)
     return options
 
 
@@ -252,8 +513,10 @@ def _options_in_use(options: CoreOptions, preset: Mapping[str, Any], flags: list
     A scale is that of the cosine head, under any loss. It is not kept for a margin on a linear
     head, unless the preset chose that head or the scale is a flag as well.
     """
+    from ldam_plugins.losses import loss_options
+
     names = set(loss_options(options.loss))
-    flagged = any(flag.split("=")[0] == "--scale" for flag in flags)
+    flagged = "scale" in flag_names(flags)
     if options.head == "cosine":
         names.add("scale")
     elif options.head == "linear" and preset.get("head") != "linear" and not flagged:
@@ -263,15 +526,15 @@ def _options_in_use(options: CoreOptions, preset: Mapping[str, Any], flags: list
 
 def _check_ratio(options: CoreOptions, preset: Mapping[str, Any], flags: list[str]) -> None:
     """Refuse a ratio without a profile, or warn of it if the profile was set to none by a flag."""
-    flagged = {flag.split("=")[0] for flag in flags}
+    flagged = flag_names(flags)
     own = "ratio" in preset and preset.get("profile", "none") == "none"
-    if options.profile != "none" or options.ratio == 1 or not (own or "--ratio" in flagged):
+    if options.profile != "none" or options.ratio == 1 or not (own or "ratio" in flagged):
         return
-    if "--profile" not in flagged and "profile" not in preset:
+    if "profile" not in flagged and "profile" not in preset:
         hint = "Add --profile exp or --profile step to cut the training samples, or leave it out"
         hint += " to train on all of them."
         raise invalid("ratio", "left out without a profile", options.ratio, hint=hint)
-    if int(os.environ.get("RANK", 0)) == 0:
+    if is_first_process():
         logger.warning(f"--ratio {options.ratio:g} has no effect: --profile is none.")
 
 
@@ -281,7 +544,57 @@ def print_kept(options: CoreOptions, before: ClassCounts, after: ClassCounts) ->
     if options.profile != "none":
         under = f" under --profile {options.profile} --ratio {options.ratio:g}"
     if under or after.total < before.total:
+        from ldam_plugins.reports.class_table import kept_table
+
         print(f"Training samples{under}:\n{kept_table(before, after)}\n")
+
+
+def print_header(
+    options: CoreOptions,
+    counts: ClassCounts,
+    what: str,
+    *,
+    held_out: int,
+    test: int,
+    device: Any,
+    precision: str,
+    processes: int,
+) -> None:
+    """Print what is trained, on what and where, before the first batch."""
+    from ldam_plugins.reports.console import header, worded_classes, worded_machine
+    from ldam_plugins.training import device_name
+
+    deferred = options.make_schedule().is_deferred
+    schedule = f"{options.schedule} from {options.start}" if deferred else options.schedule
+    sizes = {"to train on": counts.total, "held out": held_out, "to test on": test}
+    parts = ", ".join(f"{size} {use}" for use, size in sizes.items() if size)
+    facts = {
+        "data": f"{options.dataset}, {what}: {parts}",
+        "classes": worded_classes(counts),
+        "model": f"{options.model}, head {options.head}",
+        "training": f"loss {options.loss}, schedule {schedule}, {options.epochs} epochs, learning "
+        f"rate {options.lr:g}",
+        "machine": worded_machine(device_name(device), precision, processes),
+        "folder": options.output_dir,
+    }
+    print(header(facts), flush=True)
+
+
+def print_outcome(options: CoreOptions, metrics: Mapping[str, Any], counts: ClassCounts) -> None:
+    """Print the accuracy of each class, where the report is, and what could be done better."""
+    from ldam_plugins.reports import per_class_table
+    from ldam_plugins.reports.console import advice, files_left
+    from ldam_plugins.training import read_history
+
+    if options.quiet:
+        return
+    print(per_class_table(metrics["test"], counts))
+    history = read_history(options.output_dir)
+    if selection := metrics.get("selection"):
+        print(f"\nThe model is that of epoch {selection['epoch'] + 1} of {len(history)}.")
+    print(f"\n{files_left(options.output_dir)}")
+    if told := advice(history, stopped_early=len(history) < options.epochs):
+        print(told)
 
 
 def split_samples(
@@ -291,6 +604,8 @@ def split_samples(
 
     With ``show`` it prints how many are held out, and of which classes none can be.
     """
+    from ldam_plugins.data import SingleSampleWarning, stratified_split
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SingleSampleWarning)  # printed by name instead
         kept, held_out = stratified_split(labels, share, seed=seed)

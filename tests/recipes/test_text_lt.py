@@ -441,7 +441,7 @@ def test_class_errors_leave_out_classes_without_a_test_text():
         (["--eval_every", "0"], ValueError, "`eval_every` must be an integer >= 1, got 0"),
         (["--text_column", "body"], ValueError, "`text_column` must be one of 'text', 'label'"),
         (["--dataset", "no/such-set"], (ValueError, ConnectionError), "no/such-set"),
-        (["--schedule", "dwr"], SystemExit, None),
+        (["--schedule", "dwr"], ValueError, "Did you mean 'drw'"),
         (["--no_such_flag", "1"], ValueError, "no_such_flag"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
