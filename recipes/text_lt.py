@@ -115,6 +115,7 @@ def main(options: TextOptions) -> dict[str, Any]:
     arguments = make_arguments(options)
     check_processes(arguments.world_size, options.num_processes)
     refuse_deepspeed(arguments.deepspeed_plugin, stages=(3,), hint="Use ZeRO-2 or FSDP2.")
+    options.check_model()
     show = arguments.process_index == 0 and not options.quiet
     train, test, counts = load_data(options, show=show)
     train, validation, counts = hold_out(options, train, counts, show=show)
@@ -294,7 +295,11 @@ def make_model(
         tokenizer, model = make_bilstm(options, train, labels)
     else:
         folder = BUNDLED_MODELS.get(options.model, lambda: options.model)()
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except OSError as error:
+            expected = "bilstm, minilm, a folder with a model, or a hub id that can be reached"
+            raise invalid("model", expected, options.model) from error
         model = AutoModelForSequenceClassification.from_pretrained(
             folder,
             **labels,

@@ -101,6 +101,7 @@ def main(options: VisionOptions) -> dict[str, Any]:
     register()
     accelerator = make_accelerator(options)
     set_seed(options.seed)
+    options.check_model()
     show = accelerator.is_main_process and not options.quiet
     train, test, counts = load_data(options, show=show)
     train, validation, counts = hold_out(options, train, counts, show=show)

