@@ -17,7 +17,20 @@ from safetensors.torch import load_file
 
 VISION = ["--epochs", 4, "--start", 2, "--decay_milestones", 2, "--ratio", 20, "--resume", "auto"]
 VISION += ["--mixed_precision", "no"]
-TEXT = ["--epochs", 3, "--start", 1, "--batch_size", 8, "--hidden_size", 8, "--lr", 0.01]
+TEXT = [
+    "--eval_test_every",
+    1,
+    "--epochs",
+    3,
+    "--start",
+    1,
+    "--batch_size",
+    8,
+    "--hidden_size",
+    8,
+    "--lr",
+    0.01,
+]
 TEXT += [
     "--model",
     "bilstm",
