@@ -21,7 +21,6 @@ from ldam_plugins.benchmark.settings import (
     method_title,
     option_value,
     shown,
-    tuned_values,
     tuning_budget,
     varying_options,
 )
@@ -176,15 +175,7 @@ def _facts_of_rows(
 
 def _facts(record: Record, left_out: set[str]) -> Facts:
     """What a run was trained with, apart from some options; what is not set is not there."""
-    skipped = {
-        *left_out,
-        *WITHOUT_EFFECT,
-        "seed",
-        *tuned_values(record),
-        "loss",
-        "schedule",
-        "head",
-    }
+    skipped = {*left_out, *WITHOUT_EFFECT, "seed", "loss", "schedule", "head"}
     options = [name for name in record["options"] if name not in skipped]
     values = {name: option_value(record, name) for name in options}
     facts = {name: shown(value) for name, value in values.items() if value not in _NOT_SET}

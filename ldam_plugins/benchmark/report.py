@@ -10,7 +10,7 @@ from typing import NamedTuple
 from ldam_plugins.benchmark.captions import Caption, row_caption
 from ldam_plugins.benchmark.plots import PLOTS
 from ldam_plugins.benchmark.records import UNKNOWN, Record, write_records
-from ldam_plugins.benchmark.settings import head_of, shown, varying_options
+from ldam_plugins.benchmark.settings import head_of, shown, tuned_values, varying_options
 from ldam_plugins.benchmark.tables import (
     VIEWS,
     Row,
@@ -164,7 +164,7 @@ def _values(records: Sequence[Record], option: str) -> str:
 def _common(records: Sequence[Record]) -> dict[str, str]:
     """Options that all runs share."""
     left_out = {*varying_options(records), "seed", *MAY_CHANGE}
-    left_out |= {name for record in records for name in record.get("tuned", {"given": ()})["given"]}
+    left_out |= {name for record in records for name in tuned_values(record)}
     options = records[0]["options"]
     return {name: shown(value) for name, value in options.items() if name not in left_out}
 

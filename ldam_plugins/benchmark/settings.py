@@ -49,14 +49,15 @@ def varying_options(records: Sequence[Record]) -> list[str]:
 def option_value(record: Record, name: str) -> Any:
     """An option of a run; None where it is the head or an option of the loss at its default.
 
-    None as well where it was tuned, so that runs of a method are one setting whatever was chosen.
+    Where it was tuned it is the value as given, so that runs of a method are one setting whatever
+    was chosen, and like those of methods to which the option says nothing.
     """
     options = record["options"]
     if name == TUNED:
         return tuning_budget(record)
-    if name in tuned_values(record):
-        return None
     value = options[name]
+    if name in tuned_values(record):
+        value = record["tuned"].get("given", {}).get(name)
     if name == "head":
         return None if head_of(record) == _default_head(options["loss"]) else value
     default = _default(name, options["loss"], head_of(record))

@@ -5,6 +5,7 @@ import io
 from made_records import method, record
 from pyarrow import parquet
 
+from ldam_plugins.benchmark.captions import row_caption
 from ldam_plugins.benchmark.settings import heads_of_losses
 from ldam_plugins.benchmark.tables import (
     comparison_rows,
@@ -129,6 +130,19 @@ def test_tables_show_what_was_tuned_and_keep_a_method_in_one_row():
         ("6 trials", "2", "lr 0.1; lr 0.3"),
         ("-", "1", "-"),
     ]
+
+
+def test_an_option_that_one_method_was_tuned_for_and_another_does_not_use_is_no_column():
+    records = [record("ce", "none", 0, 20.0, lr=0.1, beta=0.9999)]
+    records += [record("ce", "drw", 0, 19.0, lr=0.3, beta=0.9)]
+    for r, values in zip(records, ({"lr": 0.1}, {"lr": 0.3, "beta": 0.9}), strict=True):
+        given = {"lr": 0.1, "beta": 0.9999}
+        given = {name: given[name] for name in values}
+        r["tuned"] = {"trials": 6, "values": values, "given": given}
+    for row in interval_rows(records):
+        assert not {"beta", "lr"} & set(row)
+    assert [entry["against"] for entry in comparison_rows(records)] == ["ERM"]
+    assert not row_caption(records).warning
 
 
 def test_a_column_of_a_group_without_a_class_is_left_out_and_top1_where_it_says_no_more(records):
