@@ -124,7 +124,7 @@ def main(options: VisionOptions) -> dict[str, Any]:
             counts,
             "images",
             held_out=0 if validation is None else len(validation),
-            test=len(test),
+            test=len(test) if options.measures_test else 0,
             device=accelerator.device,
             precision=accelerator.mixed_precision,
             processes=accelerator.num_processes,

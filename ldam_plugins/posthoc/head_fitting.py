@@ -96,6 +96,7 @@ def fit_head(
             criterion that is not reduced by the mean.
 
     Example:
+        >>> from ldam_plugins import create_loss
         >>> x, y = torch.randn(60, 8), torch.arange(60) % 3
         >>> fitted = fit_head(x, y, create_loss("ce", [20, 20, 20]))
         >>> fitted.converged, fitted.layer(x).shape

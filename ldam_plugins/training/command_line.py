@@ -113,7 +113,8 @@ def _element_type(hint: Any) -> tuple[Any, bool]:
     if get_origin(hint) is list:
         return get_args(hint)[0], True
     if get_origin(hint) in (Union, types.UnionType):
-        return next(each for each in get_args(hint) if each is not type(None)), False
+        kinds = [each for each in get_args(hint) if each is not type(None)]
+        return (str if str in kinds else kinds[0]), False  # text that may be a number is text
     return hint, False
 
 
@@ -182,7 +183,8 @@ def is_ours(error: BaseException) -> bool:
     told = (ValueError, TypeError, RuntimeError, OSError, ImportError)
     if not frames or not isinstance(error, told):
         return False
-    folders = (*_OURS, Path(sys.argv[0]).resolve().parent)
+    script = Path(sys.argv[0])  # "-c" where there is none
+    folders = (*_OURS, *([script.resolve().parent] if script.is_file() else []))
     raised = Path(frames[-1].filename).resolve()
     ours = any(raised.is_relative_to(folder) for folder in folders)
     return ours and (not isinstance(error, TypeError) or str(error).startswith("`"))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from image_sets import CLASSES, TRAIN, hub_layout, png, write
+from tqdm.contrib import concurrent
 
 from ldam_plugins.data.images import LabelledImages, load_images, map_in_threads
 from ldam_plugins.data.readers.base import ArraySource, FileSource
@@ -39,13 +40,17 @@ def damaged(tmp_path):
     return LabelledImages(FileSource(tmp_path, names), np.arange(150) % 3, CLASSES)
 
 
-def test_corrupt_images_are_named_found_and_left_out(damaged, capsys):
+def test_corrupt_images_are_named_found_and_left_out(damaged, capsys, monkeypatch):
     with pytest.raises(ValueError, match=r"/3\.png cannot be read .*--skip_corrupt"):
         damaged[3]
     assert damaged.find_corrupt() == [3, 70, 149]
     assert capsys.readouterr().err == ""
+    thread_map = concurrent.thread_map  # whose bar waits a second otherwise
+    monkeypatch.setattr(
+        concurrent, "thread_map", lambda *given, **more: thread_map(*given, **{**more, "delay": 0})
+    )
     assert damaged.find_corrupt(progress=True) == [3, 70, 149]
-    assert "3/3" in capsys.readouterr().err
+    assert "/3 [" in capsys.readouterr().err
     left = damaged.without([3, 70, 149])
     assert len(left) == 147
     assert left.find_corrupt() == []
