@@ -80,6 +80,9 @@ def main(options: ProbeOptions) -> list[dict[str, Any]]:
 def probe_run(options: ProbeOptions, run: Path) -> Iterator[dict[str, Any]]:
     """The rows of one run."""
     metrics = read_metrics(run)
+    if metrics["test"] is None:
+        hint = "Train without --evaluate."
+        raise invalid("runs", "of models measured on the test set", str(run), hint=hint)
     kind, open_run = RECIPES[options.recipe]
     trained = kind(**{**metrics["options"], "output_dir": str(run)})
     subject = open_run(trained, options.fit_on)

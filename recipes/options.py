@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -19,14 +19,28 @@ from ldam_plugins import ClassCounts, DeferredSchedule, create_loss, list_losses
 from ldam_plugins.counts import DEFAULT_MAX_MARGIN
 from ldam_plugins.data import SingleSampleWarning, stratified_split
 from ldam_plugins.data.long_tail import CLASS_ORDERS, PROFILES
+from ldam_plugins.data.notes import DataNotes
+from ldam_plugins.data.splits import (
+    SPLIT_FILE,
+    TRAIN_PART,
+    VALIDATION_PART,
+    Examples,
+    part_of,
+    read_split,
+    save_split,
+    share_or_name,
+    split_parts,
+    trained_classes,
+)
 from ldam_plugins.heads.choice import HEADS, LINEAR_SCALE, options_for_head
 from ldam_plugins.losses import loss_options, losses_with
 from ldam_plugins.losses.base import DEFAULT_SCALE, ClassificationLoss
-from ldam_plugins.reports.class_table import kept_table
+from ldam_plugins.reports.class_table import kept_table, per_class_table
 from ldam_plugins.schedules import KINDS, UNITS
 from ldam_plugins.training.environment import PRECISIONS
 from ldam_plugins.training.options import (
     COUNT,
+    COUNT_OR_0,
     NOT_NEGATIVE,
     POSITIVE,
     SEED,
@@ -39,6 +53,7 @@ from ldam_plugins.training.options import (
     option,
     read_preset,
 )
+from ldam_plugins.training.selection import LAST, METRICS, SelectionRule, first_candidate
 
 PRESETS = Path(__file__).parent / "presets"
 LOSS_OPTIONS = {name for loss in list_losses() for name in loss_options(loss)}
@@ -67,7 +82,6 @@ class CoreOptions:
     LIMITS: ClassVar[dict[str, Limits]] = {
         "ratio": {"low": 1},
         "subset_seed": SEED,
-        "val_split": {"low": 0, "high": 1, "low_open": True, "high_open": True},
         "max_margin": NOT_NEGATIVE,
         "scale": POSITIVE,
         "gamma": NOT_NEGATIVE,
@@ -78,6 +92,9 @@ class CoreOptions:
         "accumulation": COUNT,
         "lr": POSITIVE,
         "seed": SEED,
+        "patience": COUNT,
+        "eval_every": COUNT,
+        "eval_test_every": COUNT_OR_0,
         "keep_checkpoints": COUNT,
         "num_processes": COUNT,
     }
@@ -89,16 +106,41 @@ class CoreOptions:
     )
     ratio: float = option(100.0, "imbalance ratio n_max / n_min that exp and step cut to")
     subset_seed: int = option(
-        0, "seed of the choice of the training samples, by the cut and by --val_split"
+        0, "seed of the choice of samples, by the cut, by --val_split and by --test_split"
     )
     class_order: str = option(
         "size", "head of the long tail: the largest class, or class 0", choices=CLASS_ORDERS
     )
-    val_split: float | None = option(
+    val_split: float | str | None = option(
         None,
         "share of each class's training samples, after the cut, that is held out and evaluated "
-        "during training instead of the test set; counts, margins and weights are those of the "
-        "others [none]",
+        "during training, or the name of a split to evaluate; counts, margins and weights are "
+        "those of the other samples [none]",
+    )
+    test_split: float | str | None = option(
+        None,
+        "split or folder to test on, or the share of each class's samples, before the cut, that "
+        "is held out to test on [test, else validation]",
+    )
+    split_file: str | None = option(
+        None,
+        "split.csv of an earlier run, which tests on and holds out the same samples as that did",
+    )
+    group_column: str | None = option(
+        None,
+        "column of a table that tells what belongs together (patient, camera, author): no group "
+        "is divided by --test_split and --val_split",
+    )
+    encoding: str | None = option(None, "encoding of text files, such as cp1252 [utf-8]")
+    delimiter: str | None = option(
+        None, "what separates the fields of a CSV file [what gives even rows]"
+    )
+    skip_empty: bool = option(False, "leave out rows without a text, file or label, and count them")
+    evaluate: str | None = option(
+        None,
+        "validation: measure the trained model on the samples of --val_split alone and leave the "
+        "test set alone, as for a choice of options [both]",
+        choices=("validation",),
     )
     loss: str = option("ldam", f"one of {', '.join(list_losses())}")
     head: str = option(
@@ -130,6 +172,25 @@ class CoreOptions:
         "auto", "auto: bf16 where the hardware has it", choices=PRECISIONS
     )
     output_dir: str = option("", "folder of the run")
+    select: str = option(
+        LAST,
+        "epoch that is the result: the last, or the best by this metric on the held-out samples "
+        "of --val_split, of a deferred schedule only from the switch on",
+        choices=(LAST, *METRICS),
+    )
+    patience: int | None = option(
+        None,
+        "stop when so many epochs have brought nothing better by --select, of a deferred schedule "
+        "counted from the switch on [train all epochs]",
+    )
+    eval_every: int = option(
+        1, "epochs between evaluations of the held-out samples; the last is always evaluated"
+    )
+    eval_test_every: int = option(
+        0,
+        "epochs between evaluations of the test set during training, for curves like the paper's; "
+        "0: it is read once, at the end",
+    )
     keep_checkpoints: int = option(1, "newest checkpoints that are kept")
     resume: str = option(
         "no",
@@ -146,15 +207,58 @@ class CoreOptions:
 
     def __post_init__(self) -> None:
         check_limits(self, self.LIMITS)
+        self.val_split = share_or_name("val_split", self.val_split)
+        self.test_split = share_or_name("test_split", self.test_split)
+        self._parts_of_file = split_parts(self.split_file) if self.split_file else set[str]()
+        if self.split_file is not None and self.val_split is not None:
+            hint = f"What is held out is read from {self.split_file}."
+            raise invalid("val_split", "left out beside --split_file", self.val_split, hint=hint)
         if not self.output_dir.strip():
             expected = "the folder of the run"
             raise invalid("output_dir", expected, self.output_dir, hint="Give --output_dir.")
+        if self.evaluate is not None and not self.holds_out:
+            hint = "Give --val_split as well, such as --val_split 0.2."
+            raise invalid(
+                "evaluate", "left out where nothing is held out", self.evaluate, hint=hint
+            )
         self.make_schedule()
+        self._check_selection()
 
     @property
-    def error_column(self) -> str:
-        """The column of ``history.csv`` for the error on what is evaluated during training."""
-        return "test_error" if self.val_split is None else "val_error"
+    def measures_test(self) -> bool:
+        """Whether the trained model is measured on the test set."""
+        return self.evaluate is None
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether a part of the data is evaluated during training in place of the test set."""
+        return self.val_split is not None or VALIDATION_PART in self._parts_of_file
+
+    @property
+    def min_kept(self) -> int:
+        """Samples of a class that holding out to test on leaves, where a class has them."""
+        return 2 if isinstance(self.val_split, float) else 1
+
+    def _check_selection(self) -> None:
+        if self.select != LAST and not self.holds_out:
+            hint = "Hold a part of the training samples out, --val_split 0.1."
+            raise invalid("select", f"{LAST!r} without held-out samples", self.select, hint=hint)
+        if self.patience is not None and self.select == LAST:
+            expected = "left out where the last epoch is the result"
+            hint = f"Say by what an epoch is better: --select {METRICS[0]}."
+            raise invalid("patience", expected, self.patience, hint=hint)
+
+    def make_selection(self, steps_per_epoch: int) -> SelectionRule | None:
+        """How the epoch that is the result is selected; None if it is the last one."""
+        if self.select == LAST:
+            return None
+        first = first_candidate(self.make_schedule(), self.epochs, steps_per_epoch)
+        return SelectionRule(self.select, first, self.patience)
+
+    def evaluates(self, column: str, epoch: int) -> bool:
+        """Whether the column of ``history.csv``, an error, is measured after an epoch (0-based)."""
+        every = self.eval_test_every if column == "test_error" else self.eval_every
+        return (epoch + 1) % every == 0 or epoch + 1 == self.epochs
 
     def make_schedule(self) -> DeferredSchedule:
         """The schedule the options describe."""
@@ -180,6 +284,9 @@ def parse_options(
     entries are turned into flags, so they are checked like flags. ``default`` is the preset if
     neither a preset nor ``--dataset`` is given.
 
+    A preset whose runs draw the error on the test set does not do so where samples are held out
+    (``--val_split``), whose error is then drawn, unless ``--eval_test_every`` is a flag as well.
+
     Raises:
         ValueError: unknown preset, unknown option in it, unknown flag, or a ``--ratio`` to which
             no profile is given.
@@ -196,6 +303,12 @@ def parse_options(
         # A preset's option of its own loss is dropped if a flag chooses a loss without that option.
         if getattr(options, name) == preset[name]:
             setattr(options, name, None)
+    flagged = {flag.split("=")[0].replace("-", "_") for flag in flags}
+    if options.holds_out and "__eval_test_every" not in flagged:
+        options.eval_test_every = kind.eval_test_every
+    if options.evaluate is not None and options.eval_test_every:
+        expected = "0 beside --evaluate validation, which leaves the test set alone"
+        raise invalid("eval_test_every", expected, options.eval_test_every)
     _check_ratio(options, preset, flags)
     return options
 
@@ -239,22 +352,92 @@ def print_kept(options: CoreOptions, before: ClassCounts, after: ClassCounts) ->
 
 
 def split_samples(
-    labels: Any, counts: ClassCounts, share: float, *, seed: int, show: bool
+    options: CoreOptions,
+    examples: Examples,
+    counts: ClassCounts,
+    *,
+    show: bool,
+    notes: DataNotes | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the samples to train on, and of those that --val_split holds out.
+    """Indices of the samples to train on, and of those that --val_split or --split_file holds out.
 
     With ``show`` it prints how many are held out, and of which classes none can be.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SingleSampleWarning)  # printed by name instead
-        kept, held_out = stratified_split(labels, share, seed=seed)
+    if options.split_file is not None:
+        parts = read_split(options.split_file, examples)
+        kept, held_out = (np.flatnonzero((parts == VALIDATION_PART) == at) for at in (False, True))
+        chosen = f"--split_file {options.split_file}"
+    else:
+        share = float(options.val_split or 0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SingleSampleWarning)  # printed by name instead
+            kept, held_out = stratified_split(
+                examples.labels, share, seed=options.subset_seed, groups=examples.groups
+            )
+        chosen = f"--val_split {share:g}"
     if show:
         sizes = f"{len(held_out)} of {counts.total} training samples are held out for validation"
-        print(f"{sizes} (--val_split {share:g}).")
-        if single := class_names(counts, counts.counts == 1):
+        print(f"{sizes} ({chosen}).")
+        absent = np.bincount(examples.labels[held_out], minlength=len(counts)) == 0
+        if single := class_names(counts, absent):
             some = ", ".join([*single[:3], *(["..."] if len(single) > 3 else [])])
-            print(f"Classes of which the only sample is trained on: {len(single)} ({some}).")
+            what = "sample" if examples.groups is None else "group"
+            print(f"Classes of which the only {what} is trained on: {len(single)} ({some}).")
+    if notes is not None:
+        notes.divided.setdefault(TRAIN_PART, examples)
+        notes.divided[VALIDATION_PART] = part_of(examples, held_out)
     return kept, held_out
+
+
+def keep_split(options: CoreOptions, notes: DataNotes, *, write: bool) -> None:
+    """Write ``split.csv`` into the folder of a run whose data were divided, or check it there."""
+    if write and notes.divided:
+        save_split(Path(options.output_dir, SPLIT_FILE), notes.divided)
+
+
+def without_untrained(
+    parts: tuple[Any, Any],
+    labels: np.ndarray,
+    names: Sequence[str],
+    of_classes: Callable[[Any, np.ndarray], Any],
+    notes: DataNotes,
+) -> tuple[Any, Any]:
+    """Training part and another without the classes that training has no sample of, if any.
+
+    Args:
+        parts: Training part and another.
+        labels: Classes of the training samples.
+        names: Of the classes.
+        of_classes: Gives a part with the samples of some classes only.
+        notes: Where to note them, and how many samples of the other part are left out.
+    """
+    classes = trained_classes(labels, names, notes)
+    if classes is None:
+        return parts
+    train, other = (of_classes(part, classes) for part in parts)
+    if len(other) < len(parts[1]):
+        reason = "samples to test on whose class training has not"
+        notes.leave_out(reason, len(parts[1]) - len(other))
+    return train, other
+
+
+def load_validation(
+    options: Options, load: Callable[[Options, Any, DataNotes], Any], notes: DataNotes
+) -> Any:
+    """The split that --val_split names, which must not be the one that is tested on.
+
+    Args:
+        options: Options of the recipe.
+        load: Gives the training part and another, named or a share.
+        notes: Those of the data loaded so far.
+    """
+    tested = notes.parts.get("test_split")
+    _, validation = load(options, options.val_split, notes)
+    if notes.parts.get("test_split") == tested:
+        hint = "Give a number, such as --val_split 0.1, to hold that share of training out."
+        raise invalid("val_split", "another split than is tested on", options.val_split, hint=hint)
+    notes.parts |= {"val_split": notes.parts["test_split"], "test_split": tested or ""}
+    return validation
 
 
 def held_out_record(labels: Any, counts: ClassCounts) -> dict[str, Any]:
@@ -270,6 +453,13 @@ def held_out_record(labels: Any, counts: ClassCounts) -> dict[str, Any]:
         "class_counts": held_out,
         "classes_without": class_names(counts, held_out == 0),
     }
+
+
+def print_classes(metrics: Mapping[str, Any], counts: ClassCounts) -> None:
+    """Print the accuracy of each class on the test set; on what is held out where that is left."""
+    if metrics["test"] is None:
+        print("The test set is left alone. On the samples held out for validation:")
+    print(per_class_table(metrics["test"] or metrics["validation"], counts))
 
 
 def class_names(counts: ClassCounts, chosen: np.ndarray) -> list[str]:

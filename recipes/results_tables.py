@@ -11,8 +11,10 @@ file into an experiment, or begins one; records of the same name are replaced.
 
 In a document what is between ``<!-- results: EXPERIMENT [KIND [BASELINE]] [OPTION=VALUE,...] -->``
 and ``<!-- end -->`` is made anew, from the runs whose options have one of the values. Kinds are
-``range`` (the default), ``intervals``, ``matrix`` and ``compare`` (with a baseline as of the
-benchmark), and the plots ``errors``, ``curves`` and ``heat_map``, which are of all runs. After
+``range`` (the default), ``intervals``, ``matrix`` (of the balanced error), ``matrices`` (of the
+train-prior error as well), ``grid`` (one table, a row a head and loss) and ``compare`` (with a
+baseline as of the benchmark), and the plots
+``errors``, ``curves`` and ``heat_map``, which are of all runs. After
 ``<!-- timings: FILE [SECTION ...] -->`` come sections of a file that ``recipes/speed.py`` left
 under ``recipes/timings``, after ``<!-- probes: FILE [SCHEDULE ...] -->`` the means of a file
 that ``recipes/linear_probe.py`` left under ``recipes/probes``.
@@ -30,14 +32,20 @@ from pathlib import Path
 
 import pandas as pd
 
+from ldam_plugins.benchmark.captions import Caption, row_caption
 from ldam_plugins.benchmark.plots import PLOTS
 from ldam_plugins.benchmark.records import Record, add_records, read_records
 from ldam_plugins.benchmark.settings import shown
 from ldam_plugins.benchmark.tables import (
+    VIEWS,
+    Row,
+    comparison_caption,
     comparison_rows,
     error_matrices,
+    grid_rows,
     interval_rows,
     markdown,
+    matrix_captions,
     matrix_heads,
     matrix_rows,
     range_rows,
@@ -64,19 +72,29 @@ PROBED = {
 }
 
 
-def matrix_tables(records: list[Record]) -> str:
-    """A table a combination of the options beside loss and schedule."""
-    parts, heads = [], matrix_heads(records)
-    for title, matrix in error_matrices(records).items():
-        parts += [title] if title else []
-        parts.append(markdown(matrix_rows(matrix, heads[title])))
+def captioned(rows: Sequence[Row], caption: Caption) -> str:
+    """A table, and below it what its caption must say."""
+    return "\n\n".join(filter(None, [markdown(rows), caption.markdown()]))
+
+
+def matrix_tables(records: list[Record], views: Sequence[str] = ("balanced_error",)) -> str:
+    """A table of each error for each combination of the options beside loss and schedule."""
+    parts: list[str] = []
+    heads, captions = matrix_heads(records), matrix_captions(records)
+    for view in views:
+        for title, matrix in error_matrices(records, view).items():
+            name = VIEWS[view] if len(views) > 1 else ""
+            parts += filter(None, [", ".join(filter(None, [name, title]))])
+            parts.append(captioned(matrix_rows(matrix, heads[title]), captions[title]))
     return "\n\n".join(parts)
 
 
 TABLES: dict[str, Callable[[list[Record]], str]] = {
-    "range": lambda records: markdown(range_rows(records)),
-    "intervals": lambda records: markdown(interval_rows(records)),
+    "range": lambda records: captioned(range_rows(records), row_caption(records)),
+    "intervals": lambda records: captioned(interval_rows(records), row_caption(records)),
+    "grid": lambda records: captioned(grid_rows(records), row_caption(records)),
     "matrix": matrix_tables,
+    "matrices": partial(matrix_tables, views=tuple(VIEWS)),
 }
 
 
@@ -103,7 +121,8 @@ def content(experiment: str, words: Sequence[str] = (), folder: Path = RESULTS) 
     if not records:
         raise invalid("words", "of options that some runs have", words)
     if kind == "compare":
-        return markdown(comparison_rows(records, *baseline))
+        rows = comparison_rows(records, *baseline)
+        return captioned(rows, comparison_caption(records, *baseline))
     return TABLES[kind](records)
 
 

@@ -60,7 +60,7 @@ def seconds_of_processes(options: SpeedOptions, count: int) -> float:
         command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
         command += [str(Path(__file__).with_name("vision_lt.py")), "--output_dir", folder]
         command += ["--schedule", "none", "--batch_size", str(preset.batch_size // count)]
-        command += ["--epochs", str(options.epochs), "--eval_every", str(options.epochs)]
+        command += ["--epochs", str(options.epochs), "--eval_test_every", "0"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         if not torch.accelerator.is_available():
             environment["ACCELERATE_USE_CPU"] = "true"

@@ -24,7 +24,18 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from options import RESUME, CoreOptions, held_out_record, parse_options, print_kept, split_samples
+from options import (
+    RESUME,
+    CoreOptions,
+    held_out_record,
+    keep_split,
+    load_validation,
+    parse_options,
+    print_classes,
+    print_kept,
+    split_samples,
+    without_untrained,
+)
 from torch.utils.data import DataLoader
 from transformers import (
     AutoConfig,
@@ -46,7 +57,8 @@ from ldam_plugins import (
     fold_cosine_head,
     long_tail_indices,
 )
-from ldam_plugins.data.texts import load_texts, subsample_classes
+from ldam_plugins.data.notes import DataNotes
+from ldam_plugins.data.texts import load_texts, subsample_classes, text_examples, texts_of_classes
 from ldam_plugins.heads import cosine_heads, find_head
 from ldam_plugins.heads.choice import put_head
 from ldam_plugins.integrations.transformers.bilstm import (
@@ -57,15 +69,18 @@ from ldam_plugins.integrations.transformers.fast_attention import use_fast_dropo
 from ldam_plugins.integrations.transformers.run_callbacks import (
     CheckpointCallback,
     HistoryCallback,
+    SelectionCallback,
     bundled_minilm,
     class_errors,
     drop_partial_trainer_checkpoints,
+    epochs_to_train,
     newest_trainer_checkpoint,
+    selection_scores,
 )
 from ldam_plugins.integrations.transformers.saved_model import describe_saved, measure_saved
 from ldam_plugins.integrations.transformers.tokenizer import train_tokenizer
 from ldam_plugins.losses.base import ClassificationLoss
-from ldam_plugins.reports import per_class_table, write_report
+from ldam_plugins.reports import write_report
 from ldam_plugins.training import (
     check_processes,
     choose_precision,
@@ -86,6 +101,7 @@ from ldam_plugins.training.options import (
     invalid,
     option,
 )
+from ldam_plugins.training.selection import LAST, SelectionRule
 
 # Names of the dropout of attention in the configurations of transformers.
 ATTENTION_DROPOUTS = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")
@@ -112,7 +128,7 @@ class TextOptions(CoreOptions):
         "mixup": NOT_NEGATIVE,
     }
 
-    dataset: str = option("stdlib_docstrings", "hub id, local folder, or stdlib_docstrings")
+    dataset: str = option("stdlib_docstrings", "table, folder, hub id, or stdlib_docstrings")
     model: str = option("bilstm", "bilstm, minilm (in a package), hub id or local folder")
     epochs: int = option(3, "epochs of training")
     batch_size: int = option(32, "texts a process and micro-batch")
@@ -120,11 +136,9 @@ class TextOptions(CoreOptions):
     output_dir: str = option("runs/text_lt", "folder of the run")
     rare_classes: list[str] = option([], "names of classes that lose training texts")
     rare_fraction: float = option(0.1, "share of their training texts that rare classes keep")
-    text_column: str | None = option(None, "text column of the dataset [by name or type]")
-    label_column: str | None = option(None, "label column of the dataset [by name or type]")
+    text_column: str | None = option(None, "column of the texts [by name or content]")
+    label_column: str | None = option(None, "column of the labels [by name or content]")
     train_split: str = option("train", "split to train on, or a slice: train[:10%%]")
-    test_split: str | None = option(None, "split to test on, or a slice [test, else validation]")
-    skip_empty: bool = option(False, "leave out rows without a text")
     max_length: int = option(256, "tokens a text is cut to")
     vocab_size: int = option(20_000, "words the tokenizer of a bilstm knows")
     embedding_size: int = option(100, "length of a bilstm's embeddings")
@@ -140,7 +154,6 @@ class TextOptions(CoreOptions):
     lr_schedule: str = option("linear", "learning rate schedule of transformers")
     compile: bool = option(False, "compile the model")
     fast_dropout: bool = option(True, "draw dropout from fewer random bits on a CPU")
-    eval_every: int = option(1, "epochs between evaluations; the last is always evaluated")
 
 
 @folders_held()
@@ -150,38 +163,53 @@ def main(options: TextOptions) -> dict[str, Any]:
     arguments = make_arguments(options)
     check_processes(arguments.world_size, options.num_processes)
     refuse_deepspeed(arguments.deepspeed_plugin, stages=(3,), hint="Use ZeRO-2 or FSDP2.")
-    train, test, counts = load_data(options, show=arguments.process_index == 0)
-    train, validation, counts = hold_out(options, train, counts, show=arguments.process_index == 0)
+    notes = DataNotes()
+    show = arguments.process_index == 0
+    train, test, counts = load_data(options, show, notes)
+    train, validation, counts = hold_out(options, train, counts, show, notes)
     criterion = options.make_loss(counts)
     tokenizer, model = make_model(options, train, criterion)
-    evaluated = test if validation is None else validation
     with arguments.main_process_first(desc="tokenize"):  # the others read its cache
-        train_set, eval_set = (tokenize(options, tokenizer, each) for each in (train, evaluated))
-    check_start(options, arguments, train_set)
-    callbacks = make_callbacks(options, criterion)
+        train_set = tokenize(options, tokenizer, train)
+        eval_set = None if validation is None else tokenize(options, tokenizer, validation)
+        test_set = tokenize(options, tokenizer, test) if options.eval_test_every else None
+    steps = steps_per_epoch(options, arguments, train_set)
+    options.make_schedule().start_step(options.epochs * steps, steps)  # may be past the end
+    rule = options.make_selection(steps)
+    callbacks = make_callbacks(options, criterion, test_set, rule)
     if arguments.process_index == 0:
-        claim_output_dir(options.output_dir, asdict(options), resume=RESUME[options.resume])
+        # The classes of a run that is resumed must be the same, in the same order.
+        run = {**asdict(options), "class_names": counts.class_names}
+        claim_output_dir(options.output_dir, run, resume=RESUME[options.resume])
+        keep_split(options, notes, write=True)
         drop_partial_trainer_checkpoints(arguments.output_dir)
+    checkpoint = newest_trainer_checkpoint(arguments.output_dir)
+    arguments.num_train_epochs = epochs_to_train(checkpoint, options.epochs, rule)
     trainer = make_trainer(
         options, arguments, model, tokenizer, counts, train_set, eval_set, callbacks
     )
     with disk_errors(options.output_dir), keep_freed_memory(arguments.device):
-        trainer.train(resume_from_checkpoint=newest_trainer_checkpoint(arguments.output_dir))
+        trainer.train(resume_from_checkpoint=checkpoint)
         save_model(options, trainer)
     size = arguments.per_device_eval_batch_size
     held_out: dict[str, Any] = {}
+    if rule is not None:
+        held_out["selection"] = rule.record(selection_scores(trainer.state, rule.metric))
     if validation is not None:
         held_out["held_out"] = held_out_record(validation["label"], counts)
         found = measure_saved(model_folder(options), validation, counts, batch_size=size)
         held_out["validation"] = found
-    result = measure_saved(model_folder(options), test, counts, batch_size=size)
+    result = None
+    if options.measures_test:
+        result = measure_saved(model_folder(options), test, counts, batch_size=size)
     metrics = run_metrics(
         options=asdict(options),
+        **notes.record(),
         class_counts=counts,
         device=arguments.device,
         processes=arguments.world_size,
         mixed_precision=trainer.accelerator.mixed_precision,
-        class_errors=class_errors(result, counts),
+        class_errors=None if result is None else class_errors(result, counts),
         **held_out,
         test=result,
     )
@@ -196,7 +224,7 @@ def save_outputs(options: TextOptions, metrics: dict[str, Any], counts: ClassCou
     times = training_times(options.output_dir, counts.total)
     write_metrics(options.output_dir, metrics | times)
     write_report(options.output_dir)
-    print(per_class_table(metrics["test"], counts))
+    print_classes(metrics, counts)
 
 
 def save_model(options: TextOptions, trainer: Trainer) -> None:
@@ -242,16 +270,17 @@ def model_folder(options: TextOptions) -> str:
     return str(Path(options.output_dir, "model"))
 
 
-def load_data(options: TextOptions, show: bool = False) -> tuple[Dataset, Dataset, ClassCounts]:
-    """The training texts, cut to a long tail if asked for, the test texts, and texts per class."""
-    train, test = load_texts(
-        options.dataset,
-        text_column=options.text_column,
-        label_column=options.label_column,
-        train_split=options.train_split,
-        test_split=options.test_split,
-        skip_empty=options.skip_empty,
-    )
+def load_data(
+    options: TextOptions, show: bool = False, notes: DataNotes | None = None
+) -> tuple[Dataset, Dataset, ClassCounts]:
+    """The training texts, cut to a long tail if asked for, the test texts, and texts per class.
+
+    What there is to say of them is printed with ``show``, and kept in ``notes``.
+    """
+    notes = DataNotes() if notes is None else notes
+    train, test = load_parts(options, options.test_split, notes)
+    if show:
+        notes.print()
     names = train.features["label"].names
     labels = np.asarray(train["label"])
     train = train.select(
@@ -274,15 +303,46 @@ def load_data(options: TextOptions, show: bool = False) -> tuple[Dataset, Datase
     return train, test, counts
 
 
-def hold_out(
-    options: TextOptions, train: Dataset, counts: ClassCounts, show: bool
-) -> tuple[Dataset, Dataset | None, ClassCounts]:
-    """The texts to train on, those held out by --val_split, and how many of a class are left."""
-    if options.val_split is None:
-        return train, None, counts
-    kept, held_out = split_samples(
-        train["label"], counts, options.val_split, seed=options.subset_seed, show=show
+def load_parts(
+    options: TextOptions, test_split: float | str | None, notes: DataNotes
+) -> tuple[Dataset, Dataset]:
+    """The texts to train on and those of another part."""
+    train, other = load_texts(
+        options.dataset,
+        text_column=options.text_column,
+        label_column=options.label_column,
+        train_split=options.train_split,
+        test_split=test_split,
+        group_column=options.group_column,
+        encoding=options.encoding,
+        delimiter=options.delimiter,
+        skip_empty=options.skip_empty,
+        split_file=options.split_file,
+        seed=options.subset_seed,
+        min_kept=options.min_kept,
+        notes=notes,
     )
+    labels, names = np.asarray(train["label"][:]), train.features["label"].names
+    return without_untrained((train, other), labels, names, texts_of_classes, notes)
+
+
+def hold_out(
+    options: TextOptions,
+    train: Dataset,
+    counts: ClassCounts,
+    show: bool,
+    notes: DataNotes | None = None,
+) -> tuple[Dataset, Dataset | None, ClassCounts]:
+    """The texts to train on, those of --val_split, and how many of a class are left."""
+    if not options.holds_out:
+        return train, None, counts
+    if isinstance(options.val_split, str):
+        notes = DataNotes() if notes is None else notes
+        validation = load_validation(options, load_parts, notes)
+        if show:
+            notes.print()
+        return train, validation, counts
+    kept, held_out = split_samples(options, text_examples(train), counts, show=show, notes=notes)
     validation, train = train.select(held_out), train.select(kept)
     counts = ClassCounts.from_labels(train["label"], class_names=counts.class_names)
     return train, validation, counts
@@ -377,15 +437,16 @@ def tokenize(options: TextOptions, tokenizer: PreTrainedTokenizerBase, texts: Da
     return texts.map(
         lambda batch: tokenizer(batch["text"], truncation=True),
         batched=True,
-        remove_columns=["text"],
+        remove_columns=[name for name in texts.column_names if name != "label"],
         desc="tokenize",
     )
 
 
 def make_arguments(options: TextOptions) -> TrainingArguments:
-    """Arguments of a Trainer that logs, evaluates and saves once an epoch."""
+    """Arguments of a Trainer that logs, evaluates held-out texts and saves once an epoch."""
     precision = choose_precision(options.mixed_precision)
     resampled = options.make_schedule().is_resampling
+    selection = {} if options.select == LAST else SelectionCallback.arguments(options.select)
     return TrainingArguments(
         output_dir=str(Path(options.output_dir, "checkpoints")),
         num_train_epochs=options.epochs,
@@ -399,7 +460,7 @@ def make_arguments(options: TextOptions) -> TrainingArguments:
         lr_scheduler_type=options.lr_schedule,
         train_sampling_strategy="random" if resampled else "group_by_length",
         logging_strategy="epoch",
-        eval_strategy="epoch",
+        eval_strategy="epoch" if options.holds_out else "no",
         save_strategy="epoch",
         seed=options.seed,
         bf16=precision == "bf16",
@@ -408,22 +469,33 @@ def make_arguments(options: TextOptions) -> TrainingArguments:
         use_cpu=not torch.accelerator.is_available(),
         dataloader_pin_memory=torch.accelerator.is_available(),
         report_to=options.report_to,
+        **selection,
     )
 
 
-def check_start(options: TextOptions, arguments: TrainingArguments, train: Dataset) -> None:
-    """Refuse a schedule that starts past the end of the training, before anything is written."""
-    step_size = options.batch_size * options.accumulation * arguments.world_size
-    steps = math.ceil(len(train) / step_size)
-    options.make_schedule().start_step(options.epochs * steps, steps)
+def steps_per_epoch(options: TextOptions, arguments: TrainingArguments, train: Dataset) -> int:
+    """Optimizer steps of an epoch."""
+    return math.ceil(
+        len(train) / (options.batch_size * options.accumulation * arguments.world_size)
+    )
 
 
-def make_callbacks(options: TextOptions, criterion: ClassificationLoss) -> list[TrainerCallback]:
-    """The loss with its schedule, and the history of the run."""
+def make_callbacks(
+    options: TextOptions,
+    criterion: ClassificationLoss,
+    test_set: Dataset | None = None,
+    rule: SelectionRule | None = None,
+) -> list[TrainerCallback]:
+    """The loss with its schedule, the history of the run, the selection of its result."""
     schedule = options.make_schedule()
     history = HistoryCallback(
-        options.output_dir, schedule, options.eval_every, options.error_column
+        options.output_dir,
+        schedule,
+        options.eval_every,
+        test_set=test_set,
+        eval_test_every=options.eval_test_every or 1,
     )
+    selection = [] if rule is None else [SelectionCallback(rule)]
     checkpoints = CheckpointCallback(options.keep_checkpoints)
     drw = DRWCallback(
         criterion,
@@ -432,7 +504,7 @@ def make_callbacks(options: TextOptions, criterion: ClassificationLoss) -> list[
         scale=options.scale,
         mixup=options.mixup,
     )
-    return [drw, history, checkpoints]
+    return [drw, history, *selection, checkpoints]
 
 
 def make_trainer(
@@ -442,7 +514,7 @@ def make_trainer(
     tokenizer: PreTrainedTokenizerBase,
     counts: ClassCounts,
     train_set: Dataset,
-    eval_set: Dataset,
+    eval_set: Dataset | None,
     callbacks: list[TrainerCallback],
 ) -> Trainer:
     """A stock Trainer; the callbacks bring the loss, the schedule and the history."""

@@ -24,7 +24,18 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from options import RESUME, CoreOptions, held_out_record, parse_options, print_kept, split_samples
+from options import (
+    RESUME,
+    CoreOptions,
+    held_out_record,
+    keep_split,
+    load_validation,
+    parse_options,
+    print_classes,
+    print_kept,
+    split_samples,
+    without_untrained,
+)
 from timm.data import Mixup
 from timm.data.mixup import mixup_target
 from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
@@ -36,6 +47,7 @@ from tqdm import trange
 from ldam_plugins import ClassCounts, register
 from ldam_plugins.data import LabelledImages, load_images, long_tail_indices
 from ldam_plugins.data.in_memory import InMemoryImages
+from ldam_plugins.data.notes import DataNotes
 from ldam_plugins.heads.choice import put_head, wants_cosine_head, warn_of_linear_head
 from ldam_plugins.integrations.timm.images import (
     AUGMENTATIONS,
@@ -54,10 +66,11 @@ from ldam_plugins.integrations.timm.saved_model import load_model, save_model
 from ldam_plugins.kernels.batch_norm import use_fast_batch_norm
 from ldam_plugins.losses import apply_stage, warn_of_combination
 from ldam_plugins.losses.base import ClassificationLoss
-from ldam_plugins.reports import per_class_table, write_report
+from ldam_plugins.reports import write_report
 from ldam_plugins.samplers import DeferredSampler
 from ldam_plugins.schedules import DeferredSchedule, Progress
 from ldam_plugins.training import (
+    BestModel,
     TrainStep,
     begin_run,
     check_processes,
@@ -117,10 +130,9 @@ class VisionOptions(CoreOptions):
         "smoothing": SHARE_BELOW_1,
         "ema_decay": SHARE_BELOW_1,
         "clip_grad": POSITIVE,
-        "eval_every": COUNT,
     }
 
-    dataset: str = option("digits", "hub id, local folder, or digits")
+    dataset: str = option("digits", "folder, table, hub id, or digits")
     model: str = option(
         "cifar_resnet32",
         "what timm.create_model takes: resnet18.a1_in1k, hf-hub:..., local-dir:...; or "
@@ -130,9 +142,10 @@ class VisionOptions(CoreOptions):
     batch_size: int = option(128, "images a process and micro-batch")
     lr: float = option(0.1, "learning rate")
     output_dir: str = option("runs/vision_lt", "folder of the run")
-    image_column: str | None = option(None, "image column of a hub dataset [by its type]")
-    label_column: str | None = option(None, "label column of a hub dataset [by its type]")
-    test_split: str | None = option(None, "split or folder to test on [test, else validation]")
+    image_column: str | None = option(
+        None, "column of the images, or of their names [by its content]"
+    )
+    label_column: str | None = option(None, "column of the labels [by name or content]")
     train_list: str | None = option(None, "list or JSON file of the training images")
     test_list: str | None = option(None, "list or JSON file of the test images")
     skip_corrupt: bool = option(False, "leave out images that cannot be decoded, and count them")
@@ -176,7 +189,6 @@ class VisionOptions(CoreOptions):
     compile: bool = option(
         False, "compile the model; on one GPU, replay its passes as a CUDA graph"
     )
-    eval_every: int = option(1, "epochs between evaluations; the last is always evaluated")
 
 
 @folders_held()
@@ -185,9 +197,13 @@ def main(options: VisionOptions) -> dict[str, Any]:
     register()
     accelerator = make_accelerator(options)
     set_seed(options.seed)
-    train, test, counts = load_data(options, show=accelerator.is_main_process)
-    train, validation, counts = hold_out(options, train, counts, show=accelerator.is_main_process)
-    if validation is not None and not options.skip_corrupt:
+    notes = DataNotes()
+    show = accelerator.is_main_process
+    train, test, counts = load_data(options, show, notes)
+    train, validation, counts = hold_out(options, train, counts, show, notes)
+    watched = watched_images(options, validation, test)
+    unread = options.measures_test and "test_error" not in watched
+    if unread and not options.skip_corrupt:
         refuse_corrupt(test, show=accelerator.is_main_process)
     criterion = options.make_loss(counts).to(accelerator.device)
     if accelerator.is_main_process:
@@ -203,14 +219,17 @@ def main(options: VisionOptions) -> dict[str, Any]:
         batch_size=options.batch_size,
         fills_batches=accelerator.num_processes > 1 or mixes(options),
     )
-    train_set, eval_set = pipeline.datasets(
+    train_set, *eval_sets = pipeline.datasets(
         train,
-        test if validation is None else validation,
+        *watched.values(),
         memory_limit=options.memory_limit,
         progress=accelerator.is_main_process,
     )
     with keep_freed_memory(accelerator.device):
-        model = fit(accelerator, options, model, criterion, pipeline, train_set, eval_set)
+        parts = dict(zip(watched, eval_sets, strict=True))
+        model, selection = fit(
+            accelerator, options, model, criterion, pipeline, train_set, parts, notes
+        )
         if accelerator.is_main_process:
             save_model(
                 model,
@@ -220,15 +239,18 @@ def main(options: VisionOptions) -> dict[str, Any]:
                 title=Path(options.output_dir).name,
                 pretrained=options.model if is_pretrained(options) else None,
             )
-        workers = 0 if isinstance(eval_set, InMemoryImages) else options.workers
-        held_out: dict[str, Any] = {}
+        workers = 0 if isinstance(train_set, InMemoryImages) else options.workers
+        held_out: dict[str, Any] = {} if selection is None else {"selection": selection}
         if validation is not None:
             held_out["held_out"] = held_out_record(validation.labels, counts)
             found = measure(accelerator, options, counts, validation, workers)
             held_out["validation"] = found
-        result = measure(accelerator, options, counts, test, workers)
+        result = None
+        if options.measures_test:
+            result = measure(accelerator, options, counts, test, workers)
     metrics = run_metrics(
         options=asdict(options),
+        **notes.record(),
         class_counts=counts,
         device=accelerator.device,
         images=pipeline.record(),
@@ -250,24 +272,24 @@ def fit(
     criterion: ClassificationLoss,
     pipeline: ImagePipeline,
     train_set: Any,
-    eval_set: Any,
-) -> nn.Module:
+    eval_sets: dict[str, Any],
+    notes: DataNotes,
+) -> tuple[nn.Module, dict[str, Any] | None]:
     """Train to the last epoch, from the newest checkpoint if there is one.
 
-    ``eval_set`` is the held-out part of the training images if there is one, else the test images.
-    The errors in the history are of the model in training, cosine head and mixed precision
-    included.
+    ``eval_sets`` are the images whose error is watched during training, by its column in the
+    history. These errors are of the model in training, cosine head and mixed precision included.
+    ``notes`` are those of the data: of data that were divided ``split.csv`` is written.
 
     Returns:
-        The model of the last epoch, or its moving average if there is one.
+        The model of the last epoch, or its moving average if there is one; with ``--select`` that
+        of the best epoch, and what is to be said of it.
     """
     schedule, counts = options.make_schedule(), criterion.class_counts
     samples, batch_size = len(train_set), options.batch_size
     steps = steps_per_epoch(accelerator, options, samples)
     sampler = make_sampler(accelerator, options, schedule, train_set, len(counts))
-    train_set, eval_set = (
-        on_device(images, accelerator.device) for images in (train_set, eval_set)
-    )
+    train_set = on_device(train_set, accelerator.device)
     loader = image_loader(
         train_set,
         workers=options.workers,
@@ -275,14 +297,27 @@ def fit(
         sampler=sampler,
         drop_last=mixes(options),
     )
-    eval_loader = image_loader(eval_set, workers=options.workers, batch_size=4 * batch_size)
+    eval_loaders = [
+        image_loader(
+            on_device(images, accelerator.device),
+            workers=options.workers,
+            batch_size=4 * batch_size,
+        )
+        for images in eval_sets.values()
+    ]
     to_input = pipeline.make_input(accelerator.device)
     mix = make_target(options, len(counts))
     optimizer, lr_scheduler = make_optimizer(options, model, accelerator.device)
     ema = make_average(accelerator, options, model)
-    averages = {} if ema is None else {"average": ema.module}
+    evaluated = model if ema is None else ema.module
+    rule = options.make_selection(steps)
+    best = None if rule is None else BestModel(evaluated, rule, options.epochs)
+    beside: dict[str, nn.Module] = {} if ema is None else {"average": ema.module}
+    beside |= {} if best is None else {"best": best}
     net = compiled(accelerator, model) if options.compile else model
-    net, optimizer, loader, eval_loader = accelerator.prepare(net, optimizer, loader, eval_loader)
+    net, optimizer, loader, *eval_loaders = accelerator.prepare(
+        net, optimizer, loader, *eval_loaders
+    )
     train_step = make_train_step(accelerator, options, net, criterion, optimizer)
     # The classes of a run that is resumed must be the same, in the same order.
     run = {**asdict(options), "class_names": counts.class_names}
@@ -291,9 +326,10 @@ def fit(
         options.output_dir,
         run,
         resume=RESUME[options.resume],
-        models=averages,
-        error_column=options.error_column,
+        models=beside,
+        test_error="test_error" in eval_sets,
     )
+    keep_split(options, notes, write=accelerator.is_main_process)
     config = {name: str(value) for name, value in asdict(options).items()}
     accelerator.init_trackers("vision_lt", config=config)
     stage = None
@@ -301,6 +337,8 @@ def fit(
         first_epoch, options.epochs, unit="epoch", disable=not accelerator.is_main_process
     )
     for epoch in until_preempted(epochs):
+        if best is not None and best.stops:
+            break
         began = time.perf_counter()
         # All random numbers of an epoch follow from this, so a resumed run repeats them.
         generator = seed_epoch(options.seed, epoch, accelerator.process_index)
@@ -321,15 +359,16 @@ def fit(
             "lr": optimizer.param_groups[0]["lr"],
             "stage": stage,
             "train_loss": total.item() / steps,
-            options.error_column: None,
             "seconds": time.perf_counter() - began,
         }
-        if (epoch + 1) % options.eval_every == 0 or epoch + 1 == options.epochs:
-            found = evaluate(accelerator, ema or net, eval_loader, counts, to_input=to_input)
-            row[options.error_column] = found["top1_error"]
-        error = row[options.error_column]
-        shown = {"loss": row["train_loss"], "error": error, "stage": row["stage"]}
-        epochs.set_postfix({key: value for key, value in shown.items() if value is not None})
+        for column, eval_loader in zip(eval_sets, eval_loaders, strict=True):
+            if options.evaluates(column, epoch):
+                found = evaluate(accelerator, ema or net, eval_loader, counts, to_input=to_input)
+                row[column] = found["top1_error"]
+                if best is not None and column == "val_error":
+                    best.update(evaluated, epoch, found[options.select])
+        shown = {"loss": row["train_loss"], "stage": row["stage"]}
+        epochs.set_postfix(shown | {name: row[name] for name in eval_sets if name in row})
         accelerator.log({k: v for k, v in row.items() if isinstance(v, float)}, step=epoch)
         if history is not None:
             history.append(**row)
@@ -338,9 +377,12 @@ def fit(
             options.output_dir,
             epoch + 1,
             keep=options.keep_checkpoints,
-            models=averages,
+            models=beside,
         )
-    return model if ema is None else ema.module
+    if best is None:
+        return evaluated, None
+    evaluated.load_state_dict(best.module.state_dict())
+    return evaluated, best.rule.record(best.scores)
 
 
 def measure(
@@ -366,7 +408,7 @@ def save_outputs(options: VisionOptions, metrics: dict[str, Any], counts: ClassC
     times = training_times(options.output_dir, counts.total)
     write_metrics(options.output_dir, metrics | times)
     write_report(options.output_dir)
-    print(per_class_table(metrics["test"], counts))
+    print_classes(metrics, counts)
 
 
 def make_accelerator(options: VisionOptions) -> Accelerator:
@@ -386,20 +428,20 @@ def make_accelerator(options: VisionOptions) -> Accelerator:
 
 
 def load_data(
-    options: VisionOptions, show: bool
+    options: VisionOptions, show: bool, notes: DataNotes | None = None
 ) -> tuple[LabelledImages, LabelledImages, ClassCounts]:
-    """The training images, cut to a long tail if asked for, the test images, images per class."""
-    train, test = load_images(
-        options.dataset,
-        image_column=options.image_column,
-        label_column=options.label_column,
-        test_split=options.test_split,
-        train_list=options.train_list,
-        test_list=options.test_list,
-    )
+    """The training images, cut to a long tail if asked for, the test images, images per class.
+
+    What there is to say of them is printed with ``show``, and kept in ``notes``.
+    """
+    notes = DataNotes() if notes is None else notes
+    train, test = load_parts(options, options.test_split, notes)
     if options.skip_corrupt:
-        train = without_corrupt(train, "training", show)
-        test = without_corrupt(test, "test", show)
+        train = without_corrupt(train, "training", show, notes)
+        if options.measures_test:
+            test = without_corrupt(test, "test", show, notes)
+    if show:
+        notes.print()
     classes = len(train.class_names)
     keep = long_tail_indices(
         train.labels,
@@ -417,27 +459,71 @@ def load_data(
     return train, test, counts
 
 
-def hold_out(
-    options: VisionOptions, train: LabelledImages, counts: ClassCounts, show: bool
-) -> tuple[LabelledImages, LabelledImages | None, ClassCounts]:
-    """The images to train on, those held out by --val_split, and how many of a class are left."""
-    if options.val_split is None:
-        return train, None, counts
-    kept, held_out = split_samples(
-        train.labels, counts, options.val_split, seed=options.subset_seed, show=show
+def load_parts(
+    options: VisionOptions, test_split: float | str | None, notes: DataNotes
+) -> tuple[LabelledImages, LabelledImages]:
+    """The images to train on and those of another part."""
+    train, other = load_images(
+        options.dataset,
+        image_column=options.image_column,
+        label_column=options.label_column,
+        test_split=test_split,
+        train_list=options.train_list,
+        test_list=options.test_list,
+        group_column=options.group_column,
+        encoding=options.encoding,
+        delimiter=options.delimiter,
+        skip_empty=options.skip_empty,
+        split_file=options.split_file,
+        seed=options.subset_seed,
+        min_kept=options.min_kept,
+        notes=notes,
     )
+    names = train.class_names
+    return without_untrained((train, other), train.labels, names, LabelledImages.of_classes, notes)
+
+
+def hold_out(
+    options: VisionOptions,
+    train: LabelledImages,
+    counts: ClassCounts,
+    show: bool,
+    notes: DataNotes | None = None,
+) -> tuple[LabelledImages, LabelledImages | None, ClassCounts]:
+    """The images to train on, those of --val_split, and how many of a class are left."""
+    if not options.holds_out:
+        return train, None, counts
+    if isinstance(options.val_split, str):
+        notes = DataNotes() if notes is None else notes
+        validation = load_validation(options, load_parts, notes)
+        if options.skip_corrupt:
+            validation = without_corrupt(validation, "validation", show, notes)
+        if show:
+            notes.print()
+        return train, validation, counts
+    kept, held_out = split_samples(options, train.examples(), counts, show=show, notes=notes)
     validation, train = train.subset(held_out), train.subset(kept)
     counts = ClassCounts.from_labels(train.labels, class_names=train.class_names)
     return train, validation, counts
 
 
-def without_corrupt(images: LabelledImages, name: str, show: bool) -> LabelledImages:
-    """The images that can be decoded; how many cannot is printed."""
+def watched_images(
+    options: VisionOptions, validation: LabelledImages | None, test: LabelledImages
+) -> dict[str, LabelledImages]:
+    """The images that are evaluated during training, by the column of their error."""
+    watched = {} if validation is None else {"val_error": validation}
+    return watched | ({"test_error": test} if options.eval_test_every else {})
+
+
+def without_corrupt(
+    images: LabelledImages, name: str, show: bool, notes: DataNotes
+) -> LabelledImages:
+    """The images that can be decoded; how many cannot is noted."""
     corrupt = images.find_corrupt(progress=show)
-    if show and corrupt:
+    if corrupt:
         some = ", ".join(images.describe(index) for index in corrupt[:3])
         more = ", ..." if len(corrupt) > 3 else ""
-        print(f"{len(corrupt)} of {len(images)} {name} images cannot be read: {some}{more}")
+        notes.leave_out(f"{name} images that cannot be read", len(corrupt), f"{some}{more}")
     return images.without(corrupt)
 
 

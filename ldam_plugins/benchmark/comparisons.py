@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ldam_plugins._validation import check_choice
+from ldam_plugins.benchmark.captions import unlike_pairs
 from ldam_plugins.benchmark.grid import METHODS
 from ldam_plugins.benchmark.records import Record, errors_of
 from ldam_plugins.benchmark.settings import (
-    ABSENT,
     Setting,
     by_setting,
     head_of,
@@ -20,28 +22,37 @@ from ldam_plugins.benchmark.settings import (
 )
 from ldam_plugins.benchmark.statistics import (
     CONFIDENCE,
+    Interval,
     PairedComparison,
     holm,
+    mean_interval,
     paired_comparison,
 )
 from ldam_plugins.losses.registry import list_losses
 from ldam_plugins.schedules import KINDS
 
-_TAIL_OPTIONS = ("dataset", "profile", "ratio", "subset_seed", "val_split")
+_TAIL_OPTIONS = (
+    *("dataset", "profile", "ratio", "subset_seed", "val_split"),
+    *("test_split", "split_file", "group_column"),
+)
 """Options that say which samples a run was trained on."""
 
 
 class Comparison(NamedTuple):
     """A method against a baseline: titles, the paired test, and its p-value after Holm.
 
-    ``heads`` is the method's head, and the baseline's where that is another one.
+    ``heads`` is the method's head, and the baseline's where that is another one. ``prior`` is the
+    difference in the error under the training prior, which is not tested. ``unlike`` is in what
+    else the two differ, see :func:`.unlike_pairs`.
     """
 
     baseline: str
     method: str
     paired: PairedComparison
     corrected: float | None
-    heads: str = ABSENT
+    heads: str
+    prior: Interval
+    unlike: Mapping[str, tuple[str, str]]
 
     @property
     def verdict(self) -> str:
@@ -82,16 +93,31 @@ def comparisons(records: Sequence[Record], baseline: str = "erm") -> list[Compar
         for base in _bases(chosen, setting, expected, others):
             pairs = _pairs(settings[base], runs)
             if pairs:
-                titles = (method_title(names, base), method_title(names, setting))
-                heads = dict.fromkeys(head_of(record) for record in reversed(pairs[0]))
-                first, second = map(errors_of, zip(*pairs, strict=True))
-                found.append((titles, " against ".join(heads), first, second))
-    p_values = [paired_comparison(first, second).p_value for *_, first, second in found]
+                found.append(((method_title(names, base), method_title(names, setting)), pairs))
+    errors = [_errors(pairs) for _, pairs in found]
+    p_values = [paired_comparison(first, second).p_value for first, second in errors]
     tests = sum(p is not None for p in p_values) or 1
     return [
-        Comparison(*titles, paired_comparison(first, second, tests), corrected, heads)
-        for (titles, heads, first, second), corrected in zip(found, holm(p_values), strict=True)
+        Comparison(
+            *titles,
+            paired_comparison(first, second, tests),
+            corrected,
+            " against ".join(dict.fromkeys(head_of(record) for record in reversed(pairs[0]))),
+            mean_interval(np.subtract(*_errors(pairs, "train_prior_error")[::-1]).tolist()),
+            unlike_pairs(pairs, names),
+        )
+        for (titles, pairs), (first, second), corrected in zip(
+            found, errors, holm(p_values), strict=True
+        )
     ]
+
+
+def _errors(
+    pairs: Sequence[tuple[Record, Record]], view: str = "balanced_error"
+) -> tuple[list[float], list[float]]:
+    """An error of the first runs, and of the second."""
+    first, second = zip(*pairs, strict=True)
+    return errors_of(first, view), errors_of(second, view)
 
 
 def read_baseline(baseline: str, known: Collection[str]) -> tuple[tuple[str, str], dict[str, str]]:

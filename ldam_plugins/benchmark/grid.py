@@ -6,8 +6,8 @@ import itertools
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 from ldam_plugins._validation import check_choice, check_int, check_real, invalid
 from ldam_plugins.data.long_tail import PROFILES
@@ -26,7 +26,7 @@ OWN_OPTIONS = {
 """Options of a recipe that have their own place in a grid, or are the grid's matter: where."""
 
 _DEFERRED = [kind for kind in KINDS if DeferredSchedule(kind).is_deferred]
-_SCHEDULES_OF = {
+SCHEDULES_OF = {
     "start": _DEFERRED,
     "start_unit": _DEFERRED,
     "beta": [kind for kind in KINDS if DeferredSchedule(kind).uses_beta],
@@ -98,10 +98,36 @@ class Grid:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a grid: its name and the recipe's arguments, those for its folder left out."""
+    """One run of a grid: its name and the recipe's options, those for its folder left out.
+
+    Args:
+        name: Name of the cell, in which ``setting`` stands before the seed.
+        setting: What the cells share that differ in the seed alone.
+        own: Names of the options that the method or ``vary`` sets, and that make the setting.
+        preset: Preset that the run begins with; empty: none.
+        options: What is set beyond it.
+    """
 
     name: str
-    arguments: tuple[str, ...] = field(repr=False)
+    setting: str
+    own: frozenset[str] = field(repr=False)
+    preset: str = field(repr=False)
+    options: Settings = field(repr=False)
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """Arguments of the recipe."""
+        flags = [
+            word
+            for name, value in self.options.items()
+            for word in (f"--{name}", *value.split(","))
+        ]
+        return (*([self.preset] if self.preset else []), *flags)
+
+    def with_options(self, values: Mapping[str, Any]) -> Cell:
+        """The same with other values of some options."""
+        words = {n: f"{v:.12g}" if isinstance(v, float) else str(v) for n, v in values.items()}
+        return replace(self, options={**self.options, **words})
 
 
 def expand(grid: Grid, known: Collection[str]) -> list[Cell]:
@@ -165,16 +191,12 @@ def _cell(
     options = {"loss": loss, "schedule": schedule, **common, **special}
     options |= {} if profile is None else {"profile": profile}
     options |= {} if ratio is None else {"ratio": f"{ratio:.12g}"}
-    flags = [
-        word
-        for name, value in {**options, "seed": str(seed)}.items()
-        for word in (f"--{name}", *value.split(","))
-    ]
     parts = [loss, schedule, *(f"{name}-{value}" for name, value in special.items())]
     parts += [] if profile is None else [profile]
     parts += [] if ratio is None else [f"r{ratio:.12g}"]
-    name = re.sub(r"[^\w.+-]", "-", "_".join([*parts, f"s{seed}"]))
-    return Cell(name, (*([preset] if preset else []), *flags))
+    setting = re.sub(r"[^\w.+-]", "-", "_".join(parts))
+    options |= {"seed": str(seed)}
+    return Cell(f"{setting}_s{seed}", setting, frozenset(special), preset, options)
 
 
 def _product(grid: Grid) -> list[tuple[str, str, Settings]]:
@@ -224,7 +246,7 @@ def _settings(entries: Iterable[str], place: str, known: Collection[str]) -> Set
 def _check_effect(special: Mapping[str, str], schedule: str) -> None:
     """Refuse a setting that would only repeat a run under another name."""
     for name in special:
-        schedules = _SCHEDULES_OF.get(name, (schedule,))
+        schedules = SCHEDULES_OF.get(name, (schedule,))
         if schedule not in schedules:
             hint = f"Give it to those methods alone: ldam_drw:{name}={special[name]}"
             expected = f"set for a method with schedule {' or '.join(schedules)}"

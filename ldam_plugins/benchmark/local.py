@@ -60,11 +60,15 @@ class CellTask:
 
 
 class Outcome(NamedTuple):
-    """How a cell ended: ``"finished"``, ``"skipped"`` (it was finished before) or ``"failed"``."""
+    """How a cell ended: ``"finished"``, ``"skipped"`` (it was finished before) or ``"failed"``.
+
+    ``exit_code`` is that of a process that failed; None where there was none.
+    """
 
     name: str
     status: str
     message: str = ""
+    exit_code: int | None = None
 
 
 def is_finished(task: CellTask) -> bool:
@@ -216,7 +220,8 @@ def _outcome(task: CellTask, returncode: int) -> Outcome:
     if returncode == 0 and (task.folder / METRICS_FILE).exists():
         return Outcome(task.name, "finished")
     log = task.folder / LOG_FILE
-    return Outcome(task.name, "failed", f"exit code {returncode}, see {log}\n{log_tail(log)}")
+    message = f"exit code {returncode}, see {log}\n{log_tail(log)}"
+    return Outcome(task.name, "failed", message, returncode)
 
 
 def log_tail(path: Path, lines: int = _TAIL_LINES) -> str:

@@ -9,12 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from ldam_plugins._validation import invalid, quoted
+from ldam_plugins.counts import ClassCounts
+from ldam_plugins.metrics.views import error_views
 from ldam_plugins.training.files import write_atomic
 from ldam_plugins.training.history import METRICS_KEYS, read_metrics
 from ldam_plugins.training.run_dir import COMMAND_FILE, METRICS_FILE
 
 Record = dict[str, Any]
-"""``metrics.json`` of one run, after its ``name`` and the ``command`` that made it."""
+"""``metrics.json`` of one run, after its ``name`` and the ``command`` that made it; with ``tuned``,
+as of :meth:`.Search.record`, where options of the run were tuned."""
+
+TUNED_FILE = "tuned.json"
+"""Beside the metrics of a run: ``tuned`` of its record."""
 
 UNKNOWN = "unknown"
 """The precision of a run that was made before runs recorded it."""
@@ -48,6 +54,13 @@ def _parse(line: str, place: str) -> Record:
     missing = [key for key in ("name", "command", *METRICS_KEYS) if key not in record]
     if missing:
         raise invalid(place, f"a whole record, with {quoted(missing)}", list(record))
+    return _measured(record, place)
+
+
+def _measured(record: Record, place: str) -> Record:
+    if record["test"] is None:
+        expected = "the record of a run measured on the test set"
+        raise invalid(place, expected, "one made with --evaluate validation")
     return record
 
 
@@ -81,16 +94,19 @@ def collect_records(
         leave_out: Names of cells whose files are not what the grid asked for.
     """
     cells = [path.parent for path in sorted(Path(folder).glob(f"*/{METRICS_FILE}"))]
-    return [
-        {
-            "name": cell.name,
-            "command": _command(cell),
-            "mixed_precision": UNKNOWN,
-            **read_metrics(cell),
-        }
-        for cell in cells
-        if cell.name not in leave_out
-    ]
+    return [_measured(_record(cell), str(cell)) for cell in cells if cell.name not in leave_out]
+
+
+def _record(cell: Path) -> Record:
+    record = {"name": cell.name, "command": _command(cell), "mixed_precision": UNKNOWN}
+    tuned = cell / TUNED_FILE
+    found = {"tuned": json.loads(tuned.read_text(encoding="utf-8"))} if tuned.exists() else {}
+    return {**record, **read_metrics(cell), **found}
+
+
+def write_tuned(folder: str | os.PathLike[str], tuned: Mapping[str, Any]) -> None:
+    """Write what a search says of a finished run, for its record, beside its metrics."""
+    write_atomic(Path(folder, TUNED_FILE), f"{json.dumps(tuned, ensure_ascii=False)}\n".encode())
 
 
 def _command(cell: Path) -> str | None:
@@ -98,9 +114,12 @@ def _command(cell: Path) -> str | None:
     return path.read_text(encoding="utf-8").strip() if path.exists() else None
 
 
-def errors_of(records: Iterable[Record]) -> list[float]:
-    """Balanced error in % of each run: 100 less the mean accuracy of the classes.
+def test_metrics(record: Record) -> dict[str, Any]:
+    """The test metrics of a run, with both of :func:`.error_views` also where it is older."""
+    test, counts = record["test"], ClassCounts(record["class_counts"])
+    return {**test, **error_views(test["per_class_accuracy"], counts)}
 
-    On a test set whose classes are of one size that is the top-1 error.
-    """
-    return [100 * (1 - record["test"]["balanced_accuracy"]) for record in records]
+
+def errors_of(records: Iterable[Record], view: str = "balanced_error") -> list[float]:
+    """An error in % of each run, the balanced one unless told: one of :func:`.error_views`."""
+    return [test_metrics(record)[view] for record in records]

@@ -5,16 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+from ldam_plugins.benchmark.captions import Caption, row_caption
 from ldam_plugins.benchmark.plots import PLOTS
 from ldam_plugins.benchmark.records import UNKNOWN, Record, write_records
-from ldam_plugins.benchmark.settings import shown, varying_options
+from ldam_plugins.benchmark.settings import head_of, shown, varying_options
 from ldam_plugins.benchmark.tables import (
+    VIEWS,
     Row,
+    comparison_caption,
     comparison_rows,
+    equal_test_classes,
     error_matrices,
     interval_rows,
     markdown,
+    matrix_captions,
     matrix_heads,
     matrix_rows,
     tidy_table,
@@ -26,20 +32,37 @@ from ldam_plugins.training.run_dir import MAY_CHANGE
 RECORDS_FILE, TABLES_FILE, PAGE_FILE = "results.jsonl", "results.md", "report.html"
 CSV_FILE, PARQUET_FILE = "results.csv", "results.parquet"
 
-_Section = tuple[str, str, list[Row]]
+
+class _Section(NamedTuple):
+    """A table of the page."""
+
+    title: str
+    note: str
+    caption: Caption
+    rows: list[Row]
+
+
 _NOTE_ON_INTERVALS = (
-    "Mean and 95 % interval (Student's t) over the seeds; one seed has none. A dash: the default."
+    "Mean and 95 % interval (Student's t) over the seeds; one seed has none. A dash: the default, "
+    "or no class. "
 )
-_NOTE_ON_MATRIX = (
-    "100 less the balanced accuracy, which is the top-1 error where the classes of the test set "
-    "are of one size. Mean and 95 % interval (Student's t) over n seeds. A dash: not run."
+_NOTE_ON_MATRIX = "Mean and 95 % interval (Student's t) over n seeds. A dash: not run. "
+_NOTE_ON_HEADS = "Of rows with different heads the difference is that of head and method together. "
+_NOTE_ON_ERRORS = (
+    "Balanced error: 100 less the mean accuracy of the classes, each counting once. Train-prior "
+    "error: each counting as often as it is in the training samples. "
+)
+_NOTE_ON_EQUAL_CLASSES = (
+    "The classes of the test set are of one size, so the balanced error is the top-1 error. "
 )
 _NOTE_ON_PAIRS = (
     "Paired t-tests on the same seeds and samples; negative is less error than the baseline's. The "
     "interval and p are of the row alone. "
     "p (Holm) is corrected for the number of tests, and at 0.05 decides what the row says. "
     "Detectable is the difference that a row, so corrected, would tell from noise in 80 % of such "
-    "experiments, were the spread the one seen: smaller ones may be there and are not told."
+    "experiments, were the spread the one seen (sd of differences): smaller ones may be there and "
+    "are not told. The difference in train-prior error stands beside it with its interval and is "
+    "not tested. "
 )
 
 
@@ -96,20 +119,30 @@ def write_experiment(
 
 
 def _sections(records: Sequence[Record], baseline: str) -> list[_Section]:
-    """Title, note and rows of each table."""
-    sections = [("Methods", _NOTE_ON_INTERVALS, interval_rows(records))]
-    heads = matrix_heads(records)
-    for title, matrix in error_matrices(records).items():
-        heading = ", ".join(filter(None, ["Balanced error, %, by loss and schedule", title]))
-        sections.append((heading, _NOTE_ON_MATRIX, matrix_rows(matrix, heads[title])))
+    """Each table, with its note and caption."""
+    errors = _NOTE_ON_ERRORS + (_NOTE_ON_EQUAL_CLASSES if equal_test_classes(records) else "")
+    heads = _NOTE_ON_HEADS if len({head_of(record) for record in records}) > 1 else ""
+    note = _NOTE_ON_INTERVALS + errors + heads
+    sections = [_Section("Methods", note, row_caption(records), interval_rows(records))]
+    captions, heads_of = matrix_captions(records), matrix_heads(records)
+    for view, name in VIEWS.items():
+        for title, matrix in error_matrices(records, view).items():
+            heading = ", ".join(filter(None, [f"{name}, %, by loss and schedule", title]))
+            rows = matrix_rows(matrix, heads_of[title])
+            sections.append(_Section(heading, _NOTE_ON_MATRIX + heads, captions[title], rows))
     pairs = comparison_rows(records, baseline)
     if pairs:
-        sections.append((f"More than noise? Against {baseline}", _NOTE_ON_PAIRS, pairs))
+        heading = f"More than noise? Against {baseline}"
+        caption = comparison_caption(records, baseline)
+        sections.append(_Section(heading, _NOTE_ON_PAIRS + heads, caption, pairs))
     return sections
 
 
 def _markdown_page(sections: Sequence[_Section], failed: Mapping[str, str]) -> str:
-    parts = [f"## {title}\n\n{note}\n\n{markdown(rows)}\n" for title, note, rows in sections]
+    parts = [
+        f"## {title}\n\n{note}{caption.markdown()}".rstrip() + f"\n\n{markdown(rows)}\n"
+        for title, note, caption, rows in sections
+    ]
     if failed:
         entries = (f"`{name}`:\n\n```\n{message}\n```\n" for name, message in failed.items())
         parts.append("\n".join(["## Failed\n", *entries]))
@@ -131,6 +164,7 @@ def _values(records: Sequence[Record], option: str) -> str:
 def _common(records: Sequence[Record]) -> dict[str, str]:
     """Options that all runs share."""
     left_out = {*varying_options(records), "seed", *MAY_CHANGE}
+    left_out |= {name for record in records for name in record.get("tuned", {"given": ()})["given"]}
     options = records[0]["options"]
     return {name: shown(value) for name, value in options.items() if name not in left_out}
 

@@ -18,33 +18,59 @@ from ldam_plugins.losses.registry import create_loss, loss_class, loss_options
 from ldam_plugins.schedules import KINDS
 from ldam_plugins.training.run_dir import MAY_CHANGE
 
+WITHOUT_EFFECT = {*MAY_CHANGE, "workers", "memory_limit", "eval_every", "num_processes"}
+"""Options that say where output goes or how data are fetched, and change no result."""
+
 Setting = tuple[Any, ...]
 """Values of the options that vary between the runs of an experiment: loss, schedule, others."""
 
 ABSENT = "-"
+TUNED = "tuned"
+"""Stands beside the options that vary where some runs were tuned, or longer than others."""
 
 
 def varying_options(records: Sequence[Record]) -> list[str]:
-    """Loss, schedule and all other options that the runs do not share, but for seed and folder.
+    """Loss, schedule and all other options that the runs do not share.
+
+    The seed is left out, and what is :data:`WITHOUT_EFFECT`.
 
     An option that only some of the records know, being made by different versions, is not
-    compared.
+    compared, nor one that was tuned. :data:`TUNED` is among them where some runs were tuned and
+    others not, or with another number of trials.
     """
     shared = set.intersection(*(set(record["options"]) for record in records))
-    left_out = {"seed", "loss", "schedule", *MAY_CHANGE}
+    left_out = {"seed", "loss", "schedule", *WITHOUT_EFFECT}
     names = [name for name in records[0]["options"] if name in shared - left_out]
     varying = [n for n in names if len({option_value(record, n) for record in records}) > 1]
-    return ["loss", "schedule", *varying]
+    budgets = {tuning_budget(record) for record in records}
+    return ["loss", "schedule", *varying, *([TUNED] if len(budgets) > 1 else [])]
 
 
 def option_value(record: Record, name: str) -> Any:
-    """An option of a run; None where it is the head or an option of the loss at its default."""
+    """An option of a run; None where it is the head or an option of the loss at its default.
+
+    None as well where it was tuned, so that runs of a method are one setting whatever was chosen.
+    """
     options = record["options"]
+    if name == TUNED:
+        return tuning_budget(record)
+    if name in tuned_values(record):
+        return None
     value = options[name]
     if name == "head":
         return None if head_of(record) == _default_head(options["loss"]) else value
     default = _default(name, options["loss"], head_of(record))
     return None if default is not None and value == default else _hashable(value)
+
+
+def tuned_values(record: Record) -> dict[str, Any]:
+    """The options that a search chose for a run, by name; empty where there was none."""
+    return record.get("tuned", {}).get("values", {})
+
+
+def tuning_budget(record: Record) -> str | None:
+    """How long the options of a run were searched for: ``"6 trials"``; None if they were not."""
+    return f"{record['tuned']['trials']} trials" if "tuned" in record else None
 
 
 def _default(name: str, loss: str, head: str) -> Any:
@@ -66,8 +92,13 @@ def _loss_defaults(loss: str) -> dict[str, Any]:
     return {name: getattr(module, name) for name in loss_options(loss)}
 
 
-def by_setting(records: Sequence[Record]) -> dict[Setting, list[Record]]:
-    """Runs by the values of :func:`varying_options`, sorted by them and then by the seed.
+def by_setting(
+    records: Sequence[Record], names: Sequence[str] | None = None
+) -> dict[Setting, list[Record]]:
+    """Runs by the values of options, sorted by them and then by the seed.
+
+    The options are ``names``, loss and schedule first: :func:`varying_options` of these records
+    unless told.
 
     Losses come by letters, schedules in the order of :data:`~ldam_plugins.schedules.KINDS`, the
     values of other options by size or by letters.
@@ -75,7 +106,7 @@ def by_setting(records: Sequence[Record]) -> dict[Setting, list[Record]]:
     Raises:
         ValueError: two runs with the same options and seed.
     """
-    names = varying_options(records)
+    names = varying_options(records) if names is None else names
     runs = pd.DataFrame({"record": records})
     runs["setting"] = [tuple(option_value(record, name) for name in names) for record in records]
     runs["seed"] = [record["options"]["seed"] for record in records]

@@ -63,11 +63,13 @@ class PairedComparison(NamedTuple):
         detectable: Difference that is found in 80 % of such experiments or more, were the spread
             the one seen here; None where there is no test. Found is what is below 5 % after
             :func:`holm`.
+        deviation: Standard deviation of the differences; None with one pair.
     """
 
     difference: Interval
     p_value: float | None
     detectable: float | None
+    deviation: float | None
 
 
 def paired_comparison(
@@ -98,11 +100,13 @@ def paired_comparison(
     check_int("tests", tests, low=1)
     differences = np.subtract(second, first)
     interval = mean_interval(differences.tolist())
-    spread = float(np.std(differences, ddof=1)) if interval.n > 1 else 0.0
+    if interval.n == 1:
+        return PairedComparison(interval, None, None, None)
+    spread = float(np.std(differences, ddof=1))
     if spread <= 1e-9 * max(1.0, abs(interval.mean)):
-        return PairedComparison(interval, None, None)
+        return PairedComparison(interval, None, None, spread)
     p_value = float(stats.ttest_1samp(differences, 0.0).pvalue)
-    return PairedComparison(interval, p_value, _detectable(spread, interval.n, tests))
+    return PairedComparison(interval, p_value, _detectable(spread, interval.n, tests), spread)
 
 
 def _detectable(spread: float, pairs: int, tests: int) -> float:

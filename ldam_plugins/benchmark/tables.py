@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from math import isclose
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from tabulate import tabulate
 
+from ldam_plugins.benchmark.captions import Caption, pair_caption, row_caption
 from ldam_plugins.benchmark.comparisons import comparisons
-from ldam_plugins.benchmark.records import UNKNOWN, Record, errors_of
+from ldam_plugins.benchmark.records import UNKNOWN, Record, errors_of, test_metrics
 from ldam_plugins.benchmark.settings import (
     ABSENT,
     by_setting,
@@ -19,6 +21,7 @@ from ldam_plugins.benchmark.settings import (
     heads_of_losses,
     option_value,
     shown,
+    tuned_values,
     varying_options,
 )
 from ldam_plugins.benchmark.statistics import Interval, mean_interval
@@ -26,6 +29,8 @@ from ldam_plugins.schedules import KINDS
 
 _METRICS = (
     "top1_error",
+    "balanced_error",
+    "train_prior_error",
     "balanced_accuracy",
     "worst_class_accuracy",
     "many",
@@ -38,11 +43,20 @@ _METRICS = (
 
 # Title of a column of the summaries: the metric, what it is multiplied by, and decimal places.
 _COLUMNS = {
+    "balanced error %": ("balanced_error", 1.0, 1),
+    "train-prior error %": ("train_prior_error", 1.0, 1),
     "top-1 error %": ("top1_error", 1.0, 1),
-    "balanced accuracy %": ("balanced_accuracy", 100.0, 1),
-    "worst class %": ("worst_class_accuracy", 100.0, 1),
+    "many: accuracy %": ("many", 100.0, 1),
+    "medium: accuracy %": ("medium", 100.0, 1),
+    "few: accuracy %": ("few", 100.0, 1),
+    "worst class: accuracy %": ("worst_class_accuracy", 100.0, 1),
     "ece": ("ece", 1.0, 3),
 }
+_BALANCED = "balanced error % (= top-1)"
+"""The first of them where the classes of the test set are of one size."""
+
+VIEWS = {"balanced_error": "Balanced error", "train_prior_error": "Train-prior error"}
+"""The two errors of which there are matrices, see :func:`.error_views`."""
 
 Row = dict[str, str]
 """A line of a table of text, by the titles of its columns."""
@@ -56,7 +70,8 @@ def tidy_table(records: Sequence[Record]) -> pd.DataFrame:
             "name": record["name"],
             **{name: _scalar(option_value(record, name)) for name in names},
             "seed": record["options"]["seed"],
-            **{metric: record["test"][metric] for metric in _METRICS},
+            **{f"tuned_{name}": _scalar(v) for name, v in tuned_values(record).items()},
+            **{metric: test_metrics(record)[metric] for metric in _METRICS},
             "train_seconds": record["train_seconds"],
             "device": record["device"],
             "mixed_precision": record.get("mixed_precision", UNKNOWN),
@@ -85,19 +100,58 @@ def interval_rows(records: Sequence[Record]) -> list[Row]:
 
 
 def _rows_of(records: Sequence[Record], summarise: Callable[[list[float], int], str]) -> list[Row]:
-    names = varying_options(records)
+    names, columns = varying_options(records), _columns(records)
+    tuned = any(tuned_values(record) for record in records)
     rows = []
     for setting, runs in by_setting(records).items():
         row = dict(zip(names, map(shown, setting), strict=True))
         row |= {"head": head_of(runs[0]), "seeds": str(len(runs))}
-        for title, (metric, factor, digits) in _COLUMNS.items():
-            row[title] = summarise([factor * run["test"][metric] for run in runs], digits)
+        row |= {"tuned to": _tuned_to(runs)} if tuned else {}
+        tests = [test_metrics(run) for run in runs]
+        for title, (metric, factor, digits) in columns.items():
+            values = [factor * test[metric] for test in tests if test[metric] is not None]
+            row[title] = summarise(values, digits) if values else ABSENT
         rows.append(row)
     return rows
 
 
-def error_matrices(records: Sequence[Record]) -> dict[str, pd.DataFrame]:
+def equal_test_classes(records: Iterable[Record]) -> bool:
+    """Whether the classes of the test sets are of one size, so that top-1 and balanced error agree.
+
+    Read off the two errors: records do not hold the sizes.
+    """
+    tests = map(test_metrics, records)
+    return all(isclose(t["top1_error"], t["balanced_error"], abs_tol=1e-6) for t in tests)
+
+
+def _columns(records: Sequence[Record]) -> dict[str, tuple[str, float, int]]:
+    """Columns of the summaries, without groups that no class is in, and without one error twice."""
+    columns = {
+        title: column
+        for title, column in _COLUMNS.items()
+        if any(test_metrics(record)[column[0]] is not None for record in records)
+    }
+    if not equal_test_classes(records):
+        return columns
+    del columns["top-1 error %"]
+    return {_BALANCED: columns.pop("balanced error %"), **columns}
+
+
+def _tuned_to(runs: Sequence[Record]) -> str:
+    """What was chosen for the runs of a row, by name."""
+    chosen = [
+        ", ".join(f"{name} {shown(value)}" for name, value in tuned_values(run).items())
+        for run in runs
+    ]
+    return "; ".join(dict.fromkeys(filter(None, chosen))) or ABSENT
+
+
+def error_matrices(
+    records: Sequence[Record], view: str = "balanced_error"
+) -> dict[str, pd.DataFrame]:
     """Balanced error in % by loss and schedule, for each combination of the other options.
+
+    Or, with ``view``, the other of :func:`.error_views`.
 
     Where the runs of a loss differ in their head, the head is one of the other options, so a table
     has one head. Combinations in which nothing can be compared along both ways are left out: they
@@ -108,7 +162,7 @@ def error_matrices(records: Sequence[Record]) -> dict[str, pd.DataFrame]:
         :class:`.Interval` over the seeds, or NaN where there is no run.
     """
     cells = [
-        (title, loss, schedule, mean_interval(errors_of(runs)))
+        (title, loss, schedule, mean_interval(errors_of(runs, view)))
         for title, loss, schedule, runs in _titled(records)
     ]
     table = pd.DataFrame(cells, columns=["title", "loss", "schedule", "error"])
@@ -120,12 +174,23 @@ def error_matrices(records: Sequence[Record]) -> dict[str, pd.DataFrame]:
     return matrices
 
 
-def matrix_heads(records: Sequence[Record]) -> dict[str, dict[str, str]]:
-    """The head of each loss in each of :func:`error_matrices`, by its title."""
+def matrix_records(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """The runs of each of :func:`error_matrices`, by its title."""
     found: dict[str, list[Record]] = defaultdict(list)
     for title, _, _, runs in _titled(records):
         found[title] += runs
-    return {title: heads_of_losses(runs) for title, runs in found.items()}
+    return found
+
+
+def matrix_heads(records: Sequence[Record]) -> dict[str, dict[str, str]]:
+    """The head of each loss in each of :func:`error_matrices`, by its title."""
+    return {title: heads_of_losses(runs) for title, runs in matrix_records(records).items()}
+
+
+def matrix_captions(records: Sequence[Record]) -> dict[str, Caption]:
+    """The caption of each of :func:`error_matrices`, by its title."""
+    names = varying_options(records)
+    return {title: row_caption(runs, names) for title, runs in matrix_records(records).items()}
 
 
 def _titled(records: Sequence[Record]) -> Iterator[tuple[str, str, str, list[Record]]]:
@@ -150,6 +215,37 @@ def matrix_rows(matrix: pd.DataFrame, heads: Mapping[str, str] | None = None) ->
     return text.reset_index().to_dict("records")
 
 
+def grid_rows(records: Sequence[Record]) -> list[Row]:
+    """Balanced error in %: a row a head and loss with its options, a column a schedule.
+
+    Logits that were adjusted to another class prior after training (``posthoc_tau``) have columns
+    of their own. Unlike :func:`error_matrices` it is one table, whatever else varies.
+    """
+    names = varying_options(records)
+    others = [name for name in names[2:] if name not in ("head", "posthoc_tau")]
+    rows: dict[tuple[str, ...], Row] = {}
+    for runs in by_setting(records).values():
+        options = runs[0]["options"]
+        titles = {"head": head_of(runs[0]), "loss": options["loss"]}
+        titles |= {name: shown(options[name]) for name in others}
+        row = rows.setdefault(tuple(titles.values()), titles)
+        row[_column(options)] = worded(mean_interval(errors_of(runs)))
+    columns = sorted({_column(record["options"]) for record in records}, key=_column_order)
+    order = sorted(rows, key=lambda key: (key[0] == "cosine", *key[1:]))
+    header = ["head", "loss", *others, *columns]
+    return [{title: rows[key].get(title, ABSENT) for title in header} for key in order]
+
+
+def _column(options: Mapping[str, Any]) -> str:
+    """The schedule of a run, and what was done to its logits after training."""
+    tau = options.get("posthoc_tau")
+    return f"{options['schedule']}, adjusted afterwards" if tau else str(options["schedule"])
+
+
+def _column_order(title: str) -> tuple[int, str]:
+    return KINDS.index(title.partition(",")[0]), title
+
+
 def comparison_rows(records: Sequence[Record], baseline: str = "erm") -> list[Row]:
     """One row for each of :func:`.comparisons`, with what it says in words."""
     return [
@@ -159,13 +255,24 @@ def comparison_rows(records: Sequence[Record], baseline: str = "erm") -> list[Ro
             "pairs": str(entry.paired.difference.n),
             "head": entry.heads,
             "difference in balanced error, points": worded(entry.paired.difference, sign="+"),
+            "sd of differences": _points(entry.paired.deviation),
             "p": _p_value(entry.paired.p_value),
             "p (Holm)": _p_value(entry.corrected),
             "detectable": _points(entry.paired.detectable),
             "says": entry.verdict,
+            "difference in train-prior error": worded(entry.prior, sign="+"),
         }
         for entry in comparisons(records, baseline)
     ]
+
+
+def comparison_caption(records: Sequence[Record], baseline: str = "erm") -> Caption:
+    """The caption of :func:`comparison_rows`."""
+    unlike = {
+        f"{entry.method} against {entry.baseline}": entry.unlike
+        for entry in comparisons(records, baseline)
+    }
+    return pair_caption(records, unlike)
 
 
 def markdown(rows: Sequence[Row]) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +12,24 @@ import numpy as np
 
 from ldam_plugins._validation import check_choice, check_int, check_real, invalid
 from ldam_plugins.counts import check_label_range, label_array
+from ldam_plugins.data.notes import DataNotes
 from ldam_plugins.data.readers import read_texts
-from ldam_plugins.data.readers.base import TextRequest
+from ldam_plugins.data.readers.base import GROUP, LABEL, TEXT, TextRequest, text_table
+from ldam_plugins.data.splits import (
+    TEST_PART,
+    TRAIN_PART,
+    Examples,
+    as_part,
+    hold_out,
+    note_shared_groups,
+    part_of,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+_SHOWN = 40
+"""Characters of a text by which a person knows it."""
 
 
 def load_texts(
@@ -23,14 +38,24 @@ def load_texts(
     text_column: str | None = None,
     label_column: str | None = None,
     train_split: str = "train",
-    test_split: str | None = None,
+    test_split: float | str | None = None,
+    group_column: str | None = None,
+    encoding: str | None = None,
+    delimiter: str | None = None,
     skip_empty: bool = False,
+    split_file: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    min_kept: int = 1,
+    notes: DataNotes | None = None,
 ) -> tuple[Dataset, Dataset]:
     """Load the texts to train on and those to test on, in the same order on every machine.
 
     What ``dataset`` may be: a hub id; a local folder of files as the hub serves them, or one that
-    ``save_to_disk`` wrote; or ``"stdlib_docstrings"``, docstrings of Python's own standard library
-    labelled by module (see :func:`~ldam_plugins.data.readers.stdlib_docstrings.read_docstrings`).
+    ``save_to_disk`` wrote; a CSV, TSV or JSON Lines file, or a folder with ``train.csv`` and
+    ``test.csv``, or with one such file and a share for ``test_split``; a folder
+    ``train/<class>/*.txt`` and ``test/<class>/*.txt``, or ``<class>/*.txt`` alone with a share for
+    ``test_split``; or ``"stdlib_docstrings"``, docstrings of Python's own standard library labelled
+    by module (see :func:`~ldam_plugins.data.readers.stdlib_docstrings.read_docstrings`).
 
     Args:
         dataset: One of the above.
@@ -40,9 +65,21 @@ def load_texts(
             ``labels``.
         train_split: The split to train on, or a slice of one as in ``datasets``:
             ``"train[:10%]"``, ``"train[500:]"``.
-        test_split: The one to test on, likewise. Default: the first there is of test, validation,
-            valid and val.
-        skip_empty: Leave out rows without a text instead of stopping.
+        test_split: The one to test on, likewise, or the share in (0, 1) of the training split's
+            examples that is held out to test on, see :func:`~ldam_plugins.data.stratified_split`.
+            Default: the first there is of test, validation, valid and val.
+        group_column: Column that tells what belongs together, such as an author: no group is
+            divided by a share that is held out. The parts have it as ``group``.
+        encoding: Of files that are not UTF-8, such as ``"cp1252"`` or ``"utf-16"``.
+        delimiter: What separates the fields of a CSV file. Default: a comma, semicolon, tab or
+            bar, whichever gives even rows.
+        skip_empty: Leave out rows without a text or label instead of stopping.
+        split_file: A ``split.csv`` that a run left: what it tests on is tested on, in place of a
+            share.
+        seed: Of the choice of a share, in 0..2**32 - 1.
+        min_kept: Examples that a class keeps for training, if it has more; 2 where a share of them
+            is to be held out, too.
+        notes: Gets what was decided, noticed and left out; without it ``logging`` does.
 
     Returns:
         Training and test set with the columns ``text`` (str) and ``label`` (a ``ClassLabel``
@@ -63,10 +100,63 @@ def load_texts(
         text_column=text_column,
         label_column=label_column,
         train_split=train_split,
-        test_split=test_split,
+        **as_part("test_split", test_split, split_file),
+        group_column=group_column,
+        encoding=encoding,
+        delimiter=delimiter,
         skip_empty=skip_empty,
+        notes=DataNotes() if notes is None else notes,
     )
-    return read_texts(request)
+    train, test = read_texts(request)
+    if test is None:
+        whole = text_examples(train)
+        kept, held_out = hold_out(
+            whole,
+            request.test_share or 0,
+            seed=seed,
+            min_kept=min_kept,
+            notes=request.notes,
+            split_file=None if split_file is None else os.fspath(split_file),
+        )
+        train, test = train.select(kept), train.select(held_out)
+        request.notes.divided = {
+            TRAIN_PART: part_of(whole, kept),
+            TEST_PART: part_of(whole, held_out),
+        }
+    elif group_column is not None:
+        split = request.notes.parts.get("test_split", "test")
+        note_shared_groups(text_examples(train), text_examples(test), split, request.notes)
+    if notes is None:
+        request.notes.log()
+    return train, test
+
+
+def text_examples(texts: Dataset) -> Examples:
+    """The name, class and group of each text; it is called by its content and its first words.
+
+    Of equal texts the second is called ``... 2`` and so on, in their order.
+    """
+    found: Counter[str] = Counter()
+    names = []
+    for text in texts[TEXT][:]:
+        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+        found[digest] += 1
+        again = f" {found[digest]}" if found[digest] > 1 else ""
+        names.append(f"{digest}{again} {' '.join(text.split())[:_SHOWN]}")
+    groups = np.array(texts[GROUP][:], dtype=object) if GROUP in texts.column_names else None
+    feature = texts.features[LABEL]
+    return Examples(names, np.asarray(texts[LABEL][:]), tuple(feature.names), groups)
+
+
+def texts_of_classes(texts: Dataset, classes: np.ndarray) -> Dataset:
+    """The texts of some of the classes, which are numbered anew in the order given."""
+    names = texts.features[LABEL].names
+    place = np.full(len(names), -1)
+    place[classes] = np.arange(len(classes))
+    labels = place[np.asarray(texts[LABEL][:])]
+    kept = texts.select(np.flatnonzero(labels >= 0))
+    groups = kept[GROUP][:] if GROUP in kept.column_names else None
+    return text_table(kept[TEXT][:], labels[labels >= 0], [names[c] for c in classes], groups)
 
 
 def subsample_classes(

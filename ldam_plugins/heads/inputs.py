@@ -16,13 +16,17 @@ from ldam_plugins.heads.layers import cosine_heads
 _Output = TypeVar("_Output")
 
 
-def single_head(model: nn.Module) -> str:
+def single_head(model: nn.Module, head: str | None = None) -> str:
     """The dotted name of the only head of ``model``, a cosine head or what `find_head` finds.
+
+    Args:
+        model: A classifier.
+        head: The name, where the search does not find the right layer.
 
     Raises:
         ValueError: there are several, or none is found.
     """
-    names = tuple(cosine_heads(model)) or find_head(model)
+    names = (head is None and tuple(cosine_heads(model))) or find_head(model, head)
     if len(names) != 1:
         raise invalid("model", "one with a single head", names)
     return names[0]
@@ -30,7 +34,10 @@ def single_head(model: nn.Module) -> str:
 
 @torch.inference_mode()
 def with_head_inputs(
-    model: nn.Module, batches: Iterable[Any], run: Callable[[nn.Module, Any], _Output]
+    model: nn.Module,
+    batches: Iterable[Any],
+    run: Callable[[nn.Module, Any], _Output],
+    head: str | None = None,
 ) -> Iterator[tuple[Tensor, _Output]]:
     """For each batch the features that the head gets, and what ``run`` returns.
 
@@ -41,6 +48,7 @@ def with_head_inputs(
         model: A classifier with one linear or cosine head (see `find_head`).
         batches: Batches of any form.
         run: ``run(model, batch)`` calls the model once on a batch.
+        head: As for :func:`single_head`.
 
     Yields:
         The features (N, D) of a batch, in float32 on the CPU, and what ``run`` returned.
@@ -50,7 +58,7 @@ def with_head_inputs(
             vector a sample.
     """
     seen: list[Tensor] = []
-    hook = model.get_submodule(single_head(model)).register_forward_pre_hook(
+    hook = model.get_submodule(single_head(model, head)).register_forward_pre_hook(
         lambda module, arguments: seen.append(arguments[0].float().cpu())
     )
     try:

@@ -19,7 +19,7 @@ from ldam_plugins.metrics import MetricAccumulator, long_tail_metrics
 
 _DESCRIPTION = """
 Accuracy under a long tail: per class, mean of the many/medium/few groups of training classes,
-balanced and worst class, with cross-entropy and calibration error.
+balanced, under the training prior and worst class, with cross-entropy and calibration error.
 """
 _INPUTS = """
 Args:
@@ -48,8 +48,9 @@ class LongTailMetrics(evaluate.Metric):
     memory; for very many classes feed a :class:`~ldam_plugins.metrics.long_tail.MetricAccumulator`.
 
     As ``Trainer(compute_metrics=LongTailMetrics(counts))`` it returns floats only, which every
-    tracker can log: ``top1_error`` (%), ``balanced_accuracy``, ``worst_class_accuracy``, ``many``,
-    ``medium``, ``few``, ``nll``, ``ece``. A group that no evaluated class belongs to is left out.
+    tracker can log: ``top1_error``, ``balanced_error``, ``train_prior_error`` (%),
+    ``balanced_accuracy``, ``worst_class_accuracy``, ``many``, ``medium``, ``few``, ``nll``,
+    ``ece``. A group that no evaluated class belongs to is left out.
     ``batch_eval_metrics=True`` of the training arguments works and keeps no logits. The batches of
     an evaluation that broke off are not counted in the next one; in a loop of your own call
     :meth:`reset` before it.

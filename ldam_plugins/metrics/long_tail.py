@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ldam_plugins._validation import check_int, check_logits, invalid
 from ldam_plugins.counts import ClassCounts, check_label_range, label_array
+from ldam_plugins.metrics.views import error_views
 
 ECE_BINS = 15
 """Equal-width confidence bins of the calibration error (Guo et al., ICML 2017)."""
@@ -33,8 +34,13 @@ def long_tail_metrics(
     are Python floats (or None) and ready for JSON; accuracies and ``ece`` are in 0..1:
 
     * ``top1_error``: share of wrong samples, in %.
+    * ``balanced_error``, ``train_prior_error``: in %, as if all classes were equally frequent, or
+      as frequent as in training; see :func:`~ldam_plugins.metrics.views.error_views`. Where the
+      classes of the test set are of one size the first is ``top1_error``.
     * ``balanced_accuracy``: mean of the per-class accuracies, over classes with a test sample.
     * ``worst_class_accuracy``: the smallest of them.
+    * ``macro_f1``: mean of ``2 TP / (2 TP + FP + FN)`` over the classes with a test sample or a
+      prediction, as scikit-learn's ``f1_score(average="macro")``.
     * ``per_class_accuracy``: list of C; None for a class without a test sample.
     * ``many``, ``medium``, ``few``: mean of the per-class accuracies of the group, each class
       counting once; None where no class of the group has a test sample.
@@ -110,6 +116,7 @@ class MetricAccumulator:
         """Remove all rows."""
         self._samples = np.zeros(len(self.class_counts), dtype=np.int64)
         self._correct = np.zeros(len(self.class_counts), dtype=np.int64)
+        self._predicted = np.zeros(len(self.class_counts), dtype=np.int64)
         self._bin_correct = np.zeros(ECE_BINS, dtype=np.int64)
         self._bin_confidence: list[list[float]] = [[] for _ in range(ECE_BINS)]
         self._nll: list[float] = []
@@ -128,10 +135,12 @@ class MetricAccumulator:
         scores = _check_scores(logits, len(self.class_counts))
         target = _check_labels(labels, scores, self.ignore_index)
         kept = target != self.ignore_index
-        nll, confidence, correct = _score_rows(scores, target, kept)
+        nll, confidence, predicted = _score_rows(scores, target, kept)
         target = target[kept]
+        correct = predicted == target
         self._samples += np.bincount(target, minlength=len(self._samples))
         self._correct += np.bincount(target[correct], minlength=len(self._samples))
+        self._predicted += np.bincount(predicted, minlength=len(self._samples))
         self._nll = _exact_parts(self._nll, nll)
         self._add_confidence(confidence, correct)
 
@@ -154,6 +163,7 @@ class MetricAccumulator:
             raise invalid("other", expected, (theirs, other.ignore_index))
         self._samples += other._samples
         self._correct += other._correct
+        self._predicted += other._predicted
         self._bin_correct += other._bin_correct
         self._nll = _exact_parts(self._nll, other._nll)
         pairs = zip(self._bin_confidence, other._bin_confidence, strict=True)
@@ -183,12 +193,19 @@ class MetricAccumulator:
         accuracy = self._correct / np.maximum(self._samples, 1)
         pairs = zip(accuracy.tolist(), seen.tolist(), strict=True)
         groups = self.class_counts.groups().items()
+        by_class = [value if known else None for value, known in pairs]
         return {
+            **error_views(by_class, self.class_counts),
             "balanced_accuracy": float(accuracy[seen].mean()),
             "worst_class_accuracy": float(accuracy[seen].min()),
-            "per_class_accuracy": [value if known else None for value, known in pairs],
+            "macro_f1": self._macro_f1(),
+            "per_class_accuracy": by_class,
             **{name: _mean_or_none(accuracy[ids][seen[ids]]) for name, ids in groups},
         }
+
+    def _macro_f1(self) -> float:
+        named = self._samples + self._predicted  # 2 TP + FN + FP
+        return float((2 * self._correct[named > 0] / named[named > 0]).mean())
 
 
 def _mean_or_none(values: np.ndarray) -> float | None:
@@ -255,17 +272,17 @@ def _check_labels(labels: Any, logits: Tensor, ignore_index: int) -> np.ndarray:
 def _score_rows(
     logits: Tensor, target: np.ndarray, kept: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cross-entropy, confidence (float64) and correctness (bool) of the kept rows."""
+    """Cross-entropy, confidence (float64) and prediction (int64) of the kept rows."""
     chunk = max(1, _CHUNK_ELEMENTS // logits.shape[1])
-    scored = [(np.zeros(0), np.zeros(0), np.zeros(0, dtype=bool))]
+    scored = [(np.zeros(0), np.zeros(0), np.zeros(0, dtype=np.int64))]
     for start in range(0, len(logits), chunk):
         part = logits[start : start + chunk]
         rows = start + np.flatnonzero(kept[start : start + chunk])
         if len(rows) < len(part):
             part = part[torch.from_numpy(rows - start).to(part.device)]
         scored.append(_score_chunk(part, target[rows], rows))
-    nll, confidence, correct = (np.concatenate(column) for column in zip(*scored, strict=True))
-    return nll, confidence, correct
+    nll, confidence, predicted = (np.concatenate(column) for column in zip(*scored, strict=True))
+    return nll, confidence, predicted
 
 
 def _score_chunk(
@@ -285,4 +302,4 @@ def _score_chunk(
         hint = "Has training diverged? A smaller learning rate or gradient clipping may help."
         raise invalid("logits", "finite", f"{found} in row {rows[bad[0]]}", hint=hint)
     confidence = np.fromiter(map(math.exp, chosen[:, 1].tolist()), float, len(chosen))
-    return -chosen[:, 0], confidence, (predicted == label).cpu().numpy()
+    return -chosen[:, 0], confidence, predicted.cpu().numpy()

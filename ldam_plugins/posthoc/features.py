@@ -111,6 +111,7 @@ def extract_features(
     model: nn.Module,
     loader: Iterable[Any],
     *,
+    head: str | None = None,
     device: str | torch.device | None = None,
     class_names: Sequence[str] | None = None,
     origin: Mapping[str, object] | None = None,
@@ -129,6 +130,7 @@ def extract_features(
         loader: Batches as data loaders give them: pairs (inputs, labels), or mappings with
             ``labels``, as the collators of transformers make. Inputs that are a mapping are passed
             by name, without the labels.
+        head: Dotted name of the layer, where `find_head` does not find the right one.
         device: Where to run; the model is moved there and stays. Default: where its head is.
         class_names: Names of the classes that the labels count.
         origin: What to record with the features, such as the name of the weights and of the data
@@ -147,7 +149,7 @@ def extract_features(
         >>> found.features.shape, found.logits.shape, found.labels.shape
         (torch.Size([5, 4]), torch.Size([5, 3]), torch.Size([5]))
     """
-    name = single_head(model)
+    name = single_head(model, head)
     if device is not None:
         model.to(device)
     layer: Any = model.get_submodule(name)
@@ -162,7 +164,7 @@ def extract_features(
     batches = tqdm(loader, unit="batch", disable=not progress)
     # A compiled graph does not call hooks that came after it.
     with torch.compiler.set_stance("force_eager"):
-        rows = [(x, *found) for x, found in with_head_inputs(model, batches, run)]
+        rows = [(x, *found) for x, found in with_head_inputs(model, batches, run, name)]
     if not rows:
         raise invalid("loader", "one that gives at least one batch", "none")
     features, logits, labels = (torch.cat(column) for column in zip(*rows, strict=True))

@@ -10,6 +10,7 @@ from tabulate import tabulate
 
 from ldam_plugins._validation import check_int, invalid
 from ldam_plugins.counts import FEW_BELOW, MANY_ABOVE, ClassCounts
+from ldam_plugins.metrics.views import error_views
 
 GROUP_NAMES = {
     "many": f"many (> {MANY_ABOVE})",
@@ -56,14 +57,16 @@ def class_rows(test: Mapping[str, Any], class_counts: ClassCounts) -> list[Class
 
 def summary(test: Mapping[str, Any], class_counts: ClassCounts) -> list[tuple[str, str]]:
     """Name and worded value of each metric of the whole test set; accuracies in %."""
+    views = error_views(test["per_class_accuracy"], class_counts)  # older runs did not record them
     sizes = {group: len(ids) for group, ids in class_counts.groups().items()}
     groups = [
         (f"{GROUP_NAMES[group]}, {size} {'class' if size == 1 else 'classes'}", test[group])
         for group, size in sizes.items()
     ]
     return [
+        ("balanced error", f"{views['balanced_error']:.2f} %"),
+        ("train-prior error", f"{views['train_prior_error']:.2f} %"),
         ("top-1 error", f"{test['top1_error']:.2f} %"),
-        ("balanced accuracy", percent(test["balanced_accuracy"])),
         ("worst class accuracy", percent(test["worst_class_accuracy"])),
         *((name, percent(value)) for name, value in groups),
         ("cross-entropy (nll)", f"{test['nll']:.4f}"),
@@ -91,7 +94,7 @@ def per_class_table(
 
     Example:
         >>> counts = ClassCounts([500, 5], class_names=["cat", "lynx"])
-        >>> test = {"top1_error": 25.0, "balanced_accuracy": 0.75, "worst_class_accuracy": 0.5}
+        >>> test = {"top1_error": 40.0, "worst_class_accuracy": 0.5}
         >>> test |= {"per_class_accuracy": [1.0, 0.5], "nll": 0.6269, "ece": 0.1308}
         >>> print(per_class_table(test | {"many": 1.0, "medium": None, "few": 0.5}, counts))
         class      training samples  group      accuracy
@@ -99,8 +102,9 @@ def per_class_table(
         cat                     500  many       100.00 %
         lynx                      5  few         50.00 %
         <BLANKLINE>
-        top-1 error                   25.00 %
-        balanced accuracy             75.00 %
+        balanced error                25.00 %
+        train-prior error              0.50 %
+        top-1 error                   40.00 %
         worst class accuracy          50.00 %
         many (> 100), 1 class        100.00 %
         medium (20..100), 0 classes         -

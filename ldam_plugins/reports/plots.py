@@ -23,19 +23,23 @@ NAMED_CLASSES = 100
 
 _MEANS = 40
 _MARKED_EPOCHS = 40
+_PANEL_HEIGHTS = (2.8, 4.6, 6.4)
 
 
-def training_curve(history: Sequence[Mapping[str, Any]], *, dark: bool = False) -> bytes:
-    """Training loss and test or validation error over the epochs, with the switches marked.
+def training_curve(
+    history: Sequence[Mapping[str, Any]], *, selected: int | None = None, dark: bool = False
+) -> bytes:
+    """Training loss over the epochs with the switches marked; below it the errors, if measured.
 
     Args:
         history: Rows as of :func:`~ldam_plugins.training.history.read_history`, at least one.
+        selected: The epoch that is the result, if it was selected; it is marked.
         dark: For a dark page.
 
     Returns:
         PNG.
     """
-    return png(lambda: _draw_training(history, dark), dark)
+    return png(lambda: _draw_training(history, selected, dark), dark)
 
 
 def class_profile(rows: Sequence[ClassRow], *, dark: bool = False) -> bytes:
@@ -82,12 +86,18 @@ def png(draw: Callable[[], Figure], dark: bool, metadata: Mapping[str, str] | No
     return content.getvalue()
 
 
-def _draw_training(history: Sequence[Mapping[str, Any]], dark: bool) -> Figure:
-    named = {"test_error": "Test error, %", "val_error": "Validation error, %"}
-    errors = {column: title for column, title in named.items() if column in history[0]}
+def _draw_training(
+    history: Sequence[Mapping[str, Any]], selected: int | None, dark: bool
+) -> Figure:
+    named = {"val_error": "Validation error, %", "test_error": "Test error, %"}
+    errors = {
+        column: title
+        for column, title in named.items()
+        if any(row[column] is not None for row in history)
+    }
     panels = {"train_loss": "Training loss", **errors}
-    figure = Figure(figsize=(WIDTH, 4.6))
-    axes = figure.subplots(len(panels), sharex=True)
+    figure = Figure(figsize=(WIDTH, _PANEL_HEIGHTS[len(panels) - 1]))
+    axes = list(figure.subplots(len(panels), sharex=True, squeeze=False).flat)
     line = {"markersize": 3.5, "color": CURVE[dark]}
     switches = [row for before, row in pairwise(history) if row["stage"] != before["stage"]]
     for axis, (column, title) in zip(axes, panels.items(), strict=True):
@@ -100,8 +110,11 @@ def _draw_training(history: Sequence[Mapping[str, Any]], dark: bool) -> Figure:
         axis.grid(axis="y", linewidth=0.6)
         for row in switches:
             axis.axvline(row["epoch"] - 0.5, linestyle="--", linewidth=1, color=ink(dark))
+        if selected is not None:
+            axis.axvline(selected, linestyle=":", linewidth=1.5, color=ink(dark))
     stages = ", ".join(f"{row['stage']} from epoch {row['epoch']}" for row in switches)
     note = f"dashed: {stages}" if switches else f"all epochs: {history[0]['stage']}"
+    note += "" if selected is None else f"; dotted: selected, epoch {selected}"
     axes[0].set_title(note, loc="right", fontsize=9, parse_math=False)
     axes[-1].set_xlabel("epoch, counted from 0")
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

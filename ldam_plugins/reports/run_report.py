@@ -24,8 +24,9 @@ def write_report(output_dir: str | os.PathLike[str]) -> Path:
 
     A pure function of ``metrics.json`` and ``history.csv`` in ``output_dir``, so it can be run
     again at any time. Figures on held-out training samples (``validation`` in the metrics) stand
-    below those on the test set. The page needs no network and no script, and follows the reader's
-    light or dark setting. Without an epoch in the history there is no training curve.
+    below those on the test set, and in their place where ``test`` is None. The page needs no
+    network and no script, and follows the reader's light or dark setting. Without an epoch in the
+    history there is no training curve.
 
     Returns:
         The path of the page.
@@ -37,16 +38,23 @@ def write_report(output_dir: str | os.PathLike[str]) -> Path:
     folder = Path(output_dir)
     metrics, history = read_metrics(folder), read_history(folder)
     counts = ClassCounts(metrics["class_counts"], metrics.get("class_names"))
-    rows = class_rows(metrics["test"], counts)
-    plots = _draw(history, rows)
+    test, validation = metrics["test"], _validation(metrics, counts)
+    how = f"plain cross-entropy and accuracy {_measured(metrics.get('selection'))}"
+    measured = f"Measured on the test set with {how}."
+    if test is None and validation is not None:
+        measured = f"{validation[0]} With {how}; the test set was left alone."
+        test, validation = metrics["validation"], None
+    rows = class_rows(test, counts)
+    plots = _draw(history, rows, metrics.get("selection"))
     for plot in plots:
         write_atomic(folder / plot.file, plot.light)
     page = render(
         "report.html.jinja",
         title=_title(metrics["options"]),
         subtitle=_subtitle(metrics["options"], counts),
-        summary=summary(metrics["test"], counts),
-        validation=_validation(metrics, counts),
+        summary=summary(test, counts),
+        measured=measured,
+        validation=validation,
         plots=plots,
         rows=_shortened(rows),
         left_out=len(rows) - _MAX_TABLE_ROWS,
@@ -58,12 +66,19 @@ def write_report(output_dir: str | os.PathLike[str]) -> Path:
     return folder / REPORT_FILE
 
 
-def _draw(history: Sequence[Mapping[str, Any]], rows: Sequence[ClassRow]) -> list[Plot]:
+def _draw(
+    history: Sequence[Mapping[str, Any]],
+    rows: Sequence[ClassRow],
+    selection: Mapping[str, Any] | None,
+) -> list[Plot]:
     from ldam_plugins.reports import plots
 
     drawn = []
     if history:
-        curves = [plots.training_curve(history, dark=dark) for dark in (False, True)]
+        selected = selection["epoch"] if selection else None
+        curves = [
+            plots.training_curve(history, selected=selected, dark=dark) for dark in (False, True)
+        ]
         drawn.append(Plot(CURVE_FILE, "Training curve", *curves))
     profiles = [plots.class_profile(rows, dark=dark) for dark in (False, True)]
     drawn.append(Plot(PROFILE_FILE, "Accuracy and training samples per class", *profiles))
@@ -88,6 +103,18 @@ def _subtitle(options: Mapping[str, Any], counts: ClassCounts) -> str:
     parts = [text.format(**given) for name, text in wordings.items() if name in given]
     tail = f"{counts.total} training samples in {len(counts)} classes"
     return ", ".join([*parts, f"{tail}, imbalance ratio {counts.imbalance_ratio:.4g}"])
+
+
+def _measured(selection: Mapping[str, Any] | None) -> str:
+    """Of which epoch the model is, and why."""
+    if selection is None:
+        return "after the last epoch"
+    name = selection["metric"].replace("_", " ")
+    text = f"after epoch {selection['epoch']} (counted from 0), which had the best {name} on the"
+    text += f" held-out samples, {selection['score']:.4g}"
+    if earlier := selection["better_before"]:
+        text += f"; epoch {earlier['epoch']}, before the switch, had {earlier['score']:.4g}"
+    return text
 
 
 def _validation(

@@ -47,10 +47,9 @@ on from its last whole epoch; SIGTERM ends it after the running epoch, with exit
                 stage = apply_stage(criterion, schedule, progress, stage)
                 total += train_step([batch]).item()
             seconds = time.perf_counter() - began
-            test = evaluate(accelerator, model, test_loader, counts)
             if history is not None:  # on the main process
-                row = {"train_loss": total / steps, "test_error": test["top1_error"]}
-                history.append(epoch=epoch, lr=lr, stage=stage, seconds=seconds, **row)
+                row = {"lr": lr, "stage": stage, "train_loss": total / steps}
+                history.append(epoch=epoch, seconds=seconds, **row)
             save_checkpoint(accelerator, output_dir, epoch + 1)
         test = evaluate(accelerator, model, test_loader, counts)
         if accelerator.is_main_process:
@@ -99,6 +98,7 @@ from ldam_plugins.training.history import (
 )
 from ldam_plugins.training.preemption import PREEMPTED, defer_sigterm, until_preempted
 from ldam_plugins.training.run_dir import claim_output_dir, folders_held
+from ldam_plugins.training.selection import BestModel, SelectionRule, first_candidate
 
 if TYPE_CHECKING:
     from ldam_plugins.training.evaluation import evaluate
@@ -106,7 +106,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PREEMPTED",
+    "BestModel",
     "HistoryWriter",
+    "SelectionRule",
     "TrainStep",
     "any_process",
     "begin_run",
@@ -119,6 +121,7 @@ __all__ = [
     "disk_errors",
     "epoch_batches",
     "evaluate",
+    "first_candidate",
     "folders_held",
     "keep_freed_memory",
     "load_checkpoint",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldam_plugins._validation import check_int
 from ldam_plugins.training.files import flush_folder, flush_names
-from ldam_plugins.training.history import ERROR_COLUMNS, HistoryWriter
+from ldam_plugins.training.history import HistoryWriter
 from ldam_plugins.training.run_dir import MAY_CHANGE, claim_output_dir, folders_held
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def begin_run(
     resume: bool | str = False,
     models: Mapping[str, nn.Module] | None = None,
     may_change: Collection[str] = MAY_CHANGE,
-    error_column: str = ERROR_COLUMNS[0],
+    test_error: bool = False,
 ) -> tuple[int, HistoryWriter | None]:
     """Claim the folder of a run, or load the newest checkpoint of the run in it.
 
@@ -45,7 +45,7 @@ def begin_run(
         resume: As in :func:`~ldam_plugins.training.claim_output_dir`.
         models: As in :func:`save_checkpoint`.
         may_change: Names of options in which a resumed run may differ.
-        error_column: As in :class:`~ldam_plugins.training.HistoryWriter`.
+        test_error: As in :class:`~ldam_plugins.training.HistoryWriter`.
 
     Returns:
         The first epoch to train, and on the main process the history of the run (None on others).
@@ -62,7 +62,7 @@ def begin_run(
         accelerator.wait_for_everyone()
         epochs = load_checkpoint(accelerator, output_dir, models=models)
         if accelerator.is_main_process:
-            history = HistoryWriter(output_dir, epochs, error_column)
+            history = HistoryWriter(output_dir, epochs, test_error=test_error)
     return epochs, history
 
 

@@ -12,15 +12,17 @@ from typing import Any
 
 import torch
 
-from ldam_plugins._validation import check_choice, check_int, invalid, quoted
+from ldam_plugins._validation import check_int, invalid, quoted
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.training.environment import device_name, run_versions
 from ldam_plugins.training.files import disk_errors, to_json, write_atomic
 from ldam_plugins.training.run_dir import HISTORY_FILE, METRICS_FILE, hold_folder
 
-HISTORY_COLUMNS = ("epoch", "lr", "stage", "train_loss", "test_error", "seconds")
-ERROR_COLUMNS = ("test_error", "val_error")
-"""On what a run is evaluated while it trains: the test set, or a held-out part in its place."""
+HISTORY_COLUMNS = ("epoch", "lr", "stage", "train_loss", "val_error", "seconds")
+ERROR_COLUMNS = ("val_error", "test_error")
+"""On what a run may be evaluated while it trains: held-out training samples, the test set."""
+_WITH_TEST_ERROR = (*HISTORY_COLUMNS[:-1], "test_error", HISTORY_COLUMNS[-1])
+_OF_EARLIER_VERSIONS = (*HISTORY_COLUMNS[:4], "test_error", HISTORY_COLUMNS[-1])
 _MEASURED = ("device", "train_seconds", "examples_per_second", "test")
 METRICS_KEYS = ("options", "versions", "class_counts", *_MEASURED)
 
@@ -28,28 +30,29 @@ METRICS_KEYS = ("options", "versions", "class_counts", *_MEASURED)
 class HistoryWriter:
     """``history.csv``: one row an epoch, on disk as soon as it is appended.
 
-    Columns: ``epoch`` (0-based), ``lr``, ``stage``, ``train_loss``, ``test_error`` (%),
-    ``seconds``; an empty field where something was not measured. A run that is evaluated on a
-    held-out part of the training samples has ``val_error`` in place of ``test_error``. Append the
-    row before the checkpoint of that epoch is written, so that a resumed run finds every row it
-    needs. The folder is locked against other processes while there is a writer.
+    Columns: ``epoch`` (0-based), ``lr``, ``stage``, ``train_loss``, ``val_error`` (%, on held-out
+    training samples), ``seconds``; an empty field where something was not measured. A run whose
+    test error is drawn as it trains, as that of the paper's figures, has ``test_error`` (%) before
+    the seconds. Append the row before the checkpoint of that epoch is written, so that a resumed
+    run finds every row it needs. The folder is locked against other processes while there is a
+    writer.
 
     Args:
         output_dir: Folder of the run.
         start_epoch: First epoch still to be trained. Rows from there on, left by a run that
             was stopped after its last checkpoint, are dropped.
-        error_column: ``"test_error"`` or ``"val_error"``.
+        test_error: Whether there is a column ``test_error``.
 
     Raises:
-        ValueError: another process is at work in the folder, an unknown column, or rows to go on
-            with that have the other one.
+        ValueError: another process is at work in the folder, or rows to go on with that have other
+            columns.
 
     Example:
         >>> import tempfile
         >>> folder = tempfile.mkdtemp()
         >>> history = HistoryWriter(folder)
         >>> history.append(
-        ...     epoch=0, lr=0.1, stage="uniform", train_loss=2.5, test_error=80.0, seconds=3.0
+        ...     epoch=0, lr=0.1, stage="uniform", train_loss=2.5, val_error=80.0, seconds=3.0
         ... )
         >>> read_history(folder)[0]["train_loss"]
         2.5
@@ -59,19 +62,21 @@ class HistoryWriter:
         self,
         output_dir: str | os.PathLike[str],
         start_epoch: int = 0,
-        error_column: str = ERROR_COLUMNS[0],
+        *,
+        test_error: bool = False,
     ) -> None:
         check_int("start_epoch", start_epoch, low=0)
-        self.error_column = check_choice("error_column", error_column, ERROR_COLUMNS)
+        self._columns = _WITH_TEST_ERROR if test_error else HISTORY_COLUMNS
         self._lock: Any = hold_folder(output_dir)
         self.path = Path(output_dir) / HISTORY_FILE
-        rows = read_history(output_dir) if start_epoch and self.path.exists() else []
+        there, rows = _read(self.path) if start_epoch and self.path.exists() else ((), [])
         kept = [row for row in rows if row["epoch"] < start_epoch]
-        if kept and error_column not in kept[0]:
-            raise invalid("error_column", f"the one of the run in {self.path}", error_column)
+        if kept and there != self._columns:
+            expected = f"as in {self.path}, which has the columns {', '.join(there)}"
+            raise invalid("test_error", expected, test_error)
         self._last_epoch = kept[-1]["epoch"] if kept else -1
-        lines = [_csv_line(_columns(error_column)), *(_csv_line(row.values()) for row in kept)]
-        write_atomic(self.path, "".join(lines).encode())
+        lines = [self._columns, *([row[name] for name in self._columns] for row in kept)]
+        write_atomic(self.path, "".join(map(_csv_line, lines)).encode())
 
     def append(
         self,
@@ -81,8 +86,8 @@ class HistoryWriter:
         stage: str,
         train_loss: float | None,
         seconds: float,
-        test_error: float | None = None,
         val_error: float | None = None,
+        test_error: float | None = None,
     ) -> None:
         """Add the row of an epoch.
 
@@ -91,12 +96,12 @@ class HistoryWriter:
             ValueError: ``epoch`` is not after the last one, or an error has no column.
         """
         check_int("epoch", epoch, low=self._last_epoch + 1)
-        errors = dict(zip(ERROR_COLUMNS, (test_error, val_error), strict=True))
-        error = errors.pop(self.error_column)
-        for name, value in errors.items():
-            if value is not None:
-                raise invalid(name, f"None in a history of {self.error_column}", value)
-        line = _csv_line((epoch, lr, stage, train_loss, error, seconds))
+        if test_error is not None and "test_error" not in self._columns:
+            hint = "Make the writer with test_error=True."
+            raise invalid("test_error", "None in a history without it", test_error, hint=hint)
+        row = {"epoch": epoch, "lr": lr, "stage": stage, "train_loss": train_loss}
+        row |= {"val_error": val_error, "test_error": test_error, "seconds": seconds}
+        line = _csv_line([row[name] for name in self._columns])
         with (
             disk_errors(self.path.parent),
             self.path.open("a", encoding="utf-8", newline="") as file,
@@ -113,23 +118,27 @@ class HistoryWriter:
 def read_history(output_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Rows of ``history.csv`` in order: ``epoch`` int, ``stage`` str, the rest float or None.
 
-    A last line without its end, of a run that was killed while writing it, is left out.
+    Every row has a ``val_error`` and a ``test_error``, None where the file has no such column.
+    Files of earlier versions, which had one of the two, are read as well. A last line without its
+    end, of a run that was killed while writing it, is left out.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the columns are not those of a run.
     """
-    path = Path(output_dir) / HISTORY_FILE
+    _, rows = _read(Path(output_dir) / HISTORY_FILE)
+    return [dict.fromkeys(ERROR_COLUMNS) | row for row in rows]
+
+
+def _read(path: Path) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
+    """Columns and rows of a history, as they stand in the file."""
     whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
     reader = csv.DictReader(io.StringIO(whole))
-    if tuple(reader.fieldnames or ()) not in map(_columns, ERROR_COLUMNS):
+    columns = tuple(reader.fieldnames or ())
+    if columns not in (HISTORY_COLUMNS, _WITH_TEST_ERROR, _OF_EARLIER_VERSIONS):
         expected = f"the columns of a run ({', '.join(HISTORY_COLUMNS)})"
         raise invalid(str(path), expected, reader.fieldnames)
-    return [{name: _parsed(name, value) for name, value in row.items()} for row in reader]
-
-
-def _columns(error_column: str) -> tuple[str, ...]:
-    return tuple(error_column if name in ERROR_COLUMNS else name for name in HISTORY_COLUMNS)
+    return columns, [{name: _parsed(name, value) for name, value in row.items()} for row in reader]
 
 
 def _parsed(column: str, value: str) -> Any:
@@ -151,7 +160,7 @@ def run_metrics(
     options: Mapping[str, Any],
     class_counts: ClassCounts,
     device: torch.device | str,
-    test: Mapping[str, Any],
+    test: Mapping[str, Any] | None,
     **more: Any,
 ) -> dict[str, Any]:
     """What :func:`write_metrics` writes of a run, apart from its :func:`training_times`.
@@ -160,7 +169,8 @@ def run_metrics(
         options: Everything that makes the run.
         class_counts: Training samples per class.
         device: Where the model was trained.
-        test: Metrics on the test set, as of :func:`~ldam_plugins.training.evaluate`.
+        test: Metrics on the test set, as of :func:`~ldam_plugins.training.evaluate`; None where it
+            was left alone.
         **more: Further entries.
     """
     return {
@@ -170,7 +180,7 @@ def run_metrics(
         "class_names": class_counts.class_names,
         "device": device_name(device),
         **more,
-        "test": dict(test),
+        "test": None if test is None else dict(test),
     }
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "check_int",
     "check_limits",
     "check_real",
+    "holds_integers",
     "invalid",
     "option",
     "read_preset",
@@ -71,12 +72,21 @@ def check_limits(options: Any, limits: Mapping[str, Limits]) -> None:
     """
     hints = get_type_hints(type(options))
     for name in (each.name for each in fields(options) if each.name in limits):
-        check = check_int if int in (hints[name], *get_args(hints[name])) else check_real
+        check = check_int if _takes_integers(hints[name]) else check_real
         value = getattr(options, name)
         for number in value if isinstance(value, list) else [value]:
             if number is not None:
                 hint = f"Give another --{name} or leave it out."
                 check(name, number, **limits[name], hint=hint)
+
+
+def holds_integers(kind: type[Any], name: str) -> bool:
+    """Whether a number in a field of a dataclass must be an integer."""
+    return _takes_integers(get_type_hints(kind)[name])
+
+
+def _takes_integers(hint: Any) -> bool:
+    return int in (hint, *get_args(hint))
 
 
 def as_flags(entries: Mapping[str, Any]) -> list[str]:

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 from made_records import COUNTS, method, record
 from scipy import stats
@@ -114,3 +115,26 @@ def test_options_choose_among_the_settings_of_a_baseline(records):
     assert pairs == {("LDAM-DRW", title) for title in titles}
     with pytest.raises(ValueError, match=r"option in baseline.*Did you mean 'max_margin'"):
         comparisons(records, "ldam_drw:max_margn=0.1")
+
+
+def test_both_errors_and_the_spread_of_the_differences_stand_in_the_table(records):
+    for r in records:
+        error = r["test"]["top1_error"] / 100
+        if r["options"]["schedule"] == "drw":  # the head pays for the tail
+            r["test"]["per_class_accuracy"] = [0.5, 1 - error, 1 - error, None]
+    found = {c.method: c for c in comparisons(records, "erm")}
+    first, second = (
+        np.array([r["test"]["top1_error"] for r in records[at : at + 3]]) for at in (0, 9)
+    )
+    both = (50.0 + 2 * second) / 3 - first
+    assert found["LDAM-DRW"].paired.deviation == pytest.approx(np.std(both, ddof=1))
+    prior = (300 * 50.0 + 130 * second) / 430 - first
+    assert found["LDAM-DRW"].prior.mean == pytest.approx(prior.mean())
+    assert found["LDAM-DRW"].prior.half_width == pytest.approx(
+        4.302653 * np.std(prior, ddof=1) / 3**0.5
+    )
+    row = comparison_rows(records, "erm")[-1]
+    assert row["sd of differences"] == f"{np.std(both, ddof=1):.1f}"
+    assert row["difference in train-prior error"].startswith(f"{prior.mean():+.1f} ± ")
+    one = comparison_rows([r for r in records if r["options"]["seed"] == 0], "erm")[0]
+    assert one["sd of differences"] == "-"

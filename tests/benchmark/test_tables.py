@@ -9,6 +9,7 @@ from ldam_plugins.benchmark.settings import heads_of_losses
 from ldam_plugins.benchmark.tables import (
     comparison_rows,
     error_matrices,
+    grid_rows,
     interval_rows,
     matrix_heads,
     matrix_rows,
@@ -20,9 +21,9 @@ from ldam_plugins.benchmark.tables import (
 
 def test_tables(records):
     row = next(r for r in range_rows(records) if (r["loss"], r["schedule"]) == ("ce", "none"))
-    assert (row["seeds"], row["top-1 error %"]) == ("3", "30.2 (29.5..31.0)")
+    assert (row["seeds"], row["balanced error % (= top-1)"]) == ("3", "30.2 (29.5..31.0)")
     row = next(r for r in interval_rows(records) if (r["loss"], r["schedule"]) == ("ce", "none"))
-    assert row["top-1 error %"] == "30.2 ± 1.9"  # 4.3027 * 0.7638 / sqrt(3) = 1.897
+    assert row["balanced error % (= top-1)"] == "30.2 ± 1.9"  # 4.3027 * 0.7638 / sqrt(3) = 1.897
     ((title, matrix),) = error_matrices(records).items()
     assert title == ""
     assert matrix_rows(matrix)[1]["drw"] == "20.2 ± 1.2 (n = 3)"
@@ -30,7 +31,7 @@ def test_tables(records):
     assert spread([0.1234], 3) == "0.123"
     for r in records:
         r["test"]["worst_class_accuracy"] = 0.0
-    assert {row["worst class %"] for row in range_rows(records)} == {"0.0 (0.0..0.0)"}
+    assert {row["worst class: accuracy %"] for row in range_rows(records)} == {"0.0 (0.0..0.0)"}
     assert {row["ece"] for row in interval_rows(records)} == {"0.100 ± 0.000"}
 
 
@@ -110,4 +111,67 @@ def test_parquet_holds_numbers_as_numbers(records):
     assert (rows["ce_none__s1"]["max_margin"], rows["ce_none__s1"]["version_peft"]) == (None, None)
     assert list(csv.DictReader(io.StringIO(tidy.to_csv(index=False)))) == [
         {name: "" if value is None else str(value) for name, value in row.items()} for row in table
+    ]
+
+
+def test_tables_show_what_was_tuned_and_keep_a_method_in_one_row():
+    rates = {0: 0.1, 1: 0.3}
+    records = [record("ce", "none", seed, 20.0, lr=rate) for seed, rate in rates.items()]
+    for r in records:
+        r["tuned"] = {"trials": 6, "values": {"lr": r["options"]["lr"]}}
+    (row,) = interval_rows(records)
+    assert row["tuned to"] == "lr 0.1; lr 0.3"
+    assert "lr" not in row
+    assert tidy_table(records)["tuned_lr"].tolist() == [0.1, 0.3]
+    records += [record("ce", "none", 0, 21.0, lr=0.5)]
+    rows = interval_rows(records)
+    assert [(row["tuned"], row["seeds"], row["tuned to"]) for row in rows] == [
+        ("6 trials", "2", "lr 0.1; lr 0.3"),
+        ("-", "1", "-"),
+    ]
+
+
+def test_a_column_of_a_group_without_a_class_is_left_out_and_top1_where_it_says_no_more(records):
+    titles = list(range_rows(records)[0])
+    assert titles[4:] == [
+        "balanced error % (= top-1)",
+        "train-prior error %",
+        "many: accuracy %",
+        "medium: accuracy %",
+        "worst class: accuracy %",
+        "ece",
+    ]
+    records[0]["test"]["top1_error"] += 1
+    assert list(range_rows(records)[0])[4:7] == [
+        "balanced error %",
+        "train-prior error %",
+        "top-1 error %",
+    ]
+    assert {"balanced_error", "train_prior_error"} < set(tidy_table(records))
+
+
+def test_matrices_are_of_either_error(records):
+    for r in records:
+        r["test"]["per_class_accuracy"] = [1.0, 0.0, 0.0, 0.0]
+    for view, error in {"balanced_error": 75.0, "train_prior_error": 100 * (1 - 300 / 435)}.items():
+        ((_, matrix),) = error_matrices(records, view).items()
+        assert round(matrix.loc["ce", "drw"].mean, 9) == round(error, 9)
+
+
+def test_a_grid_is_one_table_with_what_was_adjusted_afterwards_beside_it():
+    records = [
+        *method("ldam", "rw", [12.0], head="cosine", max_margin=0.3, posthoc_tau=0.0),
+        *method("ldam", "rw", [14.0], head="cosine", max_margin=0.5, posthoc_tau=0.0),
+        *method("ce", "none", [20.0, 22.0], head="cosine", posthoc_tau=0.0),
+        *method("ce", "none", [13.0, 15.0], head="cosine", posthoc_tau=1.0),
+        *method("ce", "none", [25.0], head="linear", posthoc_tau=0.0),
+    ]
+    rows = grid_rows(records)
+    titles = ["head", "loss", "max_margin", "none", "none, adjusted afterwards", "rw"]
+    assert [list(row) for row in rows] == [titles] * 4
+    assert [tuple(row.values()) for row in rows] == [
+        ("linear", "ce", "-", "25.0", "-", "-"),
+        ("cosine", "ce", "-", "21.0 ± 12.7", "14.0 ± 12.7", "-"),
+        ("cosine", "ldam", "0.3", "-", "-", "12.0"),
+        ("cosine", "ldam", "0.5", "-", "-", "14.0"),
     ]

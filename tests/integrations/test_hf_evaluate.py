@@ -12,8 +12,8 @@ from ldam_plugins import ClassCounts, LongTailMetrics
 from ldam_plugins.metrics import long_tail_metrics
 
 COUNTS = ClassCounts([500, 50, 5], class_names=["dog", "cat", "lynx"])
-FLAT = ["top1_error", "balanced_accuracy", "worst_class_accuracy", "many", "medium", "few"]
-FLAT += ["nll", "ece"]
+FLAT = ["top1_error", "balanced_error", "train_prior_error", "balanced_accuracy"]
+FLAT += ["worst_class_accuracy", "macro_f1", "many", "medium", "few", "nll", "ece"]
 
 
 @pytest.fixture(autouse=True)

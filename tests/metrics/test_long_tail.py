@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import balanced_accuracy_score, log_loss, recall_score
+from sklearn.metrics import balanced_accuracy_score, f1_score, log_loss, recall_score
 
 from ldam_plugins import ClassCounts
 from ldam_plugins.metrics.long_tail import (
@@ -20,8 +20,11 @@ from ldam_plugins.metrics.long_tail import (
 
 KEYS = [
     "top1_error",
+    "balanced_error",
+    "train_prior_error",
     "balanced_accuracy",
     "worst_class_accuracy",
+    "macro_f1",
     "per_class_accuracy",
     "many",
     "medium",
@@ -68,6 +71,7 @@ def test_against_scikit_learn(dtype):
     assert result["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(labels, predicted))
     assert result["per_class_accuracy"] == pytest.approx(recalls.tolist())
     assert result["worst_class_accuracy"] == pytest.approx(recalls.min())
+    assert result["macro_f1"] == pytest.approx(f1_score(labels, predicted, average="macro"))
     assert result["nll"] == pytest.approx(log_loss(labels, probabilities), rel=1e-12)
     assert result["ece"] == pytest.approx(naive_ece(probabilities, labels.tolist()), rel=1e-12)
     assert result["ece"] > 0.01
@@ -95,6 +99,7 @@ def test_class_without_test_sample_is_none_and_in_no_mean():
     assert result["per_class_accuracy"] == [1.0, 0.0, None]
     assert result["balanced_accuracy"] == 0.5
     assert (result["many"], result["medium"], result["few"]) == (1.0, 0.0, None)
+    assert result["macro_f1"] == f1_score([0, 1], [0, 0], average="macro") == 1 / 3
     right = long_tail_metrics(logits, [0, 0], [500, 50, 5])
     assert right["worst_class_accuracy"] == 1.0
 

@@ -157,7 +157,7 @@ def test_two_grids_do_not_run_one_cell_at_once(cell):
 def tiny(tmp_path, *words):
     """A grid of one epoch on digits."""
     flags = ["--preset", "digits_lt", "--output_dir", str(tmp_path / "grid"), "--methods", "ce/rw"]
-    return benchmark.parse([*flags, "--set", "epochs=1", "--set", "eval_every=1", *words])
+    return benchmark.parse([*flags, "--set", "epochs=1", "--set", "eval_test_every=1", *words])
 
 
 def test_real_cells_finish_go_on_and_are_reported(tmp_path, capfd):
@@ -167,7 +167,7 @@ def test_real_cells_finish_go_on_and_are_reported(tmp_path, capfd):
     grid = tmp_path / "grid"
     (row,) = csv.DictReader((grid / "results.csv").read_text().splitlines())
     assert row["command"].endswith(
-        "vision_lt.py digits_lt --loss ce --schedule rw --epochs 1 --eval_every 1 --seed 0 "
+        "vision_lt.py digits_lt --loss ce --schedule rw --epochs 1 --eval_test_every 1 --seed 0 "
         f"--output_dir {grid}/cells/ce_rw_s0"
     )
     # Killed after its last checkpoint, the cell goes on from there and ends the same.

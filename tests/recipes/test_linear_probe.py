@@ -23,7 +23,7 @@ def rows_of(path):
 
 def test_vision_run_is_probed_around_its_switch(tmp_path):
     flags = ["--epochs", "3", "--start", "1", "--ratio", "10", "--keep_checkpoints", "3"]
-    flags += ["--eval_every", "3", "--output_dir", str(tmp_path / "run"), "--ema_decay", "0"]
+    flags += ["--eval_test_every", "3", "--output_dir", str(tmp_path / "run"), "--ema_decay", "0"]
     parsed = recipe_options.parse_options(vision_lt.VisionOptions, flags, default="digits_lt")
     vision_lt.main(parsed)
     output = tmp_path / "deep" / "probe.csv"

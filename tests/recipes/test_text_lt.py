@@ -22,6 +22,7 @@ from transformers import (
     BertForSequenceClassification,
     Trainer,
 )
+from untouchable import without_test_set
 
 from ldam_plugins.data import load_texts
 from ldam_plugins.heads import cosine_heads
@@ -92,7 +93,7 @@ def rows_of(out):
 
 
 def test_leaves_what_is_promised(run, capsys):
-    _, out = run(report=True)
+    _, out = run("--eval_test_every", 1, report=True)
     left = json.loads((out / "metrics.json").read_text())
     assert left["options"]["loss"] == "ldam"
     assert (left["class_counts"], left["class_names"]) == ([24, 16, 8], ["a", "b", "c"])
@@ -108,7 +109,7 @@ def test_leaves_what_is_promised(run, capsys):
     assert (out / "report.html").stat().st_size > 10_000
     assert list(out.glob("*.png"))
     assert newest_trainer_checkpoint(out / "checkpoints").endswith("checkpoint-12")
-    assert "balanced accuracy" in capsys.readouterr().out
+    assert "balanced error" in capsys.readouterr().out
 
 
 def is_locked(folder):
@@ -244,13 +245,18 @@ def test_learns_and_exports_a_plain_model_that_predicts_the_same(run, folder):
 
 
 def test_epochs_between_evaluations_are_only_trained(run, monkeypatch):
-    calls, evaluate = [], Trainer.evaluate
-    monkeypatch.setattr(Trainer, "evaluate", lambda *a, **k: calls.append(1) or evaluate(*a, **k))
-    metrics, out = run("--epochs", 5, "--eval_every", 2)
-    errors = [row["test_error"] for row in rows_of(out)]
-    assert [bool(error) for error in errors] == [False, True, False, True, True]
-    assert len(calls) == 3
-    assert float(errors[-1]) == pytest.approx(metrics["test"]["top1_error"])
+    calls, evaluate = [], Trainer.evaluation_loop
+    monkeypatch.setattr(
+        Trainer, "evaluation_loop", lambda *a, **k: calls.append(1) or evaluate(*a, **k)
+    )
+    every = ("--val_split", 0.25, "--eval_every", 3, "--eval_test_every", 2)
+    metrics, out = run("--epochs", 5, *every)
+    val, test = ([row[name] for row in rows_of(out)] for name in ("val_error", "test_error"))
+    assert [bool(error) for error in val] == [False, False, True, False, True]
+    assert [bool(error) for error in test] == [False, True, False, True, True]
+    assert len(calls) == 5
+    assert float(val[-1]) == pytest.approx(metrics["validation"]["top1_error"])
+    assert float(test[-1]) == pytest.approx(metrics["test"]["top1_error"])
     assert all(float(row["train_loss"]) > 0 for row in rows_of(out))
 
 
@@ -260,9 +266,9 @@ def weights(out):
 
 @pytest.mark.parametrize("more", [(), ("--schedule", "drs"), ("--mixup", 1)], ids=str)
 def test_resumed_run_equals_the_undisturbed_one(run, more):
-    flags = ("--epochs", 3, *more)
+    flags = ("--epochs", 3, "--eval_test_every", 1, *more)
     undisturbed, whole = run(*flags, out="whole")
-    with interrupted_at(Trainer, "evaluate"):
+    with interrupted_at(Trainer, "predict"):
         run(*flags, out="broken")
     (whole_state,) = (out for out in (whole / "checkpoints").glob("checkpoint-18"))
     assert (whole_state / "optimizer.pt").exists()
@@ -463,9 +469,9 @@ def test_second_run_in_one_folder_is_refused(run):
 
 def test_without_a_split_nothing_is_held_out(run):
     metrics, out = run("--epochs", 1, "--start", 0)
-    assert not {"validation", "held_out"} & set(metrics)
+    assert not {"validation", "held_out", "selection"} & set(metrics)
     first = (out / "history.csv").read_text().splitlines()[0]
-    assert first == "epoch,lr,stage,train_loss,test_error,seconds"
+    assert first == "epoch,lr,stage,train_loss,val_error,seconds"
 
 
 def test_a_split_is_evaluated_in_place_of_the_test_set(run, monkeypatch, capsys):
@@ -517,3 +523,87 @@ def test_the_split_follows_the_subset_seed_alone(folder):
 
     assert held_out("--seed", "1") == held_out("--seed", "2", "--loss", "ce")
     assert held_out("--subset_seed", "1") != held_out()
+
+
+@pytest.mark.parametrize("metric", ["macro_f1", "nll"])
+def test_a_selected_epoch_is_that_of_the_rule_and_what_is_left(run, metric):
+    flags = ("--epochs", 6, "--start", 2, "--val_split", 0.25, "--lr", 0.03)
+    flags += ("--select", metric, "--patience", 1)
+    undisturbed, whole = run(*flags, out="whole")
+    selection, rows = undisturbed["selection"], rows_of(whole)
+    assert 2 <= selection["epoch"] <= 5
+    assert len(rows) == min(6, selection["epoch"] + 2)
+    error = float(rows[selection["epoch"]]["val_error"])
+    assert error == pytest.approx(undisturbed["validation"]["top1_error"])
+    again, _ = run(*flags, "--resume", out="whole")
+    assert (again["selection"], again["test"]) == (selection, undisturbed["test"])
+    assert rows_of(whole) == rows
+    with interrupted_at(Trainer, "_save_checkpoint", call=len(rows) - 1):
+        run(*flags, out="broken")
+    (whole.parent / "broken").rename(whole.parent / "moved")
+    resumed, moved = run(*flags, "--resume", out="moved")
+    assert (resumed["selection"], resumed["test"]) == (selection, undisturbed["test"])
+    best, last = (f"checkpoint-{5 * epochs}" for epochs in (selection["epoch"] + 1, len(rows)))
+    assert {path.name for path in (moved / "checkpoints").iterdir()} == {best, last}
+
+
+def test_one_table_of_texts_is_split_and_the_split_is_kept(run, tmp_path, capsys):
+    """A CSV as people have it, to a report; a later run takes its parts over."""
+    lines = [
+        "review,author,mood",
+        *(f"{WORDS[n % 3]} {n},{n % 9},{'xyz'[n % 3]}" for n in range(60)),
+    ]
+    (tmp_path / "own.csv").write_text("\n".join([*lines, ",8,x", "", "plum,7,"]))
+    flags = ["--dataset", tmp_path / "own.csv", "--group_column", "author", "--skip_empty"]
+    divided = ["--test_split", 0.3, "--val_split", 0.3]
+    metrics, out = run(*flags, *divided, "--epochs", 1, "--start", 0, out="first")
+    said = capsys.readouterr().out
+    assert "Columns read from own.csv: 'mood' as --label_column, 'review' as --text_column." in said
+    assert "Left out: 1 rows of own.csv without text." in said
+    assert metrics["data"]["left_out"] == {
+        "rows of own.csv without text": 1,
+        "rows of own.csv without label": 1,
+    }
+    rows = rows_of_csv(out / "split.csv")
+    parts = {part: {row["group"] for row in rows if row["part"] == part} for part in PARTS}
+    assert sum(map(len, parts.values())) == len(set.union(*parts.values())) == 9
+    assert all(
+        {row["class"] for row in rows if row["part"] == part} == set("xyz") for part in PARTS
+    )
+    assert json.loads((out / "options.json").read_text())["class_names"] == ["x", "y", "z"]
+    flags += ["--split_file", out / "split.csv", "--epochs", 1, "--start", 0]
+    again, later = run(*flags, out="later")
+    assert (later / "split.csv").read_bytes() == (out / "split.csv").read_bytes()
+    assert again["test"] == metrics["test"]
+
+
+PARTS = ("train", "validation", "test")
+
+
+def rows_of_csv(file):
+    return list(csv.DictReader(file.read_text().splitlines()))
+
+
+def test_classes_without_a_training_text_are_no_classes(folder, capsys):
+    """Of a slice that ends before a class begins."""
+    flags = ["--dataset", str(folder), "--train_split", "train[20:]", "--test_split", "test"]
+    options = recipe_options.parse_options(text_lt.TextOptions, flags, default="")
+    assert text_lt.load_data(options)[2].counts.tolist() == [4, 16, 8]
+    flags[3] = "train[24:]"
+    options = recipe_options.parse_options(text_lt.TextOptions, flags, default="")
+    train, test, counts = text_lt.load_data(options, show=True)
+    assert counts.class_names == ("b", "c")
+    assert train.features["label"].names == test.features["label"].names == ["b", "c"]
+    assert (counts.counts.tolist(), test["label"][:]) == ([16, 8], [0] * 6 + [1] * 6)
+    assert "Left out: 6 samples to test on" in capsys.readouterr().out
+
+
+def test_a_run_evaluated_on_the_split_leaves_the_test_set_alone(run, monkeypatch):
+    monkeypatch.setattr(text_lt, "load_texts", without_test_set(text_lt.load_texts))
+    flags = ["--epochs", 1, "--start", 0, "--val_split", 0.25]
+    metrics, out = run(*flags, "--evaluate", "validation")
+    assert (metrics["test"], metrics["class_errors"]) == (None, None)
+    left = json.loads((out / "metrics.json").read_text())
+    assert (left["test"], left["held_out"]["samples"]) == (None, 12)
+    with pytest.raises(AssertionError, match="the test set was asked"):
+        run(*flags, out="other")

@@ -1,8 +1,10 @@
+import collections
 import csv
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import options as recipe_options
@@ -11,10 +13,12 @@ import timm
 import torch
 import vision_lt
 from accelerate import Accelerator
+from image_sets import saved_to_disk
 from interruptions import interrupted_at
 from paths import RECIPES
 from PIL import Image
 from safetensors.torch import load_file
+from untouchable import without_test_set
 from vision_runs import parsed, picture_folder, vision_run
 
 from ldam_plugins import register
@@ -48,7 +52,7 @@ def weights(out):
 
 
 def test_leaves_what_is_promised(run, capsys):
-    _, out = run("--eval_every", 2, report=True)
+    _, out = run("--eval_test_every", 2, report=True)
     left = json.loads((out / "metrics.json").read_text())
     assert left["options"]["loss"] == "ldam"
     assert left["class_counts"] == [120, 92, 71, 55, 43, 33, 25, 20, 15, 12]
@@ -64,7 +68,7 @@ def test_leaves_what_is_promised(run, capsys):
     assert [bool(row["test_error"]) for row in rows] == [False, True]
     assert (out / "report.html").stat().st_size > 10_000
     assert list(out.glob("*.png"))
-    assert "balanced accuracy" in capsys.readouterr().out
+    assert "balanced error" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags", [(), ("--ema_decay", 0.5, "--schedule", "drs", "--mixup", 0.2)])
@@ -72,8 +76,8 @@ def test_resumed_run_equals_the_undisturbed_one(run, flags):
     flags = ("--epochs", 3, *flags)
     undisturbed, whole = run(*flags, folder="whole")
     with interrupted_at(vision_lt, "evaluate"):
-        run(*flags, "--eval_every", 1, folder="broken")
-    resumed, broken = run(*flags, "--eval_every", 1, "--resume", folder="broken")
+        run(*flags, "--eval_test_every", 1, folder="broken")
+    resumed, broken = run(*flags, "--eval_test_every", 1, "--resume", folder="broken")
     assert resumed["test"] == undisturbed["test"]
     left, right = weights(whole), weights(broken)
     assert all(torch.equal(left[name], right[name]) for name in left)
@@ -252,7 +256,7 @@ def test_corrupt_image_is_named_or_skipped(run, tmp_path):
     folder = small_folder(tmp_path / "images", corrupt)
     flags = ["--dataset", folder, "--model", "cifar_resnet20", "--image_size", "8"]
     flags += ["--epochs", "1", "--profile", "none", "--schedule", "none", "--batch_size", "4"]
-    with pytest.raises(ValueError, match=r"dog.2\.png.*--skip_corrupt"):
+    with pytest.raises(ValueError, match=r"(dog.2|cat.0)\.png.*--skip_corrupt"):
         run(*flags, preset=[])
     assert not (tmp_path / "run").exists()
     metrics, _ = run(*flags, "--skip_corrupt", preset=[])
@@ -346,8 +350,8 @@ def test_images_that_cannot_be_read_are_counted(pictures, tmp_path, capsys):
     _, train, _, _ = made(*parts)
     assert np.bincount(train.labels).tolist() == [9, 4, 5]
     out = capsys.readouterr().out
-    assert out.startswith("1 of 19 training images cannot be read: ")
-    assert out.strip().endswith("03.png")
+    assert out.startswith("Left out: 1 training images that cannot be read (")
+    assert out.strip().endswith("03.png).")
 
 
 # Optimizer steps
@@ -379,10 +383,10 @@ def test_an_epoch_without_a_whole_batch_is_refused():
 
 
 def test_without_a_split_nothing_is_held_out(run):
-    metrics, out = run("--epochs", 1, "--start", 0)
-    assert not {"validation", "held_out"} & set(metrics)
+    metrics, out = run("--epochs", 1, "--start", 0, "--eval_test_every", 0)
+    assert not {"validation", "held_out", "selection"} & set(metrics)
     first = (out / "history.csv").read_text().splitlines()[0]
-    assert first == "epoch,lr,stage,train_loss,test_error,seconds"
+    assert first == "epoch,lr,stage,train_loss,val_error,seconds"
 
 
 def test_a_split_is_evaluated_in_place_of_the_test_set(run, monkeypatch, capsys):
@@ -393,7 +397,7 @@ def test_a_split_is_evaluated_in_place_of_the_test_set(run, monkeypatch, capsys)
         return evaluate(accelerator, net, loader, counts, **options)
 
     monkeypatch.setattr(vision_lt, "evaluate", noted)
-    metrics, out = run("--val_split", 0.2, "--eval_every", 1, report=True)
+    metrics, out = run("--val_split", 0.2, report=True)
     assert sizes == [97, 97, 97, 540]  # two epochs, then the saved model
     assert list(metrics["class_counts"]) == [96, 74, 57, 44, 34, 26, 20, 16, 12, 10]
     left = json.loads((out / "metrics.json").read_text())
@@ -448,15 +452,146 @@ def test_corrupt_test_images_stop_a_run_with_a_split_before_training(run, tmp_pa
 
 
 def test_a_run_with_a_split_can_be_resumed(run):
-    flags = ("--epochs", 3, "--val_split", 0.2, "--eval_every", 1)
+    flags = ("--epochs", 3, "--val_split", 0.2)
     undisturbed, whole = run(*flags, folder="whole")
     with interrupted_at(vision_lt, "evaluate"):
         run(*flags, folder="broken")
     with pytest.raises(ValueError, match=r"val_split: 0\.2 there, None now"):
-        run("--epochs", 3, "--eval_every", 1, "--resume", folder="broken")
+        run("--epochs", 3, "--eval_test_every", 0, "--resume", folder="broken")
     resumed, broken = run(*flags, "--resume", folder="broken")
     assert resumed["test"] == undisturbed["test"]
     assert resumed["validation"] == undisturbed["validation"]
     errors = [[row["val_error"] for row in read_history(out)] for out in (whole, broken)]
     assert errors[0] == errors[1]
     assert len(errors[0]) == 3
+
+
+SELECTED = ("--epochs", 6, "--start", 3, "--decay_milestones", 3, "--val_split", 0.2)
+
+
+def test_a_selected_epoch_is_that_of_the_rule_and_what_is_left(run, monkeypatch):
+    evaluate = vision_lt.evaluate
+
+    def worse(*arguments, **options):  # and worse, as the loss falls
+        found = evaluate(*arguments, **options)
+        return {**found, "balanced_accuracy": found["nll"]}
+
+    monkeypatch.setattr(vision_lt, "evaluate", worse)
+    flags = (*SELECTED, "--select", "balanced_accuracy", "--patience", 1, "--ema_decay", 0.5)
+    undisturbed, whole = run(*flags, folder="whole")
+    selection, rows = undisturbed["selection"], read_history(whole)
+    assert (selection["epoch"], selection["better_before"]["epoch"]) == (3, 1)
+    assert [row["epoch"] for row in rows] == [0, 1, 2, 3, 4]
+    assert rows[3]["val_error"] == pytest.approx(undisturbed["validation"]["top1_error"])
+    assert rows[3]["val_error"] != rows[4]["val_error"]
+    again, _ = run(*flags, "--resume", folder="whole")
+    assert (again["selection"], again["test"]) == (selection, undisturbed["test"])
+    assert read_history(whole) == rows
+    with interrupted_at(vision_lt, "save_checkpoint", call=5):  # epoch 4 has been scored
+        run(*flags, folder="broken")
+    resumed, _ = run(*flags, "--resume", folder="broken")
+    assert (resumed["selection"], resumed["test"]) == (selection, undisturbed["test"])
+
+
+def test_the_test_set_selects_nothing(run, monkeypatch):
+    """Where the test set is turned round, the same epoch is the best."""
+    flags = (*SELECTED, "--select", "nll", "--eval_test_every", 1)
+    first, _ = run(*flags, folder="first")
+    load = vision_lt.load_images
+
+    def turned(*arguments, **options):
+        train, test = load(*arguments, **options)
+        test.labels = test.labels[::-1].copy()
+        return train, test
+
+    monkeypatch.setattr(vision_lt, "load_images", turned)
+    second, _ = run(*flags, folder="second")
+    assert first["test"] != second["test"]
+    assert first["selection"] == second["selection"]
+    assert first["validation"] == second["validation"]
+
+
+def test_own_folders_are_split_in_three_and_the_split_is_kept(run, tmp_path, capsys):
+    """Folders of classes alone, to a report; its parts are those of a resumed and a later run."""
+    folder = picture_folder(tmp_path / "pictures", train=(12, 6, 3), size=(8, 8)) + "/train"
+    flags = ["--dataset", folder, "--model", "cifar_resnet20", "--image_size", "8"]
+    flags += ["--epochs", "1", "--schedule", "none", "--batch_size", "4"]
+    divided = ["--test_split", "0.25", "--val_split", "0.2"]
+    metrics, out = run(*flags, *divided, preset=[])
+    assert list(metrics["class_counts"]) == [7, 1, 3]
+    assert metrics["held_out"]["class_counts"].tolist() == [2, 1, 1]
+    rows = list(csv.DictReader((out / "split.csv").read_text().splitlines()))
+    assert collections.Counter((row["class"], row["part"]) for row in rows) == {
+        ("1", "train"): 7,
+        ("1", "validation"): 2,
+        ("1", "test"): 3,
+        ("2", "train"): 1,
+        ("2", "validation"): 1,
+        ("2", "test"): 1,
+        ("10", "train"): 3,
+        ("10", "validation"): 1,
+        ("10", "test"): 2,
+    }
+    assert "Held out to test on: 6 of 21 examples, 0.25 of each class." in capsys.readouterr().out
+    again, later = run(*flags, "--split_file", out / "split.csv", folder="later", preset=[])
+    assert (later / "split.csv").read_bytes() == (out / "split.csv").read_bytes()
+    assert again["test"] == metrics["test"]
+    assert again["validation"] == metrics["validation"]
+    Path(folder, "1", "00.png").unlink()
+    with pytest.raises(ValueError, match=r"examples are not those of .*split.csv: 1 are gone"):
+        run(*flags, *divided, "--resume", preset=[])
+
+
+def test_the_split_to_evaluate_can_be_named(pictures, tmp_path):
+    os.rename(f"{pictures}/test", f"{pictures}/val")
+    picture_folder(tmp_path / "more", size=(8, 8))
+    os.rename(tmp_path / "more" / "test", f"{pictures}/test")
+    options = parsed("--dataset", pictures, "--val_split", "val")
+    notes = vision_lt.DataNotes()
+    train, test, counts = vision_lt.load_data(options, False, notes)
+    kept, validation, left = vision_lt.hold_out(options, train, counts, False, notes)
+    assert (kept, left, options.holds_out) == (train, counts, True)
+    assert ("/val/" in validation.describe(0), "/test/" in test.describe(0)) == (True, True)
+    options = parsed("--dataset", pictures, "--test_split", "val", "--val_split", "val")
+    train, _, counts = vision_lt.load_data(options, False, notes)
+    with pytest.raises(ValueError, match="`val_split` must be another split than is tested on"):
+        vision_lt.hold_out(options, train, counts, False, notes)
+
+
+def test_classes_without_a_training_image_are_no_classes(tmp_path, capsys):
+    """A set that names more classes than it has in the part that is trained on."""
+    given = saved_to_disk(tmp_path / "set", labels=[0, 0, 0, 2, 2, 2])
+    options = parsed("--dataset", given["dataset"], "--test_split", "valid")
+    train, test, counts = vision_lt.load_data(options, True)
+    assert counts.class_names == train.class_names == test.class_names == ("ant", "cat")
+    assert (train.labels.tolist(), test.labels.tolist()) == ([0] * 3 + [1] * 3, [0, 1, 1])
+    said = capsys.readouterr().out
+    assert "Classes without an example to train on are no classes here: 'bee'." in said
+    assert "Left out: 1 samples to test on whose class training has not." in said
+    given = saved_to_disk(tmp_path / "one", labels=[1] * 6)
+    options = parsed("--dataset", given["dataset"], "--test_split", "valid")
+    with pytest.raises(ValueError, match="`train_split` must be a part with two classes or more"):
+        vision_lt.load_data(options, False)
+
+
+@pytest.mark.parametrize("more", [[], ["--skip_corrupt"]], ids=" ".join)
+def test_a_run_evaluated_on_the_split_leaves_the_test_set_alone(run, monkeypatch, capsys, more):
+    monkeypatch.setattr(vision_lt, "load_images", without_test_set(vision_lt.load_images))
+    flags = ["--epochs", 1, "--start", 0, "--val_split", 0.2, *more]
+    metrics, out = run(*flags, "--evaluate", "validation", report=True)
+    assert metrics["test"] is None
+    left = json.loads((out / "metrics.json").read_text())
+    assert (left["test"], left["held_out"]["samples"]) == (None, 97)
+    assert 0 <= left["validation"]["balanced_accuracy"] <= 1
+    assert "The test set is left alone. On the samples held out" in capsys.readouterr().out
+    assert "the test set was left alone" in (out / "report.html").read_text()
+    with pytest.raises(AssertionError, match="the test set was asked"):
+        run(*flags, folder="other")
+
+
+def test_what_is_evaluated_needs_to_be_held_out():
+    with pytest.raises(ValueError, match=r"`evaluate` must be left out.*--val_split 0\.2"):
+        parsed("--evaluate", "validation")
+    flags = ["--evaluate", "validation", "--val_split", "0.2", "--eval_test_every", "1"]
+    with pytest.raises(ValueError, match="`eval_test_every` must be 0 beside --evaluate validati"):
+        parsed(*flags)

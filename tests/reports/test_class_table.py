@@ -8,9 +8,9 @@ TEST = {
     "top1_error": 33.125,
     "balanced_accuracy": 0.6,
     "worst_class_accuracy": 0.25,
-    "per_class_accuracy": [0.5, 0.75, None, 0.25],
+    "per_class_accuracy": [0.75, 0.75, None, 0.25],
     "many": 0.5,
-    "medium": 0.5,
+    "medium": 0.75,
     "few": None,
     "nll": 1.25,
     "ece": 0.125,
@@ -40,11 +40,12 @@ def test_other_number_of_classes_is_refused():
 
 def test_summary_words_every_metric():
     assert dict(summary(TEST, COUNTS)) == {
+        "balanced error": "41.67 %",
+        "train-prior error": "49.27 %",
         "top-1 error": "33.12 %",
-        "balanced accuracy": "60.00 %",
         "worst class accuracy": "25.00 %",
         "many (> 100), 2 classes": "50.00 %",
-        "medium (20..100), 1 class": "50.00 %",
+        "medium (20..100), 1 class": "75.00 %",
         "few (< 20), 1 class": "-",
         "cross-entropy (nll)": "1.2500",
         "calibration error (ece)": "0.1250",
@@ -56,14 +57,14 @@ def test_table_has_every_class_and_metric():
     assert lines[2].split() == ["cat", "500", "many", "75.00", "%"]
     assert lines[5].split() == ["lynx", "5", "few", "-"]
     assert lines[6] == ""
-    assert len(lines) == 7 + 8
+    assert len(lines) == 7 + 9
 
 
 def test_table_of_thirty_classes_is_whole_and_of_more_is_cut():
     whole = per_class_table(*many_classes(30)).splitlines()
-    assert len(whole) == 2 + 30 + 1 + 8
+    assert len(whole) == 2 + 30 + 1 + 9
     cut = per_class_table(*many_classes(31)).splitlines()
-    assert len(cut) == 2 + 31 + 1 + 8
+    assert len(cut) == 2 + 31 + 1 + 9
     assert cut[17].startswith("... 1 more classes")
     assert [cut[row].split()[0] for row in (2, 16, 18, 32)] == ["0", "14", "16", "30"]
 

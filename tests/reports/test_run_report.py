@@ -40,13 +40,13 @@ def history(epochs=4, switch=3, **changed):
     for epoch in range(epochs):
         stage = "uniform" if epoch < switch else "reweighted"
         row = {"epoch": epoch, "lr": 0.1, "stage": stage, "train_loss": 2.0 - epoch / 10}
-        yield {**row, "test_error": 50.0 - epoch, "seconds": 1.0, **changed}
+        yield {**row, "val_error": None, "test_error": 50.0 - epoch, "seconds": 1.0, **changed}
 
 
 def make_run(folder, counts, rows=(), missing=(), **options):
     labels = np.setdiff1d(np.arange(len(counts)), missing)
     test = long_tail_metrics(np.eye(len(counts), dtype=np.float32)[labels], labels, counts)
-    writer = HistoryWriter(folder)
+    writer = HistoryWriter(folder, test_error=True)
     for row in rows:
         writer.append(**row)
     metrics = {
@@ -73,7 +73,7 @@ def pixels(png):
 
 @pytest.fixture
 def _no_drawing(monkeypatch):
-    monkeypatch.setattr(plots, "training_curve", lambda _history, dark: b"curve")
+    monkeypatch.setattr(plots, "training_curve", lambda _history, **_: b"curve")
     monkeypatch.setattr(plots, "class_profile", lambda _rows, dark: b"profile")
 
 
@@ -211,11 +211,14 @@ def test_training_curve_shows_values_and_marks_the_switch(monkeypatch):
 
 
 def test_training_curve_names_the_validation_error(monkeypatch):
-    rows = [{**row, "val_error": row["test_error"]} for row in history(3)]
-    for row in rows:
-        del row["test_error"]
-    _, error = drawn(monkeypatch, lambda: plots.training_curve(rows)).axes
+    rows = [{**row, "val_error": row["test_error"], "test_error": None} for row in history(3)]
+    loss, error = drawn(monkeypatch, lambda: plots.training_curve(rows, selected=1)).axes
     assert error.get_title("left") == "Validation error, % (last value: 48)"
+    assert loss.lines[-1].get_xdata() == error.lines[-1].get_xdata() == [1, 1]
+    assert loss.get_title("right") == "all epochs: uniform; dotted: selected, epoch 1"
+    rows[0]["test_error"] = 3.0
+    _, _, test = drawn(monkeypatch, lambda: plots.training_curve(rows)).axes
+    assert test.get_title("left") == "Test error, % (last value: 3)"
 
 
 def test_training_curve_of_one_epoch(monkeypatch):
@@ -224,12 +227,12 @@ def test_training_curve_of_one_epoch(monkeypatch):
     assert error.get_xlabel() == "epoch, counted from 0"
 
 
-def test_training_curve_without_a_switch_or_a_value(monkeypatch):
+def test_training_curve_without_a_switch_or_an_error(monkeypatch):
     rows = list(history(3, 9, test_error=None))
-    loss, error = drawn(monkeypatch, lambda: plots.training_curve(rows)).axes
-    assert (len(loss.lines), len(error.lines)) == (1, 1)
+    (loss,) = drawn(monkeypatch, lambda: plots.training_curve(rows)).axes
+    assert len(loss.lines) == 1
     assert loss.get_title("right") == "all epochs: uniform"
-    assert error.get_title("left") == "Test error, % (last value: none)"
+    assert loss.get_xlabel() == "epoch, counted from 0"
 
 
 def test_profile_names_up_to_a_hundred_classes(monkeypatch):
@@ -274,8 +277,8 @@ def test_history_file_is_the_documented_table(tmp_path):
     make_run(tmp_path, ClassCounts([500, 5]), history(2))
     with (tmp_path / "history.csv").open(newline="") as file:
         rows = list(csv.reader(file))
-    assert rows[0] == ["epoch", "lr", "stage", "train_loss", "test_error", "seconds"]
-    assert rows[1] == ["0", "0.1", "uniform", "2.0", "50.0", "1.0"]
+    assert rows[0] == ["epoch", "lr", "stage", "train_loss", "val_error", "test_error", "seconds"]
+    assert rows[1] == ["0", "0.1", "uniform", "2.0", "", "50.0", "1.0"]
 
 
 @pytest.mark.usefixtures("_no_drawing")
@@ -296,6 +299,20 @@ def test_figures_of_a_held_out_part_are_shown(tmp_path):
     text = " ".join(words)
     assert "Measured on 3 of 13 training samples that were held out." in text
     assert "Classes of which none is held out: 1 (<lynx>)." in text
+    assert "accuracy after the last epoch." in text
+
+
+@pytest.mark.usefixtures("_no_drawing")
+def test_the_selected_epoch_is_told_and_a_better_one_before_the_switch(tmp_path):
+    make_run(tmp_path, ClassCounts([9, 3]), history())
+    selection = {"metric": "macro_f1", "epoch": 3, "score": 0.5, "first_candidate": 3}
+    for earlier in (None, {"epoch": 1, "score": 0.75}):
+        selection["better_before"] = earlier
+        write_metrics(tmp_path, read_metrics(tmp_path) | {"selection": selection})
+        write_report(tmp_path)
+        text = " ".join(read_page(tmp_path).words)
+        assert "accuracy after epoch 3 (counted from 0), which had the best macro f1 on" in text
+        assert ("; epoch 1, before the switch, had 0.75." in text) == (earlier is not None)
 
 
 @pytest.mark.usefixtures("_no_drawing")

@@ -92,7 +92,7 @@ def test_a_checkpoint_is_on_the_disk_before_older_ones_go(tmp_path, monkeypatch)
 
 # With Accelerate
 
-ROW = {"lr": 0.1, "stage": "uniform", "train_loss": 1.0, "test_error": None, "seconds": 1.0}
+ROW = {"lr": 0.1, "stage": "uniform", "train_loss": 1.0, "val_error": None, "seconds": 1.0}
 
 
 class Run:

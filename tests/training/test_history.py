@@ -32,7 +32,8 @@ def row(epoch, **changed):
         "lr": 0.1,
         "stage": "uniform",
         "train_loss": 1 / 3,
-        "test_error": 50.0,
+        "val_error": 50.0,
+        "test_error": None,
         "seconds": 2.0,
         **changed,
     }
@@ -44,12 +45,12 @@ def names(folder):
 
 def test_history_is_on_disk_after_each_row_and_reads_back(tmp_path):
     history = HistoryWriter(tmp_path)
-    rows = [row(0), row(1, stage="a, b", test_error=None), row(2, train_loss=float("inf"))]
+    rows = [row(0), row(1, stage="a, b", val_error=None), row(2, train_loss=float("inf"))]
     for count, values in enumerate(rows):
         history.append(**values)
         assert read_history(tmp_path) == rows[: count + 1]
     first = (tmp_path / "history.csv").read_text().splitlines()[0]
-    assert first == "epoch,lr,stage,train_loss,test_error,seconds"
+    assert first == "epoch,lr,stage,train_loss,val_error,seconds"
 
 
 @pytest.mark.parametrize(("start_epoch", "kept"), [(0, 0), (1, 1), (2, 2), (3, 3), (9, 3)])
@@ -132,30 +133,31 @@ def test_metrics_of_a_run_with_the_times_of_its_history(tmp_path):
     assert kept["device"].startswith("cpu (")
 
 
-def val_row(epoch, **changed):
-    return {("val_error" if k == "test_error" else k): v for k, v in row(epoch, **changed).items()}
-
-
-def test_a_history_of_validation_says_so(tmp_path):
-    history = HistoryWriter(tmp_path, error_column="val_error")
-    rows = [val_row(0), val_row(1, test_error=None)]
+def test_a_history_with_the_test_error(tmp_path):
+    history = HistoryWriter(tmp_path, test_error=True)
+    rows = [row(0, val_error=None, test_error=40.0), row(1)]
     for values in rows:
         history.append(**values)
     first = (tmp_path / "history.csv").read_text().splitlines()[0]
-    assert first == "epoch,lr,stage,train_loss,val_error,seconds"
+    assert first == "epoch,lr,stage,train_loss,val_error,test_error,seconds"
     assert read_history(tmp_path) == rows
-    HistoryWriter(tmp_path, 1, "val_error").append(**val_row(1, seconds=3.0))
-    assert read_history(tmp_path) == [val_row(0), val_row(1, seconds=3.0)]
+    with pytest.raises(
+        ValueError, match=r"`test_error` must be as in .*history.csv, which has the"
+    ):
+        HistoryWriter(tmp_path, 1)
+    HistoryWriter(tmp_path, 1, test_error=True).append(**row(1, test_error=1.0))
+    assert read_history(tmp_path) == [rows[0], row(1, test_error=1.0)]
 
 
-def test_errors_are_written_in_their_own_column_only(tmp_path):
-    with pytest.raises(ValueError, match=r"`error_column` must be one of .*got 'error'"):
-        HistoryWriter(tmp_path, error_column="error")
-    for column, other in (("val_error", "test_error"), ("test_error", "val_error")):
-        history = HistoryWriter(tmp_path, error_column=column)
-        with pytest.raises(ValueError, match=f"`{other}` must be None in a history of {column}"):
-            history.append(**{**row(0, test_error=None), other: 5.0})
-        history.append(**{**row(0, test_error=None), column: 5.0})
-        with pytest.raises(ValueError, match="`error_column` must be the one of the run in"):
-            HistoryWriter(tmp_path, 1, other)
-        assert read_history(tmp_path)[0][column] == 5.0
+def test_a_history_without_a_test_error_takes_none(tmp_path):
+    history = HistoryWriter(tmp_path)
+    with pytest.raises(ValueError, match=r"`test_error` must be None .*test_error=True"):
+        history.append(**row(0, test_error=5.0))
+    assert read_history(tmp_path) == []
+
+
+def test_a_history_of_an_earlier_version_is_read(tmp_path):
+    lines = "epoch,lr,stage,train_loss,test_error,seconds\n0,0.1,uniform,1.5,40.0,2.0\n"
+    (tmp_path / "history.csv").write_text(lines)
+    (only,) = read_history(tmp_path)
+    assert (only["val_error"], only["test_error"]) == (None, 40.0)

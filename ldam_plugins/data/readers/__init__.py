@@ -19,13 +19,14 @@ from ldam_plugins.data.readers.base import (
     Request,
     TextRequest,
 )
-from ldam_plugins.data.readers.class_folders import CLASS_FOLDERS
+from ldam_plugins.data.readers.class_folders import CLASS_FOLDERS, TEXT_FOLDERS
 from ldam_plugins.data.readers.coco_json import COCO_JSON
 from ldam_plugins.data.readers.digits import DIGITS
 from ldam_plugins.data.readers.hub import HUB_IMAGES, HUB_TEXTS
 from ldam_plugins.data.readers.list_files import LIST_FILES
 from ldam_plugins.data.readers.paths import listing
 from ldam_plugins.data.readers.stdlib_docstrings import STDLIB_DOCSTRINGS
+from ldam_plugins.data.readers.table_files import IMAGE_TABLES, TEXT_TABLES
 from ldam_plugins.data.readers.tiny_imagenet import TINY_IMAGENET
 
 if TYPE_CHECKING:
@@ -37,15 +38,24 @@ IMAGE_READERS: tuple[Reader[ImageRequest, ImageRows], ...] = (
     COCO_JSON,
     LIST_FILES,
     TINY_IMAGENET,
+    IMAGE_TABLES,
     HUB_IMAGES,
     CLASS_FOLDERS,
 )
-TEXT_READERS: tuple[Reader[TextRequest, Dataset], ...] = (STDLIB_DOCSTRINGS, HUB_TEXTS)
-_ALWAYS_ALLOWED = ("dataset", "cache_dir")  # only the hub has a cache; others need none
+TEXT_READERS: tuple[Reader[TextRequest, Dataset], ...] = (
+    STDLIB_DOCSTRINGS,
+    TEXT_TABLES,
+    TEXT_FOLDERS,
+    HUB_TEXTS,
+)
+# Only the hub has a cache, others need none; any training split can be divided.
+_ALWAYS_ALLOWED = ("dataset", "cache_dir", "test_share", "notes")
 
 
-def read_images(request: ImageRequest) -> tuple[ImageRows, ImageRows]:
+def read_images(request: ImageRequest) -> tuple[ImageRows, ImageRows | None]:
     """Recognise a data set of images and read the labels of its training and its test split.
+
+    The test split is None if a share of the training split is asked for in its place.
 
     Raises:
         ConnectionError: the hub cannot be reached.
@@ -54,8 +64,10 @@ def read_images(request: ImageRequest) -> tuple[ImageRows, ImageRows]:
     return _read(IMAGE_READERS, request)
 
 
-def read_texts(request: TextRequest) -> tuple[Dataset, Dataset]:
+def read_texts(request: TextRequest) -> tuple[Dataset, Dataset | None]:
     """Recognise a data set of texts and read its training and its test split.
+
+    The test split is None if a share of the training split is asked for in its place.
 
     Raises:
         ConnectionError: the hub cannot be reached.
@@ -75,9 +87,13 @@ def _read(readers: Sequence[Reader[Any, Any]], request: Request) -> tuple[Any, A
             hint = f"It means nothing for {request.dataset!r}, read as {reader.name}."
             raise invalid(field.name, "left out", value, hint=hint)
     try:
-        return reader.read(request)
+        train, test = reader.read(request)
     except NoSuchDataset as missing:
         raise _missing(readers, request, f"{missing}", missing.error) from missing.__cause__
+    if request.test_share is not None and test is not None:
+        request.notes.say("The test part that the data set has is not used.")
+        test = None
+    return train, test
 
 
 def _unknown(readers: Sequence[Reader[Any, Any]], request: Request) -> Exception:

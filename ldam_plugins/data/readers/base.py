@@ -10,13 +10,14 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from ldam_plugins._validation import check_choice, invalid, quoted
+from ldam_plugins.data.notes import DataNotes
 from ldam_plugins.data.readers.paths import is_inside
 
 if TYPE_CHECKING:
@@ -25,10 +26,18 @@ if TYPE_CHECKING:
 
 TEST_SPLITS = ("test", "validation", "valid", "val")
 """Names of the test split in order of preference, for folders and tables alike."""
-TEXT, LABEL = "text", "label"
+_ALSO_CALLED = {
+    "train": ("training", "train_set", "training_set"),
+    "test": ("testing", "test_set", "testing_set"),
+    "validation": ("valid", "val", "dev", "validation_set", "val_set"),
+}
+"""What else people call a split, capitals aside."""
+TEXT, LABEL, GROUP = "text", "label", "group"
 """Columns of the tables that readers of texts give."""
+_ORIENTATION = 0x0112
+"""The EXIF tag that says how a camera was held."""
 # Pillow tells formats apart by content, and some of the others (EPS) start external programs.
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "JPEG2000", "PPM")
+_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "JPEG2000", "PPM")
 
 
 # Requests
@@ -36,13 +45,23 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "JPEG2000", "PPM")
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments that ``load_images`` and ``load_texts`` share, paths as text."""
+    """The arguments that ``load_images`` and ``load_texts`` share, paths as text.
+
+    A reader gives None for the test split if ``test_share`` of the training split is to be held
+    out; what it has to say goes into ``notes``.
+    """
 
     dataset: str
     label_column: str | None = None
     train_split: str = "train"
     test_split: str | None = None
+    test_share: float | None = None
+    group_column: str | None = None
+    skip_empty: bool = False
+    encoding: str | None = None
+    delimiter: str | None = None
     cache_dir: str | None = None
+    notes: DataNotes = field(default_factory=DataNotes, compare=False)
 
     @property
     def root(self) -> Path:
@@ -91,7 +110,6 @@ class TextRequest(Request):
     """The arguments of ``load_texts``."""
 
     text_column: str | None = None
-    skip_empty: bool = False
 
 
 def is_json(file: str | Path | None) -> bool:
@@ -99,36 +117,121 @@ def is_json(file: str | Path | None) -> bool:
     return file is not None and Path(file).suffix.lower() == ".json"
 
 
+def find_split(name: str, available: Collection[str]) -> str | None:
+    """The split that ``name`` means: that one, else one in other letters or of the same meaning.
+
+    ``train`` is also ``Train`` and ``training``, ``validation`` also ``Valid``, ``val`` and
+    ``dev``. None if there is none, or several.
+    """
+    if name in available:
+        return name
+    same = [each for each in available if each.lower() == name.lower()]
+    kind = split_kind(name)
+    if not same and kind is not None:
+        same = [each for each in available if split_kind(each) == kind]
+    return same[0] if len(same) == 1 else None
+
+
+def split_kind(name: str) -> str | None:
+    """``train``, ``test`` or ``validation`` if a name stands for one of them."""
+    plain = name.lower().replace("-", "_").replace(" ", "_")
+    for kind, others in _ALSO_CALLED.items():
+        if plain == kind or plain in others:
+            return kind
+    return None
+
+
 def default_test_split(available: Collection[str]) -> str | None:
     """The first of :data:`TEST_SPLITS` that there is; None if there is none."""
-    return next((name for name in TEST_SPLITS if name in available), None)
+    if test := find_split("test", available):
+        return test
+    exact = next((name for name in TEST_SPLITS if name in available), None)
+    return exact or find_split("validation", available)
 
 
 def check_split(
     argument: str, name: str | None, available: Collection[str], request: Request
 ) -> str:
-    """Return ``name`` if it is a split of the data set.
+    """The split of the data set that ``name`` means, see :func:`find_split`.
 
     Raises:
         ValueError: it is not; None stands for a test split that was not given and has no default.
     """
     if name is None:
-        hint = f"None is named {', '.join(TEST_SPLITS)}."
-        raise invalid(argument, f"one of {quoted(available)}", name, hint=hint)
-    return check_choice(argument, name, available, hint=f"The data set is {request.dataset}.")
+        named = f"None is named {', '.join(TEST_SPLITS)}: "
+        raise no_test_part(argument, f"one of {quoted(available)}", request, named)
+    hint = f"The data set is {request.dataset}."
+    found = find_split(name, available) or check_choice(argument, name, available, hint=hint)
+    request.notes.parts[argument] = found
+    return found
 
 
-def pick_splits(request: Request, available: Collection[str]) -> tuple[str, str]:
+def no_test_part(argument: str, expected: str, request: Request, why: str = "") -> Exception:
+    """The error where nothing is there to test on, and nobody said what to hold out."""
+    hint = "--test_split 0.2 (test_split=0.2) holds out a fifth of each class to test on."
+    return invalid(argument, expected, request.test_split, hint=why + hint)
+
+
+def pick_splits(request: Request, available: Collection[str]) -> tuple[str, str | None]:
     """Names of the split to train on and of the one to test on.
+
+    The second is None if a share of the first is to be held out.
 
     Raises:
         ValueError: one of them is not there.
     """
-    test_split = request.test_split or default_test_split(available)
-    return (
-        check_split("train_split", request.train_split, available, request),
-        check_split("test_split", test_split, available, request),
-    )
+    train = check_split("train_split", request.train_split, available, request)
+    if request.test_share is not None:
+        return train, None
+    test = request.test_split or default_test_split(available)
+    test = check_split("test_split", test, available, request)
+    if test == train:
+        raise invalid("test_split", "another split than `train_split`", test)
+    return train, test
+
+
+def keep_known_classes(
+    labels: np.ndarray,
+    names: Sequence[str],
+    known: Sequence[str],
+    split: str,
+    notes: DataNotes,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of a test split whose class training has, and their labels by the training's order.
+
+    Both what is left out and the classes that the test split lacks are noted.
+
+    Args:
+        labels: Index into ``names`` of each row.
+        names: Classes of the test split.
+        known: Classes of the training split.
+        split: Name of the test split.
+        notes: Where to note it.
+
+    Raises:
+        ValueError: no row is left.
+    """
+    place = {name: label for label, name in enumerate(known)}
+    translated = np.array([place.get(name, -1) for name in names], dtype=np.int64)
+    if not set(names) & set(known):
+        pair = f"{quoted(names)} there, {quoted(known)} in training"
+        raise ValueError(f"split {split} has no class that training has: {pair}")
+    found = translated[labels]
+    rows = np.flatnonzero(found >= 0)
+    if len(rows) < len(labels):
+        odd = [name for name in names if name not in place]
+        reason = f"examples of split {split} whose class training has not"
+        notes.leave_out(reason, len(labels) - len(rows), quoted(odd))
+    note_absent(found[rows], known, split, notes)
+    return rows, found[rows]
+
+
+def note_absent(labels: np.ndarray, names: Sequence[str], split: str, notes: DataNotes) -> None:
+    """Note the classes that a test split lacks: nothing is measured of them."""
+    counts = np.bincount(labels, minlength=len(names))
+    absent = [name for name, count in zip(names, counts, strict=True) if not count]
+    if absent:
+        notes.say(f"Split {split} has no example of {len(absent)} classes: {quoted(absent)}.")
 
 
 # Readers
@@ -149,7 +252,8 @@ class Reader(Generic[_Request, _Split]):
         accepts: Whether a request is for a data set of this layout. The first reader that accepts
             a request reads it.
         read: Gives the training and the test split, of images as :class:`ImageRows`, of texts as
-            a ``datasets.Dataset`` (see :func:`text_table`).
+            a ``datasets.Dataset`` (see :func:`text_table`). The test split may be None where a
+            share of the training split is to be held out.
         is_name: Whether the layout is one data set that is known by a name and needs no file.
     """
 
@@ -157,7 +261,7 @@ class Reader(Generic[_Request, _Split]):
     layout: str
     options: Collection[str]
     accepts: Callable[[_Request], bool]
-    read: Callable[[_Request], tuple[_Split, _Split]]
+    read: Callable[[_Request], tuple[_Split, _Split | None]]
     is_name: bool = False
 
 
@@ -194,11 +298,17 @@ class ImageSource(Protocol):
 
 
 class ImageRows(NamedTuple):
-    """One split: a source, the int64 label of each of its rows, and the name of each class."""
+    """One split: a source, the int64 label of each of its rows, and the name of each class.
+
+    ``rows`` are those of the source that are meant, where not all are, and ``groups`` what each
+    belongs to.
+    """
 
     source: ImageSource
     labels: np.ndarray
     class_names: tuple[str, ...]
+    rows: np.ndarray | None = None
+    groups: np.ndarray | None = None
 
 
 class FileSource:
@@ -291,10 +401,11 @@ class ArraySource:
 
 
 def decode_image(file: str | io.BytesIO) -> Image.Image:
-    """Decode a file (a path or its bytes in memory) to RGB, pixels as stored.
+    """Decode a file (a path or its bytes in memory) to RGB, as a person sees it.
 
-    As in torchvision's and timm's loaders an alpha channel is dropped and an EXIF orientation is
-    not applied; of an animation the first frame is taken.
+    Its EXIF orientation is applied, what is transparent stands before white, 16 bits become the
+    higher 8, and of an animation the first frame is taken. (torchvision's and timm's loaders drop
+    orientation and transparency; other pixels are as theirs.)
 
     Raises:
         Exception: a damaged file; Pillow raises nearly any type.
@@ -313,31 +424,46 @@ def open_image(file: str | io.BytesIO) -> Image.Image:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Decode the pixels to RGB, as :func:`decode_image` says."""
-    from PIL import Image
+    from PIL import Image, ImageOps
 
+    if image.getexif().get(_ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
     # Pillow's own conversion of 16 bits clips at 255; its older releases open such a PNG as "I".
     if image.mode.startswith("I;16") or (image.format, image.mode) == ("PNG", "I"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise ValueError(f"pixels of mode {image.mode!r} (32 bits) have no defined range")
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    seen = image.convert("RGBA")
+    if seen.getchannel("A").getextrema()[0] == 255:
+        return seen.convert("RGB")
+    before_white = Image.new("RGBA", seen.size, "white")
+    before_white.alpha_composite(seen)
+    return before_white.convert("RGB")
 
 
 # Texts
 
 
-def text_table(texts: Sequence[str], labels: np.ndarray, class_names: Sequence[str]) -> Dataset:
-    """One split of texts: a table with the columns ``text`` and ``label``."""
+def text_table(
+    texts: Sequence[str],
+    labels: np.ndarray,
+    class_names: Sequence[str],
+    groups: Sequence[str] | np.ndarray | None = None,
+) -> Dataset:
+    """One split of texts: a table with the columns ``text`` and ``label``, ``group`` if given."""
     from datasets import Dataset
 
     columns = {TEXT: list(texts), LABEL: labels}
-    return Dataset.from_dict(columns, features=text_features(class_names))
+    if groups is not None:
+        columns[GROUP] = list(groups)
+    return Dataset.from_dict(columns, features=text_features(class_names, groups is not None))
 
 
-def text_features(class_names: Sequence[str]) -> Features:
+def text_features(class_names: Sequence[str], grouped: bool = False) -> Features:
     """Types of the columns of a :func:`text_table`."""
     from datasets import ClassLabel, Features, Value
 
-    return Features({TEXT: Value("string"), LABEL: ClassLabel(names=list(class_names))})
+    group = {GROUP: Value("string")} if grouped else {}
+    return Features({TEXT: Value("string"), LABEL: ClassLabel(names=list(class_names)), **group})

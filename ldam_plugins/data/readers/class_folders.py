@@ -1,55 +1,289 @@
-"""Folders of image files, one folder a class: ``train/<class>/...`` and ``test/<class>/...``."""
+"""Folders of images or of text files, one folder a class, with or without folders of splits."""
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from ldam_plugins.data.notes import DataNotes
 from ldam_plugins.data.readers.base import (
     FileSource,
     ImageRequest,
     ImageRows,
     Reader,
+    Request,
+    TextRequest,
+    find_split,
+    keep_known_classes,
+    no_test_part,
     pick_splits,
+    split_kind,
+    text_table,
 )
-from ldam_plugins.data.readers.paths import IMAGE_SUFFIXES, class_folders, images_below, listing
+from ldam_plugins.data.readers.class_names import same_but_blanks
+from ldam_plugins.data.readers.file_index import name_kinds
+from ldam_plugins.data.readers.paths import (
+    IMAGE_SUFFIXES,
+    class_folders,
+    files_below,
+    is_image_name,
+    listing,
+    read_text,
+    subfolders,
+)
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_TEXT_SUFFIX = ".txt"
+_OF_DETECTION = {"images", "labels", "annotations"}
+"""Folders that object detectors are trained on: not classes."""
+_NESTED = 3
+_PHONE_SUFFIXES = (".heic", ".heif")
 
 
-def _read(request: ImageRequest) -> tuple[ImageRows, ImageRows]:
-    folders = sorted(path.name for path in request.root.iterdir() if path.is_dir())
-    train, test = pick_splits(request, folders)
-    return read_class_folders(request.root, train), read_class_folders(request.root, test)
+class ClassFiles(NamedTuple):
+    """Files below one root, the class index of each, and the names of the classes."""
+
+    names: list[str]
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+
+
+def _is_text_name(name: str) -> bool:
+    return name.lower().endswith(_TEXT_SUFFIX)
+
+
+# Which folder is what
+
+
+def split_folders(request: Request) -> dict[str, str] | None:
+    """Folders of the splits by their names, relative to the root; None if there are none."""
+    for base in (_base for _base in ("", _unwrapped(request.root, ""))):
+        folders = subfolders(request.root, base)
+        train = find_split(request.train_split, folders)
+        if train is None:
+            by_kind = _by_kind(request.root, base, folders)
+            if find_split(request.train_split, list(by_kind)) is not None:
+                return {kind: _unwrapped(request.root, path) for kind, path in by_kind.items()}
+        elif _is_split(request.root, base, train, folders):
+            return {name: _unwrapped(request.root, _join(base, name)) for name in folders}
+    return None
+
+
+def _by_kind(root: Path, base: str, folders: list[str]) -> dict[str, str]:
+    """Folders of class folders whose names speak of a split, such as ``seg_train``, by split."""
+    found: dict[str, list[str]] = {}
+    for name in folders:
+        kind = name_kinds(name)
+        if kind is not None and subfolders(root, _join(base, name)):
+            found.setdefault(kind, []).append(_join(base, name))
+    return {kind: names[0] for kind, names in found.items() if len(names) == 1}
+
+
+def has_class_folders(request: Request) -> bool:
+    """Whether a folder has a split to train on with folders in it."""
+    splits = split_folders(request)
+    train = find_split(request.train_split, list(splits or {}))
+    return train is not None and bool(subfolders(request.root, (splits or {})[train]))
+
+
+def _is_split(root: Path, base: str, train: str, folders: list[str]) -> bool:
+    """Whether ``train`` holds the classes, and is not itself one beside others: buses, trains."""
+    if subfolders(root, _join(base, train)):
+        return True
+    beside = [name for name in folders if name != train and split_kind(name) is None]
+    return not any(_has_file(root, _join(base, name), is_image_name) for name in beside)
+
+
+def flat_folder(request: Request, *, texts: bool = False) -> str | None:
+    """The folder, relative to the root, that holds a folder for each class and no splits."""
+    if find_split(request.train_split, [Request("").train_split]) is None:
+        return None  # another split was asked for by name
+    base = _unwrapped(request.root, "")
+    folders = subfolders(request.root, base)
+    wanted = _is_text_name if texts else is_image_name
+    held = (True for name in folders if _has_file(request.root, _join(base, name), wanted))
+    several = next(held, False) and next(held, False)
+    are_splits = all(map(name_kinds, folders)) or any(
+        split_kind(name) and subfolders(request.root, _join(base, name)) for name in folders
+    )
+    return base if several and not are_splits else None
+
+
+def _unwrapped(root: Path, folder: str) -> str:
+    """The folder, or the only one in it if that holds several: archives are often unpacked so."""
+    deeper = folder
+    for _ in range(_NESTED):
+        inner = subfolders(root, deeper)
+        if len(inner) != 1 or _has_own_file(root, deeper):
+            break
+        if split_kind(inner[0]) not in (None, split_kind(os.path.basename(folder))):
+            break
+        deeper = _join(deeper, inner[0])
+        if len(subfolders(root, deeper)) > 1:
+            return deeper
+    return folder
+
+
+def _has_own_file(root: Path, folder: str) -> bool:
+    return any(is_image_name(entry.name) for entry in os.scandir(root / folder) if entry.is_file())
+
+
+def _has_file(root: Path, folder: str, is_wanted: object) -> bool:
+    wanted = is_wanted if callable(is_wanted) else is_image_name
+    return next(iter(files_below(root, folder, wanted)), None) is not None
+
+
+def _join(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder else name
+
+
+# Reading
+
+
+def _read_parts(request: Request, *, texts: bool = False) -> tuple[ClassFiles, ClassFiles | None]:
+    """The files to train on and those to test on, of the classes that training has."""
+    splits = split_folders(request)
+    if splits is None:
+        whole = flat_folder(request, texts=texts) or ""
+        if request.test_share is None:
+            where = request.root / whole
+            raise no_test_part("test_split", f"given: {where} holds class folders only", request)
+        return _in_training(request, whole, texts), None
+    train_name, test_name = pick_splits(request, list(splits))
+    train = _in_training(request, splits[train_name], texts)
+    if test_name is None:
+        return train, None
+    test = read_class_files(request.root, splits[test_name], request.notes, texts=texts)
+    found = keep_known_classes(
+        test.labels, test.class_names, train.class_names, test_name, request.notes
+    )
+    names = [test.names[row] for row in found[0]]
+    return train, ClassFiles(names, found[1], train.class_names)
+
+
+def _in_training(request: Request, folder: str, texts: bool) -> ClassFiles:
+    files = read_class_files(request.root, folder, request.notes, texts=texts)
+    if len(files.class_names) == 1 and set(subfolders(request.root, folder)) & _OF_DETECTION:
+        what = "looks like a data set for object detection, with boxes in place of classes"
+        hint = "Cut the boxes out into one folder a class, or list images and labels in a table."
+        raise ValueError(f"{request.root / folder} {what}. {hint}")
+    return files
+
+
+def read_class_files(
+    root: Path, folder: str, notes: DataNotes, *, texts: bool = False
+) -> ClassFiles:
+    """Read ``root/folder/<class>/...``: one class a folder.
+
+    Classes come in the natural order of their names, 2 before 10, as in timm's reader (torchvision
+    sorts them as text), files in that of their text. Files may lie deeper than the class folder.
+    Hidden entries, what systems leave and files of other endings are no examples. A folder without
+    an example is no class: it is noted, as are names that differ in blanks only, which are one.
+
+    Raises:
+        ValueError: no class folder, none with an example, one name in two Unicode normal forms, or
+            a link that leaves ``root``.
+    """
+    folders = class_folders(root, folder)
+    if not folders:
+        raise ValueError(
+            f"{root / folder} holds no class folder; there is {listing(root / folder)}"
+        )
+    wanted = _is_text_name if texts else is_image_name
+    others: list[str] = []
+    found = {
+        name: list(files_below(root, _join(folder, spelled), wanted, others))
+        for name, spelled in folders.items()
+    }
+    what = "text" if texts else "image"
+    suffixes = _TEXT_SUFFIX if texts else " ".join(sorted(IMAGE_SUFFIXES))
+    endings = _endings(others)
+    if empty := [name for name, files in found.items() if not files]:
+        shown = ", ".join(str(root / folder / name) for name in empty[:20])
+        if len(empty) == len(found):
+            hint = f"There is {endings}." if others else "They are empty."
+            raise ValueError(f"{shown} holds no {what} ({suffixes}). {hint}")
+        notes.say(f"Folders that hold no {what}, so that they are no classes: {shown}.")
+    if others:
+        notes.leave_out(f"files that are no {what}s by name", len(others), endings)
+    classes = same_but_blanks({name: len(files) for name, files in found.items() if files}, notes)
+    names = tuple(dict.fromkeys(classes.values()))
+    members: dict[str, list[str]] = {name: [] for name in names}
+    for spelled, name in classes.items():
+        members[name] += found[spelled]
+    sizes = [len(files) for files in members.values()]
+    labels = np.repeat(np.arange(len(names), dtype=np.int64), sizes)
+    return ClassFiles([file for files in members.values() for file in files], labels, names)
+
+
+def _endings(names: list[str]) -> str:
+    """How many files there are of each ending, and what to do about those of telephones."""
+    counts = Counter(os.path.splitext(name)[1].lower() or "no ending" for name in names)
+    shown = ", ".join(f"{count} {ending}" for ending, count in counts.most_common(5))
+    phone = any(ending in counts for ending in _PHONE_SUFFIXES)
+    return f"{shown}; convert HEIC photographs to JPEG to use them" if phone else shown
+
+
+def read_class_folders(root: Path, split: str) -> ImageRows:
+    """Read the images of ``root/split/<class>/...``, see :func:`read_class_files`."""
+    files = read_class_files(root, split, DataNotes())
+    return ImageRows(FileSource(root, files.names), files.labels, files.class_names)
+
+
+def _read_images(request: ImageRequest) -> tuple[ImageRows, ImageRows | None]:
+    train, test = (
+        files and ImageRows(FileSource(request.root, files.names), files.labels, files.class_names)
+        for files in _read_parts(request)
+    )
+    assert train is not None
+    return train, test
+
+
+def _read_texts(request: TextRequest) -> tuple[Dataset, Dataset | None]:
+    train, test = (
+        files
+        and text_table(
+            [read_text(request.root / name, request.encoding) for name in files.names],
+            files.labels,
+            files.class_names,
+        )
+        for files in _read_parts(request, texts=True)
+    )
+    assert train is not None
+    return train, test
+
+
+def _holds_texts(request: TextRequest) -> bool:
+    if not request.is_folder:
+        return False
+    splits = split_folders(request)
+    if splits is None:
+        return flat_folder(request, texts=True) is not None
+    train = splits[find_split(request.train_split, list(splits)) or ""]
+    inner = subfolders(request.root, train)
+    return any(_has_file(request.root, _join(train, name), _is_text_name) for name in inner)
 
 
 CLASS_FOLDERS = Reader(
     name="class folders",
-    layout="a folder with {train_split}/<class>/",
+    layout="a folder with {train_split}/<class>/, or with <class>/ alone",
     options=("train_split", "test_split"),
-    accepts=lambda request: request.is_folder and (request.root / request.train_split).is_dir(),
-    read=_read,
+    accepts=lambda request: (
+        request.is_folder
+        and (split_folders(request) is not None or flat_folder(request) is not None)
+    ),
+    read=_read_images,
 )
-
-
-def read_class_folders(root: Path, split: str) -> ImageRows:
-    """Read ``root/split/<class>/...``: one class a folder.
-
-    Classes come in the natural order of their names, 2 before 10, as in timm's reader (torchvision
-    sorts them as text), files in that of their text. Files may lie deeper than the class folder.
-    Hidden entries and files of other suffixes than ``IMAGE_SUFFIXES`` are no examples.
-
-    Raises:
-        ValueError: no class folder, a class without an image, one name in two Unicode normal forms,
-            or a link that leaves ``root``.
-    """
-    classes = class_folders(root, split)
-    if not classes:
-        raise ValueError(f"{root / split} holds no class folder; there is {listing(root / split)}")
-    files = [list(images_below(root, f"{split}/{folder}")) for folder in classes.values()]
-    for name, found in zip(classes, files, strict=True):
-        if not found:
-            suffixes = " ".join(sorted(IMAGE_SUFFIXES))
-            raise ValueError(f"{root / split / name} holds no image ({suffixes})")
-    labels = np.repeat(np.arange(len(classes), dtype=np.int64), [len(found) for found in files])
-    names = [name for found in files for name in found]
-    return ImageRows(FileSource(root, names), labels, tuple(classes))
+TEXT_FOLDERS = Reader(
+    name="class folders",
+    layout="a folder with {train_split}/<class>/*.txt, or with <class>/*.txt alone",
+    options=("train_split", "test_split", "encoding"),
+    accepts=_holds_texts,
+    read=_read_texts,
+)

@@ -22,10 +22,12 @@ from ldam_plugins.data.readers.base import (
     TextRequest,
     check_split,
     default_test_split,
+    keep_known_classes,
+    note_absent,
     text_features,
     text_table,
 )
-from ldam_plugins.data.readers.paths import composed
+from ldam_plugins.data.readers.class_names import is_missing, number_labels
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -34,11 +36,15 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _IMAGE_LABELS = ("label", "fine_label")
 """Which of several class columns is meant (CIFAR-100 has fine and coarse ones)."""
 _TEXT_LABELS = ("label", "labels")
+_PARQUET = ".parquet"
 _STRINGS = ("string", "large_string")
+_WHOLE_KINDS = ("bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)))
 _BYTES_OR_PATHS = ("binary", "large_binary", *_STRINGS)
 
 
 def _holds_image_tables(request: ImageRequest) -> bool:
+    if request.root.is_file():
+        return request.root.suffix.lower() == _PARQUET
     if not request.is_folder:
         return _HUB_ID.fullmatch(request.dataset) is not None
     root = request.root
@@ -52,54 +58,83 @@ def _holds(root: Path, *patterns: str) -> bool:
     return any(True for pattern in patterns for _ in root.glob(pattern))
 
 
-def _read_images(request: ImageRequest) -> tuple[ImageRows, ImageRows]:
+def _read_images(request: ImageRequest) -> tuple[ImageRows, ImageRows | None]:
     splits = _open_splits(request)
     features = splits[0][1].features
     image = _pick_image(request.image_column, features)
-    label = _pick_image_label(request.label_column, features)
-    class_names = None
+    label = _pick_image_label(request, features)
+    names = None
     parts = []
     for split, table in splits:
         _check_columns(table, split, image_column=image, label_column=label)
         _pick_image(image, table.features)
-        labels, class_names = read_labels(table, label, split, class_names)
+        rows, labels, names = read_labels(table, label, split, request, names)
         source = TableSource(table, image, split, _roots(request))
-        parts.append(ImageRows(source, labels, class_names))
-    return parts[0], parts[1]
+        parts.append(ImageRows(source, labels, names, rows, _read_groups(table, rows, request)))
+    return parts[0], parts[1] if len(parts) > 1 else None
 
 
-def _read_texts(request: TextRequest) -> tuple[Dataset, Dataset]:
+def _read_texts(request: TextRequest) -> tuple[Dataset, Dataset | None]:
     splits = _open_splits(request)
-    if splits[0][0] == splits[1][0]:
+    if len(splits) > 1 and splits[0][0] == splits[1][0]:
         raise invalid("test_split", "other rows than `train_split`", splits[1][0])
     features = splits[0][1].features
     label = _pick_text_label(request.label_column, features)
     text = _pick_text(request.text_column, features, label)
-    class_names = None
+    names = None
     parts = []
     for split, table in splits:
         _check_columns(table, split, text_column=text, label_column=label)
         if not _is_string(table.features[text]):
             shown = f"{text} ({_kind(table.features[text])})"
             raise invalid("text_column", "a column of strings", shown)
-        table = _with_texts(table, text, split, request.skip_empty)
-        labels, class_names = read_labels(table, label, split, class_names)
-        part = _cached_columns(table, text, label, class_names)
-        parts.append(text_table(table[text][:], labels, class_names) if part is None else part)
-    return parts[0], parts[1]
+        table = _with_texts(table, text, split, request)
+        rows, labels, names = read_labels(table, label, split, request, names)
+        groups = _read_groups(table, rows, request)
+        table = table if len(rows) == len(table) else table.select(rows)
+        part = _cached_columns(table, text, label, names) if groups is None else None
+        parts.append(text_table(table[text][:], labels, names, groups) if part is None else part)
+    return parts[0], parts[1] if len(parts) > 1 else None
+
+
+def _read_groups(table: Any, rows: np.ndarray, request: Request) -> np.ndarray | None:
+    """What each row belongs to, if a column of that is asked for."""
+    if request.group_column is None:
+        return None
+    _check_columns(table, "each", group_column=request.group_column)
+    values = table[request.group_column][:]
+    missing = [row for row in rows if is_missing(values[row])]
+    if missing:
+        shown = f"none in {len(missing)} rows, the first is row {missing[0]}"
+        raise invalid("group_column", "a column with a value in every row", shown)
+    return np.array([str(values[row]) for row in rows], dtype=object)
 
 
 HUB_IMAGES = Reader(
     name="tables",
     layout="a hub id, or a folder of *.parquet files (also one or two folders down)",
-    options=("image_column", "label_column", "train_split", "test_split"),
+    options=(
+        "image_column",
+        "label_column",
+        "group_column",
+        "train_split",
+        "test_split",
+        "skip_empty",
+    ),
     accepts=_holds_image_tables,
     read=_read_images,
 )
 HUB_TEXTS = Reader(
     name="tables",
     layout="a hub id, or a folder of files that `datasets.load_dataset` reads",
-    options=("text_column", "label_column", "train_split", "test_split", "skip_empty"),
+    options=(
+        "text_column",
+        "label_column",
+        "group_column",
+        "train_split",
+        "test_split",
+        "skip_empty",
+    ),
     accepts=lambda request: bool(request.dataset),  # the last one asked: `datasets` knows others
     read=_read_texts,
 )
@@ -120,6 +155,8 @@ def open_tables(dataset: str, cache_dir: str | None = None) -> Mapping[str, Any]
     try:
         if (Path(dataset) / "dataset_dict.json").is_file():
             return datasets.load_from_disk(dataset)
+        if Path(dataset).suffix.lower() == _PARQUET and Path(dataset).is_file():
+            return {"train": datasets.Dataset.from_parquet(dataset, cache_dir=cache_dir)}
         return datasets.load_dataset(dataset, cache_dir=cache_dir)
     except datasets.exceptions.DatasetNotFoundError as error:
         raise NoSuchDataset(f"The hub has none of that name ({error})") from error
@@ -135,8 +172,9 @@ def _open_splits(request: Request) -> list[tuple[str, Any]]:
     """The rows to train on and those to test on, each with what it was asked for as."""
     name = str(request.root) if request.is_folder else request.dataset
     tables = open_tables(name, request.cache_dir)
-    test_split = request.test_split or default_test_split(tables)
-    asked = {"train_split": request.train_split, "test_split": test_split}
+    asked: dict[str, str | None] = {"train_split": request.train_split}
+    if request.test_share is None:
+        asked["test_split"] = request.test_split or default_test_split(tables)
     return [
         (str(split), _rows_of(argument, split, tables, request))
         for argument, split in asked.items()
@@ -149,9 +187,11 @@ def _rows_of(argument: str, asked: str | None, tables: Mapping[str, Any], reques
 
     name = check_split(argument, asked and asked.partition("[")[0], list(tables), request)
     table = tables[name]
-    if asked is None or asked == name:
+    request.notes.parts[argument] = asked or name
+    if asked is None or "[" not in asked:
         return table
     try:
+        asked = f"{name}[{asked.partition('[')[2]}"
         (rows,) = ReadInstruction.from_spec(asked).to_absolute({name: len(table)})
     except (ValueError, AssertionError) as error:
         expected = f"a split or a slice of one, such as '{name}[:10%]'"
@@ -184,10 +224,16 @@ def _pick_image(asked: str | None, features: Mapping[str, Any]) -> str:
     return image
 
 
-def _pick_image_label(asked: str | None, features: Mapping[str, Any]) -> str:
+def _pick_image_label(request: ImageRequest, features: Mapping[str, Any]) -> str:
     classes = _class_columns(features)
     preferred = [name for name in _IMAGE_LABELS if name in classes][:1]
-    return _pick("label_column", asked, preferred or classes, features)
+    label = _pick("label_column", request.label_column, preferred or classes, features)
+    others = [name for name in classes if name != label]
+    if request.label_column is None and others:
+        also = f"--label_column takes another: {quoted(others)}"
+        request.notes.say(f"The classes are those of column {label!r}; {also}.")
+    request.notes.columns["label_column"] = label
+    return label
 
 
 def _pick_text(asked: str | None, features: Mapping[str, Any], label: str) -> str:
@@ -247,53 +293,70 @@ def _columns(features: Mapping[str, Any]) -> str:
 
 
 def read_labels(
-    table: Any, column: str, split: str, class_names: tuple[str, ...] | None = None
-) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Read one label column, no other: int64 labels and the class names.
+    table: Any,
+    column: str,
+    split: str,
+    request: Request,
+    class_names: tuple[str, ...] | None = None,
+) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    """Read one label column, no other: the labelled rows, their int64 labels, the class names.
 
-    A column of class labels names its classes itself. For plain integers the classes are 0 to
-    the largest, for strings the sorted ones, in one Unicode normal form; ``class_names`` gives
-    those of the training split.
+    A column of class labels names its classes itself. Integers, truths and strings are numbered by
+    :func:`.number_labels`; ``class_names`` gives the classes of the training split, and rows of
+    others are left out and noted. Rows without a label stop, or are left out if asked for.
 
     Raises:
         ValueError: a column of another type, a row without label, a label out of range, or class
             labels with other names or in another order than ``class_names``.
     """
     feature = table.features[column]
-    if not (_is_string(feature) or "int" in str(getattr(feature, "dtype", ""))):
+    if not (_is_string(feature) or str(getattr(feature, "dtype", "")) in _WHOLE_KINDS):
         raise _no_labels(column, table.features)
-    values = table.select_columns([column]).with_format("arrow")[:].column(0)
-    if len(values) == 0:
+    found = table.select_columns([column]).with_format("arrow")[:].column(0)
+    if len(found) == 0:
         raise ValueError(f"split {split} is empty")
-    if values.null_count:
-        raise ValueError(f"{values.null_count} rows of split {split} have no {column!r}")
-    if _is_string(feature):
-        return _read_strings(values, split, class_names)
-    labels = values.to_numpy()
-    names = getattr(feature, "names", None) or class_names
-    if class_names is not None and tuple(names or ()) != tuple(class_names):
-        odd = quoted(sorted(set(names or ()) ^ set(class_names))) or "their order"
+    values = found.to_pylist()
+    rows = _labelled_rows(values, column, split, request, _is_string(feature))
+    names = getattr(feature, "names", None)
+    if names is None:
+        labels, own = number_labels([values[row] for row in rows], request.notes)
+        if class_names is None:
+            return rows, labels, own
+        kept, labels = keep_known_classes(labels, own, class_names, split, request.notes)
+        return rows[kept], labels, class_names
+    if class_names is not None and tuple(names) != tuple(class_names):
+        odd = quoted(sorted(set(names) ^ set(class_names))) or "their order"
         what = f"column {column!r} of split {split} must have the classes of training"
         raise ValueError(f"{what}, not so: {odd}")
-    limit = len(names) if names else len(labels)
-    wrong = np.flatnonzero((labels < 0) | (labels >= limit))
+    labels = np.array([values[row] for row in rows], dtype=np.int64)
+    wrong = np.flatnonzero(labels >= len(names))
     if wrong.size:
-        raise ValueError(_bad_label(int(wrong[0]), split, int(labels[wrong[0]]), limit))
-    names = names or [str(label) for label in range(int(labels.max()) + 1)]
-    return labels.astype(np.int64), tuple(names)
+        row = int(rows[wrong[0]])
+        raise ValueError(_bad_label(row, split, values[row], len(names)))
+    if class_names is not None:
+        note_absent(labels, names, split, request.notes)
+    return rows, labels, tuple(names)
 
 
-def _read_strings(
-    values: Any, split: str, class_names: tuple[str, ...] | None
-) -> tuple[np.ndarray, tuple[str, ...]]:
-    texts = np.array([composed(value) for value in values.to_pylist()], dtype=str)
-    found, labels = np.unique(texts, return_inverse=True)
-    names = tuple(found.tolist()) if class_names is None else class_names
-    place = {name: label for label, name in enumerate(names)}
-    odd = [name for name in found.tolist() if name not in place]
-    if odd:
-        raise ValueError(f"split {split} has labels that training has not: {quoted(odd)}")
-    return np.array([place[name] for name in found.tolist()])[labels], names
+def _labelled_rows(
+    values: Sequence[Any], column: str, split: str, request: Request, strings: bool
+) -> np.ndarray:
+    """The rows that have a label; -1 is none, as the hub's test sets have it."""
+    empty = [row for row, value in enumerate(values) if is_missing(value)]
+    if empty and not request.skip_empty:
+        hint = "Leave such rows out with --skip_empty (skip_empty=True)"
+        raise ValueError(f"{len(empty)} rows of split {split} have no {column!r}. {hint}")
+    if not strings:
+        unmarked = [row for row, value in enumerate(values) if not is_missing(value) and value < 0]
+        limit = max((value for value in values if value is not None), default=0) + 1
+        if unmarked and (not request.skip_empty or any(values[row] < -1 for row in unmarked)):
+            raise ValueError(_bad_label(unmarked[0], split, values[unmarked[0]], limit))
+        empty += unmarked
+    if len(empty) == len(values):
+        raise ValueError(f"no row of split {split} has a label; choose a split that has them")
+    if empty:
+        request.notes.leave_out(f"rows of split {split} without label", len(empty))
+    return np.setdiff1d(np.arange(len(values)), empty)
 
 
 def _no_labels(column: str, features: Mapping[str, Any]) -> Exception:
@@ -309,22 +372,24 @@ def _no_labels(column: str, features: Mapping[str, Any]) -> Exception:
 
 def _bad_label(row: int, split: str, label: int, limit: int) -> str:
     what = f"row {row} of split {split} has label {label}, which must be in 0..{limit - 1}"
-    return f"{what}; -1 marks rows without label: choose a split that has them"
+    hint = "choose a split that has them, or leave them out with --skip_empty"
+    return f"{what}; -1 marks rows without label: {hint}"
 
 
 # Texts
 
 
-def _with_texts(table: Any, column: str, split: str, skip_empty: bool) -> Any:
+def _with_texts(table: Any, column: str, split: str, request: Request) -> Any:
     """The rows that have a text."""
     empty = [row for row, text in enumerate(table[column][:]) if not (text and text.strip())]
     if not empty:
         return table
-    if not skip_empty:
+    if not request.skip_empty:
         expected = f"a text in every row of split {split}"
         hint = "Leave such rows out with --skip_empty (skip_empty=True)."
         found = f"none in {len(empty)} rows, the first is row {empty[0]}"
         raise ValueError(f"`{column}` must be {expected}, got {found}. {hint}")
+    request.notes.leave_out(f"rows of split {split} without text", len(empty))
     return table.select(np.setdiff1d(np.arange(len(table)), empty))
 
 

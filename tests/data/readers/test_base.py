@@ -18,9 +18,8 @@ def test_every_mode_becomes_rgb(mode, tmp_path):
         image = Image.fromarray(np.full((3, 4), value * 257, dtype=np.uint16))
     else:
         image = image.convert(mode, palette=Image.Palette.ADAPTIVE)
-    options = {"transparency": bytes([0, 9])} if mode == "P" else {}
     file = tmp_path / ("a.tif" if mode in ("CMYK", "YCbCr") else "a.png")
-    image.save(file, **options)
+    image.save(file)
     with Image.open(file) as stored:
         # older releases of Pillow open a YCbCr file as RGB
         assert stored.mode == mode or (mode, stored.mode) == ("YCbCr", "RGB")
@@ -29,6 +28,79 @@ def test_every_mode_becomes_rgb(mode, tmp_path):
     assert np.asarray(decoded).shape == (3, 4, 3)
     # the conversion to YCbCr itself rounds
     assert np.abs(np.asarray(decoded).astype(int) - value).max() <= (mode == "YCbCr")
+
+
+HALF = [[(200, 0, 0, 255), (200, 0, 0, 0)], [(0, 0, 200, 255), (0, 0, 0, 128)]]
+SEEN = [[(200, 0, 0), (255, 255, 255)], [(0, 0, 200), (127, 127, 127)]]
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+@pytest.mark.parametrize("kind", ["png", "webp"])
+def test_what_is_transparent_stands_before_white(mode, kind, tmp_path):
+    image = Image.fromarray(np.array(HALF, dtype=np.uint8), "RGBA")
+    expected = np.array(SEEN)
+    if mode == "LA":
+        image = image.convert("LA")
+        expected = np.array([[[60] * 3, [255] * 3], [[23] * 3, [127] * 3]])
+    if mode == "P":
+        image = image.quantize(4)
+    options = {"lossless": True, "exact": True} if kind == "webp" else {}
+    image.save(tmp_path / f"a.{kind}", **options)
+    decoded = np.asarray(decode_image(str(tmp_path / f"a.{kind}"))).astype(int)
+    assert np.abs(decoded - expected).max() <= 1
+
+
+def test_transparency_of_one_colour_of_a_palette(tmp_path):
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.putpixel((1, 0), 1)
+    for kind in ("png", "gif"):
+        image.save(tmp_path / f"a.{kind}", transparency=0)
+        assert np.asarray(decode_image(str(tmp_path / f"a.{kind}"))).tolist() == [
+            [[255, 255, 255], [40, 50, 60]]
+        ]
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tif", "avif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photographs_are_upright(kind, orientation, tmp_path):
+    """Each orientation, drawn by hand: where the two marked corners of a photograph are seen."""
+    pixels = np.full((32, 48, 3), 255, dtype=np.uint8)
+    pixels[:16, :16] = (200, 0, 0)
+    pixels[16:, :16] = (0, 0, 200)
+    undone = {
+        1: pixels,
+        2: pixels[:, ::-1],
+        3: pixels[::-1, ::-1],
+        4: pixels[::-1],
+        5: pixels.transpose(1, 0, 2),
+        6: np.rot90(pixels, 1),
+        7: np.rot90(pixels, 2).transpose(1, 0, 2),
+        8: np.rot90(pixels, -1),
+    }
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = tmp_path / f"a.{kind}"
+    Image.fromarray(np.ascontiguousarray(undone[orientation])).save(file, exif=exif, quality=95)
+    decoded = np.asarray(decode_image(str(file))).astype(int)
+    assert decoded.shape == pixels.shape
+    assert np.abs(decoded - pixels).mean() < 5
+
+
+@pytest.mark.parametrize("kind", ["gif", "png", "webp", "avif", "tif"])
+def test_the_first_frame_is_taken(kind, tmp_path):
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue", "blue")]
+    frames[0].save(tmp_path / f"a.{kind}", save_all=True, append_images=frames[1:])
+    red = np.asarray(decode_image(str(tmp_path / f"a.{kind}"))).astype(int)
+    assert np.abs(red - (255, 0, 0)).max() < 6
+
+
+def test_two_photographs_in_one_file(tmp_path):
+    """What telephones call JPEG may hold a second picture."""
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "a.mpo", format="MPO", save_all=True, append_images=frames[1:])
+    (tmp_path / "a.mpo").rename(tmp_path / "a.jpg")
+    assert decode_image(str(tmp_path / "a.jpg")).getpixel((3, 3))[0] > 240
 
 
 def test_pixels_of_undefined_range_are_refused(tmp_path):
