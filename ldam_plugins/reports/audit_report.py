@@ -45,11 +45,11 @@ class Advice:
     """What to run, and what speaks for it.
 
     Args:
-        command: To paste into a shell; None where there is none.
+        command: To paste into a shell.
         reasons: What is chosen, its values, and the evidence or that there is none.
     """
 
-    command: str | None
+    command: str
     reasons: Sequence[tuple[str, str, str]]
 
 
@@ -81,8 +81,7 @@ def audit_text(
         parts += ["\n".join([heading, *lines])] if lines else []
     if advice is not None:
         rows = [f"  {what}: {values}\n{_indented(why)}" for what, values, why in advice.reasons]
-        parts.append("\n".join(["WHAT TO RUN", *rows]))
-        parts += [advice.command] if advice.command else []
+        parts += ["\n".join(["WHAT TO RUN", *rows]), advice.command]
     return "\n\n".join(parts)
 
 
@@ -220,8 +219,9 @@ def _repeated(audit: Audit) -> Finding:
     groups = audit.duplicates["group"].nunique()
     share = audit.equal / sum(audit.sizes.values())
     title = (
-        f"{len(audit.duplicates)} {_WORDS[audit.kind][1]} have a duplicate, in {groups} groups; "
-        f"{audit.equal} repeat another one exactly"
+        f"{len(audit.duplicates)} {_WORDS[audit.kind][1]} have a duplicate, in {groups} "
+        f"{_plural(groups, 'group', 'groups')}; {audit.equal} "
+        f"{_plural(audit.equal, 'repeats', 'repeat')} another one exactly"
     )
     advice = (
         "They count more than once in training and in the class counts. duplicates.csv has the "
@@ -294,10 +294,10 @@ def _facts(audit: Audit) -> list[Finding]:
         facts = audit.images
         add(LOOK, facts.one_colour, "of a single colour", "Nothing can be learned from them.")
         add(
-            LOOK,
+            NOTE,
             facts.rotated,
             "with an EXIF entry that turns them",
-            "Viewers show them turned; see whether they are the right way up in training.",
+            "Read upright, as viewers show them; other code may read them lying on their side.",
         )
         add(
             LOOK,
@@ -307,7 +307,12 @@ def _facts(audit: Audit) -> list[Finding]:
         )
         add(NOTE, facts.animated, "with several frames", "The first frame is used.")
         others = sum(count for mode, count in facts.modes.items() if mode != "RGB")
-        add(NOTE, others, "not stored as RGB", "They are converted; transparency is dropped.")
+        add(
+            NOTE,
+            others,
+            "not stored as RGB",
+            "Read as RGB; what is transparent becomes white.",
+        )
     if audit.texts is not None:
         text = audit.texts
         add(LOOK, text.empty, "without a letter or digit", "Nothing can be learned from them.")
