@@ -4,16 +4,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from ldam_plugins._lazy import lazy_names
-from ldam_plugins.counts import ClassCounts
-from ldam_plugins.data.long_tail import long_tail_counts, long_tail_indices
-from ldam_plugins.heads import fold_cosine_head, use_cosine_head
-from ldam_plugins.losses import LDAMLoss, create_loss, list_losses
-from ldam_plugins.schedules import DeferredSchedule, Progress
 
 if TYPE_CHECKING:
+    from ldam_plugins.counts import ClassCounts
+    from ldam_plugins.data.long_tail import long_tail_counts, long_tail_indices
+    from ldam_plugins.heads import fold_cosine_head, use_cosine_head
     from ldam_plugins.integrations.hf_evaluate import LongTailMetrics
     from ldam_plugins.integrations.timm import LongTailTask
     from ldam_plugins.integrations.transformers import DRWCallback
+    from ldam_plugins.losses import LDAMLoss, create_loss, list_losses
+    from ldam_plugins.schedules import DeferredSchedule, Progress
 
 __version__ = "0.1.0"
 
@@ -34,9 +34,22 @@ __all__ = [
     "use_cosine_head",
 ]
 
+# Without torch, which takes seconds to import, the command line of a recipe answers at once.
+_MODULES = ("counts", "data", "heads", "losses", "metrics", "samplers", "schedules")
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
+        **{name: f"ldam_plugins.{name}" for name in _MODULES},
+        "ClassCounts": "ldam_plugins.counts",
+        "DeferredSchedule": "ldam_plugins.schedules",
+        "LDAMLoss": "ldam_plugins.losses",
+        "Progress": "ldam_plugins.schedules",
+        "create_loss": "ldam_plugins.losses",
+        "fold_cosine_head": "ldam_plugins.heads",
+        "list_losses": "ldam_plugins.losses",
+        "long_tail_counts": "ldam_plugins.data.long_tail",
+        "long_tail_indices": "ldam_plugins.data.long_tail",
+        "use_cosine_head": "ldam_plugins.heads",
         "DRWCallback": "ldam_plugins.integrations.transformers",
         "LongTailMetrics": "ldam_plugins.integrations.hf_evaluate",
         "LongTailTask": "ldam_plugins.integrations.timm",

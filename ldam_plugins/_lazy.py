@@ -15,14 +15,15 @@ def lazy_names(
 
     Args:
         package: ``__name__`` of the package.
-        homes: Each lazy name and the module that defines it.
+        homes: Each lazy name and the module that defines it, or that it is.
 
     Example: ``__getattr__, __dir__ = lazy_names(__name__, {"load_images": "package.images"})``.
     """
 
     def get(name: str) -> Any:
         if name in homes:
-            return getattr(import_module(homes[name]), name)
+            module = import_module(homes[name])
+            return module if homes[name] == f"{package}.{name}" else getattr(module, name)
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
     def names() -> list[str]:

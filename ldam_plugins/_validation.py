@@ -1,4 +1,4 @@
-"""Argument checks: the one place that words "must be ..., got ..."."""
+"""Argument checks: the one place that words "must be ..., got ..."; those of tensors lie beside."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ import math
 from collections.abc import Collection, Iterable
 from numbers import Integral, Real
 from typing import TypeVar
-
-import torch
-from torch import Tensor
 
 _Value = TypeVar("_Value")
 _MAX_NAMED = 20
@@ -122,42 +119,3 @@ def quoted(values: Iterable[object]) -> str:
     if len(shown) > _MAX_NAMED:
         shown = [*shown[:_MAX_NAMED], f"... ({len(shown) - _MAX_NAMED} more)"]
     return ", ".join(shown)
-
-
-def check_logits(logits: Tensor) -> None:
-    """Check that ``logits`` is a floating tensor of shape (N, C).
-
-    Raises:
-        TypeError: not a floating-point tensor.
-        ValueError: another number of dimensions, or no column.
-    """
-    if not isinstance(logits, Tensor) or not logits.is_floating_point():
-        shown = getattr(logits, "dtype", type(logits).__name__)
-        raise invalid("logits", "a floating-point tensor", shown, error=TypeError)
-    if logits.ndim != 2 or logits.shape[1] == 0:
-        raise invalid("logits", "of shape (N, C)", tuple(logits.shape))
-
-
-def check_target(target: Tensor, logits: Tensor) -> None:
-    """Check that ``target`` holds class indices (N,) or soft targets (N, C) for ``logits``.
-
-    Out-of-range indices are left to the kernels, which check them where that needs no
-    synchronisation with the device.
-
-    Raises:
-        TypeError: dtype is neither int64 (indices) nor floating (soft targets).
-        ValueError: the shape fits neither form.
-    """
-    if target.shape == logits.shape[:1]:
-        if target.dtype != torch.int64:
-            hint = "Class indices are int64: use `target.long()`."
-            raise invalid(
-                "target", "an int64 tensor of indices", target.dtype, hint=hint, error=TypeError
-            )
-    elif target.shape == logits.shape:
-        if not target.is_floating_point():
-            hint = "Soft targets are floats (mixup, label smoothing): use `target.float()`."
-            raise invalid("target", "floating-point", target.dtype, hint=hint, error=TypeError)
-    else:
-        expected = f"of shape ({len(logits)},) or {tuple(logits.shape)}"
-        raise invalid("target", expected, tuple(target.shape))

@@ -9,12 +9,9 @@ import torch
 from torch import Tensor
 
 from ldam_plugins._validation import check_choice, check_int, check_real, invalid
+from ldam_plugins.choices import SCHEDULES as KINDS
+from ldam_plugins.choices import START_UNITS as UNITS
 from ldam_plugins.counts import ClassCounts
-
-KINDS = ("none", "rw", "rs", "drw", "drs", "progressive")
-"""Kinds of schedule. Ask a :class:`DeferredSchedule` what its kind does, never the name."""
-UNITS = ("auto", "fraction", "epoch", "step")
-"""What ``start`` can count."""
 
 
 @dataclass(frozen=True)

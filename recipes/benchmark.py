@@ -241,7 +241,7 @@ def make_searches(options: BenchmarkOptions) -> list[Search]:
         return []
     check_int("tune", options.tune, low=2, hint="The first trial is the settings as given.")
     check_int("tune_seed", options.tune_seed, **SEED)
-    check_real("tune_split", options.tune_split, **CoreOptions.LIMITS["val_split"])
+    check_real("tune_split", options.tune_split, low=0, high=1, low_open=True, high_open=True)
     import_optuna()
     kind, spaces = options_kind(options), {}
     asked = read_tune_options(options.tune_options, kind)

@@ -44,11 +44,10 @@ from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding, HfAr
 from ldam_plugins import ClassCounts, DeferredSchedule, create_loss, list_losses, register
 from ldam_plugins.benchmark.report import write_experiment
 from ldam_plugins.benchmark.tables import interval_rows, markdown
-from ldam_plugins.counts import DEFAULT_MAX_MARGIN
+from ldam_plugins.choices import DEFAULT_MAX_MARGIN, DEFAULT_SCALE
 from ldam_plugins.heads.choice import options_for_head
 from ldam_plugins.integrations.timm.images import image_loader
 from ldam_plugins.losses import loss_options
-from ldam_plugins.losses.base import DEFAULT_SCALE
 from ldam_plugins.losses.registry import loss_class
 from ldam_plugins.metrics.long_tail import long_tail_metrics
 from ldam_plugins.posthoc import Features, adjusted_logits, extract_features, fit_head
@@ -62,7 +61,8 @@ LOSSES = ("ce", "logit_adjusted", "ldam", "focal", "vector_scaling")
 
 DATA_OPTIONS = (
     *("dataset", "profile", "ratio", "subset_seed", "class_order", "rare_classes", "rare_fraction"),
-    *("image_column", "text_column", "label_column", "train_split", "test_split"),
+    *("image_column", "text_column", "label_column", "train_split", "test_split", "split_file"),
+    *("group_column", "encoding", "delimiter"),
     *("train_list", "test_list", "skip_corrupt", "skip_empty"),
     *("model", "image_size", "crop_pct", "crop_mode", "max_length"),
     *("batch_size", "workers"),

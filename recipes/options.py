@@ -3,47 +3,48 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
-from transformers import HfArgumentParser
 
-from ldam_plugins import ClassCounts, DeferredSchedule, create_loss, list_losses
-from ldam_plugins.counts import DEFAULT_MAX_MARGIN
-from ldam_plugins.data import SingleSampleWarning, stratified_split
-from ldam_plugins.data.long_tail import CLASS_ORDERS, PROFILES
-from ldam_plugins.data.notes import DataNotes
-from ldam_plugins.data.splits import (
-    SPLIT_FILE,
-    TRAIN_PART,
-    VALIDATION_PART,
-    Examples,
-    part_of,
-    read_split,
-    save_split,
-    share_or_name,
-    split_parts,
-    trained_classes,
+from ldam_plugins.choices import (
+    AUGMENTATIONS,
+    BUNDLED,
+    CLASS_ORDERS,
+    DEFAULT_MAX_MARGIN,
+    DEFAULT_SCALE,
+    HEADS,
+    LAST,
+    LINEAR_SCALE,
+    LOSSES,
+    METRICS,
+    PRECISIONS,
+    PROFILES,
+    SCHEDULES,
+    SMALL,
+    START_UNITS,
 )
-from ldam_plugins.heads.choice import HEADS, LINEAR_SCALE, options_for_head
-from ldam_plugins.losses import loss_options, losses_with
-from ldam_plugins.losses.base import DEFAULT_SCALE, ClassificationLoss
-from ldam_plugins.reports.class_table import kept_table, per_class_table
-from ldam_plugins.schedules import KINDS, UNITS
-from ldam_plugins.training.environment import PRECISIONS
+from ldam_plugins.training.command_line import (
+    USAGE_ERROR,
+    flag_names,
+    is_first_process,
+    parse_flags,
+    say_errors_briefly,
+)
 from ldam_plugins.training.options import (
     COUNT,
     COUNT_OR_0,
     NOT_NEGATIVE,
     POSITIVE,
     SEED,
+    SHARE,
     SHARE_BELOW_1,
     Limits,
     as_flags,
@@ -53,21 +54,59 @@ from ldam_plugins.training.options import (
     option,
     read_preset,
 )
-from ldam_plugins.training.selection import LAST, METRICS, SelectionRule, first_candidate
+from ldam_plugins.training.run_dir import check_no_run
 
+if TYPE_CHECKING:  # what needs torch is imported where it is used: --help is to answer at once
+    from ldam_plugins import ClassCounts, DeferredSchedule
+    from ldam_plugins.data.notes import DataNotes
+    from ldam_plugins.data.splits import Examples
+    from ldam_plugins.losses import ClassificationLoss
+    from ldam_plugins.training import SelectionRule
+
+LR_SCHEDULERS = ("cosine", "multistep", "step", "poly", "tanh", "constant")
+CROP_MODES = ("center", "squash", "border")
 PRESETS = Path(__file__).parent / "presets"
-LOSS_OPTIONS = {name for loss in list_losses() for name in loss_options(loss)}
-"""Options that a loss takes; those of a recipe that it does not take must be left out."""
+LOSS_OPTIONS = {"max_margin", "scale", "gamma", "tau"}
+"""Options of single losses; those that the loss of a run does not take must be left out."""
 RESUME: dict[str, bool | str] = {"no": False, "yes": True, "auto": "auto"}
 """``--resume`` as the argument of :func:`~ldam_plugins.training.claim_output_dir`."""
 
 logger = logging.getLogger(__name__)
 Options = TypeVar("Options", bound="CoreOptions")
 
-
-def of_losses(name: str) -> str:
-    """The losses that take an option, with its defaults, for a help text."""
-    return " and ".join(f"{loss} [{default:g}]" for loss, default in losses_with(name).items())
+GROUPS = {
+    "data": (
+        *("dataset", "image_column", "text_column", "label_column", "train_split", "test_split"),
+        *("train_list", "test_list", "skip_corrupt", "skip_empty", "encoding", "delimiter"),
+        *("val_split", "split_file", "group_column", "subset_seed"),
+        *("profile", "ratio", "class_order", "rare_classes", "rare_fraction"),
+    ),
+    "model": (
+        *("model", "pretrained", "head", "scale", "image_size", "lora_rank", "lora_alpha"),
+        *("max_length", "vocab_size", "embedding_size", "hidden_size", "embedding_dropout"),
+        *("attention_dropout", "fast_dropout"),
+    ),
+    "loss and schedule": (
+        *("loss", "max_margin", "gamma", "tau", "schedule", "start", "start_unit", "beta"),
+    ),
+    "training": (
+        *("epochs", "batch_size", "accumulation", "lr", "opt", "momentum", "weight_decay"),
+        *("sched", "lr_schedule", "warmup", "warmup_epochs", "warmup_lr", "decay_milestones"),
+        *("decay_rate", "min_lr", "clip_grad", "ema_decay", "seed"),
+    ),
+    "images and augmentation": (
+        *("augment", "padding", "hflip", "crop_pct", "crop_mode", "mixup", "cutmix", "smoothing"),
+        *("memory_limit", "workers"),
+    ),
+    "evaluation and selection": (
+        *("evaluate", "select", "patience", "eval_every", "eval_test_every"),
+    ),
+    "run": (
+        *("output_dir", "overwrite", "resume", "keep_checkpoints", "report_to", "quiet"),
+        *("traceback", "mixed_precision", "compile", "num_processes"),
+    ),
+}
+"""Options by their titles in ``--help``; those of one recipe only are not in that of the other."""
 
 
 @dataclass
@@ -79,6 +118,7 @@ class CoreOptions:
         ValueError: an option outside its ``LIMITS``, no folder, or no such schedule.
     """
 
+    BUNDLED_MODEL: ClassVar[str] = ""
     LIMITS: ClassVar[dict[str, Limits]] = {
         "ratio": {"low": 1},
         "subset_seed": SEED,
@@ -142,7 +182,7 @@ class CoreOptions:
         "test set alone, as for a choice of options [both]",
         choices=("validation",),
     )
-    loss: str = option("ldam", f"one of {', '.join(list_losses())}")
+    loss: str = option("ldam", "loss that is trained", choices=LOSSES)
     head: str = option(
         "auto",
         "auto: cosine for losses with a margin, else linear. A margin on a linear head is taken "
@@ -157,11 +197,11 @@ class CoreOptions:
         f"scale of the cosine head and the margin [{DEFAULT_SCALE:g}; margin on a linear head: "
         f"{LINEAR_SCALE:g}]",
     )
-    gamma: float | None = option(None, f"exponent of {of_losses('gamma')}")
-    tau: float | None = option(None, f"strength of {of_losses('tau')}")
-    schedule: str = option("drw", "when classes are re-weighted or re-sampled", choices=KINDS)
+    gamma: float | None = option(None, "exponent of focal [2] and vector_scaling [0.15]")
+    tau: float | None = option(None, "strength of logit_adjusted [1] and vector_scaling [1]")
+    schedule: str = option("drw", "when classes are re-weighted or re-sampled", choices=SCHEDULES)
     start: str = option("0.8", "start of drw/drs: 0.8 is a share of training, 160 an epoch")
-    start_unit: str = option("auto", "unit of --start", choices=UNITS)
+    start_unit: str = option("auto", "unit of --start", choices=START_UNITS)
     beta: float = option(0.9999, "beta of the class-balanced weights; towards 1: inverse frequency")
     epochs: int = option(0, "epochs of training")
     batch_size: int = option(0, "samples a process and micro-batch")
@@ -204,12 +244,16 @@ class CoreOptions:
         "none", "experiment tracker", choices=("none", "tensorboard", "wandb", "trackio")
     )
     num_processes: int | None = option(None, "stop unless this many processes run")
+    overwrite: bool = option(
+        False, "delete the run in --output_dir first; other files there are left alone"
+    )
+    quiet: bool = option(False, "print warnings and errors only")
+    traceback: bool = option(False, "show where in the code an error arose")
 
     def __post_init__(self) -> None:
+        self.by_model = self._fill_in()
         check_limits(self, self.LIMITS)
-        self.val_split = share_or_name("val_split", self.val_split)
-        self.test_split = share_or_name("test_split", self.test_split)
-        self._parts_of_file = split_parts(self.split_file) if self.split_file else set[str]()
+        self._read_splits()
         if self.split_file is not None and self.val_split is not None:
             hint = f"What is held out is read from {self.split_file}."
             raise invalid("val_split", "left out beside --split_file", self.val_split, hint=hint)
@@ -221,8 +265,20 @@ class CoreOptions:
             raise invalid(
                 "evaluate", "left out where nothing is held out", self.evaluate, hint=hint
             )
-        self.make_schedule()
+        self._check_start()
         self._check_selection()
+
+    def _read_splits(self) -> None:
+        """Take shares for numbers, and see whether a split file holds something out."""
+        self._file_holds_out = False
+        if (self.val_split, self.test_split, self.split_file) == (None, None, None):
+            return
+        from ldam_plugins.data.splits import VALIDATION_PART, share_or_name, split_parts
+
+        self.val_split = share_or_name("val_split", self.val_split)
+        self.test_split = share_or_name("test_split", self.test_split)
+        if self.split_file is not None:
+            self._file_holds_out = VALIDATION_PART in split_parts(self.split_file)
 
     @property
     def measures_test(self) -> bool:
@@ -232,7 +288,7 @@ class CoreOptions:
     @property
     def holds_out(self) -> bool:
         """Whether a part of the data is evaluated during training in place of the test set."""
-        return self.val_split is not None or VALIDATION_PART in self._parts_of_file
+        return self.val_split is not None or self._file_holds_out
 
     @property
     def min_kept(self) -> int:
@@ -252,27 +308,263 @@ class CoreOptions:
         """How the epoch that is the result is selected; None if it is the last one."""
         if self.select == LAST:
             return None
+        from ldam_plugins.training import SelectionRule, first_candidate
+
         first = first_candidate(self.make_schedule(), self.epochs, steps_per_epoch)
         return SelectionRule(self.select, first, self.patience)
+
+    def may_grow(self) -> dict[str, str | None]:
+        """That a resumed run may have more epochs, or the reason why not."""
+        tied = self.tied_to_length()
+        hint = "so its epochs so far are not those of a longer training. Start a new run in another"
+        return {"epochs": None if tied is None else f"{tied}, {hint} --output_dir."}
+
+    def tied_to_length(self) -> str | None:
+        """What in the training depends on how long it is as a whole; None if nothing does."""
+        if self.schedule == "progressive":
+            return "--schedule progressive goes by the share of the training that is done"
+        unit = self.start_unit if self.start_unit != "auto" else ""
+        is_share = unit == "fraction" or (not unit and not self.start.isdigit())
+        if self.make_schedule().is_deferred and is_share:
+            return f"--start {self.start} is a share of the training"
+        return None
 
     def evaluates(self, column: str, epoch: int) -> bool:
         """Whether the column of ``history.csv``, an error, is measured after an epoch (0-based)."""
         every = self.eval_test_every if column == "test_error" else self.eval_every
         return (epoch + 1) % every == 0 or epoch + 1 == self.epochs
 
-    def make_schedule(self) -> DeferredSchedule:
-        """The schedule the options describe."""
+    def model_defaults(self) -> dict[str, Any]:
+        """What the options that are left out are for the model, or which model it is."""
+        return {}
+
+    def _fill_in(self) -> tuple[str, ...]:
+        """Set the options that are left out to what the model needs; returns their names."""
+        filled = []
+        for _ in range(2):  # the model first, if that is left out
+            for name, value in self.model_defaults().items():
+                if getattr(self, name) is None and value is not None:
+                    setattr(self, name, value)
+                    filled.append(name)
+        return tuple(filled)
+
+    def check_model(self) -> None:
+        """Refuse a run without a model.
+
+        Raises:
+            ValueError: none was given, and that in a package is not installed.
+        """
+        if self.model is None:
+            package = BUNDLED[self.BUNDLED_MODEL]
+            hint = f"Run `pip install {package}` for {self.BUNDLED_MODEL}, which is then taken."
+            raise invalid("model", "given, as none is installed", None, hint=hint)
+
+    def _check_start(self) -> None:
         if not re.fullmatch(r"\d{1,18}|(\d+\.\d*|\.\d+|\d+(?=e))(e-?\d+)?", self.start, re.ASCII):
             expected = "a share such as 0.8 or an epoch such as 160"
             raise invalid("start", expected, self.start)
+
+    def make_schedule(self) -> DeferredSchedule:
+        """The schedule the options describe."""
+        from ldam_plugins import DeferredSchedule
+
         start = int(self.start) if self.start.isdigit() else float(self.start)
         return DeferredSchedule(self.schedule, start=start, unit=self.start_unit, beta=self.beta)
 
     def make_loss(self, class_counts: ClassCounts) -> ClassificationLoss:
         """The loss the options describe; an option it does not have is an error."""
+        from ldam_plugins import create_loss
+        from ldam_plugins.heads.choice import options_for_head
+
         given = {f.name: getattr(self, f.name) for f in fields(self) if f.name in LOSS_OPTIONS}
         given = {name: value for name, value in given.items() if value is not None}
         return create_loss(self.loss, class_counts, **options_for_head(self.loss, given, self.head))
+
+
+@dataclass
+class VisionOptions(CoreOptions):
+    """Options of the recipe; presets set those that make an experiment."""
+
+    LIMITS = CoreOptions.LIMITS | {
+        "image_size": COUNT,
+        "memory_limit": {"low": 0},
+        "crop_pct": {"low": 0, "high": 1, "low_open": True},
+        "padding": COUNT_OR_0,
+        "hflip": SHARE,
+        "workers": COUNT_OR_0,
+        "momentum": SHARE_BELOW_1,
+        "weight_decay": NOT_NEGATIVE,
+        "warmup_epochs": COUNT_OR_0,
+        "warmup_lr": NOT_NEGATIVE,
+        "decay_milestones": COUNT_OR_0,
+        "decay_rate": NOT_NEGATIVE,
+        "min_lr": NOT_NEGATIVE,
+        "mixup": NOT_NEGATIVE,
+        "cutmix": NOT_NEGATIVE,
+        "smoothing": SHARE_BELOW_1,
+        "ema_decay": SHARE_BELOW_1,
+        "clip_grad": POSITIVE,
+    }
+
+    dataset: str = option("digits", "folder, table, hub id, or digits")
+    model: str = option(
+        None,
+        "what timm.create_model takes: resnet18.a1_in1k, hf-hub:..., local-dir:...; or "
+        "efficientnet_lite0_imagenet, pretrained, in a package [that one, if it is installed]",
+    )
+    epochs: int = option(None, "epochs of training [200; pretrained: 10]")
+    batch_size: int = option(None, "images a process and micro-batch [128; pretrained: 32]")
+    lr: float = option(
+        None, "learning rate [0.1; pretrained: 1e-4, efficientnet_lite0_imagenet: 5e-4]"
+    )
+    output_dir: str = option("runs/vision_lt", "folder of the run")
+    image_column: str | None = option(
+        None, "column of the images, or of their names [by its content]"
+    )
+    label_column: str | None = option(None, "column of the labels [by name or content]")
+    train_list: str | None = option(None, "list or JSON file of the training images")
+    test_list: str | None = option(None, "list or JSON file of the test images")
+    skip_corrupt: bool = option(False, "leave out images that cannot be decoded, and count them")
+    image_size: int | None = option(None, "side of the images the model gets [the model's own]")
+    crop_pct: float | None = option(
+        None, "share of the resized image that evaluation crops [crop_flip: 1; timm: the model's]"
+    )
+    crop_mode: str | None = option(
+        None, "timm's crop of images that are not square [the model's]", choices=CROP_MODES
+    )
+    augment: str = option(
+        "auto",
+        "augmentation: crop_flip moves and mirrors the image, timm cuts random parts of it and "
+        f"jitters the colours; auto: crop_flip up to {SMALL} pixels a side, else timm",
+        choices=AUGMENTATIONS,
+    )
+    padding: int = option(4, "border of the random crop of --augment crop_flip")
+    hflip: float = option(0.5, "probability of a horizontal flip")
+    memory_limit: int = option(
+        2**31,
+        "bytes of decoded images a process may hold in memory, of training and test together [2 "
+        "GiB]; more, or images that timm augments, are decoded each time. The same images either "
+        "way",
+    )
+    workers: int = option(4, "loader processes for images not held in memory")
+    pretrained: bool = option(False, "begin from timm's pretrained weights")
+    opt: str = option(None, "optimizer of timm [sgd; pretrained: adamw]")
+    momentum: float = option(0.9, "momentum of the optimizer")
+    weight_decay: float = option(None, "weight decay of all parameters [2e-4; pretrained: 0.05]")
+    sched: str = option("cosine", "learning rate scheduler of timm", choices=LR_SCHEDULERS)
+    warmup_epochs: int = option(0, "epochs of linear warm-up")
+    warmup_lr: float = option(1e-5, "learning rate the warm-up begins with")
+    decay_milestones: list[int] = option([], "epochs (0-based) at which multistep decays")
+    decay_rate: float = option(0.01, "factor of each decay")
+    min_lr: float = option(0.0, "least learning rate of the cosine scheduler")
+    mixup: float = option(0.0, "alpha of Mixup")
+    cutmix: float = option(0.0, "alpha of CutMix")
+    smoothing: float = option(0.0, "label smoothing")
+    ema_decay: float = option(0.0, "decay of the weight average that is evaluated; 0: none")
+    clip_grad: float | None = option(None, "largest gradient norm")
+    compile: bool = option(
+        False, "compile the model; on one GPU, replay its passes as a CUDA graph"
+    )
+
+    BUNDLED_MODEL: ClassVar[str] = "efficientnet_lite0_imagenet"
+
+    def model_defaults(self) -> dict[str, Any]:
+        """Those of a model from scratch, of a pretrained one, or of that in the package."""
+        if self.model is None:
+            return {"model": installed(self.BUNDLED_MODEL)}
+        if self.pretrained or self.model in BUNDLED:
+            lr = 5e-4 if self.model in BUNDLED else 1e-4
+            kind = {"opt": "adamw", "lr": lr, "weight_decay": 0.05}
+            return {"epochs": 10, "batch_size": 32, **kind}
+        return {"epochs": 200, "batch_size": 128, "opt": "sgd", "lr": 0.1, "weight_decay": 2e-4}
+
+    def tied_to_length(self) -> str | None:
+        """What in the training depends on how long it is as a whole."""
+        if self.sched in ("cosine", "poly", "tanh"):
+            return f"--sched {self.sched} lowers the learning rate until the end of the training"
+        return super().tied_to_length()
+
+
+@dataclass
+class TextOptions(CoreOptions):
+    """Options of the recipe; presets set those that make an experiment."""
+
+    LIMITS = CoreOptions.LIMITS | {
+        "rare_fraction": {"low": 0, "high": 1, "low_open": True},
+        "max_length": COUNT,
+        "vocab_size": COUNT,
+        "embedding_size": COUNT,
+        "hidden_size": COUNT,
+        "embedding_dropout": SHARE_BELOW_1,
+        "attention_dropout": SHARE_BELOW_1,
+        "lora_rank": COUNT_OR_0,
+        "lora_alpha": COUNT,
+        "weight_decay": NOT_NEGATIVE,
+        "warmup": SHARE_BELOW_1,
+        "clip_grad": NOT_NEGATIVE,
+        "mixup": NOT_NEGATIVE,
+    }
+
+    dataset: str = option("stdlib_docstrings", "table, folder, hub id, or stdlib_docstrings")
+    model: str = option(
+        None,
+        "bilstm, minilm (pretrained, in a package), hub id or local folder [minilm, if it is "
+        "installed]",
+    )
+    epochs: int = option(None, "epochs of training [bilstm: 10, minilm: 6, others: 4]")
+    batch_size: int = option(32, "texts a process and micro-batch")
+    lr: float = option(
+        None, "learning rate of Adam [bilstm: 3e-3, minilm: 2e-4, others: 5e-5, adapters: 3e-4]"
+    )
+    output_dir: str = option("runs/text_lt", "folder of the run")
+    rare_classes: list[str] = option([], "names of classes that lose training texts")
+    rare_fraction: float = option(0.1, "share of their training texts that rare classes keep")
+    text_column: str | None = option(None, "column of the texts [by name or content]")
+    label_column: str | None = option(None, "column of the labels [by name or content]")
+    train_split: str = option("train", "split to train on, or a slice: train[:10%%]")
+    max_length: int = option(256, "tokens a text is cut to")
+    vocab_size: int = option(20_000, "words the tokenizer of a bilstm knows")
+    embedding_size: int = option(100, "length of a bilstm's embeddings")
+    hidden_size: int = option(64, "length of a bilstm's state in each direction")
+    embedding_dropout: float = option(0.5, "dropout of a bilstm's embeddings")
+    attention_dropout: float | None = option(None, "dropout of attention [the model's own]")
+    lora_rank: int = option(0, "train low-rank adapters of this rank and the head; 0: everything")
+    lora_alpha: int = option(16, "scale of the adapters, divided by the rank")
+    weight_decay: float = option(None, "decoupled weight decay [bilstm: 0, others: 0.01]")
+    warmup: float = option(
+        None, "share of the training with a rising learning rate [bilstm: 0.05, others: 0.1]"
+    )
+    clip_grad: float = option(1.0, "largest gradient norm; 0: no limit")
+    mixup: float = option(0.0, "alpha of Mixup of the features that the classifier gets")
+    lr_schedule: str = option("linear", "learning rate schedule of transformers")
+    compile: bool = option(False, "compile the model")
+    fast_dropout: bool = option(True, "draw dropout from fewer random bits on a CPU")
+
+    BUNDLED_MODEL: ClassVar[str] = "minilm"
+
+    def model_defaults(self) -> dict[str, Any]:
+        """Those of a BiLSTM, which begins at random, or of a pretrained transformer."""
+        if self.model is None:
+            return {"model": installed(self.BUNDLED_MODEL)}
+        if self.model == "bilstm":
+            return {"epochs": 10, "lr": 3e-3, "weight_decay": 0.0, "warmup": 0.05}
+        small = self.model in BUNDLED
+        lr = 3e-4 if self.lora_rank else 2e-4 if small else 5e-5
+        return {"epochs": 6 if small else 4, "lr": lr, "weight_decay": 0.01, "warmup": 0.1}
+
+    def tied_to_length(self) -> str | None:
+        """What in the training depends on how long it is as a whole."""
+        if self.lr_schedule not in ("constant", "constant_with_warmup"):
+            name = f"--lr_schedule {self.lr_schedule}"
+            return f"{name} lowers the learning rate until the end of the training"
+        if self.warmup:
+            return f"--warmup {self.warmup:g} is a share of the training"
+        return super().tied_to_length()
+
+
+def installed(model: str) -> str | None:
+    """The name of a model whose weights are in a package, if that is installed."""
+    return model if find_spec(BUNDLED[model].replace("-", "_")) is not None else None
 
 
 def parse_options(
@@ -295,21 +587,60 @@ def parse_options(
     preset: dict[str, Any] = {}
     if arguments and not arguments[0].startswith("-"):
         preset = read_file(kind, arguments.pop(0))
-    elif not any(argument.split("=")[0] == "--dataset" for argument in arguments):
+    elif "dataset" not in flag_names(arguments):
         preset = read_file(kind, default)
     flags, arguments = arguments, [*as_flags(preset), *arguments]
-    (options,) = HfArgumentParser(kind, allow_abbrev=False).parse_args_into_dataclasses(arguments)
-    for name in LOSS_OPTIONS & set(preset) - _options_in_use(options, preset, flags):
+    options = parse_flags(kind, arguments, groups=GROUPS, **about(kind, default))
+    of_preset = LOSS_OPTIONS & set(preset)
+    for name in of_preset - _options_in_use(options, preset, flags) if of_preset else ():
         # A preset's option of its own loss is dropped if a flag chooses a loss without that option.
         if getattr(options, name) == preset[name]:
             setattr(options, name, None)
-    flagged = {flag.split("=")[0].replace("-", "_") for flag in flags}
-    if options.holds_out and "__eval_test_every" not in flagged:
+    if options.holds_out and "eval_test_every" not in flag_names(flags):
         options.eval_test_every = kind.eval_test_every
     if options.evaluate is not None and options.eval_test_every:
         expected = "0 beside --evaluate validation, which leaves the test set alone"
         raise invalid("eval_test_every", expected, options.eval_test_every)
     _check_ratio(options, preset, flags)
+    return options
+
+
+def about(kind: type[Any], default: str) -> dict[str, str]:
+    """What ``--help`` says around the options."""
+    known = {field.name for field in fields(kind)}
+    own = [file.stem for file in PRESETS.glob("*.yaml") if known.issuperset(read_preset(file))]
+    presets = ", ".join(sorted(own))
+    return {
+        "usage": "%(prog)s [PRESET] [--option value ...]",
+        "description": (kind.__doc__ or "").split("\n")[0]
+        + " Written with underscores or dashes; [default].",
+        "epilog": f"PRESET: {presets}, or a YAML or JSON file of options; without one and without "
+        f"--dataset it is {default}. Exit codes: 0 done, 1 an error, {USAGE_ERROR} a command line "
+        "that is refused, 130 Ctrl-C, 143 SIGTERM after the state was saved.",
+    }
+
+
+def command_line(kind: type[Options], *, default: str) -> Options:
+    """The options of the command line of this process, as :func:`parse_options` makes them.
+
+    It ends the process where they are refused, and from now on errors end it with one line.
+    """
+    try:
+        options = parse_options(kind, default=default)
+        options.check_model()
+        if is_first_process() and options.resume == "no" and not options.overwrite:
+            check_no_run(options.output_dir)
+    except (TypeError, ValueError) as error:
+        if "traceback" in flag_names(sys.argv):
+            raise
+        if is_first_process():
+            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        raise SystemExit(USAGE_ERROR) from None
+    if not options.traceback:
+        say_errors_briefly(options.output_dir)
+    if is_first_process() and not options.quiet:
+        name = Path(sys.argv[0]).stem
+        print(f"{name}: {options.model} on {options.dataset}, epochs: {options.epochs}", flush=True)
     return options
 
 
@@ -319,8 +650,10 @@ def _options_in_use(options: CoreOptions, preset: Mapping[str, Any], flags: list
     A scale is that of the cosine head, under any loss. It is not kept for a margin on a linear
     head, unless the preset chose that head or the scale is a flag as well.
     """
+    from ldam_plugins.losses import loss_options
+
     names = set(loss_options(options.loss))
-    flagged = any(flag.split("=")[0] == "--scale" for flag in flags)
+    flagged = "scale" in flag_names(flags)
     if options.head == "cosine":
         names.add("scale")
     elif options.head == "linear" and preset.get("head") != "linear" and not flagged:
@@ -330,15 +663,15 @@ def _options_in_use(options: CoreOptions, preset: Mapping[str, Any], flags: list
 
 def _check_ratio(options: CoreOptions, preset: Mapping[str, Any], flags: list[str]) -> None:
     """Refuse a ratio without a profile, or warn of it if the profile was set to none by a flag."""
-    flagged = {flag.split("=")[0] for flag in flags}
+    flagged = flag_names(flags)
     own = "ratio" in preset and preset.get("profile", "none") == "none"
-    if options.profile != "none" or options.ratio == 1 or not (own or "--ratio" in flagged):
+    if options.profile != "none" or options.ratio == 1 or not (own or "ratio" in flagged):
         return
-    if "--profile" not in flagged and "profile" not in preset:
+    if "profile" not in flagged and "profile" not in preset:
         hint = "Add --profile exp or --profile step to cut the training samples, or leave it out"
         hint += " to train on all of them."
         raise invalid("ratio", "left out without a profile", options.ratio, hint=hint)
-    if int(os.environ.get("RANK", 0)) == 0:
+    if is_first_process():
         logger.warning(f"--ratio {options.ratio:g} has no effect: --profile is none.")
 
 
@@ -348,7 +681,60 @@ def print_kept(options: CoreOptions, before: ClassCounts, after: ClassCounts) ->
     if options.profile != "none":
         under = f" under --profile {options.profile} --ratio {options.ratio:g}"
     if under or after.total < before.total:
+        from ldam_plugins.reports.class_table import kept_table
+
         print(f"Training samples{under}:\n{kept_table(before, after)}\n")
+
+
+def print_header(
+    options: CoreOptions,
+    counts: ClassCounts,
+    what: str,
+    *,
+    held_out: int,
+    test: int,
+    device: Any,
+    precision: str,
+    processes: int,
+) -> None:
+    """Print what is trained, on what and where, before the first batch."""
+    from ldam_plugins.reports.console import header, worded_classes, worded_machine
+    from ldam_plugins.training import device_name
+
+    deferred = options.make_schedule().is_deferred
+    schedule = f"{options.schedule} from {options.start}" if deferred else options.schedule
+    sizes = {"to train on": counts.total, "held out": held_out, "to test on": test}
+    parts = ", ".join(f"{size} {use}" for use, size in sizes.items() if size)
+    facts = {
+        "data": f"{options.dataset}, {what}: {parts}",
+        "classes": worded_classes(counts),
+        "model": f"{options.model}, head {options.head}",
+        "training": f"loss {options.loss}, schedule {schedule}, {options.epochs} epochs, batch "
+        f"size {options.batch_size}, learning rate {options.lr:g}",
+        **({"unless told": ", ".join(options.by_model)} if options.by_model else {}),
+        "machine": worded_machine(device_name(device), precision, processes),
+        "folder": options.output_dir,
+    }
+    print(header(facts), flush=True)
+
+
+def print_outcome(options: CoreOptions, metrics: Mapping[str, Any], counts: ClassCounts) -> None:
+    """Print the accuracy of each class, where the report is, and what could be done better."""
+    from ldam_plugins.reports import per_class_table
+    from ldam_plugins.reports.console import advice, files_left
+    from ldam_plugins.training import read_history
+
+    if options.quiet:
+        return
+    if metrics["test"] is None:
+        print("The test set is left alone. On the samples held out for validation:")
+    print(per_class_table(metrics["test"] or metrics["validation"], counts))
+    history = read_history(options.output_dir)
+    if selection := metrics.get("selection"):
+        print(f"\nThe model is that of epoch {selection['epoch'] + 1} of {len(history)}.")
+    print(f"\n{files_left(options.output_dir)}")
+    if told := advice(history, stopped_early=len(history) < options.epochs):
+        print(told)
 
 
 def split_samples(
@@ -363,6 +749,9 @@ def split_samples(
 
     With ``show`` it prints how many are held out, and of which classes none can be.
     """
+    from ldam_plugins.data import SingleSampleWarning, stratified_split
+    from ldam_plugins.data.splits import TRAIN_PART, VALIDATION_PART, part_of, read_split
+
     if options.split_file is not None:
         parts = read_split(options.split_file, examples)
         kept, held_out = (np.flatnonzero((parts == VALIDATION_PART) == at) for at in (False, True))
@@ -391,6 +780,8 @@ def split_samples(
 
 def keep_split(options: CoreOptions, notes: DataNotes, *, write: bool) -> None:
     """Write ``split.csv`` into the folder of a run whose data were divided, or check it there."""
+    from ldam_plugins.data.splits import SPLIT_FILE, save_split
+
     if write and notes.divided:
         save_split(Path(options.output_dir, SPLIT_FILE), notes.divided)
 
@@ -411,6 +802,8 @@ def without_untrained(
         of_classes: Gives a part with the samples of some classes only.
         notes: Where to note them, and how many samples of the other part are left out.
     """
+    from ldam_plugins.data.splits import trained_classes
+
     classes = trained_classes(labels, names, notes)
     if classes is None:
         return parts
@@ -453,13 +846,6 @@ def held_out_record(labels: Any, counts: ClassCounts) -> dict[str, Any]:
         "class_counts": held_out,
         "classes_without": class_names(counts, held_out == 0),
     }
-
-
-def print_classes(metrics: Mapping[str, Any], counts: ClassCounts) -> None:
-    """Print the accuracy of each class on the test set; on what is held out where that is left."""
-    if metrics["test"] is None:
-        print("The test set is left alone. On the samples held out for validation:")
-    print(per_class_table(metrics["test"] or metrics["validation"], counts))
 
 
 def class_names(counts: ClassCounts, chosen: np.ndarray) -> list[str]:

@@ -14,9 +14,14 @@ BiLSTM with ``trust_remote_code=True``, all others without this package.
 
 from __future__ import annotations
 
+from options import TextOptions, command_line
+
+if __name__ == "__main__":  # --help and a misspelt flag are answered before torch is imported
+    options = command_line(TextOptions, default="stdlib_lt")
+
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,14 +30,14 @@ import numpy as np
 import torch
 from datasets import Dataset
 from options import (
+    LAST,
     RESUME,
-    CoreOptions,
     held_out_record,
     keep_split,
     load_validation,
-    parse_options,
-    print_classes,
+    print_header,
     print_kept,
+    print_outcome,
     split_samples,
     without_untrained,
 )
@@ -44,11 +49,13 @@ from transformers import (
     DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
     set_seed,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from ldam_plugins import (
     ClassCounts,
@@ -69,6 +76,7 @@ from ldam_plugins.integrations.transformers.fast_attention import use_fast_dropo
 from ldam_plugins.integrations.transformers.run_callbacks import (
     CheckpointCallback,
     HistoryCallback,
+    ProgressCallback,
     SelectionCallback,
     bundled_minilm,
     class_errors,
@@ -94,79 +102,39 @@ from ldam_plugins.training import (
     write_metrics,
 )
 from ldam_plugins.training.options import (
-    COUNT,
-    COUNT_OR_0,
-    NOT_NEGATIVE,
-    SHARE_BELOW_1,
     invalid,
-    option,
 )
-from ldam_plugins.training.selection import LAST, SelectionRule
+from ldam_plugins.training.selection import SelectionRule
 
 # Names of the dropout of attention in the configurations of transformers.
 ATTENTION_DROPOUTS = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")
 BUNDLED_MODELS: dict[str, Callable[[], str]] = {"minilm": bundled_minilm}
 
 
-@dataclass
-class TextOptions(CoreOptions):
-    """Options of the recipe; presets set those that make an experiment."""
-
-    LIMITS = CoreOptions.LIMITS | {
-        "rare_fraction": {"low": 0, "high": 1, "low_open": True},
-        "max_length": COUNT,
-        "vocab_size": COUNT,
-        "embedding_size": COUNT,
-        "hidden_size": COUNT,
-        "embedding_dropout": SHARE_BELOW_1,
-        "attention_dropout": SHARE_BELOW_1,
-        "lora_rank": COUNT_OR_0,
-        "lora_alpha": COUNT,
-        "weight_decay": NOT_NEGATIVE,
-        "warmup": SHARE_BELOW_1,
-        "clip_grad": NOT_NEGATIVE,
-        "mixup": NOT_NEGATIVE,
-    }
-
-    dataset: str = option("stdlib_docstrings", "table, folder, hub id, or stdlib_docstrings")
-    model: str = option("bilstm", "bilstm, minilm (in a package), hub id or local folder")
-    epochs: int = option(3, "epochs of training")
-    batch_size: int = option(32, "texts a process and micro-batch")
-    lr: float = option(5e-5, "learning rate of Adam")
-    output_dir: str = option("runs/text_lt", "folder of the run")
-    rare_classes: list[str] = option([], "names of classes that lose training texts")
-    rare_fraction: float = option(0.1, "share of their training texts that rare classes keep")
-    text_column: str | None = option(None, "column of the texts [by name or content]")
-    label_column: str | None = option(None, "column of the labels [by name or content]")
-    train_split: str = option("train", "split to train on, or a slice: train[:10%%]")
-    max_length: int = option(256, "tokens a text is cut to")
-    vocab_size: int = option(20_000, "words the tokenizer of a bilstm knows")
-    embedding_size: int = option(100, "length of a bilstm's embeddings")
-    hidden_size: int = option(64, "length of a bilstm's state in each direction")
-    embedding_dropout: float = option(0.5, "dropout of a bilstm's embeddings")
-    attention_dropout: float | None = option(None, "dropout of attention [the model's own]")
-    lora_rank: int = option(0, "train low-rank adapters of this rank and the head; 0: everything")
-    lora_alpha: int = option(16, "scale of the adapters, divided by the rank")
-    weight_decay: float = option(0.0, "decoupled weight decay")
-    warmup: float = option(0.0, "share of the training with a rising learning rate")
-    clip_grad: float = option(1.0, "largest gradient norm; 0: no limit")
-    mixup: float = option(0.0, "alpha of Mixup of the features that the classifier gets")
-    lr_schedule: str = option("linear", "learning rate schedule of transformers")
-    compile: bool = option(False, "compile the model")
-    fast_dropout: bool = option(True, "draw dropout from fewer random bits on a CPU")
-
-
 @folders_held()
 def main(options: TextOptions) -> dict[str, Any]:
     """Train and evaluate once; returns what ``metrics.json`` holds."""
     set_seed(options.seed)
+    disable_progress_bar()  # of transformers: reading and writing weights takes moments
     arguments = make_arguments(options)
     check_processes(arguments.world_size, options.num_processes)
     refuse_deepspeed(arguments.deepspeed_plugin, stages=(3,), hint="Use ZeRO-2 or FSDP2.")
+    options.check_model()
+    show = arguments.process_index == 0 and not options.quiet
     notes = DataNotes()
-    show = arguments.process_index == 0
     train, test, counts = load_data(options, show, notes)
     train, validation, counts = hold_out(options, train, counts, show, notes)
+    if show:
+        print_header(
+            options,
+            counts,
+            "texts",
+            held_out=0 if validation is None else len(validation),
+            test=len(test),
+            device=arguments.device,
+            precision=choose_precision(options.mixed_precision),
+            processes=arguments.world_size,
+        )
     criterion = options.make_loss(counts)
     tokenizer, model = make_model(options, train, criterion)
     with arguments.main_process_first(desc="tokenize"):  # the others read its cache
@@ -179,8 +147,13 @@ def main(options: TextOptions) -> dict[str, Any]:
     callbacks = make_callbacks(options, criterion, test_set, rule)
     if arguments.process_index == 0:
         # The classes of a run that is resumed must be the same, in the same order.
-        run = {**asdict(options), "class_names": counts.class_names}
-        claim_output_dir(options.output_dir, run, resume=RESUME[options.resume])
+        claim_output_dir(
+            options.output_dir,
+            {**asdict(options), "class_names": counts.class_names},
+            resume=RESUME[options.resume],
+            may_grow=options.may_grow(),
+            overwrite=options.overwrite,
+        )
         keep_split(options, notes, write=True)
         drop_partial_trainer_checkpoints(arguments.output_dir)
     checkpoint = newest_trainer_checkpoint(arguments.output_dir)
@@ -224,7 +197,7 @@ def save_outputs(options: TextOptions, metrics: dict[str, Any], counts: ClassCou
     times = training_times(options.output_dir, counts.total)
     write_metrics(options.output_dir, metrics | times)
     write_report(options.output_dir)
-    print_classes(metrics, counts)
+    print_outcome(options, metrics, counts)
 
 
 def save_model(options: TextOptions, trainer: Trainer) -> None:
@@ -364,7 +337,11 @@ def make_model(
         tokenizer, model = make_bilstm(options, train, labels)
     else:
         folder = BUNDLED_MODELS.get(options.model, lambda: options.model)()
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except OSError as error:
+            expected = "bilstm, minilm, a folder with a model, or a hub id that can be reached"
+            raise invalid("model", expected, options.model) from error
         model = AutoModelForSequenceClassification.from_pretrained(
             folder,
             **labels,
@@ -469,6 +446,7 @@ def make_arguments(options: TextOptions) -> TrainingArguments:
         use_cpu=not torch.accelerator.is_available(),
         dataloader_pin_memory=torch.accelerator.is_available(),
         report_to=options.report_to,
+        disable_tqdm=True,  # ProgressCallback has a bar of its own
         **selection,
     )
 
@@ -504,7 +482,8 @@ def make_callbacks(
         scale=options.scale,
         mixup=options.mixup,
     )
-    return [drw, history, *selection, checkpoints]
+    progress = ProgressCallback(schedule, show=not options.quiet)
+    return [drw, history, progress, *selection, checkpoints]
 
 
 def make_trainer(
@@ -520,7 +499,7 @@ def make_trainer(
     """A stock Trainer; the callbacks bring the loss, the schedule and the history."""
     if options.fast_dropout and arguments.device.type == "cpu":
         use_fast_dropout(model)
-    return Trainer(
+    trainer = Trainer(
         model=model,
         args=arguments,
         train_dataset=train_set,
@@ -531,6 +510,8 @@ def make_trainer(
         preprocess_logits_for_metrics=only_logits,
         callbacks=callbacks,
     )
+    trainer.remove_callback(PrinterCallback)  # which prints every entry of the log
+    return trainer
 
 
 def only_logits(outputs: Any, labels: Any) -> Any:
@@ -539,4 +520,4 @@ def only_logits(outputs: Any, labels: Any) -> Any:
 
 
 if __name__ == "__main__":
-    main(parse_options(TextOptions, default="stdlib_lt"))
+    main(options)

@@ -1,8 +1,8 @@
 """Train a timm model on long-tailed images with LDAM-DRW, or any loss and schedule beside it.
 
-    accelerate launch recipes/vision_lt.py                         # digits, under two minutes
-    accelerate launch recipes/vision_lt.py cifar10_lt              # the paper's run
-    accelerate launch recipes/vision_lt.py cifar10_lt --loss ce --schedule none
+    python recipes/vision_lt.py                         # digits, under two minutes
+    python recipes/vision_lt.py cifar10_lt              # the paper's run
+    accelerate launch --multi_gpu --num_processes 2 recipes/vision_lt.py cifar10_lt
 
 A preset of ``recipes/presets`` (or a YAML or JSON file) may come first, flags after it override it.
 Presets hold the paper's settings and say where they come from. Without one the preset is
@@ -12,10 +12,15 @@ otherwise. Everything a run writes is in ``--output_dir``.
 
 from __future__ import annotations
 
+from options import VisionOptions, command_line
+
+if __name__ == "__main__":  # --help and a misspelt flag are answered before torch is imported
+    options = command_line(VisionOptions, default="digits_lt")
+
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -26,13 +31,12 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from options import (
     RESUME,
-    CoreOptions,
     held_out_record,
     keep_split,
     load_validation,
-    parse_options,
-    print_classes,
+    print_header,
     print_kept,
+    print_outcome,
     split_samples,
     without_untrained,
 )
@@ -42,7 +46,6 @@ from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from tqdm import trange
 
 from ldam_plugins import ClassCounts, register
 from ldam_plugins.data import LabelledImages, load_images, long_tail_indices
@@ -50,8 +53,6 @@ from ldam_plugins.data.in_memory import InMemoryImages
 from ldam_plugins.data.notes import DataNotes
 from ldam_plugins.heads.choice import put_head, wants_cosine_head, warn_of_linear_head
 from ldam_plugins.integrations.timm.images import (
-    AUGMENTATIONS,
-    SMALL,
     ImagePipeline,
     image_loader,
     on_device,
@@ -67,6 +68,7 @@ from ldam_plugins.kernels.batch_norm import use_fast_batch_norm
 from ldam_plugins.losses import apply_stage, warn_of_combination
 from ldam_plugins.losses.base import ClassificationLoss
 from ldam_plugins.reports import write_report
+from ldam_plugins.reports.console import RunBar
 from ldam_plugins.samplers import DeferredSampler
 from ldam_plugins.schedules import DeferredSchedule, Progress
 from ldam_plugins.training import (
@@ -91,104 +93,10 @@ from ldam_plugins.training import (
     write_metrics,
 )
 from ldam_plugins.training.options import (
-    COUNT,
-    COUNT_OR_0,
-    NOT_NEGATIVE,
-    POSITIVE,
-    SHARE,
-    SHARE_BELOW_1,
     check_choice,
     check_int,
     invalid,
-    option,
 )
-
-SCHEDULERS = ("cosine", "multistep", "step", "poly", "tanh", "constant")
-CROP_MODES = ("center", "squash", "border")
-
-
-@dataclass
-class VisionOptions(CoreOptions):
-    """Options of the recipe; presets set those that make an experiment."""
-
-    LIMITS = CoreOptions.LIMITS | {
-        "image_size": COUNT,
-        "memory_limit": {"low": 0},
-        "crop_pct": {"low": 0, "high": 1, "low_open": True},
-        "padding": COUNT_OR_0,
-        "hflip": SHARE,
-        "workers": COUNT_OR_0,
-        "momentum": SHARE_BELOW_1,
-        "weight_decay": NOT_NEGATIVE,
-        "warmup_epochs": COUNT_OR_0,
-        "warmup_lr": NOT_NEGATIVE,
-        "decay_milestones": COUNT_OR_0,
-        "decay_rate": NOT_NEGATIVE,
-        "min_lr": NOT_NEGATIVE,
-        "mixup": NOT_NEGATIVE,
-        "cutmix": NOT_NEGATIVE,
-        "smoothing": SHARE_BELOW_1,
-        "ema_decay": SHARE_BELOW_1,
-        "clip_grad": POSITIVE,
-    }
-
-    dataset: str = option("digits", "folder, table, hub id, or digits")
-    model: str = option(
-        "cifar_resnet32",
-        "what timm.create_model takes: resnet18.a1_in1k, hf-hub:..., local-dir:...; or "
-        "efficientnet_lite0_imagenet (pretrained, in a package)",
-    )
-    epochs: int = option(200, "epochs of training")
-    batch_size: int = option(128, "images a process and micro-batch")
-    lr: float = option(0.1, "learning rate")
-    output_dir: str = option("runs/vision_lt", "folder of the run")
-    image_column: str | None = option(
-        None, "column of the images, or of their names [by its content]"
-    )
-    label_column: str | None = option(None, "column of the labels [by name or content]")
-    train_list: str | None = option(None, "list or JSON file of the training images")
-    test_list: str | None = option(None, "list or JSON file of the test images")
-    skip_corrupt: bool = option(False, "leave out images that cannot be decoded, and count them")
-    image_size: int | None = option(None, "side of the images the model gets [the model's own]")
-    crop_pct: float | None = option(
-        None, "share of the resized image that evaluation crops [crop_flip: 1; timm: the model's]"
-    )
-    crop_mode: str | None = option(
-        None, "timm's crop of images that are not square [the model's]", choices=CROP_MODES
-    )
-    augment: str = option(
-        "auto",
-        "augmentation: crop_flip moves and mirrors the image, timm cuts random parts of it and "
-        f"jitters the colours; auto: crop_flip up to {SMALL} pixels a side, else timm",
-        choices=AUGMENTATIONS,
-    )
-    padding: int = option(4, "border of the random crop of --augment crop_flip")
-    hflip: float = option(0.5, "probability of a horizontal flip")
-    memory_limit: int = option(
-        2**31,
-        "bytes of decoded images a process may hold in memory, of training and test together [2 "
-        "GiB]; more, or images that timm augments, are decoded each time. The same images either "
-        "way",
-    )
-    workers: int = option(4, "loader processes for images not held in memory")
-    pretrained: bool = option(False, "begin from timm's pretrained weights")
-    opt: str = option("sgd", "optimizer of timm")
-    momentum: float = option(0.9, "momentum of the optimizer")
-    weight_decay: float = option(2e-4, "weight decay of all parameters")
-    sched: str = option("cosine", "learning rate scheduler of timm", choices=SCHEDULERS)
-    warmup_epochs: int = option(0, "epochs of linear warm-up")
-    warmup_lr: float = option(1e-5, "learning rate the warm-up begins with")
-    decay_milestones: list[int] = option([], "epochs (0-based) at which multistep decays")
-    decay_rate: float = option(0.01, "factor of each decay")
-    min_lr: float = option(0.0, "least learning rate of the cosine scheduler")
-    mixup: float = option(0.0, "alpha of Mixup")
-    cutmix: float = option(0.0, "alpha of CutMix")
-    smoothing: float = option(0.0, "label smoothing")
-    ema_decay: float = option(0.0, "decay of the weight average that is evaluated; 0: none")
-    clip_grad: float | None = option(None, "largest gradient norm")
-    compile: bool = option(
-        False, "compile the model; on one GPU, replay its passes as a CUDA graph"
-    )
 
 
 @folders_held()
@@ -197,18 +105,30 @@ def main(options: VisionOptions) -> dict[str, Any]:
     register()
     accelerator = make_accelerator(options)
     set_seed(options.seed)
+    options.check_model()
     notes = DataNotes()
-    show = accelerator.is_main_process
+    show = accelerator.is_main_process and not options.quiet
     train, test, counts = load_data(options, show, notes)
     train, validation, counts = hold_out(options, train, counts, show, notes)
     watched = watched_images(options, validation, test)
     unread = options.measures_test and "test_error" not in watched
     if unread and not options.skip_corrupt:
-        refuse_corrupt(test, show=accelerator.is_main_process)
+        refuse_corrupt(test, show=show)
     criterion = options.make_loss(counts).to(accelerator.device)
     if accelerator.is_main_process:
         warn_of_combination(criterion, options.make_schedule())
         warn_of_linear_head(criterion, wants_cosine_head(criterion, options.head))
+    if show:
+        print_header(
+            options,
+            counts,
+            "images",
+            held_out=0 if validation is None else len(validation),
+            test=len(test),
+            device=accelerator.device,
+            precision=accelerator.mixed_precision,
+            processes=accelerator.num_processes,
+        )
     model = make_model(options, criterion)
     pipeline = make_pipeline(options, model)
     check_trains_on(
@@ -223,7 +143,7 @@ def main(options: VisionOptions) -> dict[str, Any]:
         train,
         *watched.values(),
         memory_limit=options.memory_limit,
-        progress=accelerator.is_main_process,
+        progress=show,
     )
     with keep_freed_memory(accelerator.device):
         parts = dict(zip(watched, eval_sets, strict=True))
@@ -326,6 +246,8 @@ def fit(
         options.output_dir,
         run,
         resume=RESUME[options.resume],
+        may_grow=options.may_grow(),
+        overwrite=options.overwrite,
         models=beside,
         test_error="test_error" in eval_sets,
     )
@@ -333,12 +255,12 @@ def fit(
     config = {name: str(value) for name, value in asdict(options).items()}
     accelerator.init_trackers("vision_lt", config=config)
     stage = None
-    epochs = trange(
-        first_epoch, options.epochs, unit="epoch", disable=not accelerator.is_main_process
-    )
-    for epoch in until_preempted(epochs):
+    show = accelerator.is_main_process and not options.quiet
+    bar = RunBar(options.epochs, steps, first_epoch, show=show)
+    for epoch in until_preempted(range(first_epoch, options.epochs)):
         if best is not None and best.stops:
             break
+        bar.begin_epoch(epoch)
         began = time.perf_counter()
         # All random numbers of an epoch follow from this, so a resumed run repeats them.
         generator = seed_epoch(options.seed, epoch, accelerator.process_index)
@@ -354,6 +276,7 @@ def fit(
             total += train_step([mix(to_input(x, generator), labels) for x, labels in group])
             if ema is not None:
                 ema.update(model)
+            bar.step()
         row = {
             "epoch": epoch,
             "lr": optimizer.param_groups[0]["lr"],
@@ -367,8 +290,8 @@ def fit(
                 row[column] = found["top1_error"]
                 if best is not None and column == "val_error":
                     best.update(evaluated, epoch, found[options.select])
-        shown = {"loss": row["train_loss"], "stage": row["stage"]}
-        epochs.set_postfix(shown | {name: row[name] for name in eval_sets if name in row})
+        shown = {"stage": row["stage"], "loss": row["train_loss"]}
+        bar.show(**shown, **{name: row.get(name) for name in eval_sets})
         accelerator.log({k: v for k, v in row.items() if isinstance(v, float)}, step=epoch)
         if history is not None:
             history.append(**row)
@@ -379,6 +302,7 @@ def fit(
             keep=options.keep_checkpoints,
             models=beside,
         )
+    bar.close()
     if best is None:
         return evaluated, None
     evaluated.load_state_dict(best.module.state_dict())
@@ -408,7 +332,7 @@ def save_outputs(options: VisionOptions, metrics: dict[str, Any], counts: ClassC
     times = training_times(options.output_dir, counts.total)
     write_metrics(options.output_dir, metrics | times)
     write_report(options.output_dir)
-    print_classes(metrics, counts)
+    print_outcome(options, metrics, counts)
 
 
 def make_accelerator(options: VisionOptions) -> Accelerator:
@@ -682,4 +606,4 @@ def make_target(options: VisionOptions, classes: int) -> Callable[..., tuple[Ten
 
 
 if __name__ == "__main__":
-    main(parse_options(VisionOptions, default="digits_lt"))
+    main(options)

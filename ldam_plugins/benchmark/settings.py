@@ -12,8 +12,8 @@ import pandas as pd
 from ldam_plugins._validation import invalid
 from ldam_plugins.benchmark.grid import METHODS
 from ldam_plugins.benchmark.records import Record
+from ldam_plugins.choices import DEFAULT_SCALE
 from ldam_plugins.heads.choice import LINEAR_SCALE, wants_cosine_head
-from ldam_plugins.losses.base import DEFAULT_SCALE
 from ldam_plugins.losses.registry import create_loss, loss_class, loss_options
 from ldam_plugins.schedules import KINDS
 from ldam_plugins.training.run_dir import MAY_CHANGE

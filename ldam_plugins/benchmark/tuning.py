@@ -22,8 +22,8 @@ from ldam_plugins._validation import check_choice, invalid, quoted
 from ldam_plugins.benchmark.grid import SCHEDULES_OF
 from ldam_plugins.benchmark.local import CellTask, Outcome
 from ldam_plugins.benchmark.settings import head_of
+from ldam_plugins.choices import DEFAULT_SCALE
 from ldam_plugins.counts import ClassCounts
-from ldam_plugins.losses.base import DEFAULT_SCALE
 from ldam_plugins.losses.registry import list_losses, loss_options, losses_with
 from ldam_plugins.training.files import write_atomic
 from ldam_plugins.training.history import read_metrics

@@ -180,7 +180,8 @@ def map_in_threads(
     from tqdm.contrib.concurrent import thread_map
 
     blocks = [range(start, min(start + _BLOCK, count)) for start in range(0, count, _BLOCK)]
-    return iter(thread_map(work, blocks, unit=" blocks", disable=not progress))
+    hidden = not progress
+    return iter(thread_map(work, blocks, unit=" blocks", disable=hidden, leave=False, delay=1))
 
 
 def load_images(

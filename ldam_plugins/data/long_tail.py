@@ -9,11 +9,9 @@ from typing import Any
 import numpy as np
 
 from ldam_plugins._validation import check_choice, check_int, check_real, invalid
+from ldam_plugins.choices import CLASS_ORDERS, PROFILES
 from ldam_plugins.counts import check_label_range, label_array
 
-PROFILES = ("exp", "step", "none")
-CLASS_ORDERS = ("size", "index")
-"""What the head of a long tail is: the largest class, or class 0."""
 _ROUNDING = 1e-13
 """Relative error that a power in double precision stays below."""
 

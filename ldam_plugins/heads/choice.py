@@ -13,16 +13,11 @@ from typing import Any
 from torch import nn
 
 from ldam_plugins._validation import check_choice, check_real, invalid
+from ldam_plugins.choices import DEFAULT_SCALE, HEADS, LINEAR_SCALE
 from ldam_plugins.heads.cosine import use_cosine_head
 from ldam_plugins.heads.layers import cosine_heads
-from ldam_plugins.losses.base import DEFAULT_SCALE, ClassificationLoss
+from ldam_plugins.losses.base import ClassificationLoss
 from ldam_plugins.losses.registry import loss_options
-
-HEADS = ("auto", "linear", "cosine")
-"""Words for the head; ``"auto"`` is a cosine head for the losses with a margin, else linear."""
-
-LINEAR_SCALE = 1.0
-"""Scale of a margin on a linear head: the margin is taken off the logits as it is."""
 
 
 def wants_cosine_head(loss: ClassificationLoss | type[ClassificationLoss], head: str) -> bool:

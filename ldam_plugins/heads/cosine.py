@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ldam_plugins._validation import check_choice, check_real, invalid
+from ldam_plugins.choices import DEFAULT_SCALE
 from ldam_plugins.heads.finder import find_head, refuse_adapted
 from ldam_plugins.heads.folding import fold_before_fusing
 from ldam_plugins.heads.guard import check_replaceable, guard_heads
@@ -25,7 +26,6 @@ from ldam_plugins.heads.layers import (
     cosine_layer,
     replace_layers,
 )
-from ldam_plugins.losses.base import DEFAULT_SCALE
 
 
 def use_cosine_head(

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldam_plugins._validation import check_real, invalid
+from ldam_plugins.choices import DEFAULT_SCALE
 from ldam_plugins.kernels.chunked_cosines import (
     ChunkedCosines,
     autocasts,
@@ -17,7 +18,6 @@ from ldam_plugins.kernels.chunked_cosines import (
     followed,
     full_precision,
 )
-from ldam_plugins.losses.base import DEFAULT_SCALE
 
 _MOMENT_RATE = 0.01
 """Weight of a new batch in the running means: they reach back over about 100 batches."""

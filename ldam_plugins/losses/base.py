@@ -31,11 +31,6 @@ from ldam_plugins.losses.reduction import (
 )
 from ldam_plugins.losses.trainer_checks import check_item_count, check_predictions
 
-DEFAULT_SCALE = 30.0
-"""Scale s of a cosine head, ``z = s cos(theta)``, and of the margins in its logits.
-
-Source: Cao et al., NeurIPS 2019, arXiv 1906.07413 (their code: s = 30).
-"""
 _INITIALISED = "_is_hf_initialized"
 """Flag of transformers, on what a checkpoint held and on modules that have been initialised."""
 

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ldam_plugins._validation import check_choice, invalid
+from ldam_plugins.choices import DEFAULT_SCALE
 from ldam_plugins.kernels.chunked_cosines import ChunkedCosines
 from ldam_plugins.kernels.cross_entropy import reduce_rows, row_weights
-from ldam_plugins.losses.base import DEFAULT_SCALE, ClassificationLoss
+from ldam_plugins.losses.base import ClassificationLoss
 from ldam_plugins.losses.reduction import REDUCTIONS, CommonOptions, per_class, prepare
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ldam_plugins._validation import check_real
-from ldam_plugins.losses.base import DEFAULT_SCALE
+from ldam_plugins.choices import DEFAULT_SCALE
 from ldam_plugins.losses.margin import MarginLoss
 from ldam_plugins.losses.reduction import CommonOptions, prepare
 

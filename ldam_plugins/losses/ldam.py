@@ -11,8 +11,8 @@ from typing import Unpack
 from torch import Tensor
 
 from ldam_plugins._validation import check_real
+from ldam_plugins.choices import DEFAULT_SCALE
 from ldam_plugins.kernels.margin_cross_entropy import margin_cross_entropy
-from ldam_plugins.losses.base import DEFAULT_SCALE
 from ldam_plugins.losses.margin import MarginLoss
 from ldam_plugins.losses.reduction import CommonOptions, check_batch
 

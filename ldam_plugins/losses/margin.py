@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ldam_plugins._validation import check_real
+from ldam_plugins.choices import DEFAULT_SCALE
 from ldam_plugins.counts import DEFAULT_MAX_MARGIN, ClassCounts
 from ldam_plugins.kernels.chunked_cosines import ChunkedCosines
-from ldam_plugins.losses.base import DEFAULT_SCALE, ClassificationLoss
+from ldam_plugins.losses.base import ClassificationLoss
 from ldam_plugins.losses.cross_entropy import chunked_cross_entropy
 
 

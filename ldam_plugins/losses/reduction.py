@@ -7,7 +7,8 @@ from typing import NamedTuple, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from ldam_plugins._validation import check_choice, check_logits, check_target, invalid
+from ldam_plugins._tensor_checks import check_logits, check_target
+from ldam_plugins._validation import check_choice, invalid
 from ldam_plugins.kernels.chunked_cosines import ChunkedCosines
 from ldam_plugins.kernels.cross_entropy import cross_entropy, reduce_rows, row_weights
 from ldam_plugins.kernels.dispatch import match_tensor_kind

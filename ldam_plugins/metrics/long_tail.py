@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldam_plugins._validation import check_int, check_logits, invalid
+from ldam_plugins._tensor_checks import check_logits
+from ldam_plugins._validation import check_int, invalid
 from ldam_plugins.counts import ClassCounts, check_label_range, label_array
 from ldam_plugins.metrics.views import error_views
 

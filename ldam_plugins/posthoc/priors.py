@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ldam_plugins._validation import check_choice, check_logits, check_real, invalid
+from ldam_plugins._tensor_checks import check_logits
+from ldam_plugins._validation import check_choice, check_real, invalid
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.heads import cosine_heads, find_head
 from ldam_plugins.heads.guard import parallel_wrapper

@@ -64,44 +64,44 @@ on from its last whole epoch; SIGTERM ends it after the running epoch, with exit
 from typing import TYPE_CHECKING
 
 from ldam_plugins._lazy import lazy_names
-from ldam_plugins.training.checkpoints import (
-    begin_run,
-    load_checkpoint,
-    newest_checkpoint,
-    save_checkpoint,
-    write_checkpoint,
-)
-from ldam_plugins.training.distributed import (
-    any_process,
-    check_processes,
-    epoch_batches,
-    num_unpadded_rows,
-    refuse_deepspeed,
-    unpadded_batches,
-)
-from ldam_plugins.training.environment import (
-    check_tracker,
-    choose_precision,
-    device_name,
-    keep_freed_memory,
-    run_versions,
-    seed_epoch,
-)
-from ldam_plugins.training.files import disk_errors, write_atomic
-from ldam_plugins.training.history import (
-    HistoryWriter,
-    read_history,
-    read_metrics,
-    run_metrics,
-    training_times,
-    write_metrics,
-)
-from ldam_plugins.training.preemption import PREEMPTED, defer_sigterm, until_preempted
-from ldam_plugins.training.run_dir import claim_output_dir, folders_held
-from ldam_plugins.training.selection import BestModel, SelectionRule, first_candidate
 
 if TYPE_CHECKING:
+    from ldam_plugins.training.checkpoints import (
+        begin_run,
+        load_checkpoint,
+        newest_checkpoint,
+        save_checkpoint,
+        write_checkpoint,
+    )
+    from ldam_plugins.training.distributed import (
+        any_process,
+        check_processes,
+        epoch_batches,
+        num_unpadded_rows,
+        refuse_deepspeed,
+        unpadded_batches,
+    )
+    from ldam_plugins.training.environment import (
+        check_tracker,
+        choose_precision,
+        device_name,
+        keep_freed_memory,
+        run_versions,
+        seed_epoch,
+    )
     from ldam_plugins.training.evaluation import evaluate
+    from ldam_plugins.training.files import disk_errors, write_atomic
+    from ldam_plugins.training.history import (
+        HistoryWriter,
+        read_history,
+        read_metrics,
+        run_metrics,
+        training_times,
+        write_metrics,
+    )
+    from ldam_plugins.training.preemption import PREEMPTED, defer_sigterm, until_preempted
+    from ldam_plugins.training.run_dir import claim_output_dir, folders_held
+    from ldam_plugins.training.selection import BestModel, SelectionRule, first_candidate
     from ldam_plugins.training.step import TrainStep, micro_batches
 
 __all__ = [
@@ -143,11 +143,47 @@ __all__ = [
     "write_metrics",
 ]
 
+# Importing torch and accelerate takes seconds, which the command line of a recipe does not need.
+_HOMES = {
+    "checkpoints": (
+        "begin_run",
+        "load_checkpoint",
+        "newest_checkpoint",
+        "save_checkpoint",
+        "write_checkpoint",
+    ),
+    "distributed": (
+        "any_process",
+        "check_processes",
+        "epoch_batches",
+        "num_unpadded_rows",
+        "refuse_deepspeed",
+        "unpadded_batches",
+    ),
+    "environment": (
+        "check_tracker",
+        "choose_precision",
+        "device_name",
+        "keep_freed_memory",
+        "run_versions",
+        "seed_epoch",
+    ),
+    "evaluation": ("evaluate",),
+    "files": ("disk_errors", "write_atomic"),
+    "history": (
+        "HistoryWriter",
+        "read_history",
+        "read_metrics",
+        "run_metrics",
+        "training_times",
+        "write_metrics",
+    ),
+    "preemption": ("PREEMPTED", "defer_sigterm", "until_preempted"),
+    "run_dir": ("claim_output_dir", "folders_held"),
+    "selection": ("BestModel", "SelectionRule", "first_candidate"),
+    "step": ("TrainStep", "micro_batches"),
+}
 __getattr__, __dir__ = lazy_names(
     __name__,
-    {  # importing accelerate takes a second
-        "TrainStep": "ldam_plugins.training.step",
-        "evaluate": "ldam_plugins.training.evaluation",
-        "micro_batches": "ldam_plugins.training.step",
-    },
+    {name: f"ldam_plugins.training.{module}" for module, names in _HOMES.items() for name in names},
 )

@@ -32,6 +32,8 @@ def begin_run(
     resume: bool | str = False,
     models: Mapping[str, nn.Module] | None = None,
     may_change: Collection[str] = MAY_CHANGE,
+    may_grow: Mapping[str, str | None] | None = None,
+    overwrite: bool = False,
     test_error: bool = False,
 ) -> tuple[int, HistoryWriter | None]:
     """Claim the folder of a run, or load the newest checkpoint of the run in it.
@@ -45,6 +47,8 @@ def begin_run(
         resume: As in :func:`~ldam_plugins.training.claim_output_dir`.
         models: As in :func:`save_checkpoint`.
         may_change: Names of options in which a resumed run may differ.
+        may_grow: As in :func:`~ldam_plugins.training.claim_output_dir`.
+        overwrite: As there.
         test_error: As in :class:`~ldam_plugins.training.HistoryWriter`.
 
     Returns:
@@ -57,7 +61,14 @@ def begin_run(
     history = None
     with folders_held():
         if accelerator.is_main_process:
-            claim_output_dir(output_dir, options, resume=resume, may_change=may_change)
+            claim_output_dir(
+                output_dir,
+                options,
+                resume=resume,
+                may_change=may_change,
+                may_grow=may_grow,
+                overwrite=overwrite,
+            )
             drop_partial_checkpoints(output_dir)
         accelerator.wait_for_everyone()
         epochs = load_checkpoint(accelerator, output_dir, models=models)

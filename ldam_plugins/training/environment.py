@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from ldam_plugins._validation import check_choice, check_int, invalid
+from ldam_plugins.choices import PRECISIONS
 
-PRECISIONS = ("auto", "no", "bf16", "fp16")
 # Parameters of glibc's mallopt (malloc.h), and what they grow to by themselves.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 _GROWN = {_MMAP_MAX: 65_536, _MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -15,14 +16,19 @@ from weakref import WeakValueDictionary
 from filelock import FileLock, Timeout
 
 from ldam_plugins._validation import check_choice, invalid, quoted
-from ldam_plugins.training.files import to_json, write_flushed
+from ldam_plugins.training.files import to_json, write_atomic, write_flushed
 
 OPTIONS_FILE, HISTORY_FILE, METRICS_FILE = "options.json", "history.csv", "metrics.json"
 COMMAND_FILE = "command.txt"
 LOCK_FILE, HOLDER_FILE = ".run.lock", ".run.json"
 RUN_ENTRIES = (OPTIONS_FILE, HISTORY_FILE, METRICS_FILE, "checkpoints", "model", "report.html")
 """What makes a folder one that holds a run."""
-MAY_CHANGE = ("output_dir", "resume", "report_to", "keep_checkpoints")
+OTHER_FILES = ("training_curve.png", "class_profile.png")
+"""What a run writes beside."""
+MAY_CHANGE = (
+    *("output_dir", "resume", "report_to", "keep_checkpoints"),
+    *("overwrite", "quiet", "traceback"),
+)
 """Options in which a resumed run may differ from the run it goes on with."""
 _WAIT = 2.0  # seconds, for a run that is just ending
 
@@ -36,12 +42,14 @@ def claim_output_dir(
     *,
     resume: bool | str,
     may_change: Collection[str] = MAY_CHANGE,
+    may_grow: Mapping[str, str | None] | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Make the folder of a run and write ``options.json`` into it, or find the run to resume.
 
     Call it last before training, on one process. Of two runs that start together, or resume
     together, one is refused. Within :func:`folders_held` the folder stays locked until the end of
-    that block.
+    that block. A run that ended before it had saved anything is no run: its folder is taken.
 
     Args:
         path: The folder, ``--output_dir``. Other files in it are left alone.
@@ -49,26 +57,40 @@ def claim_output_dir(
         resume: Go on with the run in the folder instead of starting one; ``"auto"``: if it
             holds one, else start.
         may_change: Names of options in which a resumed run may differ.
+        may_grow: Options of which a resumed run may have more, such as epochs, each with the reason
+            why this one may not, or None. ``options.json`` then says the new number.
+        overwrite: Delete the run in the folder, and nothing else there, before starting one.
 
     Returns:
         The folder. Loading a checkpoint is up to the caller.
 
     Raises:
-        ValueError: the folder cannot be written; it holds a run and ``resume`` is False; it
-            holds none and ``resume`` is True; the options of the two runs differ; or another
+        ValueError: the folder cannot be written; it holds a run and neither ``resume`` nor
+            ``overwrite`` is true, or both; it holds none and ``resume`` is True; it holds something
+            else that ``overwrite`` would delete; the options of the two runs differ; or another
             process is at work in it.
     """
     folder = Path(path)
     text = to_json(dict(options), name="options")
     check_choice("resume", resume, (False, True, "auto"))
-    if resume is True or (resume == "auto" and (folder / OPTIONS_FILE).exists()):
-        _check_same_options(folder, json.loads(text), may_change)
+    if overwrite and resume:
+        raise invalid("overwrite", "left out with --resume", overwrite)
+    begun = has_checkpoint(folder) or (folder / METRICS_FILE).exists()
+    if resume is True or (resume == "auto" and (folder / OPTIONS_FILE).exists() and begun):
+        grown = _check_same_options(folder, json.loads(text), may_change, may_grow or {})
         _check_writable(folder)
         hold_folder(folder, _WAIT)
+        if grown:
+            write_atomic(folder / OPTIONS_FILE, text.encode())
         return folder
     _check_writable(folder)
-    _check_no_run(folder)
-    hold_folder(folder, _WAIT)
+    if overwrite or is_unsaved(folder):
+        hold_folder(folder, _WAIT)  # that of a run at work is not taken
+    if overwrite or is_unsaved(folder):
+        delete_run(folder)
+    else:
+        _check_no_run(folder)
+        hold_folder(folder, _WAIT)
     try:
         _write_new(folder / OPTIONS_FILE, text.encode())
     except FileExistsError:
@@ -90,10 +112,21 @@ def _write_new(path: Path, content: bytes) -> None:
         beside.unlink(missing_ok=True)
 
 
+def check_no_run(folder: str | os.PathLike[str]) -> None:
+    """Refuse a folder that holds a run, unless it ended before it had saved anything.
+
+    Raises:
+        ValueError: it holds one.
+    """
+    if not is_unsaved(Path(folder)):
+        _check_no_run(Path(folder))
+
+
 def _check_no_run(folder: Path) -> None:
     held = [name for name in RUN_ENTRIES if (folder / name).exists()]
     if held:
-        hint = f"It has {quoted(held)}: choose another --output_dir, or add --resume to go on."
+        hint = f"It has {quoted(held)}: choose another --output_dir, add --resume to go on, or"
+        hint += " --overwrite to delete that run."
         raise invalid("output_dir", "a folder that holds no run", str(folder), hint=hint)
 
 
@@ -108,12 +141,72 @@ def _check_writable(folder: Path) -> None:
         raise invalid("output_dir", expected, str(folder), hint=hint) from error
 
 
-def _check_same_options(folder: Path, options: dict[str, Any], may_change: Collection[str]) -> None:
-    differing = differing_options(_stored_options(folder), options, may_change)
+def has_checkpoint(folder: str | os.PathLike[str]) -> bool:
+    """Whether a run has saved something to go on from, of either recipe."""
+    whole = (*Path(folder).glob("checkpoints/epoch_*"),)
+    return bool(whole) or any(Path(folder).glob("checkpoints/checkpoint-*/whole"))
+
+
+def is_unsaved(folder: Path) -> bool:
+    """Whether a folder holds a run that ended before it had saved anything."""
+    later = [
+        name for name in RUN_ENTRIES if name not in (OPTIONS_FILE, HISTORY_FILE, "checkpoints")
+    ]
+    lost = has_checkpoint(folder) or any((folder / name).exists() for name in later)
+    return (folder / OPTIONS_FILE).is_file() and not lost
+
+
+def delete_run(folder: str | os.PathLike[str]) -> None:
+    """Delete the run in a folder: its files, checkpoints and model. Other files are left alone.
+
+    Raises:
+        ValueError: what would be deleted is not that of a run, having no ``options.json``.
+    """
+    folder = Path(folder)
+    held = [name for name in RUN_ENTRIES if (folder / name).exists()]
+    if held and OPTIONS_FILE not in held:
+        hint = f"It has {quoted(held)} but no {OPTIONS_FILE}: choose another --output_dir."
+        raise invalid("overwrite", "left out where there is no run", str(folder), hint=hint)
+    if not held:
+        return
+    _stored_options(folder)
+    for pattern in ("epoch_*", ".epoch_*", "checkpoint-*"):
+        for path in folder.glob(f"checkpoints/{pattern}"):
+            _remove(path)
+    if not any(folder.glob("checkpoints/*")):
+        _remove(folder / "checkpoints")
+    if (folder / "model" / "config.json").is_file():
+        _remove(folder / "model")
+    for name in (HISTORY_FILE, METRICS_FILE, "report.html", *OTHER_FILES, OPTIONS_FILE):
+        _remove(folder / name)  # the options last: without them it is no run
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _check_same_options(
+    folder: Path,
+    options: dict[str, Any],
+    may_change: Collection[str],
+    may_grow: Mapping[str, str | None],
+) -> list[str]:
+    """Refuse options other than those of the run; returns those that have grown."""
+    stored = _stored_options(folder)
+    grown = [n for n in may_grow if n in stored and n in options and options[n] > stored[n]]
+    for name in grown:
+        if reason := may_grow[name]:
+            expected = f"{stored[name]} as in the run in {str(folder)!r}"
+            raise invalid(name, expected, options[name], hint=reason)
+    differing = differing_options(stored, options, [*may_change, *grown])
     if differing:
         hint = "Give the same options, or choose another --output_dir without --resume."
         expected = f"those of the run in {str(folder)!r}"
         raise ValueError(f"`options` must be {expected}; {'; '.join(differing)}. {hint}")
+    return grown
 
 
 def differing_options(

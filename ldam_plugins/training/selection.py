@@ -12,11 +12,9 @@ import torch
 from torch import nn
 
 from ldam_plugins._validation import check_choice, check_int
+from ldam_plugins.choices import METRICS
 from ldam_plugins.schedules import DeferredSchedule
 
-LAST = "last"
-METRICS = ("balanced_accuracy", "macro_f1", "nll")
-"""Metrics to select by, keys of :func:`~ldam_plugins.metrics.long_tail_metrics`."""
 LESS_IS_BETTER = ("nll",)
 
 
@@ -34,7 +32,7 @@ class SelectionRule:
     Of equal scores the first counts. A score that is not a number is never the best.
 
     Args:
-        metric: One of ``METRICS``.
+        metric: One of :data:`ldam_plugins.choices.METRICS`.
         first_epoch: First candidate, see :func:`first_candidate`.
         patience: Stop when so many epochs have brought nothing better than the best candidate;
             None: never.

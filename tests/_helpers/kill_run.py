@@ -17,8 +17,32 @@ from safetensors.torch import load_file
 
 VISION = ["--epochs", 4, "--start", 2, "--decay_milestones", 2, "--ratio", 20, "--resume", "auto"]
 VISION += ["--mixed_precision", "no"]
-TEXT = ["--epochs", 3, "--start", 1, "--batch_size", 8, "--hidden_size", 8, "--lr", 0.01]
-TEXT += ["--embedding_size", 8, "--mixed_precision", "no", "--resume", "auto"]
+TEXT = [
+    "--eval_test_every",
+    1,
+    "--epochs",
+    3,
+    "--start",
+    1,
+    "--batch_size",
+    8,
+    "--hidden_size",
+    8,
+    "--lr",
+    0.01,
+]
+TEXT += [
+    "--model",
+    "bilstm",
+    "--warmup",
+    0,
+    "--embedding_size",
+    8,
+    "--mixed_precision",
+    "no",
+    "--resume",
+    "auto",
+]
 # Runs the recipe with signals to itself at named moments: `moment:count:signal` in KILL_AT.
 MOMENTS = """
 import os, runpy, signal, sys

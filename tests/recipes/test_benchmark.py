@@ -280,11 +280,11 @@ def test_the_long_tail_is_the_presets_where_there_is_one():
 def test_without_a_grid_the_four_methods_run_on_what_is_named():
     settings = {
         "": ("digits", "exp", "cifar_resnet20"),
-        "--set dataset=own": ("own", "none", "cifar_resnet32"),
-        "--set=dataset=own": ("own", "none", "cifar_resnet32"),
-        "--vary dataset=own,other": ("own", "none", "cifar_resnet32"),
+        "--set dataset=own": ("own", "none", "efficientnet_lite0_imagenet"),
+        "--set=dataset=own": ("own", "none", "efficientnet_lite0_imagenet"),
+        "--vary dataset=own,other": ("own", "none", "efficientnet_lite0_imagenet"),
         "--recipe text": ("stdlib_docstrings", "none", "bilstm"),
-        "--recipe text --set dataset=own": ("own", "none", "bilstm"),
+        "--recipe text --set dataset=own": ("own", "none", "minilm"),
     }
     for flags, (dataset, profile, model) in settings.items():
         runs = benchmark.make_tasks(benchmark.parse(flags.split()))

@@ -55,7 +55,7 @@ def test_text_run_is_probed_around_its_switch(tmp_path, more):
     flags = ["--dataset", str(tmp_path / "set"), "--output_dir", str(tmp_path / "run")]
     flags += ["--epochs", "2", "--start", "1", "--keep_checkpoints", "2", "--hidden_size", "8"]
     flags += ["--embedding_size", "8", "--batch_size", "4", "--rare_classes", "b"]
-    flags += ["--rare_fraction", "0.5", *more]
+    flags += ["--rare_fraction", "0.5", "--model", "bilstm", *more]
     parsed = recipe_options.parse_options(text_lt.TextOptions, flags, default="stdlib_lt")
     text_lt.main(parsed)
     output = tmp_path / "probe.csv"

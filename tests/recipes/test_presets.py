@@ -84,3 +84,58 @@ def test_presets_keep_the_samples_they_always_kept(preset, monkeypatch):
         largest, ratio = len(labels) // classes, options.ratio
         sizes = [int(largest * ratio ** -(c / (classes - 1))) for c in range(classes)]
         assert kept == first_of_each_class(labels, sizes)
+
+
+# What is taken where nothing is said
+
+
+def made(kind, *flags):
+    return recipe_options.parse_options(kind, ["--dataset", "own", *flags], default="")
+
+
+VISION_DEFAULTS = {
+    "resnet18": (200, 128, "sgd", 0.1, 2e-4),
+    "resnet18 --pretrained": (10, 32, "adamw", 1e-4, 0.05),
+    "efficientnet_lite0_imagenet": (10, 32, "adamw", 5e-4, 0.05),
+}
+TEXT_DEFAULTS = {
+    "bilstm": (10, 3e-3, 0.0, 0.05),
+    "minilm": (6, 2e-4, 0.01, 0.1),
+    "bert-base-uncased": (4, 5e-5, 0.01, 0.1),
+    "bert-base-uncased --lora_rank 8": (4, 3e-4, 0.01, 0.1),
+}
+
+
+@pytest.mark.parametrize("model", VISION_DEFAULTS)
+def test_images_are_trained_on_as_the_model_needs(model):
+    found = made(vision_lt.VisionOptions, "--model", *model.split())
+    names = ("epochs", "batch_size", "opt", "lr", "weight_decay")
+    assert tuple(getattr(found, name) for name in names) == VISION_DEFAULTS[model]
+    assert set(found.by_model) == set(names)
+    told = made(vision_lt.VisionOptions, "--model", *model.split(), "--lr", "0.5", "--epochs", "3")
+    assert (told.lr, told.epochs, told.opt) == (0.5, 3, found.opt)
+    assert set(told.by_model) == set(names) - {"lr", "epochs"}
+
+
+@pytest.mark.parametrize("model", TEXT_DEFAULTS)
+def test_texts_are_trained_on_as_the_model_needs(model):
+    found = made(text_lt.TextOptions, "--model", *model.split())
+    names = ("epochs", "lr", "weight_decay", "warmup")
+    assert tuple(getattr(found, name) for name in names) == TEXT_DEFAULTS[model]
+    assert set(found.by_model) == set(names)
+
+
+@pytest.mark.parametrize(
+    ("kind", "model"),
+    [
+        (vision_lt.VisionOptions, "efficientnet_lite0_imagenet"),
+        (text_lt.TextOptions, "minilm"),
+    ],
+)
+def test_without_a_model_that_in_a_package_is_taken_or_asked_for(kind, model, monkeypatch):
+    found = made(kind)
+    assert (found.model, found.lr) == (model, made(kind, "--model", model).lr)
+    assert "model" in found.by_model
+    monkeypatch.setattr(recipe_options, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=f"`model` must be given.*pip install .* for {model}"):
+        made(kind).check_model()

@@ -38,7 +38,7 @@ from ldam_plugins.training.run_dir import LOCK_FILE
 
 WORDS = ("apple pear plum", "iron zinc lead", "oak elm birch")
 TINY = ["--epochs", "2", "--start", "1", "--batch_size", "8", "--hidden_size", "8"]
-TINY += ["--embedding_size", "8", "--lr", "0.01"]
+TINY += ["--embedding_size", "8", "--lr", "0.01", "--model", "bilstm", "--warmup", "0"]
 # peft 0.21 asks for a property that transformers 5.23 has renamed.
 PEFT_WARNING = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 
@@ -439,10 +439,10 @@ def test_class_errors_leave_out_classes_without_a_test_text():
         (["--start", "7"], ValueError, "`start` must be before the end of the training"),
         (["--attention_dropout", "0"], ValueError, "None for a bilstm, which has no attention"),
         (["--num_processes", "2"], RuntimeError, "must be 2, as asked for, got 1"),
-        (["--eval_every", "0"], ValueError, "`eval_every` must be an integer >= 1, got 0"),
+        (["--eval_every", "0"], ValueError, "`eval_every` must be an integer >= 1 .*got 0"),
         (["--text_column", "body"], ValueError, "`text_column` must be one of 'text', 'label'"),
         (["--dataset", "no/such-set"], (ValueError, ConnectionError), "no/such-set"),
-        (["--schedule", "dwr"], SystemExit, None),
+        (["--schedule", "dwr"], ValueError, "Did you mean 'drw'"),
         (["--no_such_flag", "1"], ValueError, "no_such_flag"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
@@ -455,7 +455,7 @@ def test_bad_input_leaves_nothing_behind(run, tmp_path, flags, error, message):
 
 def test_second_run_in_one_folder_is_refused(run):
     first, out = run("--epochs", 1, "--start", 0)
-    with pytest.raises(ValueError, match=r"--output_dir, or add --resume"):
+    with pytest.raises(ValueError, match=r"--output_dir, add --resume"):
         run("--epochs", 1, "--start", 0)
     again, _ = run("--epochs", 1, "--start", 0, "--resume")
     assert again["test"] == first["test"]
@@ -515,7 +515,7 @@ def test_a_run_with_a_split_can_be_resumed(run):
 
 def test_the_split_follows_the_subset_seed_alone(folder):
     def held_out(*flags):
-        flags = ["--dataset", str(folder), "--val_split", "0.25", *flags]
+        flags = ["--dataset", str(folder), "--val_split", "0.25", "--model", "bilstm", *flags]
         options = recipe_options.parse_options(text_lt.TextOptions, flags, default="")
         train, _, counts = text_lt.load_data(options)
         _, validation, _ = text_lt.hold_out(options, train, counts, show=False)

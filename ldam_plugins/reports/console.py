@@ -1,0 +1,140 @@
+"""What a run says in the terminal: a header, one progress bar, advice at the end."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ldam_plugins.counts import ClassCounts
+from ldam_plugins.reports.class_table import printable
+
+STILL_FALLING = 0.1
+"""Share by which the training loss must have fallen in the last epoch to be worth a word."""
+_NAMED = 4
+_LOG_SECONDS = "30"
+
+
+def header(facts: Mapping[str, str]) -> str:
+    """Names and facts as two columns.
+
+    Example:
+        >>> print(header({"data": "digits", "device": "cpu"}))
+        data    digits
+        device  cpu
+    """
+    width = max(map(len, facts)) + 2
+    return "\n".join(f"{name:<{width}}{fact}" for name, fact in facts.items())
+
+
+def worded_classes(counts: ClassCounts) -> str:
+    """Number of classes, and the samples of those at both ends, from head to tail.
+
+    Example:
+        >>> worded_classes(ClassCounts([500, 5, 50], class_names=["cat", "lynx", "fox"]))
+        '3, from head to tail: cat 500, fox 50, lynx 5; imbalance ratio 100'
+    """
+    names = counts.class_names or [str(index) for index in range(len(counts))]
+    pairs = sorted(zip(names, counts.counts.tolist(), strict=True), key=lambda pair: -pair[1])
+    shown = [f"{printable(name, width=20)} {samples}" for name, samples in pairs]
+    if len(shown) > 2 * _NAMED:
+        shown = [*shown[:_NAMED], "...", *shown[-_NAMED:]]
+    ratio = f"imbalance ratio {counts.imbalance_ratio:.4g}"
+    return f"{len(counts)}, from head to tail: {', '.join(shown)}; {ratio}"
+
+
+def worded_machine(device: str, precision: str, processes: int) -> str:
+    """Device, precision and number of processes."""
+    kinds = {"no": "float32", "bf16": "mixed precision bf16", "fp16": "mixed precision fp16"}
+    count = "1 process" if processes == 1 else f"{processes} processes"
+    return f"{device}, {kinds.get(precision, precision)}, {count}"
+
+
+class RunBar:
+    """The progress bar of a training: epoch, stage, loss, error, and the time that is left.
+
+    Where nobody watches, as in a log, it writes a line every half minute.
+
+    Args:
+        epochs: Epochs of the whole training.
+        steps_per_epoch: Optimizer steps of one.
+        done: Epochs that were done before.
+        show: Whether there is a bar at all.
+    """
+
+    def __init__(self, epochs: int, steps_per_epoch: int, done: float = 0, *, show: bool) -> None:
+        self.epochs = epochs
+        if not sys.stderr.isatty():
+            os.environ.setdefault("TQDM_MININTERVAL", _LOG_SECONDS)
+        self._bar: tqdm[Any] = tqdm(
+            total=epochs * steps_per_epoch,
+            initial=round(done * steps_per_epoch),
+            bar_format="{desc} {percentage:3.0f}% |{bar:20}| {elapsed}, {remaining} left{postfix}",
+            mininterval=float(os.environ.get("TQDM_MININTERVAL", 0.2)),
+            leave=False,  # of a run that is cut short nothing is left beside what is said of it
+            disable=not show,
+        )
+        self._shown: dict[str, str] = {}
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Name the epoch (0-based) that begins; people count them from 1."""
+        self._bar.set_description_str(f"epoch {epoch + 1}/{self.epochs}", refresh=False)
+
+    def step(self) -> None:
+        """Go on by an optimizer step."""
+        self._bar.update()
+
+    def show(self, **values: float | str | None) -> None:
+        """Show values until others of the name are shown; None is left out."""
+        for name, value in values.items():
+            if value is not None:
+                self._shown[name] = value if isinstance(value, str) else f"{value:.4g}"
+        self._bar.set_postfix_str(", ".join(f"{k} {v}" for k, v in self._shown.items()))
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        self._bar.leave = True
+        self._bar.close()
+
+
+def advice(history: Sequence[Mapping[str, Any]], *, stopped_early: bool = False) -> str | None:
+    """A word at the end if the training was cut off while it still learned much, else None.
+
+    The rule: in the last epoch the training loss was at least a tenth below that of the epoch
+    before, under the same weights (the same stage).
+
+    Args:
+        history: Rows as of :func:`~ldam_plugins.training.history.read_history`.
+        stopped_early: Whether the training ended by itself.
+
+    Example:
+        >>> rows = [{"stage": "uniform", "train_loss": loss} for loss in (2.0, 1.4)]
+        >>> advice(rows)
+        '2 epochs are few: the training loss still fell by 30 % in the last. Try --epochs 4.'
+    """
+    if stopped_early or len(history) < 2:
+        return None
+    before, last = history[-2:]
+    if before["stage"] != last["stage"] or not before["train_loss"] or last["train_loss"] is None:
+        return None
+    fall = 1 - last["train_loss"] / before["train_loss"]
+    if fall < STILL_FALLING:
+        return None
+    told = f"{len(history)} epochs are few: the training loss still fell by {100 * fall:.0f} % in"
+    return f"{told} the last. Try --epochs {2 * len(history)}."
+
+
+def files_left(output_dir: str | os.PathLike[str]) -> str:
+    """Where to look after a run.
+
+    Example:
+        >>> files_left("runs/a")
+        'report: runs/a/report.html, model: runs/a/model, figures: runs/a/metrics.json'
+    """
+    folder = Path(output_dir)
+    report, model, metrics = (folder / name for name in ("report.html", "model", "metrics.json"))
+    return f"report: {report}, model: {model}, figures: {metrics}"
