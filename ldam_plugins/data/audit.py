@@ -124,9 +124,9 @@ class Audit:
 
     The lists are tables with a row an example, or a row a pair. Examples are named by ``split``
     (train or test), ``index`` (of that split as it was given), ``label`` (the class's name) and
-    ``example`` (path, or beginning of the text). A pair has the same of the ``other_`` one, and a
-    ``difference``: 0 if both are equal, else bits of the hash (images), or the share of the
-    shingles that only one of them has (texts).
+    ``example`` (path, or beginning of the text). A pair has the same of the ``other_`` one, says
+    whether it is a ``match`` that is ``equal`` or ``near``, and the ``difference``: bits of the
+    hash (images), or the share of the shingles that only one of them has (texts).
 
     Args:
         kind: ``"images"`` or ``"texts"``.
@@ -642,13 +642,15 @@ def _leaks(looked: pd.DataFrame, contents: _Contents, near: NearPairs) -> pd.Dat
     other = np.concatenate([np.flatnonzero(trained), near.second, near.first])
     difference = np.concatenate([np.zeros(trained.sum()), near.difference, near.difference])
     sources = pd.DataFrame({"content": one, "source": other, "difference": difference})
+    # The sort is stable, and equal contents stand first.
     sources = sources[trained[other]].sort_values("difference", kind="stable")
     nearest = sources.drop_duplicates("content").set_index("content")
     tested = (looked["split"] == TEST).to_numpy()
     rows = np.flatnonzero(tested & np.isin(contents.of, nearest.index))
     found = nearest.loc[contents.of[rows]]
-    other = contents.first[found["source"].to_numpy(dtype=int)]
-    return pd.DataFrame({"row": rows, "other": other, "difference": found["difference"].to_numpy()})
+    source = found["source"].to_numpy(dtype=int)
+    columns = {"row": rows, "other": contents.first[source], "equal": source == found.index}
+    return pd.DataFrame(columns | {"difference": found["difference"].to_numpy()})
 
 
 def _conflicts(looked: pd.DataFrame, contents: _Contents, near: NearPairs) -> pd.DataFrame:
@@ -661,6 +663,7 @@ def _conflicts(looked: pd.DataFrame, contents: _Contents, near: NearPairs) -> pd
     columns = {
         "row": np.concatenate([first[equal], one[odd]]),
         "other": np.concatenate([equal, other[odd]]),
+        "equal": np.arange(len(equal) + len(odd)) < len(equal),
         "difference": np.concatenate([np.zeros(len(equal)), near.difference[odd]]),
     }
     return pd.DataFrame(columns)
@@ -695,4 +698,6 @@ def _paired(
         _named(looked[columns].iloc[pairs[side].to_numpy(dtype=int)], names, example)
         for side in ("row", "other")
     )
-    return one.join(other.add_prefix("other_")).assign(difference=pairs["difference"].to_numpy())
+    match = np.where(pairs["equal"], "equal", "near")
+    both = one.join(other.add_prefix("other_"))
+    return both.assign(match=match, difference=pairs["difference"].to_numpy())

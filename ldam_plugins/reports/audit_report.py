@@ -137,7 +137,7 @@ def write_audit(
         groups=_groups(audit),
         content=_content(audit),
         criterion=audit.criterion,
-        shifted=[] if audit.prior is None else audit.prior.shifted,
+        prior=audit.prior,
     )
     write_atomic(folder / AUDIT_PAGE, page)
     return folder / AUDIT_PAGE
@@ -165,9 +165,8 @@ def _files(audit: Audit) -> list[Finding]:
 def _pairs(audit: Audit) -> list[Finding]:
     found = []
     leaked, tests = len(audit.leaks), audit.sizes.get(TEST, 0)
-    equal = int((audit.leaks["difference"] == 0).sum()) if audit.kind == "texts" else None
     if leaked:
-        same = _equal_leaks(audit) if equal is None else equal
+        same = int((audit.leaks["match"] == "equal").sum())
         found.append(
             Finding(
                 FIX if same or leaked > 0.01 * tests else LOOK,
@@ -184,7 +183,7 @@ def _pairs(audit: Audit) -> list[Finding]:
         )
     conflicts = audit.conflicts
     if len(conflicts):
-        same = int((conflicts["difference"] == 0).sum())
+        same = int((conflicts["match"] == "equal").sum())
         things = _WORDS[audit.kind][1]
         example = " / ".join(printable(str(conflicts.iloc[0][c])) for c in ("label", "other_label"))
         found.append(
@@ -207,12 +206,6 @@ def _pairs(audit: Audit) -> list[Finding]:
             )
         )
     return found
-
-
-def _equal_leaks(audit: Audit) -> int:
-    """Test images whose file is in the training set; near ones may have the same hash."""
-    both = audit.duplicates.groupby("content")["split"].transform("nunique") > 1
-    return int((both & (audit.duplicates["split"] == TEST)).sum())
 
 
 def _repeated(audit: Audit) -> Finding:
@@ -476,11 +469,19 @@ def _galleries(audit: Audit, preview: Preview | None) -> Any:
                 np.linspace(0, len(table) - 1, min(len(table), _MAX_PAIRS)).astype(int)
             ]
             pairs = [
-                (_side(row, "", preview), _side(row, "other_", preview), row["difference"])
+                (_side(row, "", preview), _side(row, "other_", preview), _worded(audit.kind, row))
                 for row in chosen.to_dict("records")
             ]
-            unit = "bits" if audit.kind == "images" else "of the runs of signs differ"
-            yield title, f"{name}.csv", len(table), pairs, unit
+            yield title, f"{name}.csv", len(table), pairs
+
+
+def _worded(kind: str, row: Mapping[Any, Any]) -> str:
+    """How far apart a pair is."""
+    if row["match"] == "equal":
+        return "equal"
+    if kind == "images":
+        return f"near: {row['difference']:.0f} bits of the hashes differ"
+    return f"near: {row['difference']:.0%} of the runs of 5 signs are in one of them only"
 
 
 def _side(row: Mapping[Any, Any], prefix: str, preview: Preview | None) -> Side:

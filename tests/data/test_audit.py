@@ -63,9 +63,11 @@ def test_images_that_were_planted_are_found(planted):
         (("test", 3), ("train", 1)),
     ]
     assert pairs(audit.leaks) == expected
-    assert audit.leaks["difference"].tolist()[:2] == [0, 0]
+    assert audit.leaks["difference"].tolist() == [0, 0, 0]  # the hash does not see the brightness
+    assert audit.leaks["match"].tolist() == ["equal", "equal", "near"]
     assert pairs(audit.conflicts) == [(("train", 4), ("test", 2))]
-    assert audit.conflicts[["label", "other_label"]].values.tolist() == [["ant", "bee"]]
+    columns = ["label", "other_label", "match"]
+    assert audit.conflicts[columns].values.tolist() == [["ant", "bee", "equal"]]
     together = audit.duplicates.groupby("group")[["split", "index"]].apply(
         lambda g: g.values.tolist()
     )
@@ -173,6 +175,7 @@ def test_texts_that_were_planted_are_found():
         (("train", 51), ("train", 52)),
         (("train", 50), ("test", 0)),
     ]
+    assert audit.conflicts["match"].tolist() == ["equal", "near"]
     runs = len({LONG.casefold()[start : start + 5] for start in range(len(LONG) - 4)})
     assert audit.leaks["difference"].tolist() == pytest.approx([1 / (1 + runs), 0])
     assert audit.texts.empty == 1
