@@ -28,7 +28,8 @@ import yaml
 from transformers import AutoTokenizer, HfArgumentParser
 
 from ldam_plugins.data import Audit, audit_images, audit_texts, load_images, load_texts
-from ldam_plugins.data.audit import NEAR_DISTANCE, NEAR_SIMILARITY, TRAIN
+from ldam_plugins.data.audit import NEAR_DISTANCE, NEAR_SIMILARITY
+from ldam_plugins.data.audit_tables import TRAIN
 from ldam_plugins.data.notes import DataNotes
 from ldam_plugins.integrations.transformers.run_callbacks import bundled_minilm
 from ldam_plugins.integrations.transformers.tokenizer import train_tokenizer

@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 from tabulate import tabulate
 
-from ldam_plugins.data.audit import TABLES, TEST, TRAIN, Audit, group_of
+from ldam_plugins.data.audit import TABLES, Audit, group_of
+from ldam_plugins.data.audit_tables import TEST, TRAIN
 from ldam_plugins.reports.class_table import GROUP_NAMES, printable
 from ldam_plugins.reports.html import render
 from ldam_plugins.training.files import to_json, write_atomic

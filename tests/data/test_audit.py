@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from ldam_plugins.data import LabelledImages, audit_images, audit_texts, duplicates
-from ldam_plugins.data.audit import compare_priors, look_alikes
+from ldam_plugins.data.audit_classes import compare_priors, look_alikes
 from ldam_plugins.data.readers.base import FileSource, text_table
 from ldam_plugins.training.files import to_json
 
@@ -102,6 +102,13 @@ def test_image_facts(tmp_path):
     assert (facts.rotated, facts.elongated, facts.animated, facts.one_colour) == (1, 1, 1, 0)
     assert facts.modes == {"RGB": 2, "L": 1, "P": 1, "I;16": 1}
     assert facts.width["greatest"] == 200
+
+
+@pytest.mark.parametrize(("side", "near"), [(31, 0), (32, 1)])
+def test_small_images_are_near_to_none(tmp_path, side, near):
+    files = [pattern(0, (side, 40)), pattern(0, (side, 40)).point(lambda v: 0.9 * v)]
+    audit = audit_images(images_of(tmp_path / "set", [(encoded(f), 0) for f in files], "a"))
+    assert (audit.equal, audit.near) == (0, near)
 
 
 def test_nothing_to_read_is_an_error(tmp_path):
