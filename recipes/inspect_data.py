@@ -18,7 +18,7 @@ import math
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,30 +28,33 @@ import yaml
 from transformers import AutoTokenizer, HfArgumentParser
 
 from ldam_plugins.data import Audit, audit_images, audit_texts, load_images, load_texts
-from ldam_plugins.data.audit import NEAR_DISTANCE, NEAR_SIMILARITY, TRAIN
+from ldam_plugins.data.audit import NEAR_DISTANCE, NEAR_SIMILARITY
+from ldam_plugins.data.audit_tables import TRAIN
+from ldam_plugins.data.notes import DataNotes
 from ldam_plugins.integrations.transformers.run_callbacks import bundled_minilm
 from ldam_plugins.integrations.transformers.tokenizer import train_tokenizer
 from ldam_plugins.reports import audit_text, write_audit
 from ldam_plugins.reports.audit_report import Advice
-from ldam_plugins.training.options import COUNT, Limits, check_limits, invalid, option
+from ldam_plugins.training.options import COUNT, SEED, Limits, check_limits, invalid, option
 
 ADVICE = Path(__file__).parent / "advice.yaml"
 EVIDENCE = "recipes/results/README.md"
 REGIMES = ("pretrained", "scratch", "frozen")
+SHARED = (
+    *("label_column", "train_split", "test_split", "split_file", "group_column"),
+    *("encoding", "delimiter", "skip_empty", "subset_seed"),
+)
 LOADING = {
-    "images": (
-        "image_column",
-        "label_column",
-        "train_split",
-        "test_split",
-        "train_list",
-        "test_list",
-    ),
-    "texts": ("text_column", "label_column", "train_split", "test_split", "skip_empty"),
+    "images": ("image_column", "train_list", "test_list", *SHARED),
+    "texts": ("text_column", *SHARED),
 }
 """The options that go to ``load_images`` and ``load_texts``, and into the command to paste."""
+LOADERS: dict[str, Callable[..., tuple[Any, Any]]] = {"images": load_images, "texts": load_texts}
+TEST_SHARE = "0.2"
 KNOWN = {"digits": "images", "stdlib_docstrings": "texts"}
 NO_LIMITS = (0, math.inf)
+MOST_EPOCHS = 4
+"""Times the epochs of the table, at most."""
 PREVIEW = 128  # pixels of a side
 
 
@@ -63,6 +66,7 @@ class InspectOptions:
         "near_distance": {"low": 0, "high": 16},
         "near_similarity": {"low": 0.5, "high": 1},
         "max_length": COUNT,
+        "subset_seed": SEED,
     }
 
     dataset: str = option(
@@ -73,10 +77,23 @@ class InspectOptions:
     text_column: str | None = option(None, "text column of the dataset [by name or type]")
     label_column: str | None = option(None, "label column of the dataset [by name or type]")
     train_split: str = option("train", "split to train on")
-    test_split: str | None = option(None, "split or folder to test on [test, else validation]")
+    test_split: str | None = option(
+        None,
+        "split or folder to test on, or the share of each class that is held out to test on, as "
+        "the recipes would [test, else validation]",
+    )
+    split_file: str | None = option(None, "split.csv of an earlier run, whose parts are looked at")
+    group_column: str | None = option(
+        None, "column of a table that tells what belongs together (patient, camera, author)"
+    )
+    encoding: str | None = option(None, "encoding of text files, such as cp1252 [utf-8]")
+    delimiter: str | None = option(
+        None, "what separates the fields of a CSV file [what gives even rows]"
+    )
+    subset_seed: int = option(0, "seed of the choice of samples by --test_split")
     train_list: str | None = option(None, "list or JSON file of the training images")
     test_list: str | None = option(None, "list or JSON file of the test images")
-    skip_empty: bool = option(False, "leave out rows without a text")
+    skip_empty: bool = option(False, "leave out rows without a text, file or label, and count them")
     near_distance: int = option(
         NEAR_DISTANCE, "bits of 64 in which the hashes of nearly equal images differ at most"
     )
@@ -106,7 +123,7 @@ class InspectOptions:
 
 def main(options: InspectOptions) -> Audit:
     """Look at the data set, print what was found, and write it to ``--output_dir``."""
-    kind, (train, test) = load(options)
+    options, kind, (train, test) = load(options)
     Path(options.output_dir).mkdir(parents=True, exist_ok=True)  # before what takes minutes
     preview = None
     if kind == "images":
@@ -128,25 +145,37 @@ def main(options: InspectOptions) -> Audit:
     return audit
 
 
-def load(options: InspectOptions) -> tuple[str, tuple[Any, Any]]:
-    """The kind of the data set, its training and its test set."""
-    loaders: dict[str, Callable[..., tuple[Any, Any]]] = {
-        "images": load_images,
-        "texts": load_texts,
-    }
+def load(options: InspectOptions) -> tuple[InspectOptions, str, tuple[Any, Any]]:
+    """The options, the kind of the data set, its training and its test set.
+
+    Where there is no test set, and none is asked for, a share stands for one: the options say so.
+    """
     kind = options.kind if options.kind != "auto" else KNOWN.get(options.dataset, "auto")
-    kinds = [each for each in loaders if kind in (each, "auto") and takes(options, each)]
+    kinds = [each for each in LOADERS if kind in (each, "auto") and takes(options, each)]
     refused = {}
     for each in kinds:
         try:
-            return each, loaders[each](options.dataset, **options.loading(each))
+            return options, each, load_as(each, options)
         except (ValueError, ConnectionError) as error:
-            if len(kinds) == 1:
-                raise
             refused[each] = error
-    reasons = " ".join(f"As {each}: {error}." for each, error in refused.items())
+    untested = any(str(error).startswith("`test_split` must be") for error in refused.values())
+    if untested and options.test_split is None:
+        print(f"There is no test set: what --test_split {TEST_SHARE} holds out stands for one.")
+        return load(replace(options, test_split=TEST_SHARE))
+    if len({str(error) for error in refused.values()}) == 1:
+        raise refused[kinds[0]]
+    reasons = " ".join(f"As {each}: {str(error).rstrip('.')}." for each, error in refused.items())
     hint = f"{reasons} With --kind images or --kind texts only one is tried."
     raise invalid("dataset", "a data set of images or of texts", options.dataset, hint=hint)
+
+
+def load_as(kind: str, options: InspectOptions) -> tuple[Any, Any]:
+    """The training and the test set of a data set of a kind; prints what there is to say of it."""
+    given, notes = options.loading(kind), DataNotes()
+    given["seed"] = given.pop("subset_seed", 0)
+    found = LOADERS[kind](options.dataset, **given, notes=notes)
+    notes.print()
+    return found
 
 
 def takes(options: InspectOptions, kind: str) -> bool:
@@ -189,10 +218,10 @@ def advise(options: InspectOptions, audit: Audit, table: Path = ADVICE) -> Advic
     if options.model is not None:
         settings["model"] = options.model
     changes: dict[str, int] = {}
-    if training["recipe"]:
+    if "epochs" in settings:
         changes = fitted_lengths(settings, training.get("updates", NO_LIMITS), audit)
     settings |= changes
-    if audit.texts is not None and training["recipe"]:
+    if audit.texts is not None:
         settings["max_length"] = options.max_length or advised_length(audit)
     changed = [f"{name} {new}, not {training['options'][name]}" for name, new in changes.items()]
     unlike = f" To fit the size of this set: {', '.join(changed)}." if changed else ""
@@ -200,15 +229,12 @@ def advise(options: InspectOptions, audit: Audit, table: Path = ADVICE) -> Advic
         ("method", worded(settings, method["options"]), evidence(method)),
         ("training", worded(settings, training["options"]), evidence(training) + unlike),
     ]
-    command = None
-    if training["recipe"]:
-        launch = "accelerate launch" if audit.kind == "images" else "python"
-        flags = {"dataset": options.dataset, **options.loading(audit.kind), **settings}
-        flags["output_dir"] = f"runs/{Path(options.dataset).name}"
-        if len(audit.unreadable):
-            flags["skip_corrupt"] = True
-        command = f"{launch} recipes/{training['recipe']} {as_words(flags)}"
-    return Advice(command, reasons)
+    launch = "accelerate launch" if training["recipe"] == "vision_lt.py" else "python"
+    flags = {"dataset": options.dataset, **options.loading(audit.kind), **settings}
+    flags["output_dir"] = f"runs/{Path(options.dataset).stem}"
+    if len(audit.unreadable):
+        flags["skip_corrupt"] = True
+    return Advice(f"{launch} recipes/{training['recipe']} {as_words(flags)}", reasons)
 
 
 def first_fit(
@@ -232,13 +258,14 @@ def fitted_lengths(
     """Batch size and epochs, where others fit the set better than those of the table.
 
     There are to be eight batches an epoch, and in all as many optimizer steps as ``updates``, the
-    least and the greatest number, allow; at least one epoch.
+    least and the greatest number, allow; at least one epoch, and four times the table's at most.
     """
     samples, batch_size = audit.sizes[TRAIN], settings["batch_size"]
     while batch_size > 8 and batch_size * 8 > samples:
         batch_size //= 2
     steps = math.ceil(samples / batch_size)
-    least, most = (math.ceil(updates[0] / steps), max(updates[1] // steps, 1))
+    least, most = math.ceil(updates[0] / steps), max(updates[1] // steps, 1)
+    least = min(least, MOST_EPOCHS * settings["epochs"])
     epochs = int(min(max(settings["epochs"], least), most))
     fitted = {"batch_size": batch_size, "epochs": epochs}
     return {name: value for name, value in fitted.items() if value != settings[name]}

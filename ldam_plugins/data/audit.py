@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import io
 import os
-import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,8 +17,16 @@ import pandas as pd
 
 from ldam_plugins._validation import check_int, check_real, invalid
 from ldam_plugins.counts import FEW_BELOW, MANY_ABOVE
+from ldam_plugins.data.audit_classes import Prior, compare_priors, look_alikes
+from ldam_plugins.data.audit_tables import (
+    TEST,
+    TRAIN,
+    duplicate_tables,
+    find_contents,
+    name_examples,
+)
 from ldam_plugins.data.duplicates import (
-    NearPairs,
+    MIN_CORRELATION,
     image_fingerprint,
     near_images,
     near_texts,
@@ -35,15 +41,15 @@ if TYPE_CHECKING:
 
     from ldam_plugins.data.images import LabelledImages
 
-TRAIN, TEST = "train", "test"
 NEAR_DISTANCE = 6
 """Bits of 64 in which the hashes of near duplicates differ at most."""
+MIN_SIDE = 32
+"""Pixels of a side from which images are compared for near duplicates: the hash is made of so many,
+and of smaller ones different things look alike (of scikit-learn's digits, of 8, one in five)."""
 NEAR_SIMILARITY = 0.8
 """Share of the shingles of two near duplicates that both have, at least."""
 TABLES = ("duplicates", "leaks", "conflicts", "unreadable")
 """The lists of an :class:`Audit`, each a CSV file of its name."""
-SAME_PRIOR = 0.03
-"""Total variation distance up to which two class priors always pass for the same."""
 _ORIENTATION = 0x0112  # EXIF
 _SHOWN = 200  # signs of a text in the lists
 _TEXTS, _IMAGES = 1000, 64  # that are looked at together
@@ -102,31 +108,14 @@ class TextFacts:
 
 
 @dataclass(frozen=True)
-class Prior:
-    """The classes of the test set against those of the training set.
-
-    Args:
-        distance: Total variation distance, half the sum of ``|p_c - q_c|``, in 0..1.
-        shape: ``"same"`` as the training set, ``"balanced"``, or ``"different"``: what it is
-            nearer to, if that is within 0.03 or within chance (chi-squared test at 1 %). With a
-            class that training has not it is different.
-        shifted: The classes whose shares differ most: name, share in training, share in the test.
-    """
-
-    distance: float
-    shape: str
-    shifted: Sequence[tuple[str, float, float]]
-
-
-@dataclass(frozen=True)
 class Audit:
     """What :func:`audit_images` and :func:`audit_texts` find.
 
     The lists are tables with a row an example, or a row a pair. Examples are named by ``split``
     (train or test), ``index`` (of that split as it was given), ``label`` (the class's name) and
-    ``example`` (path, or beginning of the text). A pair has the same of the ``other_`` one, and a
-    ``difference``: 0 if both are equal, else bits of the hash (images), or the share of the
-    shingles that only one of them has (texts).
+    ``example`` (path, or beginning of the text). A pair has the same of the ``other_`` one, says
+    whether it is a ``match`` that is ``equal`` or ``near``, and the ``difference``: bits of the
+    hash (images), or the share of the shingles that only one of them has (texts).
 
     Args:
         kind: ``"images"`` or ``"texts"``.
@@ -217,9 +206,9 @@ def audit_images(
     """Look at every image once: duplicates, leaks, conflicts, unreadable files, sizes, classes.
 
     Equal are files of the same bytes (BLAKE2b), near those whose perceptual hashes (pHash, 64 bits)
-    differ in at most ``near_distance`` and whose thumbnails correlate by 0.9. Images of one colour
-    are near to none. JPEGs are decoded at a fraction of their size. Needs imagehash
-    (``pip install "ldam-plugins[inspect]"``).
+    differ in at most ``near_distance`` and whose thumbnails correlate by 0.9. Images of one colour,
+    or of fewer than 32 pixels a side, are near to none. JPEGs are decoded at a fraction of their
+    size. Needs imagehash (``pip install "ldam-plugins[inspect]"``).
 
     Args:
         train: As :func:`.load_images` gives it.
@@ -250,19 +239,23 @@ def audit_images(
     if readable.empty:
         reason = looked["reason"].iloc[0]
         raise invalid("train", "a set of images of which one can be read", reason)
-    contents = _contents(readable)
+    contents = find_contents(readable)
     hashes = readable["hash"].to_numpy(np.uint64)[contents.first]
     thumbnails = np.stack(readable["thumbnail"].to_list())[contents.first]
-    near = near_images(hashes, thumbnails, near_distance)
+    sides = readable[["width", "height"]].min(axis=1).to_numpy()[contents.first]
+    large = np.flatnonzero(sides >= MIN_SIDE)
+    near = near_images(hashes[large], thumbnails[large], near_distance)
+    near = near._replace(first=large[near.first], second=large[near.second])
 
     def example(split: str, indices: np.ndarray) -> list[str]:
         return [parts[split].describe(index) for index in indices.tolist()]
 
     criterion = (
         "equal: files of the same bytes; near: perceptual hashes (pHash, 64 bits) that differ in "
-        f"at most {near_distance} bits, and thumbnails that correlate by 0.9"
+        f"at most {near_distance} bits, and thumbnails that correlate by {MIN_CORRELATION:g}, of "
+        f"images of {MIN_SIDE} pixels and more a side"
     )
-    unreadable = _named(looked[looked["reason"] != ""], names, example)
+    unreadable = name_examples(looked[looked["reason"] != ""], names, example)
     return Audit(
         kind="images",
         class_names=names,
@@ -272,7 +265,7 @@ def audit_images(
         criterion=criterion,
         images=_image_facts(readable),
         **_class_facts({split: part.labels for split, part in parts.items()}, names),
-        **_duplicate_facts(readable, contents, near, names, example),
+        **duplicate_tables(readable, contents, near, names, example),
     )
 
 
@@ -320,7 +313,7 @@ def audit_texts(
     names = _common_classes({s: tuple(p.features[LABEL].names) for s, p in parts.items()})
     tables, signatures = zip(*_look_at_texts(parts, tokenizer, progress=progress), strict=True)
     looked = pd.concat(tables, ignore_index=True)
-    contents = _contents(looked)
+    contents = find_contents(looked)
     signed = np.concatenate(signatures)[contents.first]
     split, index = looked["split"].to_numpy(), looked["index"].to_numpy()
 
@@ -340,11 +333,11 @@ def audit_texts(
     return Audit(
         kind="texts",
         class_names=names,
-        unreadable=_named(looked[:0], names, example).assign(reason=""),
+        unreadable=name_examples(looked[:0], names, example).assign(reason=""),
         criterion=criterion,
         texts=_text_facts(looked, max_length),
         **_class_facts({s: np.asarray(p[LABEL]) for s, p in parts.items()}, names),
-        **_duplicate_facts(looked, contents, near, names, example),
+        **duplicate_tables(looked, contents, near, names, example),
     )
 
 
@@ -365,76 +358,11 @@ def _common_classes(names: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
     return tuple(first)
 
 
-# Classes
-
-
 def _class_facts(labels: Mapping[str, np.ndarray], names: tuple[str, ...]) -> dict[str, Any]:
     counts = {s: np.bincount(found, minlength=len(names)) for s, found in labels.items()}
     prior = compare_priors(counts[TRAIN], counts[TEST], names) if TEST in counts else None
     lists = {split: found.tolist() for split, found in counts.items()}
     return {"counts": lists, "look_alikes": look_alikes(names), "prior": prior}
-
-
-def look_alikes(names: Sequence[str]) -> list[list[str]]:
-    """Names that are one in other spellings: capitals, blanks, ``_`` and ``-``, accents, zeros.
-
-    Example:
-        >>> look_alikes(["Cat", "dog", "cat ", "1", "01", "lap-top", "Lap top", "C", "C++"])
-        [['Cat', 'cat '], ['1', '01'], ['lap-top', 'Lap top']]
-    """
-    found: dict[str, list[str]] = {}
-    for name in names:
-        found.setdefault(_spelling(name), []).append(name)
-    return [spellings for spellings in found.values() if len(spellings) > 1]
-
-
-def _spelling(name: str) -> str:
-    if re.fullmatch(r"\s*[+-]?\d{1,15}(\.\d*)?\s*", name):
-        return f"{float(name):g}"
-    plain = unicodedata.normalize("NFKD", name).casefold()
-    plain = "".join(c for c in plain if not ("\u0300" <= c <= "\u036f" or _is_invisible(c)))
-    return re.sub(r"[\s_.,:;'\"-]+", " ", plain).strip() or name
-
-
-def _is_invisible(sign: str) -> bool:
-    return unicodedata.category(sign) == "Cf"
-
-
-def compare_priors(train: np.ndarray, test: np.ndarray, names: Sequence[str]) -> Prior:
-    """Compare the classes of the test set with those of the training set.
-
-    Args:
-        train: Examples of each class (C,).
-        test: The same of the test set.
-        names: Name of each class.
-
-    Example:
-        >>> compare_priors(np.array([900, 100]), np.array([500, 500]), ["a", "b"]).shape
-        'balanced'
-    """
-    p, q = train / train.sum(), test / test.sum()
-    distances = {
-        "same": float(np.abs(p - q).sum() / 2),
-        "balanced": float(np.abs(q - 1 / len(q)).sum() / 2),
-    }
-    shape = min(distances, key=lambda name: distances[name])
-    expected = p if shape == "same" else np.full(len(q), 1 / len(q))
-    alike = distances[shape] <= SAME_PRIOR or _by_chance(test, expected)
-    if not alike or test[train == 0].any():
-        shape = "different"
-    most = np.argsort(-np.abs(p - q), kind="stable")[:5]
-    shifted = [(names[c], float(p[c]), float(q[c])) for c in most if p[c] != q[c]]
-    return Prior(distances["same"], shape, shifted)
-
-
-def _by_chance(counts: np.ndarray, prior: np.ndarray) -> bool:
-    """Whether a chi-squared test would let the counts pass for a sample of the prior (1 %)."""
-    from scipy.stats import chisquare
-
-    if counts[prior == 0].any():
-        return False
-    seen = prior > 0
-    return bool(chisquare(counts[seen], prior[seen] * counts.sum()).pvalue > 0.01)
 
 
 # Examples
@@ -581,118 +509,3 @@ def _text_facts(seen: pd.DataFrame, max_length: int) -> TextFacts:
         cut_texts=int((cut > 0).sum()),
         cut_tokens=float(cut.sum() / max(tokens.sum(), 1)),
     )
-
-
-# Duplicates
-
-
-@dataclass(frozen=True)
-class _Contents:
-    """Examples by content: that of each example, and the first example of each content."""
-
-    of: np.ndarray
-    first: np.ndarray
-
-
-def _contents(looked: pd.DataFrame) -> _Contents:
-    """Contents are numbered by their first example; training examples come before test ones."""
-    of, _ = pd.factorize(looked["content"])
-    _, first = np.unique(of, return_index=True)
-    return _Contents(of, first)
-
-
-def _duplicate_facts(
-    looked: pd.DataFrame,
-    contents: _Contents,
-    near: NearPairs,
-    names: tuple[str, ...],
-    example: Callable[[str, np.ndarray], list[str]],
-) -> dict[str, Any]:
-    looked = looked[["split", "index", "label"]].assign(content=contents.of)
-    return {
-        "duplicates": _named(_duplicates(looked, contents, near), names, example),
-        "leaks": _paired(looked, _leaks(looked, contents, near), names, example),
-        "conflicts": _paired(looked, _conflicts(looked, contents, near), names, example),
-        "equal": len(looked) - len(contents.first),
-        "near": len(near.first),
-        "near_complete": near.complete,
-    }
-
-
-def _duplicates(looked: pd.DataFrame, contents: _Contents, near: NearPairs) -> pd.DataFrame:
-    """The examples of every content, or group of near contents, that has more than one."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    size = len(contents.first)
-    links = coo_array((np.ones(len(near.first)), (near.first, near.second)), shape=(size, size))
-    _, group = connected_components(links, directed=False)
-    looked = looked.assign(group=group[contents.of])
-    several = looked.groupby("group")["group"].transform("size") > 1
-    found = looked[several].sort_values(["group", "content"], kind="stable")
-    numbered = {name: pd.factorize(found[name])[0] for name in ("group", "content")}
-    return found.assign(**numbered)[["group", "content", "split", "index", "label"]]
-
-
-def _leaks(looked: pd.DataFrame, contents: _Contents, near: NearPairs) -> pd.DataFrame:
-    """Row of each test example whose content is in the training set too, or near to one there."""
-    trained = np.zeros(len(contents.first), dtype=bool)
-    trained[contents.of[(looked["split"] == TRAIN).to_numpy()]] = True
-    one = np.concatenate([np.flatnonzero(trained), near.first, near.second])
-    other = np.concatenate([np.flatnonzero(trained), near.second, near.first])
-    difference = np.concatenate([np.zeros(trained.sum()), near.difference, near.difference])
-    sources = pd.DataFrame({"content": one, "source": other, "difference": difference})
-    sources = sources[trained[other]].sort_values("difference", kind="stable")
-    nearest = sources.drop_duplicates("content").set_index("content")
-    tested = (looked["split"] == TEST).to_numpy()
-    rows = np.flatnonzero(tested & np.isin(contents.of, nearest.index))
-    found = nearest.loc[contents.of[rows]]
-    other = contents.first[found["source"].to_numpy(dtype=int)]
-    return pd.DataFrame({"row": rows, "other": other, "difference": found["difference"].to_numpy()})
-
-
-def _conflicts(looked: pd.DataFrame, contents: _Contents, near: NearPairs) -> pd.DataFrame:
-    """Rows of equal examples, then of near ones, with different labels."""
-    labels = looked["label"].to_numpy()
-    first = contents.first[contents.of]
-    equal = np.flatnonzero(labels != labels[first])
-    one, other = contents.first[near.first], contents.first[near.second]
-    odd = np.flatnonzero(labels[one] != labels[other])
-    columns = {
-        "row": np.concatenate([first[equal], one[odd]]),
-        "other": np.concatenate([equal, other[odd]]),
-        "difference": np.concatenate([np.zeros(len(equal)), near.difference[odd]]),
-    }
-    return pd.DataFrame(columns)
-
-
-def _named(
-    rows: pd.DataFrame,
-    names: tuple[str, ...],
-    example: Callable[[str, np.ndarray], list[str]],
-) -> pd.DataFrame:
-    """Rows with the names of their classes and examples in place of the labels' numbers."""
-    kept = [name for name in ("group", "content", "split", "index", "label") if name in rows]
-    kept = [name for name in kept if name != "content" or "group" in rows]
-    rows = rows[kept].reset_index(drop=True)
-    shown = pd.Series([""] * len(rows), dtype=object)
-    for split in (TRAIN, TEST):
-        places = np.flatnonzero(rows["split"] == split)
-        if len(places):
-            shown[places] = example(split, rows["index"].to_numpy()[places])
-    labels = [names[label] for label in rows["label"]]
-    return rows.assign(label=pd.Series(labels, dtype=object), example=shown)
-
-
-def _paired(
-    looked: pd.DataFrame,
-    pairs: pd.DataFrame,
-    names: tuple[str, ...],
-    example: Callable[[str, np.ndarray], list[str]],
-) -> pd.DataFrame:
-    columns = ["split", "index", "label"]
-    one, other = (
-        _named(looked[columns].iloc[pairs[side].to_numpy(dtype=int)], names, example)
-        for side in ("row", "other")
-    )
-    return one.join(other.add_prefix("other_")).assign(difference=pairs["difference"].to_numpy())

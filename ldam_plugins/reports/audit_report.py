@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 from tabulate import tabulate
 
-from ldam_plugins.data.audit import TABLES, TEST, TRAIN, Audit, group_of
+from ldam_plugins.data.audit import TABLES, Audit, group_of
+from ldam_plugins.data.audit_tables import TEST, TRAIN
 from ldam_plugins.reports.class_table import GROUP_NAMES, printable
 from ldam_plugins.reports.html import render
 from ldam_plugins.training.files import to_json, write_atomic
@@ -45,11 +46,11 @@ class Advice:
     """What to run, and what speaks for it.
 
     Args:
-        command: To paste into a shell; None where there is none.
+        command: To paste into a shell.
         reasons: What is chosen, its values, and the evidence or that there is none.
     """
 
-    command: str | None
+    command: str
     reasons: Sequence[tuple[str, str, str]]
 
 
@@ -81,8 +82,7 @@ def audit_text(
         parts += ["\n".join([heading, *lines])] if lines else []
     if advice is not None:
         rows = [f"  {what}: {values}\n{_indented(why)}" for what, values, why in advice.reasons]
-        parts.append("\n".join(["WHAT TO RUN", *rows]))
-        parts += [advice.command] if advice.command else []
+        parts += ["\n".join(["WHAT TO RUN", *rows]), advice.command]
     return "\n\n".join(parts)
 
 
@@ -138,7 +138,7 @@ def write_audit(
         groups=_groups(audit),
         content=_content(audit),
         criterion=audit.criterion,
-        shifted=[] if audit.prior is None else audit.prior.shifted,
+        prior=audit.prior,
     )
     write_atomic(folder / AUDIT_PAGE, page)
     return folder / AUDIT_PAGE
@@ -166,9 +166,8 @@ def _files(audit: Audit) -> list[Finding]:
 def _pairs(audit: Audit) -> list[Finding]:
     found = []
     leaked, tests = len(audit.leaks), audit.sizes.get(TEST, 0)
-    equal = int((audit.leaks["difference"] == 0).sum()) if audit.kind == "texts" else None
     if leaked:
-        same = _equal_leaks(audit) if equal is None else equal
+        same = int((audit.leaks["match"] == "equal").sum())
         found.append(
             Finding(
                 FIX if same or leaked > 0.01 * tests else LOOK,
@@ -185,7 +184,7 @@ def _pairs(audit: Audit) -> list[Finding]:
         )
     conflicts = audit.conflicts
     if len(conflicts):
-        same = int((conflicts["difference"] == 0).sum())
+        same = int((conflicts["match"] == "equal").sum())
         things = _WORDS[audit.kind][1]
         example = " / ".join(printable(str(conflicts.iloc[0][c])) for c in ("label", "other_label"))
         found.append(
@@ -210,18 +209,13 @@ def _pairs(audit: Audit) -> list[Finding]:
     return found
 
 
-def _equal_leaks(audit: Audit) -> int:
-    """Test images whose file is in the training set; near ones may have the same hash."""
-    both = audit.duplicates.groupby("content")["split"].transform("nunique") > 1
-    return int((both & (audit.duplicates["split"] == TEST)).sum())
-
-
 def _repeated(audit: Audit) -> Finding:
     groups = audit.duplicates["group"].nunique()
     share = audit.equal / sum(audit.sizes.values())
     title = (
-        f"{len(audit.duplicates)} {_WORDS[audit.kind][1]} have a duplicate, in {groups} groups; "
-        f"{audit.equal} repeat another one exactly"
+        f"{len(audit.duplicates)} {_WORDS[audit.kind][1]} have a duplicate, in {groups} "
+        f"{_plural(groups, 'group', 'groups')}; {audit.equal} "
+        f"{_plural(audit.equal, 'repeats', 'repeat')} another one exactly"
     )
     advice = (
         "They count more than once in training and in the class counts. duplicates.csv has the "
@@ -294,10 +288,10 @@ def _facts(audit: Audit) -> list[Finding]:
         facts = audit.images
         add(LOOK, facts.one_colour, "of a single colour", "Nothing can be learned from them.")
         add(
-            LOOK,
+            NOTE,
             facts.rotated,
             "with an EXIF entry that turns them",
-            "Viewers show them turned; see whether they are the right way up in training.",
+            "Read upright, as viewers show them; other code may read them lying on their side.",
         )
         add(
             LOOK,
@@ -307,7 +301,12 @@ def _facts(audit: Audit) -> list[Finding]:
         )
         add(NOTE, facts.animated, "with several frames", "The first frame is used.")
         others = sum(count for mode, count in facts.modes.items() if mode != "RGB")
-        add(NOTE, others, "not stored as RGB", "They are converted; transparency is dropped.")
+        add(
+            NOTE,
+            others,
+            "not stored as RGB",
+            "Read as RGB; what is transparent becomes white.",
+        )
     if audit.texts is not None:
         text = audit.texts
         add(LOOK, text.empty, "without a letter or digit", "Nothing can be learned from them.")
@@ -471,11 +470,19 @@ def _galleries(audit: Audit, preview: Preview | None) -> Any:
                 np.linspace(0, len(table) - 1, min(len(table), _MAX_PAIRS)).astype(int)
             ]
             pairs = [
-                (_side(row, "", preview), _side(row, "other_", preview), row["difference"])
+                (_side(row, "", preview), _side(row, "other_", preview), _worded(audit.kind, row))
                 for row in chosen.to_dict("records")
             ]
-            unit = "bits" if audit.kind == "images" else "of the runs of signs differ"
-            yield title, f"{name}.csv", len(table), pairs, unit
+            yield title, f"{name}.csv", len(table), pairs
+
+
+def _worded(kind: str, row: Mapping[Any, Any]) -> str:
+    """How far apart a pair is."""
+    if row["match"] == "equal":
+        return "equal"
+    if kind == "images":
+        return f"near: {row['difference']:.0f} bits of the hashes differ"
+    return f"near: {row['difference']:.0%} of the runs of 5 signs are in one of them only"
 
 
 def _side(row: Mapping[Any, Any], prefix: str, preview: Preview | None) -> Side:

@@ -2,7 +2,9 @@ import json
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
+import frozen_features
 import inspect_data as recipe
 import numpy as np
 import options as recipe_options
@@ -109,14 +111,52 @@ def test_advice_follows_the_table(classes, ratio, loss):
     advice = recipe.advise(recipe.parse(["some texts"]), audit)
     options = parsed_command(advice.command)
     assert (options.dataset, options.loss, options.model) == ("some texts", loss, "minilm")
-    assert options.batch_size == 8
-    assert options.epochs * -(-len(audit.counts["train"]) // 8) >= 6
+    assert (options.batch_size, options.epochs) == (8, 24)
 
 
-def test_no_command_where_no_recipe_can():
+@pytest.mark.parametrize(
+    ("samples", "fitted"),
+    [
+        (3200, {}),
+        (1600, {"epochs": 12}),
+        (320_000, {"epochs": 1}),
+        (100, {"batch_size": 8, "epochs": 24}),
+    ],
+)
+def test_epochs_fit_the_size_of_the_set(samples, fitted):
+    audit = SimpleNamespace(sizes={"train": samples})
+    assert recipe.fitted_lengths({"batch_size": 32, "epochs": 6}, (600, 6000), audit) == fitted
+
+
+def test_frozen_networks_are_compared():
     advice = recipe.advise(recipe.parse(["x", "--regime", "frozen"]), some_texts(2, 4))
-    assert advice.command is None
+    words = shlex.split(advice.command)
+    assert words[:2] == ["python", "recipes/frozen_features.py"]
+    options, data = frozen_features.parse(words[2:])
+    assert (options.recipe, data.dataset, data.max_length) == ("text", "x", 16)
     assert "No evidence here" in advice.reasons[0][2]
+
+
+def test_a_share_stands_for_a_test_set_that_is_not_there(photos, tmp_path, capsys):
+    output = tmp_path / "out"
+    recipe.main(recipe.parse([str(photos / "train"), "--output_dir", str(output)]))
+    printed = capsys.readouterr().out
+    assert "There is no test set: what --test_split 0.2 holds out stands for one" in printed
+    assert parsed_command(printed).test_split == 0.2
+    with pytest.raises(ValueError, match=r"`test_split` must be .*'validation'"):
+        recipe.load(recipe.parse([str(photos), "--test_split", "validation"]))
+
+
+def test_share_is_held_out_as_the_recipe_would(tmp_path, capsys):
+    rows = [f"Parcel {n * 7919} was sent to street {n * n},{'ab'[n % 8 == 0]}" for n in range(40)]
+    file = tmp_path / "mine.csv"
+    file.write_text("\n".join(["body,class", *rows]))
+    flags = [str(file), "--test_split", "0.25", "--subset_seed", "3"]
+    audit = recipe.main(recipe.parse([*flags, "--output_dir", str(tmp_path / "out")]))
+    options = parsed_command(capsys.readouterr().out)
+    assert (options.test_split, options.subset_seed) == (0.25, 3)
+    assert options.output_dir == "runs/mine"
+    assert [len(part) for part in text_lt.load_data(options)[:2]] == list(audit.sizes.values())
 
 
 @pytest.mark.parametrize("entry", [*ENTRIES["methods"], *ENTRIES["training"]], ids=str)
@@ -124,8 +164,8 @@ def test_entries_of_the_advice_hold(entry):
     if entry["evidence"] is not None:
         assert f"## {entry['evidence']}\n" in RESULTS.read_text()
     recipes = {"images": vision_lt.VisionOptions, "texts": text_lt.TextOptions}
-    known = {field for field in recipes[entry["data"]].__dataclass_fields__}
-    assert set(entry["options"]) <= known
+    kind = recipes[entry["data"]] if entry["regime"] != "frozen" else frozen_features.FrozenOptions
+    assert set(entry["options"]) <= set(kind.__dataclass_fields__)
     if "loss" in entry["options"]:
         free = {"loss", "schedule", "start", "head"}
         assert set(entry["options"]) - free <= set(loss_options(entry["options"]["loss"]))
