@@ -16,7 +16,7 @@ import numpy as np
 from transformers import HfArgumentParser
 
 from ldam_plugins import ClassCounts, DeferredSchedule, create_loss, list_losses
-from ldam_plugins.counts import DEFAULT_MAX_MARGIN
+from ldam_plugins.counts import DEFAULT_MAX_MARGIN, FEW_BELOW, MANY_ABOVE
 from ldam_plugins.data import SingleSampleWarning, stratified_split
 from ldam_plugins.data.long_tail import CLASS_ORDERS, PROFILES
 from ldam_plugins.heads.choice import HEADS, LINEAR_SCALE, options_for_head
@@ -27,6 +27,7 @@ from ldam_plugins.schedules import KINDS, UNITS
 from ldam_plugins.training.environment import PRECISIONS
 from ldam_plugins.training.options import (
     COUNT,
+    COUNT_OR_0,
     NOT_NEGATIVE,
     POSITIVE,
     SEED,
@@ -77,6 +78,8 @@ class CoreOptions:
         "batch_size": COUNT,
         "accumulation": COUNT,
         "lr": POSITIVE,
+        "many": COUNT_OR_0,
+        "few": COUNT_OR_0,
         "seed": SEED,
         "keep_checkpoints": COUNT,
         "num_processes": COUNT,
@@ -125,6 +128,8 @@ class CoreOptions:
     batch_size: int = option(0, "samples a process and micro-batch")
     accumulation: int = option(1, "micro-batches an optimizer step")
     lr: float = option(0.0, "learning rate")
+    many: int = option(MANY_ABOVE, "classes with more training samples are the many of the results")
+    few: int = option(FEW_BELOW, "classes with fewer training samples are the few of the results")
     seed: int = option(0, "seed of the training")
     mixed_precision: str = option(
         "auto", "auto: bf16 where the hardware has it", choices=PRECISIONS
@@ -150,6 +155,9 @@ class CoreOptions:
             expected = "the folder of the run"
             raise invalid("output_dir", expected, self.output_dir, hint="Give --output_dir.")
         self.make_schedule()
+        if self.few > self.many + 1:
+            hint = "A class is not both many and few."
+            raise invalid("few", f"<= many + 1 = {self.many + 1}", self.few, hint=hint)
 
     @property
     def error_column(self) -> str:

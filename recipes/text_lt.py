@@ -145,13 +145,14 @@ class TextOptions(CoreOptions):
 
 @folders_held()
 def main(options: TextOptions) -> dict[str, Any]:
-    """Train and evaluate once; returns what ``metrics.json`` holds."""
+    """Train and evaluate once; returns what ``metrics.json`` and ``confusion.csv`` hold."""
     set_seed(options.seed)
     arguments = make_arguments(options)
     check_processes(arguments.world_size, options.num_processes)
     refuse_deepspeed(arguments.deepspeed_plugin, stages=(3,), hint="Use ZeRO-2 or FSDP2.")
     train, test, counts = load_data(options, show=arguments.process_index == 0)
     train, validation, counts = hold_out(options, train, counts, show=arguments.process_index == 0)
+    counts = counts.with_limits(many_above=options.many, few_below=options.few)
     criterion = options.make_loss(counts)
     tokenizer, model = make_model(options, train, criterion)
     evaluated = test if validation is None else validation
@@ -172,9 +173,11 @@ def main(options: TextOptions) -> dict[str, Any]:
     held_out: dict[str, Any] = {}
     if validation is not None:
         held_out["held_out"] = held_out_record(validation["label"], counts)
-        found = measure_saved(model_folder(options), validation, counts, batch_size=size)
+        found = measure_saved(
+            model_folder(options), validation, counts, batch_size=size, detailed=True
+        )
         held_out["validation"] = found
-    result = measure_saved(model_folder(options), test, counts, batch_size=size)
+    result = measure_saved(model_folder(options), test, counts, batch_size=size, detailed=True)
     metrics = run_metrics(
         options=asdict(options),
         class_counts=counts,

@@ -181,12 +181,13 @@ class VisionOptions(CoreOptions):
 
 @folders_held()
 def main(options: VisionOptions) -> dict[str, Any]:
-    """Train and evaluate once; returns what ``metrics.json`` holds."""
+    """Train and evaluate once; returns what ``metrics.json`` and ``confusion.csv`` hold."""
     register()
     accelerator = make_accelerator(options)
     set_seed(options.seed)
     train, test, counts = load_data(options, show=accelerator.is_main_process)
     train, validation, counts = hold_out(options, train, counts, show=accelerator.is_main_process)
+    counts = counts.with_limits(many_above=options.many, few_below=options.few)
     if validation is not None and not options.skip_corrupt:
         refuse_corrupt(test, show=accelerator.is_main_process)
     criterion = options.make_loss(counts).to(accelerator.device)
@@ -358,7 +359,15 @@ def measure(
         transformed(images, transform), workers=workers, batch_size=4 * options.batch_size
     )
     loader = accelerator.prepare(loader)
-    return evaluate(accelerator, model.to(accelerator.device), loader, counts, autocast=False)
+    return evaluate(
+        accelerator,
+        model.to(accelerator.device),
+        loader,
+        counts,
+        autocast=False,
+        groups=getattr(images, "groups", None),
+        detailed=True,
+    )
 
 
 def save_outputs(options: VisionOptions, metrics: dict[str, Any], counts: ClassCounts) -> None:

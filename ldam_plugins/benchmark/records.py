@@ -16,7 +16,9 @@ from ldam_plugins.training.history import METRICS_KEYS, read_metrics
 from ldam_plugins.training.run_dir import COMMAND_FILE, METRICS_FILE
 
 Record = dict[str, Any]
-"""``metrics.json`` of one run, after its ``name`` and the ``command`` that made it."""
+"""``metrics.json`` of one run, after its ``name`` and the ``command`` that made it.
+
+Without the intervals of single classes, which would be most of it."""
 
 UNKNOWN = "unknown"
 """The precision of a run that was made before runs recorded it."""
@@ -88,11 +90,19 @@ def collect_records(
             "name": cell.name,
             "command": _command(cell),
             "mixed_precision": UNKNOWN,
-            **read_metrics(cell),
+            **_without_class_intervals(read_metrics(cell)),
         }
         for cell in cells
         if cell.name not in leave_out
     ]
+
+
+def _without_class_intervals(metrics: dict[str, Any]) -> dict[str, Any]:
+    for part in ("test", "validation"):
+        intervals = (metrics.get(part) or {}).get("intervals", {})
+        for name in [name for name in intervals if name.startswith("per_class")]:
+            del intervals[name]
+    return metrics
 
 
 def _command(cell: Path) -> str | None:
