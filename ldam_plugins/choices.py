@@ -13,6 +13,10 @@ LOSSES = (
     "vector_scaling",
 )
 """Names of :func:`~ldam_plugins.losses.create_loss`."""
+MANY_ABOVE = 100
+"""Classes with more training samples belong to the *many* group (Liu et al., CVPR 2019)."""
+FEW_BELOW = 20
+"""Classes with fewer training samples belong to the *few* group (Liu et al., CVPR 2019)."""
 DEFAULT_MAX_MARGIN = 0.5
 """Margin of the rarest class in cosine units (Cao et al., NeurIPS 2019, arXiv 1906.07413)."""
 DEFAULT_SCALE = 30.0

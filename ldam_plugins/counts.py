@@ -11,12 +11,7 @@ import torch
 from torch import Tensor
 
 from ldam_plugins._validation import check_int, check_real, invalid, quoted
-from ldam_plugins.choices import DEFAULT_MAX_MARGIN
-
-MANY_ABOVE = 100
-"""Classes with more training samples belong to the *many* group (Liu et al., CVPR 2019)."""
-FEW_BELOW = 20
-"""Classes with fewer training samples belong to the *few* group (Liu et al., CVPR 2019)."""
+from ldam_plugins.choices import DEFAULT_MAX_MARGIN, FEW_BELOW, MANY_ABOVE
 
 
 class ClassCounts:
@@ -27,11 +22,14 @@ class ClassCounts:
             class: a mapping or pandas Series with the classes 0..C-1 as keys or index, in any order
             (``df.label.value_counts()`` is in order of frequency).
         class_names: Optional name of each class, used in messages and tables.
+        many_above: Classes with more samples are the *many* of :meth:`groups`.
+        few_below: Classes with fewer samples are the *few*.
 
     Raises:
-        TypeError: ``counts`` are not integers.
+        TypeError: ``counts`` or limits are not integers.
         ValueError: fewer than one class, a negative count, a class without a sample, a number of
-            names that differs from the number of counts, or keys other than 0..C-1.
+            names that differs from the number of counts, keys other than 0..C-1, or limits by which
+            a class could be both many and few.
 
     Example:
         >>> counts = ClassCounts([5000, 500, 50])
@@ -47,6 +45,9 @@ class ClassCounts:
         self,
         counts: Sequence[int] | Mapping[int, int] | np.ndarray | Tensor,
         class_names: Sequence[str] | None = None,
+        *,
+        many_above: int = MANY_ABOVE,
+        few_below: int = FEW_BELOW,
     ) -> None:
         array = _as_integers("counts", _in_class_order(counts)).copy()
         if len(array) == 0:
@@ -56,6 +57,13 @@ class ClassCounts:
         array.flags.writeable = False
         self.counts: np.ndarray = array
         self.class_names: tuple[str, ...] | None = names
+        self.many_above = check_int("many_above", many_above, low=0)
+        self.few_below = check_int("few_below", few_below, low=0)
+        if few_below > many_above + 1:
+            hint = "A class is not both many and few."
+            raise invalid(
+                "few_below", f"<= many_above + 1 = {many_above + 1}", few_below, hint=hint
+            )
 
     @classmethod
     def from_labels(
@@ -102,10 +110,29 @@ class ClassCounts:
         return f"ClassCounts([{shown}{more}])"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, ClassCounts) and np.array_equal(self.counts, other.counts)
+        return (
+            isinstance(other, ClassCounts)
+            and np.array_equal(self.counts, other.counts)
+            and self.limits == other.limits
+        )
 
     def __hash__(self) -> int:
         return hash(self.counts.tobytes())
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """``many_above`` and ``few_below``, by name."""
+        return {"many_above": self.many_above, "few_below": self.few_below}
+
+    def with_limits(self, *, many_above: int, few_below: int) -> ClassCounts:
+        """The same counts and names with other limits of :meth:`groups`.
+
+        Raises:
+            TypeError: a limit is not an integer.
+            ValueError: a negative limit, or such that a class could be both many and few.
+        """
+        limits = {"many_above": many_above, "few_below": few_below}
+        return ClassCounts(self.counts, self.class_names, **limits)
 
     @property
     def total(self) -> int:
@@ -165,9 +192,11 @@ class ClassCounts:
     def groups(self) -> dict[str, list[int]]:
         """Class indices by size: many (> 100 samples), medium (20..100) and few (< 20).
 
+        Or by the limits that the counts were made with, ``many_above`` and ``few_below``.
+
         Source: Liu et al., CVPR 2019, arXiv 1904.05160.
         """
-        many, few = self.counts > MANY_ABOVE, self.counts < FEW_BELOW
+        many, few = self.counts > self.many_above, self.counts < self.few_below
         masks = {"many": many, "medium": ~(many | few), "few": few}
         return {name: np.flatnonzero(mask).tolist() for name, mask in masks.items()}
 

@@ -20,10 +20,12 @@ from ldam_plugins.choices import (
     CLASS_ORDERS,
     DEFAULT_MAX_MARGIN,
     DEFAULT_SCALE,
+    FEW_BELOW,
     HEADS,
     LAST,
     LINEAR_SCALE,
     LOSSES,
+    MANY_ABOVE,
     METRICS,
     PRECISIONS,
     PROFILES,
@@ -100,6 +102,7 @@ GROUPS = {
     ),
     "evaluation and selection": (
         *("evaluate", "select", "patience", "eval_every", "eval_test_every"),
+        *("many", "few"),
     ),
     "run": (
         *("output_dir", "overwrite", "resume", "keep_checkpoints", "report_to", "quiet"),
@@ -131,6 +134,8 @@ class CoreOptions:
         "batch_size": COUNT,
         "accumulation": COUNT,
         "lr": POSITIVE,
+        "many": COUNT_OR_0,
+        "few": COUNT_OR_0,
         "seed": SEED,
         "patience": COUNT,
         "eval_every": COUNT,
@@ -207,6 +212,8 @@ class CoreOptions:
     batch_size: int = option(0, "samples a process and micro-batch")
     accumulation: int = option(1, "micro-batches an optimizer step")
     lr: float = option(0.0, "learning rate")
+    many: int = option(MANY_ABOVE, "classes with more training samples are the many of the results")
+    few: int = option(FEW_BELOW, "classes with fewer training samples are the few of the results")
     seed: int = option(0, "seed of the training")
     mixed_precision: str = option(
         "auto", "auto: bf16 where the hardware has it", choices=PRECISIONS
@@ -265,6 +272,9 @@ class CoreOptions:
             raise invalid(
                 "evaluate", "left out where nothing is held out", self.evaluate, hint=hint
             )
+        if self.few > self.many + 1:
+            hint = "A class is not both many and few."
+            raise invalid("few", f"<= many + 1 = {self.many + 1}", self.few, hint=hint)
         self._check_start()
         self._check_selection()
 

@@ -113,7 +113,7 @@ BUNDLED_MODELS: dict[str, Callable[[], str]] = {"minilm": bundled_minilm}
 
 @folders_held()
 def main(options: TextOptions) -> dict[str, Any]:
-    """Train and evaluate once; returns what ``metrics.json`` holds."""
+    """Train and evaluate once; returns what ``metrics.json`` and ``confusion.csv`` hold."""
     set_seed(options.seed)
     disable_progress_bar()  # of transformers: reading and writing weights takes moments
     arguments = make_arguments(options)
@@ -124,6 +124,7 @@ def main(options: TextOptions) -> dict[str, Any]:
     notes = DataNotes()
     train, test, counts = load_data(options, show, notes)
     train, validation, counts = hold_out(options, train, counts, show, notes)
+    counts = counts.with_limits(many_above=options.many, few_below=options.few)
     if show:
         print_header(
             options,
@@ -170,11 +171,13 @@ def main(options: TextOptions) -> dict[str, Any]:
         held_out["selection"] = rule.record(selection_scores(trainer.state, rule.metric))
     if validation is not None:
         held_out["held_out"] = held_out_record(validation["label"], counts)
-        found = measure_saved(model_folder(options), validation, counts, batch_size=size)
+        found = measure_saved(
+            model_folder(options), validation, counts, batch_size=size, detailed=True
+        )
         held_out["validation"] = found
     result = None
     if options.measures_test:
-        result = measure_saved(model_folder(options), test, counts, batch_size=size)
+        result = measure_saved(model_folder(options), test, counts, batch_size=size, detailed=True)
     metrics = run_metrics(
         options=asdict(options),
         **notes.record(),

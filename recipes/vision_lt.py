@@ -101,7 +101,7 @@ from ldam_plugins.training.options import (
 
 @folders_held()
 def main(options: VisionOptions) -> dict[str, Any]:
-    """Train and evaluate once; returns what ``metrics.json`` holds."""
+    """Train and evaluate once; returns what ``metrics.json`` and ``confusion.csv`` hold."""
     register()
     accelerator = make_accelerator(options)
     set_seed(options.seed)
@@ -110,6 +110,7 @@ def main(options: VisionOptions) -> dict[str, Any]:
     show = accelerator.is_main_process and not options.quiet
     train, test, counts = load_data(options, show, notes)
     train, validation, counts = hold_out(options, train, counts, show, notes)
+    counts = counts.with_limits(many_above=options.many, few_below=options.few)
     watched = watched_images(options, validation, test)
     unread = options.measures_test and "test_error" not in watched
     if unread and not options.skip_corrupt:
@@ -324,7 +325,15 @@ def measure(
         transformed(images, transform), workers=workers, batch_size=4 * options.batch_size
     )
     loader = accelerator.prepare(loader)
-    return evaluate(accelerator, model.to(accelerator.device), loader, counts, autocast=False)
+    return evaluate(
+        accelerator,
+        model.to(accelerator.device),
+        loader,
+        counts,
+        autocast=False,
+        groups=getattr(images, "groups", None),
+        detailed=True,
+    )
 
 
 def save_outputs(options: VisionOptions, metrics: dict[str, Any], counts: ClassCounts) -> None:

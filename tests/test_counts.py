@@ -70,6 +70,23 @@ def test_groups_at_their_borders():
     assert groups == {"many": [0], "medium": [1, 2], "few": [3]}
 
 
+def test_limits_of_groups_may_be_others():
+    counts = ClassCounts([51, 50, 5, 4], list("abcd"), many_above=50, few_below=5)
+    assert counts.groups() == {"many": [0], "medium": [1, 2], "few": [3]}
+    plain = ClassCounts([51, 50, 5, 4], list("abcd"))
+    again = plain.with_limits(many_above=50, few_below=5)
+    assert (again, again.class_names) == (counts, counts.class_names)
+    assert again != plain
+    assert ClassCounts([9, 5], many_above=7, few_below=8).groups()["medium"] == []
+    for limits, message in {
+        (5, 7): r"`few_below` must be <= many_above \+ 1 = 6, got 7",
+        (-1, 0): "`many_above` must be an integer >= 0",
+        (9, 2.5): "`few_below` must be an integer",
+    }.items():
+        with pytest.raises((TypeError, ValueError), match=message):
+            plain.with_limits(many_above=limits[0], few_below=limits[1])
+
+
 def test_prior_and_totals():
     counts = ClassCounts([6, 3, 1], class_names=["a", "b", "c"])
     assert counts.prior(dtype=torch.float64).tolist() == pytest.approx([0.6, 0.3, 0.1])

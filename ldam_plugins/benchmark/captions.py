@@ -24,6 +24,7 @@ from ldam_plugins.benchmark.settings import (
     tuning_budget,
     varying_options,
 )
+from ldam_plugins.choices import FEW_BELOW, MANY_ABOVE
 from ldam_plugins.losses.registry import list_losses, loss_options
 
 METHOD_OPTIONS = {"loss", "schedule", "head", "scale", "start", "start_unit", "beta"}
@@ -183,6 +184,8 @@ def _facts(record: Record, left_out: set[str]) -> Facts:
     facts["precision"] = "float32" if precision == "no" else precision
     facts["device"] = re.sub(r", threads: \d+", "", record["device"])
     facts["processes"] = str(record.get("processes", 1))
+    limits = record.get("group_limits", {"many_above": MANY_ABOVE, "few_below": FEW_BELOW})
+    facts["limits of many and few"] = f"> {limits['many_above']}, < {limits['few_below']}"
     versions = {name: record["versions"].get(name) for name in _VERSIONS}
     facts |= {name: version for name, version in versions.items() if version}
     if TUNED not in left_out:

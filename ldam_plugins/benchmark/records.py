@@ -17,7 +17,9 @@ from ldam_plugins.training.run_dir import COMMAND_FILE, METRICS_FILE
 
 Record = dict[str, Any]
 """``metrics.json`` of one run, after its ``name`` and the ``command`` that made it; with ``tuned``,
-as of :meth:`.Search.record`, where options of the run were tuned."""
+as of :meth:`.Search.record`, where options of the run were tuned.
+
+Without the intervals of single classes, which would be most of it."""
 
 TUNED_FILE = "tuned.json"
 """Beside the metrics of a run: ``tuned`` of its record."""
@@ -101,12 +103,20 @@ def _record(cell: Path) -> Record:
     record = {"name": cell.name, "command": _command(cell), "mixed_precision": UNKNOWN}
     tuned = cell / TUNED_FILE
     found = {"tuned": json.loads(tuned.read_text(encoding="utf-8"))} if tuned.exists() else {}
-    return {**record, **read_metrics(cell), **found}
+    return {**record, **_without_class_intervals(read_metrics(cell)), **found}
 
 
 def write_tuned(folder: str | os.PathLike[str], tuned: Mapping[str, Any]) -> None:
     """Write what a search says of a finished run, for its record, beside its metrics."""
     write_atomic(Path(folder, TUNED_FILE), f"{json.dumps(tuned, ensure_ascii=False)}\n".encode())
+
+
+def _without_class_intervals(metrics: dict[str, Any]) -> dict[str, Any]:
+    for part in ("test", "validation"):
+        intervals = (metrics.get(part) or {}).get("intervals", {})
+        for name in [name for name in intervals if name.startswith("per_class")]:
+            del intervals[name]
+    return metrics
 
 
 def _command(cell: Path) -> str | None:

@@ -19,7 +19,8 @@ from ldam_plugins.schedules import KINDS
 from ldam_plugins.training.run_dir import MAY_CHANGE
 
 WITHOUT_EFFECT = {*MAY_CHANGE, "workers", "memory_limit", "eval_every", "num_processes"}
-"""Options that say where output goes or how data are fetched, and change no result."""
+WITHOUT_EFFECT |= {"many", "few"}
+"""Options that say where output goes, how data are fetched or what is many, and train the same."""
 
 Setting = tuple[Any, ...]
 """Values of the options that vary between the runs of an experiment: loss, schedule, others."""

@@ -39,6 +39,13 @@ _METRICS = (
     "nll",
     "ece",
 )
+_LATER_METRICS = (
+    *(f"{mean}_{name}" for mean in ("macro", "weighted") for name in ("precision", "recall", "f1")),
+    "top5_accuracy",
+    "auroc",
+    "average_precision",
+)
+"""Columns that are there if a record has them: older ones have none."""
 """Columns of the flat table that are of the test set."""
 
 # Title of a column of the summaries: the metric, what it is multiplied by, and decimal places.
@@ -50,6 +57,9 @@ _COLUMNS = {
     "medium: accuracy %": ("medium", 100.0, 1),
     "few: accuracy %": ("few", 100.0, 1),
     "worst class: accuracy %": ("worst_class_accuracy", 100.0, 1),
+    "macro F1 %": ("macro_f1", 100.0, 1),
+    "AUROC %": ("auroc", 100.0, 1),
+    "average precision %": ("average_precision", 100.0, 1),
     "ece": ("ece", 1.0, 3),
 }
 _BALANCED = "balanced error % (= top-1)"
@@ -72,6 +82,7 @@ def tidy_table(records: Sequence[Record]) -> pd.DataFrame:
             "seed": record["options"]["seed"],
             **{f"tuned_{name}": _scalar(v) for name, v in tuned_values(record).items()},
             **{metric: test_metrics(record)[metric] for metric in _METRICS},
+            **{name: record["test"][name] for name in _LATER_METRICS if name in record["test"]},
             "train_seconds": record["train_seconds"],
             "device": record["device"],
             "mixed_precision": record.get("mixed_precision", UNKNOWN),
@@ -109,8 +120,9 @@ def _rows_of(records: Sequence[Record], summarise: Callable[[list[float], int], 
         row |= {"tuned to": _tuned_to(runs)} if tuned else {}
         tests = [test_metrics(run) for run in runs]
         for title, (metric, factor, digits) in columns.items():
-            values = [factor * test[metric] for test in tests if test[metric] is not None]
-            row[title] = summarise(values, digits) if values else ABSENT
+            values = [test.get(metric) for test in tests]
+            known = [factor * value for value in values if value is not None]
+            row[title] = summarise(known, digits) if len(known) == len(values) else ABSENT
         rows.append(row)
     return rows
 
@@ -129,7 +141,7 @@ def _columns(records: Sequence[Record]) -> dict[str, tuple[str, float, int]]:
     columns = {
         title: column
         for title, column in _COLUMNS.items()
-        if any(test_metrics(record)[column[0]] is not None for record in records)
+        if any(test_metrics(record).get(column[0]) is not None for record in records)
     }
     if not equal_test_classes(records):
         return columns

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from ldam_plugins._validation import check_int, check_real, invalid
-from ldam_plugins.counts import FEW_BELOW, MANY_ABOVE
+from ldam_plugins.choices import FEW_BELOW, MANY_ABOVE
 from ldam_plugins.data.audit_classes import Prior, compare_priors, look_alikes
 from ldam_plugins.data.audit_tables import (
     TEST,

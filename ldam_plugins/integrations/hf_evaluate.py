@@ -19,12 +19,14 @@ from ldam_plugins.metrics import MetricAccumulator, long_tail_metrics
 
 _DESCRIPTION = """
 Accuracy under a long tail: per class, mean of the many/medium/few groups of training classes,
-balanced, under the training prior and worst class, with cross-entropy and calibration error.
+balanced, under the training prior and worst class, with precision, recall and F1, top-5, AUROC and
+average precision of two classes, cross-entropy and calibration error; on request 95 % intervals.
 """
 _INPUTS = """
 Args:
     predictions: logits, one row of C floats for each sample.
     references: class indices 0..C-1; -100 for rows that count nowhere.
+    groups: of `compute`, with `detailed`: what each sample belongs to.
 
 Returns:
     The dictionary of `ldam_plugins.metrics.long_tail.long_tail_metrics`.
@@ -50,15 +52,21 @@ class LongTailMetrics(evaluate.Metric):
     As ``Trainer(compute_metrics=LongTailMetrics(counts))`` it returns floats only, which every
     tracker can log: ``top1_error``, ``balanced_error``, ``train_prior_error`` (%),
     ``balanced_accuracy``, ``worst_class_accuracy``, ``many``, ``medium``, ``few``, ``nll``,
-    ``ece``. A group that no evaluated class belongs to is left out.
+    ``ece``, ``macro_`` and ``weighted_`` ``precision``, ``recall`` and ``f1``, with more than five
+    classes ``top5_accuracy``, with two ``auroc`` and ``average_precision``. A group that no
+    evaluated class belongs to is left out.
     ``batch_eval_metrics=True`` of the training arguments works and keeps no logits. The batches of
     an evaluation that broke off are not counted in the next one; in a loop of your own call
     :meth:`reset` before it.
 
     Args:
         class_counts: *Training* samples per class, (C).
-        per_class: Also give ``Trainer`` an ``accuracy_<class>`` for each evaluated class, by name
-            where ``class_counts`` has names, else by index.
+        per_class: Also give ``Trainer`` an ``accuracy_<class>``, ``precision_<class>`` and
+            ``f1_<class>`` for each class that has one, by name where ``class_counts`` has names,
+            else by index.
+        detailed: Also give intervals, the confusion matrix and the metrics of ``groups``, which
+            ``compute`` then takes; ``Trainer`` gets the ends of each interval as ``<name>_low`` and
+            ``<name>_high``. They take up to seconds each time.
         keep_in_memory: As in evaluate; here True unless told, so that no lock file is waited for.
             evaluate's own gathering (``num_process > 1``) needs False; ``Trainer`` and
             ``Accelerator.gather_for_metrics`` have gathered already.
@@ -79,15 +87,16 @@ class LongTailMetrics(evaluate.Metric):
         class_counts: ClassCounts | Sequence[int] | np.ndarray | Tensor,
         *,
         per_class: bool = False,
+        detailed: bool = False,
         keep_in_memory: bool = True,
         **options: Any,
     ) -> None:
         accumulator = MetricAccumulator(class_counts)
         self.class_counts = accumulator.class_counts
-        self.per_class = per_class
+        self.per_class, self.detailed = per_class, detailed
         self._running: dict[int | None, MetricAccumulator] = {}
         if per_class:
-            _check_distinct(self._class_keys())
+            _check_distinct(self._class_keys("accuracy"))
         super().__init__(keep_in_memory=keep_in_memory, **options)
 
     def __call__(self, eval_pred: Any, compute_result: bool | None = None) -> dict[str, float]:
@@ -120,7 +129,7 @@ class LongTailMetrics(evaluate.Metric):
         if compute_result is False:
             self._running[own] = accumulator
             return {}
-        return self._flat(accumulator.compute())
+        return self._flat(accumulator.compute(detailed=self.detailed))
 
     def compute(self, **kwargs: Any) -> dict[str, Any] | None:
         """The metrics of all rows added, as ``evaluate.Metric.compute``; forgets them.
@@ -152,18 +161,32 @@ class LongTailMetrics(evaluate.Metric):
             features=datasets.Features(features),
         )
 
-    def _compute(self, *, predictions: list[list[float]], references: list[int]) -> dict[str, Any]:
-        return long_tail_metrics(predictions, references, self.class_counts)
+    def _compute(
+        self,
+        *,
+        predictions: list[list[float]],
+        references: list[int],
+        groups: Sequence[Any] | None = None,
+    ) -> dict[str, Any]:
+        if groups is not None and not self.detailed:
+            hint = "Make the metric with detailed=True."
+            raise invalid("groups", "left out of a metric that is not detailed", groups, hint=hint)
+        return long_tail_metrics(
+            predictions, references, self.class_counts, groups=groups, detailed=self.detailed
+        )
 
     def _flat(self, metrics: dict[str, Any]) -> dict[str, float]:
-        by_class = metrics.pop("per_class_accuracy")
+        flat = {name: value for name, value in metrics.items() if isinstance(value, float)}
         if self.per_class:
-            metrics.update(zip(self._class_keys(), by_class, strict=True))
-        return {name: value for name, value in metrics.items() if value is not None}
+            for kind in ("accuracy", "precision", "f1"):
+                flat |= zip(self._class_keys(kind), metrics[f"per_class_{kind}"], strict=True)
+        for name in [name for name in flat if name in metrics.get("intervals", {})]:
+            flat[f"{name}_low"], flat[f"{name}_high"] = metrics["intervals"][name]
+        return {name: value for name, value in flat.items() if value is not None}
 
-    def _class_keys(self) -> list[str]:
+    def _class_keys(self, kind: str) -> list[str]:
         names = self.class_counts.class_names or range(len(self.class_counts))
-        return [f"accuracy_{name}" for name in names]
+        return [f"{kind}_{name}" for name in names]
 
 
 def _batches(predictions: Any, labels: Any, classes: int) -> Iterator[tuple[Any, Any]]:

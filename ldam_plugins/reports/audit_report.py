@@ -15,7 +15,7 @@ from tabulate import tabulate
 
 from ldam_plugins.data.audit import TABLES, Audit, group_of
 from ldam_plugins.data.audit_tables import TEST, TRAIN
-from ldam_plugins.reports.class_table import GROUP_NAMES, printable
+from ldam_plugins.reports.class_table import group_titles, printable
 from ldam_plugins.reports.html import render
 from ldam_plugins.training.files import to_json, write_atomic
 
@@ -349,7 +349,7 @@ def _subtitle(audit: Audit) -> str:
 
 def _groups(audit: Audit) -> str:
     groups = audit.groups()
-    named = [f"{words}: {len(groups[group])}" for group, words in GROUP_NAMES.items()]
+    named = [f"{words}: {len(groups[group])}" for group, words in group_titles().items()]
     named += [f"absent: {len(groups['absent'])}"] if groups["absent"] else []
     counts = [count for count in audit.counts[TRAIN] if count]
     ratio = f"imbalance ratio {audit.imbalance_ratio:.4g} ({max(counts)} to {min(counts)})"
@@ -364,7 +364,7 @@ def _summary(audit: Audit) -> list[tuple[str, str]]:
         *tests,
         ("classes", f"{len(audit.class_names)}"),
         ("imbalance ratio", f"{audit.imbalance_ratio:.4g}"),
-        *((words, f"{len(groups[group])}") for group, words in GROUP_NAMES.items()),
+        *((words, f"{len(groups[group])}") for group, words in group_titles().items()),
     ]
 
 

@@ -2,37 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from tabulate import tabulate
 
 from ldam_plugins._validation import check_int, invalid
-from ldam_plugins.counts import FEW_BELOW, MANY_ABOVE, ClassCounts
+from ldam_plugins.choices import FEW_BELOW, MANY_ABOVE
+from ldam_plugins.counts import ClassCounts
 from ldam_plugins.metrics.views import error_views
 
-GROUP_NAMES = {
-    "many": f"many (> {MANY_ABOVE})",
-    "medium": f"medium ({FEW_BELOW}..{MANY_ABOVE})",
-    "few": f"few (< {FEW_BELOW})",
-}
+GROUP_NAMES = ("many", "medium", "few")
 _NAME_WIDTH = 40
 _ABSENT = "-"
+TOO_NARROW = "few examples: too narrow"
+"""Stands with a bootstrap interval where a class has too few test samples for it."""
 
 
 class ClassRow(NamedTuple):
-    """One class of a run; ``accuracy`` in 0..1, None without a test sample."""
+    """One class of a run; shares in 0..1, None where there are none.
+
+    Runs of before intervals were recorded have none, and no test samples, precision and F1 either.
+    """
 
     class_id: int
     name: str
     samples: int
     group: str
     accuracy: float | None
+    tested: int | None = None
+    precision: float | None = None
+    f1: float | None = None
+    accuracy_interval: Sequence[float] | None = None
+    precision_interval: Sequence[float] | None = None
+    f1_interval: Sequence[float] | None = None
 
 
 def class_rows(test: Mapping[str, Any], class_counts: ClassCounts) -> list[ClassRow]:
-    """Every class with its training samples, group and accuracy, from head to tail.
+    """Every class with its training samples, group, accuracy and so on, from head to tail.
 
     Args:
         test: Metrics as of :func:`.long_tail_metrics`.
@@ -47,31 +55,98 @@ def class_rows(test: Mapping[str, Any], class_counts: ClassCounts) -> list[Class
         raise invalid("per_class_accuracy", expected, len(accuracies))
     names = class_counts.class_names or [str(index) for index in range(len(class_counts))]
     group_of = {index: group for group, ids in class_counts.groups().items() for index in ids}
-    columns = zip(names, class_counts.counts.tolist(), accuracies, strict=True)
-    rows = [
-        ClassRow(index, name, samples, group_of[index], accuracy)
-        for index, (name, samples, accuracy) in enumerate(columns)
-    ]
+    intervals = test.get("intervals", {})
+    unknown = [None] * len(names)
+    columns = zip(
+        names,
+        class_counts.counts.tolist(),
+        map(group_of.get, range(len(names))),
+        accuracies,
+        *(test.get(f"per_class_{name}", unknown) for name in ("samples", "precision", "f1")),
+        *(intervals.get(f"per_class_{name}", unknown) for name in ("accuracy", "precision", "f1")),
+        strict=True,
+    )
+    rows = [ClassRow(index, *values) for index, values in enumerate(columns)]
     return sorted(rows, key=lambda row: -row.samples)
 
 
+def group_titles(class_counts: ClassCounts | None = None) -> dict[str, str]:
+    """The groups of classes with their limits, by name: ``many (> 100)`` and so on."""
+    many, few = MANY_ABOVE, FEW_BELOW
+    if class_counts is not None:
+        many, few = class_counts.many_above, class_counts.few_below
+    return {
+        "many": f"many (> {many})",
+        "medium": f"medium ({few}..{many})",
+        "few": f"few (< {few})",
+    }
+
+
 def summary(test: Mapping[str, Any], class_counts: ClassCounts) -> list[tuple[str, str]]:
-    """Name and worded value of each metric of the whole test set; accuracies in %."""
+    """Name and worded value of each metric of the whole test set, with its interval if known."""
     views = error_views(test["per_class_accuracy"], class_counts)  # older runs did not record them
+    errors = {
+        "balanced error": "balanced_error",
+        "train-prior error": "train_prior_error",
+        "top-1 error": "top1_error",
+    }
+    titles = group_titles(class_counts)
     sizes = {group: len(ids) for group, ids in class_counts.groups().items()}
-    groups = [
-        (f"{GROUP_NAMES[group]}, {size} {'class' if size == 1 else 'classes'}", test[group])
-        for group, size in sizes.items()
-    ]
+    shares = {
+        "top-5 accuracy": "top5_accuracy",
+        **{
+            f"{titles[group]}, {size} {'class' if size == 1 else 'classes'}": group
+            for group, size in sizes.items()
+        },
+        "macro F1": "macro_f1",
+        "macro precision": "macro_precision",
+        "weighted F1": "weighted_f1",
+        "weighted precision": "weighted_precision",
+        "AUROC": "auroc",
+        "average precision of the rarer class": "average_precision",
+    }
     return [
-        ("balanced error", f"{views['balanced_error']:.2f} %"),
-        ("train-prior error", f"{views['train_prior_error']:.2f} %"),
-        ("top-1 error", f"{test['top1_error']:.2f} %"),
-        ("worst class accuracy", percent(test["worst_class_accuracy"])),
-        *((name, percent(value)) for name, value in groups),
+        *(
+            (title, f"{({**test, **views})[name]:.2f} %{_interval(test, name, 1)}")
+            for title, name in errors.items()
+        ),
+        *_worst_class(test, class_counts),
+        *(
+            (title, percent(test[name]) + _interval(test, name, 100))
+            for title, name in shares.items()
+            if name in test
+        ),
         ("cross-entropy (nll)", f"{test['nll']:.4f}"),
         ("calibration error (ece)", f"{test['ece']:.4f}"),
     ]
+
+
+def _worst_class(test: Mapping[str, Any], class_counts: ClassCounts) -> Iterator[tuple[str, str]]:
+    """The least accuracy, of which class it is, and what it is too low by, being the least."""
+    name, value = "worst_class_accuracy", percent(test["worst_class_accuracy"])
+    names, index = class_counts.class_names, test.get("worst_class")
+    known = "" if index is None else f": {printable(names[index]) if names else index}"
+    yield f"worst class accuracy{known}", value + _interval(test, name, 100)
+    bias = test.get("intervals", {}).get("worst_class_selection_bias")
+    if bias is not None:
+        yield "too low by selection, about", f"{-100 * bias:.1f} points"
+
+
+def _interval(test: Mapping[str, Any], name: str, factor: float) -> str:
+    """`` (20.13..30.20)``, with a warning where it is too narrow; empty where there is none."""
+    intervals = test.get("intervals", {})
+    if intervals.get(name) is None:
+        return ""
+    warning = f", {TOO_NARROW}" if name in intervals["few_examples"] else ""
+    return f" ({ends(intervals[name], factor)}{warning})"
+
+
+def ends(interval: Sequence[float] | None, factor: float = 100) -> str:
+    """The ends of an interval: ``20.1..30.2``, or a dash where there is none."""
+    if interval is None:
+        return _ABSENT
+    low, high = interval
+    return f"{factor * low:.1f}..{factor * high:.1f}"
 
 
 def percent(share: float | None) -> str:
@@ -112,11 +187,38 @@ def per_class_table(
         cross-entropy (nll)            0.6269
         calibration error (ece)        0.1308
     """
-    lines = _shortened([_cells(row) for row in class_rows(test, class_counts)], max_rows)
-    headers = ("class", "training samples", "group", "accuracy")
-    align = ("left", "right", "left", "right")
-    table = tabulate(lines, headers, colalign=align, disable_numparse=True)
+    columns = {name: each for name, each in _COLUMNS.items() if each.known(test)}
+    cells = [
+        tuple(each.cell(row) for each in columns.values()) for row in class_rows(test, class_counts)
+    ]
+    align = ["left" if each.left else "right" for each in columns.values()]
+    table = tabulate(
+        _shortened(cells, max_rows), list(columns), colalign=align, disable_numparse=True
+    )
     return f"{table}\n\n{_aligned(summary(test, class_counts))}"
+
+
+class _Column(NamedTuple):
+    """A column of the table of a run; there where the metrics have what it shows."""
+
+    cell: Callable[[ClassRow], str]
+    needs: str = "per_class_accuracy"
+    left: bool = False
+
+    def known(self, test: Mapping[str, Any]) -> bool:
+        return self.needs in test
+
+
+_COLUMNS = {
+    "class": _Column(lambda row: printable(row.name), left=True),
+    "training samples": _Column(lambda row: str(row.samples)),
+    "group": _Column(lambda row: row.group, left=True),
+    "test samples": _Column(lambda row: str(row.tested), "per_class_samples"),
+    "accuracy": _Column(lambda row: percent(row.accuracy)),
+    "95 % interval": _Column(lambda row: ends(row.accuracy_interval), "intervals"),
+    "precision": _Column(lambda row: percent(row.precision), "per_class_precision"),
+    "F1": _Column(lambda row: percent(row.f1), "per_class_f1"),
+}
 
 
 def kept_table(before: ClassCounts, after: ClassCounts, *, max_rows: int = 30) -> str:
@@ -160,10 +262,6 @@ def _shortened(lines: Sequence[tuple[str, ...]], max_rows: int) -> list[tuple[st
     head, tail = max_rows - max_rows // 2, max_rows // 2
     gap = (f"... {len(lines) - max_rows} more classes", *["..."] * (len(lines[0]) - 1))
     return [*lines[:head], gap, *lines[-tail:]]
-
-
-def _cells(row: ClassRow) -> tuple[str, str, str, str]:
-    return printable(row.name), str(row.samples), row.group, percent(row.accuracy)
 
 
 def _aligned(pairs: Sequence[tuple[str, str]]) -> str:

@@ -21,6 +21,9 @@ from ldam_plugins.reports.style import CURVE, FONT, GROUPS, PAGE, WIDTH, ink
 NAMED_CLASSES = 100
 """Up to so many classes each gets a bar and its name, beyond that a place on the axis."""
 
+CONFUSED_CLASSES = 30
+"""Up to so many classes their confusion matrix is drawn."""
+
 _MEANS = 40
 _MARKED_EPOCHS = 40
 _PANEL_HEIGHTS = (2.8, 4.6, 6.4)
@@ -42,18 +45,40 @@ def training_curve(
     return png(lambda: _draw_training(history, selected, dark), dark)
 
 
-def class_profile(rows: Sequence[ClassRow], *, dark: bool = False) -> bytes:
+def class_profile(
+    rows: Sequence[ClassRow], titles: Mapping[str, str] | None = None, *, dark: bool = False
+) -> bytes:
     """Accuracy and training samples (log axis) of each class, from head to tail.
 
     Args:
         rows: As of :func:`~ldam_plugins.reports.class_table.class_rows`.
+        titles: Of the groups, as of :func:`~ldam_plugins.reports.class_table.group_titles`; their
+            names unless told.
         dark: For a dark page.
 
     Returns:
         PNG.
     """
     draw = _draw_named if len(rows) <= NAMED_CLASSES else _draw_ranked
-    return png(lambda: draw(rows, dark), dark)
+    titles = titles or {name: name for name in GROUP_NAMES}
+    return png(lambda: draw(rows, titles, dark), dark)
+
+
+def confusion_plot(
+    rows: Sequence[ClassRow], confusion: Mapping[str, Sequence[int]], *, dark: bool = False
+) -> bytes:
+    """What each class is predicted as: samples, and as colour their share of the class.
+
+    Args:
+        rows: As of :func:`~ldam_plugins.reports.class_table.class_rows`, at most
+            :data:`CONFUSED_CLASSES`: the order of the classes.
+        confusion: As ``confusion`` of :func:`.long_tail_metrics`.
+        dark: For a dark page.
+
+    Returns:
+        PNG.
+    """
+    return png(lambda: _draw_confusion(rows, confusion, dark), dark)
 
 
 def png(draw: Callable[[], Figure], dark: bool, metadata: Mapping[str, str] | None = None) -> bytes:
@@ -121,7 +146,7 @@ def _draw_training(
     return figure
 
 
-def _draw_named(rows: Sequence[ClassRow], dark: bool) -> Figure:
+def _draw_named(rows: Sequence[ClassRow], titles: Mapping[str, str], dark: bool) -> Figure:
     figure = Figure(figsize=(WIDTH, 1.3 + 0.21 * len(rows)))
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     places = range(len(rows))
@@ -140,11 +165,11 @@ def _draw_named(rows: Sequence[ClassRow], dark: bool) -> Figure:
     for axis in (left, right):
         axis.grid(axis="x", linewidth=0.6)
         axis.tick_params(axis="y", length=0)
-    _legend(figure, rows, dark)
+    _legend(figure, rows, titles, dark)
     return figure
 
 
-def _draw_ranked(rows: Sequence[ClassRow], dark: bool) -> Figure:
+def _draw_ranked(rows: Sequence[ClassRow], titles: Mapping[str, str], dark: bool) -> Figure:
     figure = Figure(figsize=(WIDTH, 5.4))
     top, bottom = figure.subplots(2, sharex=True, height_ratios=(3, 2))
     for group in GROUP_NAMES:
@@ -162,7 +187,7 @@ def _draw_ranked(rows: Sequence[ClassRow], dark: bool) -> Figure:
     bottom.set(xlabel=f"{len(rows)} classes, from the most to the fewest training samples")
     for axis in (top, bottom):
         axis.grid(axis="y", linewidth=0.6)
-    _legend(figure, rows, dark)
+    _legend(figure, rows, titles, dark)
     return figure
 
 
@@ -178,10 +203,40 @@ def _local_means(rows: Sequence[ClassRow]) -> tuple[list[float], list[float]]:
     return [float(part.mean()) for part in parts], [float(values[part].mean()) for part in parts]
 
 
-def _legend(figure: Figure, rows: Sequence[ClassRow], dark: bool) -> None:
+def _legend(
+    figure: Figure, rows: Sequence[ClassRow], titles: Mapping[str, str], dark: bool
+) -> None:
     present = [group for group in GROUP_NAMES if any(row.group == group for row in rows)]
-    handles = [Patch(color=GROUPS[dark][group], label=GROUP_NAMES[group]) for group in present]
+    handles = [Patch(color=GROUPS[dark][group], label=titles[group]) for group in present]
     figure.legend(handles=handles, loc="outside upper right", ncols=len(handles), fontsize=9)
+
+
+def _draw_confusion(
+    rows: Sequence[ClassRow], confusion: Mapping[str, Sequence[int]], dark: bool
+) -> Figure:
+    place = {row.class_id: index for index, row in enumerate(rows)}
+    matrix = np.zeros((len(rows), len(rows)), dtype=int)
+    pairs = zip(confusion["true"], confusion["predicted"], confusion["samples"], strict=True)
+    for true, predicted, samples in pairs:
+        matrix[place[true], place[predicted]] = samples
+    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    side = 2.2 + 0.29 * len(rows)
+    figure = Figure(figsize=(max(side, 4.0), max(side, 4.0)))
+    axis = figure.subplots()
+    colors = "Blues_r" if dark else "Blues"
+    axis.imshow(np.ma.masked_where(matrix == 0, shares), cmap=colors, vmin=0, vmax=1)
+    for row, column in np.argwhere(matrix):
+        light = (shares[row, column] > 0.5) != dark
+        color = "#ffffff" if light else "#000000"
+        axis.text(
+            column, row, matrix[row, column], ha="center", va="center", color=color, fontsize=6.5
+        )
+    names = [_label(row) for row in rows]
+    axis.set_xticks(range(len(rows)), names, rotation=90, parse_math=False, fontsize=8)
+    axis.set_yticks(range(len(rows)), names, parse_math=False, fontsize=8)
+    axis.tick_params(length=0)
+    axis.set(xlabel="predicted", ylabel="class, from the most to the fewest training samples")
+    return figure
 
 
 def _label(row: ClassRow) -> str:

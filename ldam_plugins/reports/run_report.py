@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ldam_plugins.counts import ClassCounts
-from ldam_plugins.reports.class_table import ClassRow, class_rows, percent, printable, summary
+from ldam_plugins.metrics.intervals import FEW_EXAMPLES
+from ldam_plugins.reports.class_table import (
+    ClassRow,
+    class_rows,
+    ends,
+    group_titles,
+    percent,
+    printable,
+    summary,
+)
 from ldam_plugins.reports.html import Plot, render
 from ldam_plugins.schedules import DeferredSchedule
 from ldam_plugins.training.files import write_atomic
-from ldam_plugins.training.history import read_history, read_metrics
+from ldam_plugins.training.history import read_confusion, read_history, read_metrics
 
 REPORT_FILE, CURVE_FILE, PROFILE_FILE = "report.html", "training_curve.png", "class_profile.png"
+CONFUSION_FILE = "confusion.png"
 _MAX_TABLE_ROWS = 1000
 _NAMED = 20
+_MAX_CONFUSED = 20
 
 
 def write_report(output_dir: str | os.PathLike[str]) -> Path:
@@ -37,15 +49,17 @@ def write_report(output_dir: str | os.PathLike[str]) -> Path:
     """
     folder = Path(output_dir)
     metrics, history = read_metrics(folder), read_history(folder)
-    counts = ClassCounts(metrics["class_counts"], metrics.get("class_names"))
+    limits = metrics.get("group_limits", {})
+    counts = ClassCounts(metrics["class_counts"], metrics.get("class_names"), **limits)
+    part = "test"
     test, validation = metrics["test"], _validation(metrics, counts)
     how = f"plain cross-entropy and accuracy {_measured(metrics.get('selection'))}"
     measured = f"Measured on the test set with {how}."
     if test is None and validation is not None:
         measured = f"{validation[0]} With {how}; the test set was left alone."
-        test, validation = metrics["validation"], None
-    rows = class_rows(test, counts)
-    plots = _draw(history, rows, metrics.get("selection"))
+        part, test, validation = "validation", metrics["validation"], None
+    rows, confusion = class_rows(test, counts), read_confusion(folder, counts, part)
+    plots = _draw(history, rows, group_titles(counts), metrics.get("selection"), confusion)
     for plot in plots:
         write_atomic(folder / plot.file, plot.light)
     page = render(
@@ -59,6 +73,11 @@ def write_report(output_dir: str | os.PathLike[str]) -> Path:
         rows=_shortened(rows),
         left_out=len(rows) - _MAX_TABLE_ROWS,
         percent=percent,
+        ends=ends,
+        detailed="intervals" in test,
+        few_examples=FEW_EXAMPLES,
+        confused=_confused(confusion, counts),
+        by_group=_by_group(test.get("by_group", {})),
         options=metrics["options"],
         machine={**_images(metrics.get("images")), **_machine(metrics)},
     )
@@ -69,7 +88,9 @@ def write_report(output_dir: str | os.PathLike[str]) -> Path:
 def _draw(
     history: Sequence[Mapping[str, Any]],
     rows: Sequence[ClassRow],
+    titles: Mapping[str, str],
     selection: Mapping[str, Any] | None,
+    confusion: Mapping[str, Sequence[int]] | None,
 ) -> list[Plot]:
     from ldam_plugins.reports import plots
 
@@ -80,9 +101,47 @@ def _draw(
             plots.training_curve(history, selected=selected, dark=dark) for dark in (False, True)
         ]
         drawn.append(Plot(CURVE_FILE, "Training curve", *curves))
-    profiles = [plots.class_profile(rows, dark=dark) for dark in (False, True)]
+    profiles = [plots.class_profile(rows, titles, dark=dark) for dark in (False, True)]
     drawn.append(Plot(PROFILE_FILE, "Accuracy and training samples per class", *profiles))
+    if confusion is not None and len(rows) <= plots.CONFUSED_CLASSES:
+        matrices = [plots.confusion_plot(rows, confusion, dark=dark) for dark in (False, True)]
+        drawn.append(Plot(CONFUSION_FILE, "Confusion matrix, samples", *matrices))
     return drawn
+
+
+def _confused(
+    confusion: Mapping[str, Sequence[int]] | None, counts: ClassCounts
+) -> list[tuple[str, str, int, str]]:
+    """The largest errors: class, what it is taken for, samples, and share of the class."""
+    if confusion is None:
+        return []
+    names = counts.class_names or [str(index) for index in range(len(counts))]
+    tested: Counter[int] = Counter()
+    for true, samples in zip(confusion["true"], confusion["samples"], strict=True):
+        tested[true] += samples
+    pairs = zip(confusion["true"], confusion["predicted"], confusion["samples"], strict=True)
+    wrong = sorted((pair for pair in pairs if pair[0] != pair[1]), key=lambda pair: -pair[2])
+    return [
+        (names[true], names[predicted], samples, percent(samples / tested[true]))
+        for true, predicted, samples in wrong[:_MAX_CONFUSED]
+    ]
+
+
+def _by_group(groups: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """A line a group, the largest error first: name, samples, classes, both errors."""
+    ordered = sorted(groups.items(), key=lambda item: -item[1]["top1_error"])
+    return [
+        (
+            name,
+            str(group["samples"]),
+            str(group["classes"]),
+            *(
+                f"{group[error]:.2f} % ({ends(group['intervals'][error], 1)})"
+                for error in ("top1_error", "balanced_error")
+            ),
+        )
+        for name, group in ordered[:_MAX_TABLE_ROWS]
+    ]
 
 
 def _title(options: Mapping[str, Any]) -> str:

@@ -6,23 +6,24 @@ import csv
 import io
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ldam_plugins._validation import check_int, invalid, quoted
+from ldam_plugins._validation import check_choice, check_int, invalid, quoted
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.training.environment import device_name, run_versions
 from ldam_plugins.training.files import disk_errors, to_json, write_atomic
-from ldam_plugins.training.run_dir import HISTORY_FILE, METRICS_FILE, hold_folder
+from ldam_plugins.training.run_dir import CONFUSION_FILES, HISTORY_FILE, METRICS_FILE, hold_folder
 
 HISTORY_COLUMNS = ("epoch", "lr", "stage", "train_loss", "val_error", "seconds")
 ERROR_COLUMNS = ("val_error", "test_error")
 """On what a run may be evaluated while it trains: held-out training samples, the test set."""
 _WITH_TEST_ERROR = (*HISTORY_COLUMNS[:-1], "test_error", HISTORY_COLUMNS[-1])
 _OF_EARLIER_VERSIONS = (*HISTORY_COLUMNS[:4], "test_error", HISTORY_COLUMNS[-1])
+CONFUSION_COLUMNS = ("true", "predicted", "samples")
 _MEASURED = ("device", "train_seconds", "examples_per_second", "test")
 METRICS_KEYS = ("options", "versions", "class_counts", *_MEASURED)
 
@@ -178,6 +179,7 @@ def run_metrics(
         "versions": run_versions(),
         "class_counts": class_counts.counts,
         "class_names": class_counts.class_names,
+        "group_limits": class_counts.limits,
         "device": device_name(device),
         **more,
         "test": None if test is None else dict(test),
@@ -199,6 +201,10 @@ def training_times(output_dir: str | os.PathLike[str], samples: int) -> dict[str
 def write_metrics(output_dir: str | os.PathLike[str], metrics: Mapping[str, Any]) -> Path:
     """Write ``metrics.json``, strict JSON, whole or not at all.
 
+    The confusion matrices of ``test`` and ``validation``, where there are, go into files of their
+    own before it: ``confusion.csv`` and ``confusion_validation.csv`` have columns ``true``,
+    ``predicted`` and ``samples``, a row for each pair of classes that occurs, by name.
+
     Args:
         output_dir: Folder of the run.
         metrics: ``options``, ``versions``, ``class_counts``, ``device``, ``train_seconds``,
@@ -211,9 +217,55 @@ def write_metrics(output_dir: str | os.PathLike[str], metrics: Mapping[str, Any]
     missing = [key for key in METRICS_KEYS if key not in metrics]
     if missing:
         raise invalid("metrics", f"complete, with {quoted(missing)}", list(metrics))
-    path = Path(output_dir) / METRICS_FILE
-    write_atomic(path, to_json(dict(metrics), name="metrics").encode())
+    path, kept = Path(output_dir) / METRICS_FILE, dict(metrics)
+    for part, file in CONFUSION_FILES.items():
+        found = dict(kept.get(part) or {})
+        if "confusion" in found:
+            content = _confusion_csv(found.pop("confusion"), metrics.get("class_names"))
+            write_atomic(Path(output_dir) / file, content.encode())
+            kept[part] = found
+    write_atomic(path, to_json(kept, name="metrics").encode())
     return path
+
+
+def _confusion_csv(
+    confusion: Mapping[str, Sequence[int]], class_names: Sequence[str] | None
+) -> str:
+    true, predicted = (
+        [index if class_names is None else class_names[index] for index in confusion[name]]
+        for name in ("true", "predicted")
+    )
+    rows = zip(true, predicted, confusion["samples"], strict=True)
+    return "".join([_csv_line(CONFUSION_COLUMNS), *map(_csv_line, rows)])
+
+
+def read_confusion(
+    output_dir: str | os.PathLike[str], class_counts: ClassCounts, part: str = "test"
+) -> dict[str, list[int]] | None:
+    """The confusion matrix of a run, as of :func:`.long_tail_metrics`; None if there is none.
+
+    Args:
+        output_dir: Folder of the run.
+        class_counts: With the names of the classes, if they have any.
+        part: ``"test"`` or ``"validation"``.
+
+    Raises:
+        ValueError: the file is not one of these classes.
+    """
+    path = Path(output_dir) / CONFUSION_FILES[check_choice("part", part, CONFUSION_FILES)]
+    if not path.exists():
+        return None
+    names = class_counts.class_names or range(len(class_counts))
+    index_of = {str(name): index for index, name in enumerate(names)}
+    rows = list(csv.DictReader(io.StringIO(path.read_bytes().decode(), newline="")))
+    try:
+        return {
+            "true": [index_of[row["true"]] for row in rows],
+            "predicted": [index_of[row["predicted"]] for row in rows],
+            "samples": [int(row["samples"]) for row in rows],
+        }
+    except (KeyError, ValueError, TypeError) as error:
+        raise invalid(str(path), "the confusion matrix of the run's classes", str(error)) from error
 
 
 def read_metrics(output_dir: str | os.PathLike[str]) -> dict[str, Any]:

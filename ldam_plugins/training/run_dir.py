@@ -21,9 +21,12 @@ from ldam_plugins.training.files import to_json, write_atomic, write_flushed
 OPTIONS_FILE, HISTORY_FILE, METRICS_FILE = "options.json", "history.csv", "metrics.json"
 COMMAND_FILE = "command.txt"
 LOCK_FILE, HOLDER_FILE = ".run.lock", ".run.json"
-RUN_ENTRIES = (OPTIONS_FILE, HISTORY_FILE, METRICS_FILE, "checkpoints", "model", "report.html")
+CONFUSION_FILES = {"test": "confusion.csv", "validation": "confusion_validation.csv"}
+"""Confusion matrices by the part of the metrics they belong to."""
+_RESULTS = (METRICS_FILE, *CONFUSION_FILES.values(), "report.html")
+RUN_ENTRIES = (OPTIONS_FILE, HISTORY_FILE, "checkpoints", "model", *_RESULTS)
 """What makes a folder one that holds a run."""
-OTHER_FILES = ("training_curve.png", "class_profile.png")
+OTHER_FILES = ("training_curve.png", "class_profile.png", "confusion.png")
 """What a run writes beside."""
 MAY_CHANGE = (
     *("output_dir", "resume", "report_to", "keep_checkpoints"),

@@ -113,7 +113,15 @@ def everything(micros, whole=False):
     logits = 3 * torch.randn(37, 4, generator=torch.Generator().manual_seed(2))
     images = torch.utils.data.TensorDataset(logits, torch.arange(37) % 4)
     loader = accelerator.prepare(torch.utils.data.DataLoader(images, batch_size=5))
-    results["test"] = evaluate(accelerator, nn.Identity(), loader, COUNTS)
+    groups = [f"camera {row // 3}" for row in range(37)]  # in the order of the loader
+    results["test"] = evaluate(
+        accelerator, nn.Identity(), loader, COUNTS, groups=groups, detailed=True
+    )
+    pair = torch.utils.data.TensorDataset(logits[:, :2], torch.arange(37) % 2)
+    loader = accelerator.prepare(torch.utils.data.DataLoader(pair, batch_size=5))
+    results["two"] = evaluate(
+        accelerator, nn.Identity(), loader, ClassCounts([9, 4]), detailed=True
+    )
     return results
 
 

@@ -92,6 +92,10 @@ def test_parameters_of_a_method_that_are_shown_are_no_difference():
         ({"mixed_precision": "bf16"}, "precision float32 (ERM; CE-DRW), bf16 (LDAM; LDAM-DRW)"),
         ({"versions": {"torch": "2.7"}}, "torch 2.6 (ERM; CE-DRW), 2.7 (LDAM; LDAM-DRW)"),
         ({"device": "cpu (arm64, threads: 2)"}, "device cpu (x86) (ERM; CE-DRW), cpu (arm64) "),
+        (
+            {"group_limits": {"many_above": 9, "few_below": 5}},
+            "limits of many and few > 100, < 20 (ERM; CE-DRW), > 9, < 5 (LDAM; LDAM-DRW)",
+        ),
         ({"processes": 2}, "processes 1 (ERM; CE-DRW), 2 (LDAM; LDAM-DRW)"),
         ({"padding": 4}, "padding not set (ERM; CE-DRW), 4 (LDAM; LDAM-DRW)"),
     ],
@@ -100,6 +104,7 @@ def test_what_no_column_names_is_warned_of_in_every_kind_of_table(entries, said)
     records = grid()
     for each in records:
         each |= {"mixed_precision": "no", "device": "cpu (x86, threads: 1)", "processes": 1}
+        each |= {"group_limits": {"many_above": 100, "few_below": 20}}
     records = changed(records, "ldam", **entries)
     rows, matrices, pairs = warnings_of(records)
     assert rows.startswith(f"Rows {START}{said}")

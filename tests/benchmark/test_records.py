@@ -58,6 +58,18 @@ def test_records_are_added_and_those_of_the_same_name_replaced(records, tmp_path
     )
 
 
+def test_records_are_without_the_intervals_of_single_classes(records, tmp_path):
+    metrics = {key: value for key, value in records[0].items() if key not in ("name", "command")}
+    intervals = {"top1_error": [1.0, 2.0], "per_class_f1": [[0.1, 0.2]] * 4}
+    (tmp_path / "new").mkdir()
+    metrics["test"] = {**metrics["test"], "intervals": intervals}
+    metrics["validation"] = {"nll": 1.0}
+    (tmp_path / "new" / "metrics.json").write_text(json.dumps(metrics))
+    (found,) = collect_records(tmp_path)
+    assert found["test"] == {**metrics["test"], "intervals": {"top1_error": [1.0, 2.0]}}
+    assert found["validation"] == {"nll": 1.0}
+
+
 def test_a_run_that_did_not_record_its_precision_is_of_unknown_precision(records, tmp_path):
     for name, precision in (("old", {}), ("new", {"mixed_precision": "no"})):
         (tmp_path / name).mkdir()

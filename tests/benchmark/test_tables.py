@@ -164,6 +164,18 @@ def test_a_column_of_a_group_without_a_class_is_left_out_and_top1_where_it_says_
     assert {"balanced_error", "train_prior_error"} < set(tidy_table(records))
 
 
+def test_metrics_that_older_records_lack_are_shown_where_a_row_has_them(records):
+    assert not {"macro_f1", "auroc"} & set(tidy_table(records))
+    for r in records[:4]:
+        r["test"] |= {"macro_f1": 0.5, "auroc": 0.75}
+    rows = {(row["loss"], row["schedule"]): row for row in range_rows(records)}
+    first, second = rows["ce", "none"], rows["ce", "drw"]
+    assert (first["macro F1 %"], first["AUROC %"]) == ("50.0 (50.0..50.0)", "75.0 (75.0..75.0)")
+    assert (second["macro F1 %"], second["AUROC %"]) == ("-", "-")
+    assert "average precision %" not in first
+    assert tidy_table(records)["macro_f1"].notna().sum() == 4
+
+
 def test_matrices_are_of_either_error(records):
     for r in records:
         r["test"]["per_class_accuracy"] = [1.0, 0.0, 0.0, 0.0]

@@ -13,7 +13,8 @@ from ldam_plugins.metrics import long_tail_metrics
 
 COUNTS = ClassCounts([500, 50, 5], class_names=["dog", "cat", "lynx"])
 FLAT = ["top1_error", "balanced_error", "train_prior_error", "balanced_accuracy"]
-FLAT += ["worst_class_accuracy", "macro_f1", "many", "medium", "few", "nll", "ece"]
+FLAT += ["worst_class_accuracy", "many", "medium", "few", "nll", "ece"]
+FLAT += [f"{mean}_{n}" for mean in ("macro", "weighted") for n in ("precision", "recall", "f1")]
 
 
 @pytest.fixture(autouse=True)
@@ -98,9 +99,32 @@ def test_call_leaves_out_groups_and_classes_without_sample():
     logits, labels = np.eye(3, dtype=np.float32)[:2], np.arange(2)
     result = LongTailMetrics(COUNTS, per_class=True)((logits, labels))
     names = [name for name in FLAT if name != "few"]
-    assert list(result) == [*names, "accuracy_dog", "accuracy_cat"]
+    each = [f"{kind}_{c}" for kind in ("accuracy", "precision", "f1") for c in ("dog", "cat")]
+    assert list(result) == [*names, *each]
     unnamed = LongTailMetrics(COUNTS.counts, per_class=True)((logits, labels))
-    assert list(unnamed)[-2:] == ["accuracy_0", "accuracy_1"]
+    assert list(unnamed)[-2:] == ["f1_0", "f1_1"]
+    logits[1] = logits[0]  # "cat" is never predicted
+    result = LongTailMetrics(COUNTS, per_class=True)((logits, labels))
+    assert "precision_cat" not in result
+    assert (result["accuracy_cat"], result["f1_cat"]) == (0, 0)
+
+
+def test_details_are_the_ends_of_intervals_for_trainer_and_all_for_evaluate(rows):
+    prediction = EvalPrediction(rows[0].numpy(), rows[1].numpy())
+    whole = long_tail_metrics(*rows, COUNTS, detailed=True)
+    flat = LongTailMetrics(COUNTS, detailed=True)(prediction)
+    assert all(type(value) is float for value in flat.values())
+    for name in set(FLAT) - {"nll", "ece"}:
+        assert [flat[f"{name}_low"], flat[f"{name}_high"]] == whole["intervals"][name]
+    assert "nll_low" not in flat
+    groups = ["a", "b"] * 15 + ["a"]
+    metric = LongTailMetrics(COUNTS, detailed=True)
+    given = {"predictions": rows[0].double().tolist(), "references": rows[1].tolist()}
+    expected = long_tail_metrics(*given.values(), COUNTS, groups=groups, detailed=True)
+    assert metric.compute(**given, groups=groups) == expected
+    assert set(expected["by_group"]) == {"a", "b"}
+    with pytest.raises(ValueError, match=r"`groups` must be left out.*detailed=True"):
+        LongTailMetrics(COUNTS).compute(**given, groups=groups)
 
 
 def test_call_takes_lists_of_batches(rows):

@@ -24,13 +24,18 @@ KEYS = [
     "train_prior_error",
     "balanced_accuracy",
     "worst_class_accuracy",
-    "macro_f1",
+    "worst_class",
     "per_class_accuracy",
     "many",
     "medium",
     "few",
     "nll",
     "ece",
+    *(f"{mean}_{name}" for mean in ("macro", "weighted") for name in ("precision", "recall", "f1")),
+    "per_class_precision",
+    "per_class_f1",
+    "per_class_samples",
+    "top5_accuracy",
 ]
 COUNTS = ClassCounts([500, 101, 100, 20, 19, 1])
 
@@ -108,7 +113,8 @@ def test_result_is_strict_json():
     logits, labels = make_rows()
     result = long_tail_metrics(logits, labels % 5, COUNTS)
     assert json.loads(json.dumps(result, allow_nan=False)) == result
-    assert all(type(result[key]) is float for key in KEYS if key != "per_class_accuracy")
+    plain = [key for key in KEYS if not key.startswith("per_class") and key != "worst_class"]
+    assert all(type(result[key]) is float for key in plain)
     assert [type(value) for value in result["per_class_accuracy"]] == [float] * 5 + [type(None)]
 
 
@@ -213,7 +219,7 @@ def test_chunks_of_rows_do_not_matter(monkeypatch):
     logits, labels = make_rows()
     labels[::3] = -100
     expected = long_tail_metrics(logits, labels, COUNTS)
-    monkeypatch.setattr("ldam_plugins.metrics.long_tail._CHUNK_ELEMENTS", 40)
+    monkeypatch.setattr("ldam_plugins.metrics.rows._CHUNK_ELEMENTS", 40)
     assert long_tail_metrics(logits, labels, COUNTS) == expected
 
 
@@ -288,7 +294,7 @@ def test_bad_input(logits, labels, error, message):
 
 
 def test_nan_is_named_by_its_row_among_ignored_ones_and_leaves_the_sums_alone(monkeypatch):
-    monkeypatch.setattr("ldam_plugins.metrics.long_tail._CHUNK_ELEMENTS", 12)
+    monkeypatch.setattr("ldam_plugins.metrics.rows._CHUNK_ELEMENTS", 12)
     logits, labels = make_rows()
     accumulator = MetricAccumulator(COUNTS)
     accumulator.update(logits, labels)

@@ -52,7 +52,7 @@ def weights(out):
 
 
 def test_leaves_what_is_promised(run, capsys):
-    _, out = run("--eval_test_every", 2, report=True)
+    _, out = run("--eval_test_every", 2, "--many", 70, "--few", 13, report=True)
     left = json.loads((out / "metrics.json").read_text())
     assert left["options"]["loss"] == "ldam"
     assert left["class_counts"] == [120, 92, 71, 55, 43, 33, 25, 20, 15, 12]
@@ -61,7 +61,10 @@ def test_leaves_what_is_promised(run, capsys):
     test = left["test"]
     assert len(test["per_class_accuracy"]) == 10
     keys = {"top1_error", "balanced_accuracy", "worst_class_accuracy", "many", "medium", "few"}
-    assert {*keys, "nll", "ece"} <= set(test)
+    assert {*keys, "nll", "ece", "macro_f1", "top5_accuracy", "intervals"} <= set(test)
+    assert left["group_limits"] == {"many_above": 70, "few_below": 13}
+    assert test["few"] == test["per_class_accuracy"][9]
+    assert (out / "confusion.csv").read_text().startswith("true,predicted,samples\n0,")
     rows = list(csv.DictReader((out / "history.csv").read_text().splitlines()))
     assert [row["stage"] for row in rows] == ["uniform", "reweighted"]
     assert [float(row["lr"]) for row in rows] == pytest.approx([0.1, 0.001])
@@ -198,6 +201,7 @@ def small_folder(root, corrupt=()):
         (["--ratio", "5000"], ValueError, "at most 120"),
         (["--start", "7"], ValueError, "`start` must be before the end of the training"),
         (["--start", "soon"], ValueError, "`start` must be a share .*got 'soon'"),
+        (["--few", "102"], ValueError, r"`few` must be <= many \+ 1 = 101, got 102"),
         (["--num_processes", "2"], RuntimeError, "must be 2, as asked for, got 1"),
         (
             ["--dataset", "no/such-set", "--profile", "exp"],

@@ -74,7 +74,7 @@ def pixels(png):
 @pytest.fixture
 def _no_drawing(monkeypatch):
     monkeypatch.setattr(plots, "training_curve", lambda _history, **_: b"curve")
-    monkeypatch.setattr(plots, "class_profile", lambda _rows, dark: b"profile")
+    monkeypatch.setattr(plots, "class_profile", lambda _rows, _titles, dark: b"profile")
 
 
 def test_report_and_plots_of_a_run(tmp_path):
@@ -154,7 +154,9 @@ def test_page_of_very_many_classes_shows_both_ends(tmp_path):
     make_run(tmp_path, ClassCounts([500, 5]), history())
     metrics = read_metrics(tmp_path)
     metrics["class_counts"], metrics["class_names"] = counts.counts, None
-    metrics["test"]["per_class_accuracy"] = [0.5, None, 1.0] * (classes // 3)
+    accuracies = {"per_class_accuracy": [0.5, None, 1.0] * (classes // 3)}
+    test = {k: v for k, v in metrics["test"].items() if not k.startswith(("per_class", "worst"))}
+    metrics["test"] = {**test, "worst_class_accuracy": 0.5, **accuracies}
     write_metrics(tmp_path, metrics)
     write_report(tmp_path)
     text = (tmp_path / "report.html").read_text()
@@ -329,3 +331,53 @@ def test_augmentation_and_preprocessing_are_shown(tmp_path):
     words = read_page(tmp_path).words
     assert words[words.index("augmentation") + 1] == "crop_flip (hflip 0.5, padding 1)"
     assert words[words.index("evaluated images") + 1] == "3 x 8 x 8, center crop 1, bicubic"
+
+
+def test_page_of_a_detailed_run(tmp_path):
+    counts = ClassCounts(
+        [500, 50, 5], class_names=["<cat>", "fox", "lynx"], many_above=60, few_below=6
+    )
+    make_run(tmp_path, counts, history())
+    labels, groups = np.repeat(range(3), [30, 25, 19]), ["<left>", "right"] * 37
+    logits = np.eye(3)[labels]
+    logits[:5] = [0, 1, 0]  # five cats are taken for foxes
+    metrics = read_metrics(tmp_path)
+    metrics["group_limits"] = counts.limits
+    test = long_tail_metrics(logits, labels, counts, groups=groups, detailed=True)
+    write_metrics(tmp_path, {**metrics, "test": test})
+    write_report(tmp_path)
+    page = read_page(tmp_path)
+    text = " ".join(page.words)
+    assert {"many (> 60), 1 class", "medium (6..60), 1 class", "few (< 6), 1 class"} <= {
+        *page.words
+    }
+    low, high = test["intervals"]["top1_error"]
+    at = page.words.index("top-1 error")
+    shown = [word.strip() for word in page.words[at + 1 : at + 6] if word.strip()]
+    assert shown[:2] == ["6.76 %", f"({low:.1f}..{high:.1f})"]
+    low, high = test["intervals"]["macro_f1"]
+    assert f"({100 * low:.1f}..{100 * high:.1f}, few examples: too narrow)" in text
+    assert "too narrow for classes with fewer than 20 test samples" in text
+    at = page.words.index("Taken for another class most often")
+    cells = [word for word in page.words[at:] if word.strip()]
+    assert cells[5:9] == ["<cat>", "fox", "5", "16.67 %"]
+    assert text.count("confusion.csv") == 1
+    at = page.words.index("By group of samples")
+    assert "<left>" in page.words[at:]
+    assert page.tags.count("img") == 3
+    assert matplotlib.image.imread(tmp_path / "confusion.png").ndim == 3
+
+
+def test_confusion_plot_has_a_cell_a_pair_in_the_order_of_the_rows(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "png", lambda draw, dark: drawn.append(draw()))
+    confusion = {"true": [0, 0, 1, 2], "predicted": [0, 2, 1, 2], "samples": [3, 1, 2, 7]}
+    rows = class_rows({"per_class_accuracy": [0.75, 1.0, 1.0]}, ClassCounts([5, 50, 9]))
+    assert [row.class_id for row in rows] == [1, 2, 0]
+    plots.confusion_plot(rows, confusion)
+    (axis,) = drawn[0].axes
+    cells = {(int(t.get_position()[1]), int(t.get_position()[0])): t.get_text() for t in axis.texts}
+    assert cells == {(2, 2): "3", (2, 1): "1", (0, 0): "2", (1, 1): "7"}
+    shares = axis.images[0].get_array().tolist()
+    assert shares == [[1, None, None], [None, 1, None], [None, 0.25, 0.75]]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["1", "2", "0"]

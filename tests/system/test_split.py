@@ -48,7 +48,11 @@ def test_the_updates_moved_the_parameters(alone):
 
 
 def test_metrics_of_two_processes_equal_those_of_one(alone, together):
-    assert together["test"] == alone["test"]
+    for name in ("test", "two"):
+        assert together[name] == alone[name]
+    groups = alone["test"]["by_group"]
+    assert [group["samples"] for group in groups.values()] == [3, 3, 3, 3, 1, *[3] * 8]
+    assert alone["two"]["auroc"] != 0.5
 
 
 @pytest.mark.parametrize("case", list(split_run.epochs(whole=False)), ids=str)
@@ -66,7 +70,7 @@ def test_whole_matrix(processes, tmp_path, capsys):
     micros = [1, 2, 4]
     alone = split_run.everything(micros, whole=True)
     together = launched(tmp_path / "results.pt", processes, micros, "whole")
-    assert together["test"] == alone["test"]
+    assert (together["test"], together["two"]) == (alone["test"], alone["two"])
     worst = dict.fromkeys(BOUNDS, 0.0)
     compared = 0
     for key, found in [*alone.items(), *together.items()]:

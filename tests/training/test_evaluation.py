@@ -31,8 +31,24 @@ def test_metrics_are_those_of_all_logits(accelerator):
         logits = torch.cat([net(2 * inputs) for inputs, _ in parts])
     labels = torch.cat([labels for _, labels in parts])
     expected = long_tail_metrics(logits, labels, COUNTS)
-    assert found.pop("per_class_accuracy") == expected.pop("per_class_accuracy")
+    for name in [name for name in expected if name.startswith("per_class")]:
+        assert found.pop(name) == expected.pop(name)
     assert found == pytest.approx(expected)
+
+
+def test_groups_are_in_the_order_of_the_loader_and_of_its_length(accelerator):
+    parts, net = batches(7, 3), nn.Linear(6, 4)
+    groups = [str(row % 5) for row in range(21)]
+    found = evaluate(accelerator, net, parts, COUNTS, groups=groups, detailed=True)
+    with torch.no_grad():
+        logits = torch.cat([net(inputs) for inputs, _ in parts])
+    labels = torch.cat([labels for _, labels in parts])
+    expected = long_tail_metrics(logits, labels, COUNTS, groups=groups, detailed=True)
+    assert found["by_group"] == expected["by_group"]
+    assert set(found) == set(expected)
+    for length in (20, 22):
+        with pytest.raises(ValueError, match="`groups` must be of shape"):
+            evaluate(accelerator, net, parts, COUNTS, groups=["a"] * length)
 
 
 def test_evaluation_is_not_compiled(accelerator):

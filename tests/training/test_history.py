@@ -1,12 +1,14 @@
 import os
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from ldam_plugins import ClassCounts
 from ldam_plugins.training.history import (
     HistoryWriter,
+    read_confusion,
     read_history,
     read_metrics,
     run_metrics,
@@ -99,6 +101,34 @@ def test_metrics_read_back_and_hold_arrays_and_tensors_as_lists(tmp_path):
     path = write_metrics(tmp_path, {**METRICS, **counts, "extra": torch.tensor([1.5])})
     assert path == tmp_path / "metrics.json"
     assert read_metrics(tmp_path) == {**METRICS, "class_names": ["ä", "<b>"], "extra": [1.5]}
+
+
+def test_confusion_goes_into_files_of_its_own_by_name(tmp_path):
+    counts = ClassCounts([5, 3, 2], class_names=['a, "b"', "c\nd", "猫"])
+    confusion = {"true": [0, 0, 2], "predicted": [0, 2, 1], "samples": [3, 1, 7]}
+    other = {"true": [1], "predicted": [1], "samples": [4]}
+    metrics = {**METRICS, "class_names": counts.class_names}
+    metrics["test"] = {**METRICS["test"], "confusion": confusion}
+    metrics["validation"] = {"nll": 1.0, "confusion": other}
+    write_metrics(tmp_path, metrics)
+    assert metrics["test"]["confusion"] == confusion
+    stored = read_metrics(tmp_path)
+    assert (stored["test"], stored["validation"]) == (METRICS["test"], {"nll": 1.0})
+    assert read_confusion(tmp_path, counts) == confusion
+    assert read_confusion(tmp_path, counts, "validation") == other
+    table = pd.read_csv(tmp_path / "confusion.csv").pivot(
+        index="true", columns="predicted", values="samples"
+    )
+    assert table.loc['a, "b"', "猫"] == 1
+    unnamed = ClassCounts([5, 3, 2])
+    write_metrics(tmp_path, {**metrics, "class_names": None})
+    assert read_confusion(tmp_path, unnamed) == confusion
+    with pytest.raises(
+        ValueError, match=r"confusion.csv` must be the confusion matrix of the run's"
+    ):
+        read_confusion(tmp_path, counts)
+    (tmp_path / "confusion.csv").unlink()
+    assert read_confusion(tmp_path, unnamed) is None
 
 
 @pytest.mark.parametrize("missing", METRICS)

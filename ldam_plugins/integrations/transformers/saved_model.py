@@ -60,6 +60,7 @@ def measure_saved(
     class_counts: ClassCounts,
     *,
     batch_size: int = 64,
+    detailed: bool = False,
 ) -> dict[str, Any]:
     """Metrics of the model in ``folder`` on ``texts``, as anyone gets them who loads it.
 
@@ -70,10 +71,12 @@ def measure_saved(
 
     Args:
         folder: What ``save_pretrained`` of model and tokenizer wrote.
-        texts: Columns ``text`` and ``label``; class c is the c-th output.
+        texts: Columns ``text`` and ``label``, class c being the c-th output; and ``group``, where
+            there is one.
         class_counts: Training texts per class; they define the groups, and where they have names
             the model must have the same ones.
         batch_size: Texts a forward pass.
+        detailed: Whether to give intervals, the confusion matrix and the groups as well.
 
     Returns:
         As of :func:`.long_tail_metrics`.
@@ -88,14 +91,14 @@ def measure_saved(
     device = _place(model.eval(), state.device)
     metrics = MetricAccumulator(class_counts)
     part = texts.select(range(state.process_index, len(texts), state.num_processes))
-    for batch, labels in _batches(part, tokenizer, batch_size):
+    for batch, labels, groups in _batches(part, tokenizer, batch_size):
         with torch.inference_mode():
             logits = model(**{name: rows.to(device) for name, rows in batch.items()}).logits
-        metrics.update(logits.cpu(), labels)
+        metrics.update(logits.cpu(), labels, groups)
     whole, *others = gather_object([metrics])
     for other in others:
         whole.merge(other)
-    return whole.compute()
+    return whole.compute(detailed=detailed)
 
 
 def describe_saved(
@@ -148,8 +151,8 @@ def _place(model: torch.nn.Module, device: torch.device) -> torch.device:
 
 def _batches(
     texts: Dataset, tokenizer: PreTrainedTokenizerBase, size: int
-) -> Iterator[tuple[Mapping[str, Tensor], Sequence[int]]]:
-    """Tokens and labels of some texts at a time, those of like length together."""
+) -> Iterator[tuple[Mapping[str, Tensor], Sequence[int], Sequence[str] | None]]:
+    """Tokens, labels and groups of some texts at a time, those of like length together."""
     for begin in range(0, len(texts), _TEXTS_AT_ONCE):
         rows = texts[begin : begin + _TEXTS_AT_ONCE]
         tokens = tokenizer(rows["text"], truncation=True)
@@ -157,4 +160,6 @@ def _batches(
         for start in range(0, len(order), size):
             chosen = order[start : start + size]
             batch = {name: [column[i] for i in chosen] for name, column in tokens.items()}
-            yield tokenizer.pad(batch, return_tensors="pt"), [rows["label"][i] for i in chosen]
+            groups = [rows["group"][i] for i in chosen] if "group" in rows else None
+            labels = [rows["label"][i] for i in chosen]
+            yield tokenizer.pad(batch, return_tensors="pt"), labels, groups

@@ -79,6 +79,16 @@ def test_processes_share_the_texts(saved, texts, monkeypatch):
     assert metrics == whole
 
 
+def test_groups_go_with_their_texts_whatever_the_batches(saved, texts, monkeypatch):
+    grouped = texts.add_column("group", [f"author {label}" for label in LABELS])
+    monkeypatch.setattr(hf_saved_model, "_TEXTS_AT_ONCE", 16)
+    metrics = measure_saved(saved.folder, grouped, COUNTS, batch_size=7, detailed=True)
+    accuracy = [100 - metrics["by_group"][f"author {c}"]["top1_error"] for c in (0, 1)]
+    assert accuracy == pytest.approx([100 * share for share in metrics["per_class_accuracy"]])
+    assert metrics["intervals"]["auroc"][0] < metrics["auroc"] < metrics["intervals"]["auroc"][1]
+    assert "by_group" not in measure_saved(saved.folder, texts, COUNTS, detailed=True)
+
+
 @pytest.mark.parametrize(
     ("counts", "message"),
     [
