@@ -331,7 +331,7 @@ def measure(
         loader,
         counts,
         autocast=False,
-        groups=getattr(images, "groups", None),
+        groups=images.groups,
         detailed=True,
     )
 
