@@ -104,13 +104,15 @@ def some_texts(classes, ratio):
 
 
 @pytest.mark.parametrize(
-    ("classes", "ratio", "loss"), [(2, 4, "ce"), (2, 40, "ce"), (12, 40, "ldam")]
+    ("classes", "ratio", "chosen"),
+    [(2, 4, ("none", "linear")), (2, 40, ("rw", "linear")), (12, 40, ("rw", "cosine"))],
 )
-def test_advice_follows_the_table(classes, ratio, loss):
+def test_advice_follows_the_table(classes, ratio, chosen):
     audit = some_texts(classes, ratio)
     advice = recipe.advise(recipe.parse(["some texts"]), audit)
     options = parsed_command(advice.command)
-    assert (options.dataset, options.loss, options.model) == ("some texts", loss, "minilm")
+    assert (options.dataset, options.loss, options.model) == ("some texts", "ce", "minilm")
+    assert (options.schedule, options.head) == chosen
     assert (options.batch_size, options.epochs) == (8, 24)
 
 
