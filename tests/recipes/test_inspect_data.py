@@ -136,7 +136,7 @@ def test_frozen_networks_are_compared():
     assert words[:2] == ["python", "recipes/frozen_features.py"]
     options, data = frozen_features.parse(words[2:])
     assert (options.recipe, data.dataset, data.max_length) == ("text", "x", 16)
-    assert "No evidence here" in advice.reasons[0][2]
+    assert "On frozen features" in advice.reasons[0][2]
 
 
 def test_a_share_stands_for_a_test_set_that_is_not_there(photos, tmp_path, capsys):
