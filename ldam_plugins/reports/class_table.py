@@ -129,7 +129,7 @@ def _worst_class(test: Mapping[str, Any], class_counts: ClassCounts) -> Iterator
     yield f"worst class accuracy{known}", value + _interval(test, name, 100)
     bias = test.get("intervals", {}).get("worst_class_selection_bias")
     if bias is not None:
-        yield "too low by selection, about", f"{max(0.0, -100 * bias):.1f} points"
+        yield "worst class: too low, being picked, by", f"{max(0.0, -100 * bias):.1f} points"
 
 
 def _interval(test: Mapping[str, Any], name: str, factor: float) -> str:

@@ -119,7 +119,7 @@ def test_table_and_summary_of_detailed_metrics():
     low, high = test["intervals"]["worst_class_accuracy"]
     assert said["worst class accuracy: fox"] == f"73.33 % ({100 * low:.1f}..{100 * high:.1f})"
     bias = -100 * test["intervals"]["worst_class_selection_bias"]
-    assert said["too low by selection, about"] == f"{bias:.1f} points"
+    assert said["worst class: too low, being picked, by"] == f"{bias:.1f} points"
     assert "few (< 4), 1 class" in said
     assert "too narrow" not in said["few (< 4), 1 class"]
     assert {"macro F1", "weighted precision"} <= set(said)
