@@ -26,7 +26,7 @@ CONFUSION_FILES = {"test": "confusion.csv", "validation": "confusion_validation.
 _RESULTS = (METRICS_FILE, *CONFUSION_FILES.values(), "report.html")
 RUN_ENTRIES = (OPTIONS_FILE, HISTORY_FILE, "checkpoints", "model", *_RESULTS)
 """What makes a folder one that holds a run."""
-OTHER_FILES = ("training_curve.png", "class_profile.png", "confusion.png")
+OTHER_FILES = ("split.csv", "training_curve.png", "class_profile.png", "confusion.png")
 """What a run writes beside."""
 MAY_CHANGE = (
     *("output_dir", "resume", "report_to", "keep_checkpoints"),
@@ -152,10 +152,7 @@ def has_checkpoint(folder: str | os.PathLike[str]) -> bool:
 
 def is_unsaved(folder: Path) -> bool:
     """Whether a folder holds a run that ended before it had saved anything."""
-    later = [
-        name for name in RUN_ENTRIES if name not in (OPTIONS_FILE, HISTORY_FILE, "checkpoints")
-    ]
-    lost = has_checkpoint(folder) or any((folder / name).exists() for name in later)
+    lost = has_checkpoint(folder) or any((folder / n).exists() for n in ("model", *_RESULTS))
     return (folder / OPTIONS_FILE).is_file() and not lost
 
 
@@ -180,7 +177,7 @@ def delete_run(folder: str | os.PathLike[str]) -> None:
         _remove(folder / "checkpoints")
     if (folder / "model" / "config.json").is_file():
         _remove(folder / "model")
-    for name in (HISTORY_FILE, METRICS_FILE, "report.html", *OTHER_FILES, OPTIONS_FILE):
+    for name in (HISTORY_FILE, *_RESULTS, *OTHER_FILES, OPTIONS_FILE):
         _remove(folder / name)  # the options last: without them it is no run
 
 

@@ -54,7 +54,8 @@ def saved_run(folder, options=OPTIONS):
     for name in ("checkpoints/epoch_00001", "checkpoints/checkpoint-7", "model"):
         (folder / name).mkdir(parents=True)
     (folder / "checkpoints" / "checkpoint-7" / "whole").touch()
-    for name in ("metrics.json", "report.html", "training_curve.png", "model/config.json"):
+    files = ("metrics.json", "report.html", "training_curve.png", "model/config.json")
+    for name in (*files, "confusion.csv", "confusion_validation.csv", "confusion.png", "split.csv"):
         (folder / name).touch()
 
 
