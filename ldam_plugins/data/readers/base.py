@@ -34,6 +34,8 @@ _ALSO_CALLED = {
 """What else people call a split, capitals aside."""
 TEXT, LABEL, GROUP = "text", "label", "group"
 """Columns of the tables that readers of texts give."""
+TABLE_OPTIONS = ("label_column", "group_column", "train_split", "test_split", "skip_empty")
+"""Options of every reader of tables, beside the column of its images or texts."""
 _ORIENTATION = 0x0112
 """The EXIF tag that says how a camera was held."""
 # Pillow tells formats apart by content, and some of the others (EPS) start external programs.

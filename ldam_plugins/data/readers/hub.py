@@ -12,6 +12,7 @@ import numpy as np
 from ldam_plugins._validation import check_choice, invalid, quoted
 from ldam_plugins.data.readers.base import (
     LABEL,
+    TABLE_OPTIONS,
     TEXT,
     ImageRequest,
     ImageRows,
@@ -113,28 +114,14 @@ def _read_groups(table: Any, rows: np.ndarray, request: Request) -> np.ndarray |
 HUB_IMAGES = Reader(
     name="tables",
     layout="a hub id, or a folder of *.parquet files (also one or two folders down)",
-    options=(
-        "image_column",
-        "label_column",
-        "group_column",
-        "train_split",
-        "test_split",
-        "skip_empty",
-    ),
+    options=("image_column", *TABLE_OPTIONS),
     accepts=_holds_image_tables,
     read=_read_images,
 )
 HUB_TEXTS = Reader(
     name="tables",
     layout="a hub id, or a folder of files that `datasets.load_dataset` reads",
-    options=(
-        "text_column",
-        "label_column",
-        "group_column",
-        "train_split",
-        "test_split",
-        "skip_empty",
-    ),
+    options=("text_column", *TABLE_OPTIONS),
     accepts=lambda request: bool(request.dataset),  # the last one asked: `datasets` knows others
     read=_read_texts,
 )

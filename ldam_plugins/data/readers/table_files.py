@@ -9,6 +9,7 @@ import numpy as np
 
 from ldam_plugins._validation import invalid, quoted
 from ldam_plugins.data.readers.base import (
+    TABLE_OPTIONS,
     FileSource,
     ImageRequest,
     ImageRows,
@@ -164,21 +165,14 @@ def _holds_texts(request: TextRequest) -> bool:
     return bool(tables_of(request, TEXT_SUFFIXES))
 
 
+_OPTIONS = (*TABLE_OPTIONS, "encoding", "delimiter")
+
 TEXT_TABLES = Reader(
     name="a table",
     layout=(
         "a CSV, TSV or JSON Lines file of texts and labels, or a folder with train.csv and test.csv"
     ),
-    options=(
-        "text_column",
-        "label_column",
-        "group_column",
-        "train_split",
-        "test_split",
-        "skip_empty",
-        "encoding",
-        "delimiter",
-    ),
+    options=("text_column", *_OPTIONS),
     accepts=_holds_texts,
     read=_read_texts,
 )
@@ -340,16 +334,7 @@ IMAGE_TABLES = Reader(
         "a folder with images and a CSV, TSV, JSON Lines or parquet file of file names and labels, "
         "or that file"
     ),
-    options=(
-        "image_column",
-        "label_column",
-        "group_column",
-        "train_split",
-        "test_split",
-        "skip_empty",
-        "encoding",
-        "delimiter",
-    ),
+    options=("image_column", *_OPTIONS),
     accepts=_holds_image_table,
     read=_read_images,
 )
