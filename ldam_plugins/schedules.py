@@ -127,6 +127,11 @@ class DeferredSchedule:
         """Whether a second stage begins at an epoch, so that the length of one must be known."""
         return self.is_deferred and self._start_unit() == "epoch"
 
+    @property
+    def starts_at_share(self) -> bool:
+        """Whether a second stage begins at a share of the training, so that its length counts."""
+        return self.is_deferred and self._start_unit() == "fraction"
+
     def start_step(self, total_steps: int, steps_per_epoch: int) -> int:
         """First optimizer step (0-based) of the second stage; 0 for kinds that have one stage.
 

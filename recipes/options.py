@@ -333,9 +333,7 @@ class CoreOptions:
         """What in the training depends on how long it is as a whole; None if nothing does."""
         if self.schedule == "progressive":
             return "--schedule progressive goes by the share of the training that is done"
-        unit = self.start_unit if self.start_unit != "auto" else ""
-        is_share = unit == "fraction" or (not unit and not self.start.isdigit())
-        if self.make_schedule().is_deferred and is_share:
+        if self.make_schedule().starts_at_share:
             return f"--start {self.start} is a share of the training"
         return None
 
