@@ -81,7 +81,7 @@ def tidy_table(records: Sequence[Record]) -> pd.DataFrame:
             **{name: _scalar(option_value(record, name)) for name in names},
             "seed": record["options"]["seed"],
             **{f"tuned_{name}": _scalar(v) for name, v in tuned_values(record).items()},
-            **{metric: test_metrics(record)[metric] for metric in _METRICS},
+            **{metric: test[metric] for metric in _METRICS},
             **{name: record["test"][name] for name in _LATER_METRICS if name in record["test"]},
             "train_seconds": record["train_seconds"],
             "device": record["device"],
@@ -90,7 +90,7 @@ def tidy_table(records: Sequence[Record]) -> pd.DataFrame:
             "command": record["command"],
         }
         for runs in by_setting(records).values()
-        for record in runs
+        for record, test in zip(runs, map(test_metrics, runs), strict=True)
     ]
     # As objects, integers stay integers in a column that has no value in some rows.
     return pd.DataFrame(rows, dtype=object)
