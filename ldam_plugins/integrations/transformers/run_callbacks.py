@@ -560,3 +560,8 @@ def _wait_for_all() -> None:
 
 def _order_file(args: TrainingArguments) -> str:
     return f"order_{args.process_index}.safetensors"
+
+
+def pretrained_source(model: str) -> str:
+    """What ``from_pretrained`` takes for a model: ``"minilm"`` is in a package, others as named."""
+    return bundled_minilm() if model == "minilm" else model
