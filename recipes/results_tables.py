@@ -12,8 +12,9 @@ file into an experiment, or begins one; records of the same name are replaced.
 In a document what is between ``<!-- results: EXPERIMENT [KIND [BASELINE]] [OPTION=VALUE,...] -->``
 and ``<!-- end -->`` is made anew, from the runs whose options have one of the values. Kinds are
 ``range`` (the default), ``intervals``, ``matrix`` (of the balanced error), ``matrices`` (of the
-train-prior error as well), ``grid`` (one table, a row a head and loss) and ``compare`` (with a
-baseline as of the benchmark), and the plots
+train-prior error as well), ``grid`` (one table, a row a head and loss), ``compare`` (with a
+baseline as of the benchmark) and ``parts`` (head, margin and deferral, of this experiment and of
+others that are named after it), and the plots
 ``errors``, ``curves`` and ``heat_map``, which are of all runs. After
 ``<!-- timings: FILE [SECTION ...] -->`` come sections of a file that ``recipes/speed.py`` left
 under ``recipes/timings``, after ``<!-- probes: FILE [SCHEDULE ...] -->`` the means of a file
@@ -41,6 +42,7 @@ from ldam_plugins.benchmark.tables import (
     Row,
     comparison_caption,
     comparison_rows,
+    decomposition_rows,
     error_matrices,
     grid_rows,
     interval_rows,
@@ -108,22 +110,31 @@ def content(experiment: str, words: Sequence[str] = (), folder: Path = RESULTS) 
     """
     filters = [word for word in words if re.fullmatch(r"\w+=[^=]+", word)]
     kind, *baseline = [word for word in words if word not in filters] or ["range"]
-    check_choice("kind", kind, [*TABLES, "compare", *PLOTS])
-    if len(baseline) > (kind == "compare"):
+    check_choice("kind", kind, [*TABLES, "compare", "parts", *PLOTS])
+    if len(baseline) > (kind == "compare") and kind != "parts":
         raise invalid("words", f"those of {kind!r}", words)
     if kind in PLOTS:
         place = os.path.relpath(plot_path(experiment, kind), folder)
         return f"![{PLOTS[kind][0]}]({Path(place).as_posix()})"
+    if kind == "parts":
+        named = {name: chosen_records(name, filters) for name in [experiment, *baseline]}
+        return markdown(decomposition_rows(named))
+    records = chosen_records(experiment, filters)
+    if kind == "compare":
+        rows = comparison_rows(records, *baseline)
+        return captioned(rows, comparison_caption(records, *baseline))
+    return TABLES[kind](records)
+
+
+def chosen_records(experiment: str, filters: Sequence[str]) -> list[Record]:
+    """The records of an experiment whose options have one of the values: ``option=value,...``."""
     records = read_records(records_path(experiment))
     for name, _, values in (word.partition("=") for word in filters):
         check_choice("option", name, records[0]["options"])
         records = [r for r in records if shown(r["options"][name]) in values.split(",")]
     if not records:
-        raise invalid("words", "of options that some runs have", words)
-    if kind == "compare":
-        rows = comparison_rows(records, *baseline)
-        return captioned(rows, comparison_caption(records, *baseline))
-    return TABLES[kind](records)
+        raise invalid("words", "of options that some runs have", filters)
+    return records
 
 
 def timing_table(name: str, sections: Sequence[str] = ()) -> str:

@@ -13,6 +13,7 @@ from tabulate import tabulate
 
 from ldam_plugins.benchmark.captions import Caption, pair_caption, row_caption
 from ldam_plugins.benchmark.comparisons import comparisons
+from ldam_plugins.benchmark.decomposition import decompositions
 from ldam_plugins.benchmark.records import UNKNOWN, Record, errors_of, test_metrics
 from ldam_plugins.benchmark.settings import (
     ABSENT,
@@ -285,6 +286,29 @@ def comparison_caption(records: Sequence[Record], baseline: str = "erm") -> Capt
         for entry in comparisons(records, baseline)
     }
     return pair_caption(records, unlike)
+
+
+def decomposition_rows(experiments: Mapping[str, Sequence[Record]]) -> list[Row]:
+    """One row for each of :func:`.decompositions` of each experiment, with their seeds."""
+    return [
+        {
+            "experiment": ", ".join(
+                [name, *(f"{o} {value}" for o, value in found.options.items())]
+            ),
+            "max_margin": shown(found.max_margin),
+            "seeds": str(found.first.n),
+            "CE, linear head": worded(found.first),
+            "cosine head": worded(found.head, sign="+"),
+            "margin": worded(found.margin, sign="+"),
+            "deferred weights": worded(found.deferral, sign="+"),
+            "LDAM-DRW": worded(found.last),
+            "weights from the start instead": (
+                worded(found.from_the_start, sign="+") if found.from_the_start else ABSENT
+            ),
+        }
+        for name, records in experiments.items()
+        for found in decompositions(records)
+    ]
 
 
 def markdown(rows: Sequence[Row]) -> str:
