@@ -111,7 +111,7 @@ ATTENTION_DROPOUTS = ("attention_dropout", "attention_probs_dropout_prob", "attn
 
 @folders_held()
 def main(options: TextOptions) -> dict[str, Any]:
-    """Train and evaluate once; returns what ``metrics.json`` and ``confusion.csv`` hold."""
+    """Train and evaluate once; returns what its files of results hold."""
     set_seed(options.seed)
     disable_progress_bar()  # of transformers: reading and writing weights takes moments
     arguments = make_arguments(options)
@@ -169,13 +169,10 @@ def main(options: TextOptions) -> dict[str, Any]:
         held_out["selection"] = rule.record(selection_scores(trainer.state, rule.metric))
     if validation is not None:
         held_out["held_out"] = held_out_record(validation["label"], counts)
-        found = measure_saved(
-            model_folder(options), validation, counts, batch_size=size, detailed=True
-        )
-        held_out["validation"] = found
+        held_out["validation"] = measure(options, validation, counts, size)
     result = None
     if options.measures_test:
-        result = measure_saved(model_folder(options), test, counts, batch_size=size, detailed=True)
+        result = measure(options, test, counts, size)
     metrics = run_metrics(
         options=asdict(options),
         **notes.record(),
@@ -191,6 +188,20 @@ def main(options: TextOptions) -> dict[str, Any]:
         save_outputs(options, metrics, counts)
     trainer.accelerator.end_training()
     return metrics
+
+
+def measure(
+    options: TextOptions, texts: Dataset, counts: ClassCounts, batch_size: int
+) -> dict[str, Any]:
+    """Metrics and predictions of the saved model on some texts, as anyone gets them."""
+    return measure_saved(
+        model_folder(options),
+        texts,
+        counts,
+        batch_size=batch_size,
+        detailed=True,
+        examples=text_examples(texts).names,
+    )
 
 
 def save_outputs(options: TextOptions, metrics: dict[str, Any], counts: ClassCounts) -> None:

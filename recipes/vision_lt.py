@@ -101,7 +101,7 @@ from ldam_plugins.training.options import (
 
 @folders_held()
 def main(options: VisionOptions) -> dict[str, Any]:
-    """Train and evaluate once; returns what ``metrics.json`` and ``confusion.csv`` hold."""
+    """Train and evaluate once; returns what its files of results hold."""
     register()
     accelerator = make_accelerator(options)
     set_seed(options.seed)
@@ -333,6 +333,7 @@ def measure(
         autocast=False,
         groups=images.groups,
         detailed=True,
+        examples=images.examples().names,
     )
 
 

@@ -9,6 +9,9 @@ import numpy as np
 from scipy import optimize, stats
 
 from ldam_plugins._validation import check_int, check_real, invalid
+from ldam_plugins.metrics.paired import holm
+
+__all__ = ["Interval", "PairedComparison", "holm", "mean_interval", "paired_comparison"]
 
 CONFIDENCE = 0.95
 _POWER = 0.8
@@ -119,26 +122,3 @@ def _detectable(spread: float, pairs: int, tests: int) -> float:
 
     # The effect is the mean over its standard error; it is below 3 * critical for any df.
     return float(optimize.brentq(shortfall, 0.0, 3 * critical)) * spread / pairs**0.5
-
-
-def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """P-values corrected for their number, so that any false alarm has the stated probability.
-
-    Sorted ascending, ``p_(i)`` becomes ``max_{j <= i} min(1, (m - j + 1) p_(j))``. None, where no
-    test was made, stays None and does not count.
-
-    Source: Holm, Scandinavian Journal of Statistics 6, 1979.
-
-    Example:
-        >>> holm([0.04, 0.01, None])
-        [0.04, 0.02, None]
-    """
-    # By hand, since scipy has no Holm, and statsmodels' multipletests collects all garbage in each
-    # call, which takes 0.1 s in a process that has imported torch.
-    order = sorted((p, place) for place, p in enumerate(p_values) if p is not None)
-    corrected: list[float | None] = [None] * len(p_values)
-    largest = 0.0
-    for done, (p, place) in enumerate(order):
-        largest = max(largest, min(1.0, (len(order) - done) * p))
-        corrected[place] = largest
-    return corrected

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ldam_plugins._validation import invalid
 from ldam_plugins.counts import ClassCounts
-from ldam_plugins.metrics import MetricAccumulator
+from ldam_plugins.metrics import MetricAccumulator, Predictions
 
 
 @torch.inference_mode()
@@ -27,6 +27,7 @@ def evaluate(
     autocast: bool = True,
     groups: Sequence[Any] | np.ndarray | None = None,
     detailed: bool = False,
+    examples: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Metrics of the whole test set; the model is left in evaluation mode.
 
@@ -44,18 +45,21 @@ def evaluate(
             loader (N,); with ``detailed`` there are metrics of each.
         detailed: Whether to give intervals, the confusion matrix and the groups as well, for the
             end of a training.
+        examples: Name of each sample, in the order of the loader (N,). With them the answer has
+            ``predictions``, the columns of :class:`~ldam_plugins.metrics.Predictions`.
 
     Returns:
         What :class:`~ldam_plugins.metrics.MetricAccumulator` computes: ``top1_error`` (%),
         ``balanced_accuracy``, ``nll`` by plain cross-entropy, and so on.
 
     Raises:
-        ValueError: another number of groups than of samples.
+        ValueError: another number of groups or of names than of samples.
     """
     net.eval()
     for buffer in net.buffers():  # every process has batch statistics of its own
         buffer.copy_(broadcast(buffer))
     metrics, seen = MetricAccumulator(class_counts), 0
+    predictions = Predictions(len(class_counts))
     # A compiled model is not compiled once more for the shapes of these batches.
     with torch.compiler.set_stance("force_eager"):
         for inputs, labels in loader:
@@ -64,7 +68,12 @@ def evaluate(
             logits, labels = accelerator.gather_for_metrics((logits.float(), labels))
             part = None if groups is None else groups[seen : seen + len(labels)]
             metrics.update(logits, labels, part)
+            if examples is not None:
+                predictions.update(range(seen, seen + len(labels)), logits, labels.cpu())
             seen += len(labels)
     if groups is not None and len(groups) != seen:
         raise invalid("groups", f"of shape ({seen},), one for each sample", (len(groups),))
-    return metrics.compute(detailed=detailed)
+    found = metrics.compute(detailed=detailed)
+    if examples is not None:
+        found["predictions"] = predictions.columns(examples)
+    return found

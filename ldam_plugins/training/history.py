@@ -16,7 +16,13 @@ from ldam_plugins._validation import check_choice, check_int, invalid, quoted
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.training.environment import device_name, run_versions
 from ldam_plugins.training.files import disk_errors, to_json, write_atomic
-from ldam_plugins.training.run_dir import CONFUSION_FILES, HISTORY_FILE, METRICS_FILE, hold_folder
+from ldam_plugins.training.run_dir import (
+    CONFUSION_FILES,
+    HISTORY_FILE,
+    METRICS_FILE,
+    PREDICTION_FILES,
+    hold_folder,
+)
 
 HISTORY_COLUMNS = ("epoch", "lr", "stage", "train_loss", "val_error", "seconds")
 ERROR_COLUMNS = ("val_error", "test_error")
@@ -203,7 +209,8 @@ def write_metrics(output_dir: str | os.PathLike[str], metrics: Mapping[str, Any]
 
     The confusion matrices of ``test`` and ``validation``, where there are, go into files of their
     own before it: ``confusion.csv`` and ``confusion_validation.csv`` have columns ``true``,
-    ``predicted`` and ``samples``, a row for each pair of classes that occurs, by name.
+    ``predicted`` and ``samples``, a row for each pair of classes that occurs, by name. So do
+    predictions, into ``predictions.csv`` and ``predictions_validation.csv``, a row an example.
 
     Args:
         output_dir: Folder of the run.
@@ -218,12 +225,16 @@ def write_metrics(output_dir: str | os.PathLike[str], metrics: Mapping[str, Any]
     if missing:
         raise invalid("metrics", f"complete, with {quoted(missing)}", list(metrics))
     path, kept = Path(output_dir) / METRICS_FILE, dict(metrics)
-    for part, file in CONFUSION_FILES.items():
+    names = metrics.get("class_names")
+    for part in PREDICTION_FILES:
         found = dict(kept.get(part) or {})
-        if "confusion" in found:
-            content = _confusion_csv(found.pop("confusion"), metrics.get("class_names"))
-            write_atomic(Path(output_dir) / file, content.encode())
-            kept[part] = found
+        for key, file, to_csv in (
+            ("confusion", CONFUSION_FILES[part], _confusion_csv),
+            ("predictions", PREDICTION_FILES[part], _predictions_csv),
+        ):
+            if key in found:
+                write_atomic(Path(output_dir) / file, to_csv(found.pop(key), names).encode())
+                kept[part] = found
     write_atomic(path, to_json(kept, name="metrics").encode())
     return path
 
@@ -237,6 +248,20 @@ def _confusion_csv(
     )
     rows = zip(true, predicted, confusion["samples"], strict=True)
     return "".join([_csv_line(CONFUSION_COLUMNS), *map(_csv_line, rows)])
+
+
+def _predictions_csv(
+    columns: Mapping[str, Sequence[Any]], class_names: Sequence[str] | None
+) -> str:
+    import pandas as pd
+
+    table = pd.DataFrame(dict(columns))
+    for name in table:
+        if name == "label" or name.startswith("predicted"):
+            indices = table[name].tolist()
+            names = indices if class_names is None else [*class_names, ""]  # -1 is unknown
+            table[name] = indices if class_names is None else [names[index] for index in indices]
+    return table.to_csv(index=False, float_format="%.7g", lineterminator="\n")
 
 
 def read_confusion(

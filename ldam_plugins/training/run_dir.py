@@ -23,7 +23,12 @@ COMMAND_FILE = "command.txt"
 LOCK_FILE, HOLDER_FILE = ".run.lock", ".run.json"
 CONFUSION_FILES = {"test": "confusion.csv", "validation": "confusion_validation.csv"}
 """Confusion matrices by the part of the metrics they belong to."""
-_RESULTS = (METRICS_FILE, *CONFUSION_FILES.values(), "report.html")
+PREDICTION_FILES = {"test": "predictions.csv", "validation": "predictions_validation.csv"}
+"""What the model says of each example, likewise."""
+_RESULTS = (
+    *(METRICS_FILE, "report.html"),
+    *(*CONFUSION_FILES.values(), *PREDICTION_FILES.values()),
+)
 RUN_ENTRIES = (OPTIONS_FILE, HISTORY_FILE, "checkpoints", "model", *_RESULTS)
 """What makes a folder one that holds a run."""
 OTHER_FILES = ("split.csv", "training_curve.png", "class_profile.png", "confusion.png")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import options as recipe_options
+import pandas as pd
 import pytest
 import text_lt
 import torch
@@ -102,6 +103,12 @@ def test_leaves_what_is_promised(run, capsys):
     keys = {"top1_error", "balanced_accuracy", "worst_class_accuracy", "many", "medium", "few"}
     assert {*keys, "nll", "ece", "per_class_accuracy", "intervals"} <= set(left["test"])
     assert (out / "confusion.csv").exists()
+    predictions = pd.read_csv(out / "predictions.csv")
+    right = (predictions["label"] == predictions["predicted"]).groupby(predictions["label"]).mean()
+    assert right.tolist() == left["test"]["per_class_accuracy"]
+    nll = -np.log(predictions["label_probability"]).mean()
+    assert nll == pytest.approx(left["test"]["nll"], rel=1e-5)
+    assert predictions["example"].is_unique
     assert list(left["class_errors"]) == ["a", "b", "c", "mean"]
     rows = rows_of(out)
     assert [(row["epoch"], row["stage"]) for row in rows] == [("0", "uniform"), ("1", "reweighted")]
@@ -215,7 +222,8 @@ def test_metrics_are_those_of_the_models_that_are_left(run, bert, long_texts, tm
             assert measured[kind]["test"][key] == pytest.approx(value, abs=1e-5), (kind, key)
         stored = json.loads((tmp_path / kind / "metrics.json").read_text())
         found = measured[kind]["test"]
-        assert stored["test"] == {k: v for k, v in found.items() if k != "confusion"}
+        in_files = ("confusion", "predictions")
+        assert stored["test"] == {k: v for k, v in found.items() if k not in in_files}
     assert "UNEXPECTED" not in said
     assert "MISSING" not in said
     for out in (own, plain):

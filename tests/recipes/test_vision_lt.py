@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import options as recipe_options
+import pandas as pd
 import pytest
 import timm
 import torch
@@ -65,6 +66,10 @@ def test_leaves_what_is_promised(run, capsys):
     assert left["group_limits"] == {"many_above": 70, "few_below": 13}
     assert test["few"] == test["per_class_accuracy"][9]
     assert (out / "confusion.csv").read_text().startswith("true,predicted,samples\n0,")
+    predictions = pd.read_csv(out / "predictions.csv")
+    right = (predictions["label"] == predictions["predicted"]).groupby(predictions["label"]).mean()
+    assert right.tolist() == test["per_class_accuracy"]
+    assert predictions["example"].tolist()[1] == "row 1 of split test of digits"
     rows = list(csv.DictReader((out / "history.csv").read_text().splitlines()))
     assert [row["stage"] for row in rows] == ["uniform", "reweighted"]
     assert [float(row["lr"]) for row in rows] == pytest.approx([0.1, 0.001])

@@ -55,7 +55,8 @@ def saved_run(folder, options=OPTIONS):
         (folder / name).mkdir(parents=True)
     (folder / "checkpoints" / "checkpoint-7" / "whole").touch()
     files = ("metrics.json", "report.html", "training_curve.png", "model/config.json")
-    for name in (*files, "confusion.csv", "confusion_validation.csv", "confusion.png", "split.csv"):
+    files += ("confusion.csv", "confusion_validation.csv", "confusion.png", "split.csv")
+    for name in (*files, "predictions.csv", "predictions_validation.csv"):
         (folder / name).touch()
 
 

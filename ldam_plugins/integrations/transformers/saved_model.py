@@ -21,7 +21,7 @@ from transformers import (
 
 from ldam_plugins._validation import invalid
 from ldam_plugins.counts import ClassCounts
-from ldam_plugins.metrics import MetricAccumulator
+from ldam_plugins.metrics import MetricAccumulator, Predictions
 from ldam_plugins.training.files import write_atomic
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def measure_saved(
     *,
     batch_size: int = 64,
     detailed: bool = False,
+    examples: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Metrics of the model in ``folder`` on ``texts``, as anyone gets them who loads it.
 
@@ -77,6 +78,8 @@ def measure_saved(
             the model must have the same ones.
         batch_size: Texts a forward pass.
         detailed: Whether to give intervals, the confusion matrix and the groups as well.
+        examples: Name of each text (N,). With them the answer has ``predictions``, the columns of
+            :class:`~ldam_plugins.metrics.Predictions`.
 
     Returns:
         As of :func:`.long_tail_metrics`.
@@ -89,16 +92,22 @@ def measure_saved(
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
     _check_classes(model.config.id2label, class_counts)
     device = _place(model.eval(), state.device)
-    metrics = MetricAccumulator(class_counts)
-    part = texts.select(range(state.process_index, len(texts), state.num_processes))
-    for batch, labels, groups in _batches(part, tokenizer, batch_size):
+    metrics, predictions = MetricAccumulator(class_counts), Predictions(len(class_counts))
+    rows = range(state.process_index, len(texts), state.num_processes)
+    for chosen, batch, labels, groups in _batches(texts.select(rows), tokenizer, batch_size):
         with torch.inference_mode():
             logits = model(**{name: rows.to(device) for name, rows in batch.items()}).logits
         metrics.update(logits.cpu(), labels, groups)
-    whole, *others = gather_object([metrics])
-    for other in others:
-        whole.merge(other)
-    return whole.compute(detailed=detailed)
+        if examples is not None:
+            predictions.update([rows[index] for index in chosen], logits, labels)
+    (metrics, predictions), *others = gather_object([(metrics, predictions)])
+    for more_metrics, more_predictions in others:
+        metrics.merge(more_metrics)
+        predictions.merge(more_predictions)
+    found = metrics.compute(detailed=detailed)
+    if examples is not None:
+        found["predictions"] = predictions.columns(examples)
+    return found
 
 
 def describe_saved(
@@ -151,8 +160,8 @@ def _place(model: torch.nn.Module, device: torch.device) -> torch.device:
 
 def _batches(
     texts: Dataset, tokenizer: PreTrainedTokenizerBase, size: int
-) -> Iterator[tuple[Mapping[str, Tensor], Sequence[int], Sequence[str] | None]]:
-    """Tokens, labels and groups of some texts at a time, those of like length together."""
+) -> Iterator[tuple[list[int], Mapping[str, Tensor], Sequence[int], Sequence[str] | None]]:
+    """Rows, tokens, labels and groups of some texts at a time, those of like length together."""
     for begin in range(0, len(texts), _TEXTS_AT_ONCE):
         rows = texts[begin : begin + _TEXTS_AT_ONCE]
         tokens = tokenizer(rows["text"], truncation=True)
@@ -162,4 +171,5 @@ def _batches(
             batch = {name: [column[i] for i in chosen] for name, column in tokens.items()}
             groups = [rows["group"][i] for i in chosen] if "group" in rows else None
             labels = [rows["label"][i] for i in chosen]
-            yield tokenizer.pad(batch, return_tensors="pt"), labels, groups
+            places = [begin + index for index in chosen]
+            yield places, tokenizer.pad(batch, return_tensors="pt"), labels, groups
