@@ -13,7 +13,16 @@ RECIPES = sorted(RECIPES.glob("*.py"))
 # The rooms of the package, low to high: each may import those before it and itself.
 ROOMS = ["_lazy", "_validation", "_tensor_checks", "choices", "_call_stack"]
 ROOMS += ["counts", "schedules", "kernels", "losses", "heads", "metrics"]
-ROOMS += ["data", "samplers", "training", "posthoc", "reports", "integrations", "benchmark"]
+ROOMS += [
+    "data",
+    "samplers",
+    "training",
+    "posthoc",
+    "reports",
+    "integrations",
+    "benchmark",
+    "command",
+]
 OLD_PATHS = {  # where each has moved, and a name that was there
     "ldam_plugins.timm_plugin": ("ldam_plugins.integrations.timm", "LongTailTask"),
     "ldam_plugins.hf_bilstm": ("ldam_plugins.integrations.transformers.bilstm", "BiLSTMConfig"),
