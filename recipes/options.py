@@ -296,6 +296,11 @@ class CoreOptions:
         return self.evaluate is None
 
     @property
+    def measured_part(self) -> str:
+        """The part of the data that the result is of."""
+        return "test" if self.measures_test else "validation"
+
+    @property
     def holds_out(self) -> bool:
         """Whether a part of the data is evaluated during training in place of the test set."""
         return self.val_split is not None or self._file_holds_out

@@ -87,7 +87,7 @@ from ldam_plugins.integrations.transformers.run_callbacks import (
 from ldam_plugins.integrations.transformers.saved_model import describe_saved, measure_saved
 from ldam_plugins.integrations.transformers.tokenizer import train_tokenizer
 from ldam_plugins.losses.base import ClassificationLoss
-from ldam_plugins.reports import write_report
+from ldam_plugins.reports import write_mistakes, write_report
 from ldam_plugins.training import (
     check_processes,
     choose_precision,
@@ -185,7 +185,7 @@ def main(options: TextOptions) -> dict[str, Any]:
         test=result,
     )
     if trainer.is_world_process_zero():
-        save_outputs(options, metrics, counts)
+        save_outputs(options, metrics, counts, test if options.measures_test else validation)
     trainer.accelerator.end_training()
     return metrics
 
@@ -204,10 +204,14 @@ def measure(
     )
 
 
-def save_outputs(options: TextOptions, metrics: dict[str, Any], counts: ClassCounts) -> None:
+def save_outputs(
+    options: TextOptions, metrics: dict[str, Any], counts: ClassCounts, measured: Dataset | None
+) -> None:
     """Write the metrics and the report, and print the accuracy of each class."""
     times = training_times(options.output_dir, counts.total)
     write_metrics(options.output_dir, metrics | times)
+    if measured is not None:
+        write_mistakes(options.output_dir, lambda row: measured[row]["text"], options.measured_part)
     write_report(options.output_dir)
     print_outcome(options, metrics, counts)
 

@@ -67,7 +67,7 @@ from ldam_plugins.integrations.timm.saved_model import load_model, save_model
 from ldam_plugins.kernels.batch_norm import use_fast_batch_norm
 from ldam_plugins.losses import apply_stage, warn_of_combination
 from ldam_plugins.losses.base import ClassificationLoss
-from ldam_plugins.reports import write_report
+from ldam_plugins.reports import write_mistakes, write_report
 from ldam_plugins.reports.console import RunBar
 from ldam_plugins.samplers import DeferredSampler
 from ldam_plugins.schedules import DeferredSchedule, Progress
@@ -181,7 +181,7 @@ def main(options: VisionOptions) -> dict[str, Any]:
         test=result,
     )
     if accelerator.is_main_process:
-        save_outputs(options, metrics, counts)
+        save_outputs(options, metrics, counts, test if options.measures_test else validation)
     accelerator.end_training()
     return metrics
 
@@ -337,10 +337,17 @@ def measure(
     )
 
 
-def save_outputs(options: VisionOptions, metrics: dict[str, Any], counts: ClassCounts) -> None:
+def save_outputs(
+    options: VisionOptions,
+    metrics: dict[str, Any],
+    counts: ClassCounts,
+    measured: LabelledImages | None,
+) -> None:
     """Write the metrics and the report, and print the accuracy of each class."""
     times = training_times(options.output_dir, counts.total)
     write_metrics(options.output_dir, metrics | times)
+    if measured is not None:
+        write_mistakes(options.output_dir, measured.image, options.measured_part)
     write_report(options.output_dir)
     print_outcome(options, metrics, counts)
 

@@ -81,6 +81,23 @@ def confusion_plot(
     return png(lambda: _draw_confusion(rows, confusion, dark), dark)
 
 
+def reliability(
+    confidence: np.ndarray, right: np.ndarray, *, bins: int, dark: bool = False
+) -> bytes:
+    """How often predictions are right that were made with a confidence, in bins of equal width.
+
+    Args:
+        confidence: Largest probability of each sample (N,).
+        right: Whether its prediction is right (N,).
+        bins: How many, as of the calibration error.
+        dark: For a dark page.
+
+    Returns:
+        PNG.
+    """
+    return png(lambda: _draw_reliability(confidence, right, bins, dark), dark)
+
+
 def png(draw: Callable[[], Figure], dark: bool, metadata: Mapping[str, str] | None = None) -> bytes:
     """What ``draw`` draws, in the style of all plots; ``metadata`` goes into the file.
 
@@ -221,7 +238,7 @@ def _draw_confusion(
         matrix[place[true], place[predicted]] = samples
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     side = 2.2 + 0.29 * len(rows)
-    figure = Figure(figsize=(max(side, 4.0), max(side, 4.0)))
+    figure = Figure(figsize=(WIDTH, max(side, 4.0)))
     axis = figure.subplots()
     colors = "Blues_r" if dark else "Blues"
     axis.imshow(np.ma.masked_where(matrix == 0, shares), cmap=colors, vmin=0, vmax=1)
@@ -236,6 +253,27 @@ def _draw_confusion(
     axis.set_yticks(range(len(rows)), names, parse_math=False, fontsize=8)
     axis.tick_params(length=0)
     axis.set(xlabel="predicted", ylabel="class, from the most to the fewest training samples")
+    return figure
+
+
+def _draw_reliability(confidence: np.ndarray, right: np.ndarray, bins: int, dark: bool) -> Figure:
+    figure = Figure(figsize=(WIDTH, 3.4))
+    accuracy, share = figure.subplots(1, 2, width_ratios=(1, 1))
+    edges = np.linspace(0, 1, bins + 1)
+    # A confidence on an edge is in the bin below, as in the calibration error.
+    place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    count = np.bincount(place, minlength=bins)
+    hits = np.bincount(place, right, minlength=bins)
+    seen = count > 0
+    middle, color = (edges[:-1] + edges[1:]) / 2, CURVE[dark]
+    accuracy.bar(middle[seen], 100 * hits[seen] / count[seen], width=0.9 / bins, color=color)
+    accuracy.plot([0, 1], [0, 100], color=ink(dark), linestyle="--", linewidth=1)
+    accuracy.set(title="Right, %, by confidence (dashed: as sure as right)", xlabel="confidence")
+    share.bar(middle, 100 * count / len(confidence), width=0.9 / bins, color=color)
+    share.set(title="Share of the samples, %", xlabel="confidence")
+    for axis in (accuracy, share):
+        axis.set_xlim(0, 1)
+        axis.grid(axis="y")
     return figure
 
 

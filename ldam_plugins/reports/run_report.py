@@ -8,7 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from ldam_plugins.counts import ClassCounts
+from ldam_plugins.metrics import ECE_BINS
 from ldam_plugins.metrics.intervals import FEW_EXAMPLES
 from ldam_plugins.reports.class_table import (
     ClassRow,
@@ -20,12 +23,13 @@ from ldam_plugins.reports.class_table import (
     summary,
 )
 from ldam_plugins.reports.html import Plot, render
+from ldam_plugins.reports.mistakes import read_mistakes, read_predictions
 from ldam_plugins.schedules import DeferredSchedule
 from ldam_plugins.training.files import write_atomic
 from ldam_plugins.training.history import read_confusion, read_history, read_metrics
 
 REPORT_FILE, CURVE_FILE, PROFILE_FILE = "report.html", "training_curve.png", "class_profile.png"
-CONFUSION_FILE = "confusion.png"
+CONFUSION_FILE, RELIABILITY_FILE = "confusion.png", "reliability.png"
 _MAX_TABLE_ROWS = 1000
 _NAMED = 20
 _MAX_CONFUSED = 20
@@ -59,13 +63,17 @@ def write_report(output_dir: str | os.PathLike[str]) -> Path:
         measured = f"{validation[0]} With {how}; the test set was left alone."
         part, test, validation = "validation", metrics["validation"], None
     rows, confusion = class_rows(test, counts), read_confusion(folder, counts, part)
-    plots = _draw(history, rows, group_titles(counts), metrics.get("selection"), confusion)
+    predictions = read_predictions(folder, part)
+    plots = _draw(
+        history, rows, group_titles(counts), metrics.get("selection"), confusion, predictions
+    )
     for plot in plots:
         write_atomic(folder / plot.file, plot.light)
     page = render(
         "report.html.jinja",
         title=_title(metrics["options"]),
         subtitle=_subtitle(metrics["options"], counts),
+        verdict=verdict(test, counts),
         summary=summary(test, counts),
         measured=measured,
         validation=validation,
@@ -78,6 +86,8 @@ def write_report(output_dir: str | os.PathLike[str]) -> Path:
         few_examples=FEW_EXAMPLES,
         confused=_confused(confusion, counts),
         by_group=_by_group(test.get("by_group", {})),
+        mistakes=read_mistakes(folder),
+        said=_said(metrics.get("data", {})),
         options=metrics["options"],
         machine={**_images(metrics.get("images")), **_machine(metrics)},
     )
@@ -91,6 +101,7 @@ def _draw(
     titles: Mapping[str, str],
     selection: Mapping[str, Any] | None,
     confusion: Mapping[str, Sequence[int]] | None,
+    predictions: pd.DataFrame | None,
 ) -> list[Plot]:
     from ldam_plugins.reports import plots
 
@@ -106,7 +117,45 @@ def _draw(
     if confusion is not None and len(rows) <= plots.CONFUSED_CLASSES:
         matrices = [plots.confusion_plot(rows, confusion, dark=dark) for dark in (False, True)]
         drawn.append(Plot(CONFUSION_FILE, "Confusion matrix, samples", *matrices))
+    if predictions is not None:
+        confidence = predictions["probability"].to_numpy()
+        right = (predictions["label"] == predictions["predicted"]).to_numpy()
+        diagrams = [
+            plots.reliability(confidence, right, bins=ECE_BINS, dark=dark) for dark in (False, True)
+        ]
+        drawn.append(Plot(RELIABILITY_FILE, "How sure, and how often right", *diagrams))
     return drawn
+
+
+def verdict(test: Mapping[str, Any], counts: ClassCounts) -> str:
+    """What matters of a run, in a few sentences: the classes, the head and the tail, the worst."""
+    names = counts.class_names or [str(index) for index in range(len(counts))]
+    accuracies = [share for share in test["per_class_accuracy"] if share is not None]
+    interval = test.get("intervals", {}).get("balanced_accuracy")
+    known = f" (95 % interval {ends(interval)})" if interval else ""
+    right = percent(test["balanced_accuracy"])
+    parts = [f"{right} of the test samples are classified right, each class counting once{known}"]
+    many, few = (test.get(group) for group in ("many", "few"))
+    if many is not None and few is not None:
+        parts.append(
+            f"{percent(many)} in classes with more than {counts.many_above} training samples, "
+            f"{percent(few)} in those with fewer than {counts.few_below}"
+        )
+    text = f"{': '.join(parts)}."
+    none = sum(share == 0 for share in accuracies)
+    if none:
+        text += f" Of {none} {'class' if none == 1 else 'classes'} none is right."
+    elif len(accuracies) > 1 and "worst_class" in test:
+        worst = printable(names[test["worst_class"]])
+        text += f" The worst class is {worst}, {percent(test['worst_class_accuracy'])}."
+    return text
+
+
+def _said(data: Mapping[str, Any]) -> list[str]:
+    """What a run noted of its data."""
+    columns = [f"{argument}: {name!r}" for argument, name in data.get("columns", {}).items()]
+    left_out = [f"Left out: {count} {what}." for what, count in data.get("left_out", {}).items()]
+    return [*columns, *left_out]
 
 
 def _confused(

@@ -233,7 +233,9 @@ def write_metrics(output_dir: str | os.PathLike[str], metrics: Mapping[str, Any]
             ("predictions", PREDICTION_FILES[part], _predictions_csv),
         ):
             if key in found:
-                write_atomic(Path(output_dir) / file, to_csv(found.pop(key), names).encode())
+                # A file name may hold bytes that are no text.
+                content = to_csv(found.pop(key), names).encode("utf-8", "backslashreplace")
+                write_atomic(Path(output_dir) / file, content)
                 kept[part] = found
     write_atomic(path, to_json(kept, name="metrics").encode())
     return path

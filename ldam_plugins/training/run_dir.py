@@ -31,7 +31,11 @@ _RESULTS = (
 )
 RUN_ENTRIES = (OPTIONS_FILE, HISTORY_FILE, "checkpoints", "model", *_RESULTS)
 """What makes a folder one that holds a run."""
-OTHER_FILES = ("split.csv", "training_curve.png", "class_profile.png", "confusion.png")
+MISTAKES_FOLDER, MISTAKES_FILE = "mistakes", "mistakes/mistakes.csv"
+OTHER_FILES = (
+    *("split.csv", "training_curve.png", "class_profile.png"),
+    *("confusion.png", "reliability.png"),
+)
 """What a run writes beside."""
 MAY_CHANGE = (
     *("output_dir", "resume", "report_to", "keep_checkpoints"),
@@ -182,6 +186,8 @@ def delete_run(folder: str | os.PathLike[str]) -> None:
         _remove(folder / "checkpoints")
     if (folder / "model" / "config.json").is_file():
         _remove(folder / "model")
+    if (folder / MISTAKES_FILE).is_file():
+        _remove(folder / MISTAKES_FOLDER)
     for name in (HISTORY_FILE, *_RESULTS, *OTHER_FILES, OPTIONS_FILE):
         _remove(folder / name)  # the options last: without them it is no run
 

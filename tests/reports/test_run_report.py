@@ -381,3 +381,22 @@ def test_confusion_plot_has_a_cell_a_pair_in_the_order_of_the_rows(monkeypatch):
     shares = axis.images[0].get_array().tolist()
     assert shares == [[1, None, None], [None, 1, None], [None, 0.25, 0.75]]
     assert [label.get_text() for label in axis.get_yticklabels()] == ["1", "2", "0"]
+
+
+def test_the_verdict_names_head_tail_and_the_worst_class():
+    counts = ClassCounts([300, 50, 5], ["cat", "dog", "<eel>"])
+    test = {
+        **{"per_class_accuracy": [0.9, 0.8, 0.1], "balanced_accuracy": 0.6, "many": 0.9},
+        **{"few": 0.1, "worst_class": 2, "worst_class_accuracy": 0.1},
+    }
+    assert reports.verdict(test, counts) == (
+        "60.00 % of the test samples are classified right, each class counting once: 90.00 % in "
+        "classes with more than 100 training samples, 10.00 % in those with fewer than 20. The "
+        "worst class is <eel>, 10.00 %."
+    )
+    known = {"intervals": {"balanced_accuracy": [0.5, 0.7]}}
+    none = {**test, **known, "per_class_accuracy": [0.9, 0.9, 0.0], "few": None}
+    assert reports.verdict(none, counts) == (
+        "60.00 % of the test samples are classified right, each class counting once (95 % interval "
+        "50.0..70.0). Of 1 class none is right."
+    )
