@@ -10,7 +10,6 @@ ICLR 2021, arXiv 2007.07314, section 4.1 (uniform target, strength tau).
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -21,9 +20,14 @@ from torch import Tensor, nn
 from ldam_plugins._tensor_checks import check_logits
 from ldam_plugins._validation import check_choice, check_real, invalid
 from ldam_plugins.counts import ClassCounts
-from ldam_plugins.heads import cosine_heads, find_head
-from ldam_plugins.heads.guard import parallel_wrapper
+from ldam_plugins.heads import find_head
 from ldam_plugins.heads.layers import layer_sizes
+from ldam_plugins.posthoc.linear_head import (
+    check_writable,
+    give_bias,
+    refuse_cosine_heads,
+    warn_of_new_bias,
+)
 
 Prior = ClassCounts | Sequence[float] | np.ndarray | Tensor | str
 """Class shares: counts, probabilities (C,), or ``"uniform"``."""
@@ -112,10 +116,7 @@ def adjust_to_prior(
         >>> model[2].bias.detach() - before
         tensor([-0.5878,  1.6094])
     """
-    if cosine_heads(model):
-        hint = "It has no bias. Call fold_cosine_head(model, inputs=some_batches) first, which"
-        hint += " makes it an ordinary layer with nearly the same probabilities."
-        raise invalid("model", "one without a cosine head", [*cosine_heads(model)], hint=hint)
+    refuse_cosine_heads(model)
     # Two names of one layer, or two layers of one bias, are adjusted once.
     layers = {name: model.get_submodule(name) for name in find_head(model, head)}
     shifts: list[tuple[nn.Linear | nn.Conv2d, Tensor]] = []
@@ -123,7 +124,7 @@ def adjust_to_prior(
     for name, layer in layers.items():
         assert isinstance(layer, nn.Linear | nn.Conv2d)
         shift = _shift(layer_sizes(layer)[1], source_prior, target_prior, tau)
-        _check_adjustable(model, name, layer, [*layers.values()])
+        check_writable(model, name, layer, [*layers.values()], parts=("bias",))
         key = id(layer if layer.bias is None else layer.bias)
         if key not in known:
             shifts.append((layer, shift))
@@ -132,11 +133,7 @@ def adjust_to_prior(
     for layer, shift in shifts:
         _add_to_bias(layer, shift)
     if without:
-        warnings.warn(
-            f"the head {without[0]!r} had no bias and has one now: build the model with a bias"
-            " there before you load what you save of it, or the adjustment is lost.",
-            stacklevel=2,
-        )
+        warn_of_new_bias(without[0], stacklevel=3)
     return model
 
 
@@ -173,40 +170,11 @@ def _shares(name: str, prior: Prior, classes: int) -> Tensor:
     return shares
 
 
-def _check_adjustable(
-    model: nn.Module, name: str, layer: nn.Linear | nn.Conv2d, heads: Sequence[nn.Module]
-) -> None:
-    """Check that something can be added to the bias of the head, or a bias be given to it."""
-    wrapper = parallel_wrapper(model, name, layer)
-    if wrapper is not None:
-        expected = f"one whose head {name!r} is neither wrapped nor sharded"
-        hint = "Give the model inside: accelerator.unwrap_model(model)."
-        raise invalid("model", expected, type(wrapper).__name__, hint=hint)
-    own = layer._parameters.get("bias")
-    values = layer._parameters.get("weight") if layer.bias is None else own
-    if values is None or torch.nn.parameter.is_lazy(values) or not values.is_floating_point():
-        expected = f"a model whose head {name!r} holds its bias as floats"
-        hint = "Load a quantised head in full, run a batch through a lazy one, or remove the"
-        hint += " parametrization (pruning) first."
-        raise invalid("model", expected, type(layer).__name__, hint=hint, error=TypeError)
-    if values.is_meta or len(values) != layer_sizes(layer)[1]:
-        expected = f"a model whose head {name!r} has its whole bias in memory"
-        shown = "one on the meta device" if values.is_meta else tuple(values.shape)
-        hint = "Load its weights, or gather what is partitioned, first."
-        raise invalid("model", expected, shown, hint=hint)
-    for other, module in model.named_modules():
-        shared = own is not None and any(part is own for part in module._parameters.values())
-        if shared and not any(module is head for head in heads):
-            expected = f"one whose head {name!r} has a bias of its own"
-            hint = "Give it one first: `layer.bias = nn.Parameter(layer.bias.detach().clone())`."
-            raise invalid("model", expected, f"that of {other!r}", hint=hint)
-
-
 @torch.no_grad()
 def _add_to_bias(layer: nn.Linear | nn.Conv2d, shift: Tensor) -> None:
-    weight, bias = layer.weight, layer.bias
-    if bias is None:
-        new = shift.to(weight.device, weight.dtype)
-        layer.bias = nn.Parameter(new, requires_grad=weight.requires_grad)
-    else:  # float64 on the CPU, as Apple's MPS has none
-        bias.copy_((bias.cpu().double() + shift).to(bias.dtype))
+    if layer.bias is None:
+        give_bias(layer)
+    bias = layer.bias
+    assert bias is not None
+    # float64 on the CPU, as Apple's MPS has none
+    bias.copy_((bias.cpu().double() + shift).to(bias.dtype))
