@@ -71,6 +71,15 @@ class Features:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def head_labels(self) -> Tensor:
+        """``labels``, after a check that the head has a logit for each of them.
+
+        Raises:
+            ValueError: a label that is no index into ``logits``.
+        """
+        check_label_range(self.labels.numpy(), self.logits.shape[1])
+        return self.labels
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write them to a safetensors file, whole or not at all; its folder is made if missing.
 

@@ -7,7 +7,9 @@ the host loads the model alone, and can be undone.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -110,7 +112,8 @@ class LinearHead:
         own = [(layer, share) for layer, share in pairs if layer.bias is not None]
         for layer, _ in own:
             whole = sum(share for _, share in own)
-            layer.bias.copy_((bias / whole).to(layer.bias.dtype))
+            parameter: Any = layer.bias
+            parameter.copy_((bias / whole).to(parameter.dtype))
         self.read()
         return needs_bias
 
@@ -143,6 +146,15 @@ class HeadState:
             for name, layer in self.layers.items()
         }  # fmt: skip
 
+    @contextmanager
+    def restored_on_error(self) -> Iterator[None]:
+        """Restore the heads if an error leaves the block."""
+        try:
+            yield
+        except BaseException:
+            self.restore()
+            raise
+
     @torch.no_grad()
     def restore(self) -> None:
         """Put the layers back, with the values that they had."""
@@ -161,20 +173,32 @@ class HeadState:
             fold_before_fusing(self.model)
 
 
-def fold_to_fit(model: nn.Module, features: Features) -> bool:
+def check_features(
+    model: nn.Module, features: Features, head: str | Sequence[str] | None = None
+) -> None:
+    """Check that the heads of a model, cosine ones as well, turn the features into their logits.
+
+    Raises:
+        ValueError: they do not.
+    """
+    names = head_names(model, head)
+    _shares([model.get_submodule(name) for name in names], features, names)
+
+
+def fold_to_fit(model: nn.Module, features: Features) -> Features:
     """Fold the cosine head of ``model``, if it has one, so that its probabilities change least.
 
     It is :func:`.fold_cosine_head` with the features in place of ``inputs``.
 
     Returns:
-        Whether there was one.
+        The features with the logits of the folded model.
 
     Raises:
         ValueError: the model is the head itself; features of another model.
     """
     heads = cosine_heads(model)
     if not heads:
-        return False
+        return features
     if "" in heads:
         hint = "Put it into another module, such as nn.Sequential, which then holds the new layer."
         raise invalid("model", "one that contains its cosine head", "the head alone", hint=hint)
@@ -187,7 +211,8 @@ def fold_to_fit(model: nn.Module, features: Features) -> bool:
     with torch.no_grad():
         for layer in plain:
             layer.weight.mul_(factor)
-    return True
+    folded.read()
+    return replace(features, logits=folded.logits(features.features))
 
 
 def affine(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
