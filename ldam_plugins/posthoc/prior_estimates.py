@@ -15,8 +15,8 @@ from ldam_plugins._validation import check_int, check_real, invalid, quoted
 from ldam_plugins.counts import check_label_range, label_array
 
 _Z = 1.96
-_MATTERS = 0.02
-"""A share that is off by less does little."""
+_MATTERS, _VAGUE = 0.02, 0.05
+"""A share that is off by less does little, and one that is known up to that is known."""
 _SURE = 4.0  # standard errors beyond which a difference is no chance, of many classes as well
 _NEVER = 1e-12
 
@@ -62,7 +62,7 @@ def estimate_prior(
     the probabilities are calibrated on data with the shares ``source``. What can be checked is:
 
     * whether the samples tell the shares: a share with a standard error that leaves it unknown by
-      half and by more than 0.02 is a reason for doubt, as is an EM that did not converge;
+      half and by more than 0.05 is a reason for doubt, as is an EM that did not converge;
     * with ``held_out``, labelled samples that the model was not trained on: whether the same
       estimate gives back their shares, which are known, and whether a mix of their classes explains
       how often each class is predicted for the unlabelled samples.
@@ -94,7 +94,7 @@ def estimate_prior(
     error = _standard_error(scores, source, prior)
     reasons = [] if converged else [f"EM did not converge in {max_iterations} iterations"]
     half = _Z * error
-    vague = (half > prior / 2) & (half > _MATTERS)
+    vague = (half > prior / 2) & (half > _VAGUE)
     if bool(vague.any()):
         at = int(torch.where(vague, half, 0.0).argmax())
         reasons.append(
