@@ -357,7 +357,7 @@ METHODS: dict[str, Method] = {
     "crt": Method(_crt, _inverse(1.0, 0.1, 0.01), low_open=True),
     "class_means": Method(_class_means, _grid(0.1, 0.3, 1.0), low_open=True, high=1.0),
     "cosine_means": Method(_cosine_means, _grid(None), has_unit=False, has_bias=False),
-    "ce": Method(_ce, _inverse(1.0, 0.1, 0.01), low_open=True),
+    "ce": Method(_ce, _inverse(0.1, 0.01, 0.001), low_open=True),
     **{
         name: Method(_with_loss(name, option), _grid(*grid))
         for name, (option, grid) in _OPTIONS.items()
