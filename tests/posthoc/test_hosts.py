@@ -18,7 +18,8 @@ TIMM = """
     test_vit test_byobnet test_convnext test_nfnet test_resnet test_efficientnet ghostnet_050
     mobilenetv3_small_050 deit_tiny_distilled_patch16_224 efficientformer_l1 levit_128 levit_512
     crossvit_9_240 swin_tiny_patch4_window7_224 densenet121 convmixer_768_32 repvit_m1
-    xcit_nano_12_p8_224 hgnetv2_b0 resnet50_clip poolformer_s12 pit_ti_distilled_224 inception_next_atto dla34
+    xcit_nano_12_p8_224 hgnetv2_b0 resnet50_clip poolformer_s12 pit_ti_distilled_224
+    inception_next_atto dla34
 """
 
 
