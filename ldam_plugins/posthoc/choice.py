@@ -123,6 +123,7 @@ class Choice:
             "strength": self.chosen.strength,
             "gain": list(self.best.gain),
             "more_than_noise": self.is_more_than_noise,
+            "verdict": self.verdict(),
             "folds": self.folds,
             "samples": self.samples,
             "pooled": self.pooled,
@@ -154,7 +155,8 @@ def choose(
         class_counts: Training samples per class: they define the groups for pooling.
         methods: Names, each with a strength or None to try those of its grid. The head as it is
             always takes part.
-        by: ``"log_loss"`` or ``"accuracy"``.
+        by: ``"log_loss"`` or ``"accuracy"``; of candidates whose accuracy is the best but for noise
+            that of the least log loss is taken.
         folds: At least 2.
         seed: Of the division into folds.
         keep_best: Whether the best one is applied even if it is no better than noise, where it is
@@ -170,28 +172,25 @@ def choose(
     names = dict.fromkeys([(NONE, None), *methods])
     rough = replace(problem, tolerance=max(_TOLERANCE, problem.tolerance))
     candidates: list[Candidate] = []
-    best: tuple[Candidate, Tensor] | None = None
+    right: list[Tensor] = []
     for name, given in names:
         method = find_method(name)
         grid = method.strengths(len(problem.labels)) if given is None else (given,)
         for strength in grid:
-            logits = cross_fitted(rough, name, strength, fold)
-            scores = _Scores.of(logits[judged], problem.labels[judged], cells)
+            logits = cross_fitted(rough, name, strength, fold)[judged]
+            scores = _Scores.of(logits, problem.labels[judged], cells)
             if not candidates:
-                base, kept_logits = scores, logits
-            candidate = scores.candidate(name, strength, base, cells, by)
-            candidates.append(candidate)
-            if keep_best and len(candidates) == 1:
-                continue
-            if best is None or candidate.gain.value > best[0].gain.value:
-                best = candidate, logits
-    assert best is not None
-    real = best[0].gain.is_more_than_noise and best[0].accuracy_gain.high >= 0
-    chosen, logits = best if real or keep_best else (candidates[0], kept_logits)
+                base = scores
+            candidates.append(scores.candidate(name, strength, base, cells, by))
+            right.append(scores.correct)
+    best = candidates[_best(candidates, right, cells, by, start=int(keep_best))]
+    real = best.gain.is_more_than_noise and best.accuracy_gain.high >= 0
+    chosen = best if real or keep_best else candidates[0]
+    logits = cross_fitted(rough, chosen.method, chosen.strength, fold)
     return Choice(
         by,
         chosen,
-        best[0],
+        best,
         tuple(candidates),
         folds,
         int(judged.sum()),
@@ -199,6 +198,22 @@ def choose(
         logits,
         judged,
     )
+
+
+def _best(
+    candidates: Sequence[Candidate], right: Sequence[Tensor], cells: Cells, by: str, *, start: int
+) -> int:
+    """The place of the best candidate, from ``start`` on; of equal ones the first.
+
+    An accuracy of a class with ten samples takes ten values: many candidates are as good as the
+    best but for noise. Of these the one with the least log loss is taken.
+    """
+    places = range(start, len(candidates))
+    best = max(places, key=lambda place: candidates[place].gain.value)
+    if by == "log_loss":
+        return best
+    equal = [place for place in places if cells.mean(right[best] - right[place]).low <= 0]
+    return min(equal, key=lambda place: candidates[place].log_loss)
 
 
 def cross_fitted(problem: Problem, method: str, strength: float | None, fold: Tensor) -> Tensor:
@@ -311,7 +326,7 @@ def pool_classes(
             cell[waiting] = count
             count, waiting = count + 1, []
     if waiting:  # none of them has a sample that is judged: they count with the smallest other
-        cell[waiting] = cell[own[sizes[own].argmin()]] if len(own) else count - 1
+        cell[waiting] = int(sizes[own].argmin()) if len(own) else count - 1
     share = torch.zeros(count, dtype=torch.float64).index_add_(0, cell, target)
     return Cells(cell[labels], share, pooled)
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ldam_plugins._validation import check_choice, invalid
+from ldam_plugins._validation import check_choice, invalid, quoted
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.metrics import long_tail_metrics
 from ldam_plugins.posthoc.calibration import calibration_error
@@ -185,13 +185,14 @@ def rebalance_head(
         TypeError: the head does not hold its weights as floats.
         ValueError: an unknown method, or a strength that it does not take; counts or priors of
             another length, or a prior whose sum is not 1; features of another model; a class
-            without a sample in ``features`` where the method learns from them or something is to be
-            chosen; test samples that are in ``features``; a head that is not found, sharded or
-            shares its weights. The model is then as it was.
+            without a sample in ``features`` where the method learns from them; test samples that
+            are in ``features``; a head that is not found, sharded or shares its weights. The model
+            is then as it was.
 
     Warns:
-        UserWarning: a head without a bias gets one; estimated class shares cannot be trusted; or
-            the choice was made on samples that the model knows by heart, which show nothing.
+        UserWarning: a head without a bias gets one; estimated class shares cannot be trusted;
+            ``features`` lack a class, so ``auto`` tries no method that learns from them; or the
+            choice was made on samples that the model knows by heart, which show nothing.
 
     Example:
         >>> from ldam_plugins.posthoc import extract_features
@@ -210,25 +211,15 @@ def rebalance_head(
         fitted = fold_to_fit(model, features)
         linear = LinearHead.of_model(model, fitted, head)
         problem = _problem(linear, fitted, counts, source_prior, target_prior)
-        choice = None
-        if method == "auto":
-            usable = [
-                (name, None)
-                for name in methods
-                if linear.has_bias or not find_method(name).has_bias or name == NONE
-            ]
-            refuse_absent("features", _sizes(labels, counts), counts.class_names)
-            choice = choose(problem, counts, usable, by=by, folds=folds, seed=seed)
-        elif strength is None and len(find_method(method).strengths(len(labels))) > 1:
-            refuse_absent("features", _sizes(labels, counts), counts.class_names)
+        choice, tried = None, _to_try(method, strength, methods, linear, labels, counts)
+        if tried:
+            keep_best = method != "auto"
             choice = choose(
-                problem, counts, [(method, None)], by=by, folds=folds, seed=seed, keep_best=True
+                problem, counts, tried, by=by, folds=folds, seed=seed, keep_best=keep_best
             )
         if choice is not None:
             _warn_if_memorised(choice, problem, counts)
             method, strength = choice.chosen.method, choice.chosen.strength
-        if find_method(method).learns:
-            refuse_absent("features", _sizes(labels, counts), counts.class_names)
         new = find_method(method).apply(problem, strength)
         logits, judged = _unseen(problem, method, strength, choice, folds, seed)
         temperature = 1.0
@@ -307,6 +298,36 @@ def _check_method(method: str, strength: float | None, methods: Sequence[str], b
         hint = "Name the method whose strength it is."
         raise invalid("strength", "left out with method 'auto'", strength, hint=hint)
     find_method(method).check_strength(strength)
+
+
+def _to_try(
+    method: str,
+    strength: float | None,
+    methods: Sequence[str],
+    linear: LinearHead,
+    labels: Tensor,
+    counts: ClassCounts,
+) -> list[tuple[str, float | None]]:
+    """What is to be chosen among; empty if nothing is to be chosen."""
+    if method != "auto":
+        found = find_method(method)
+        chosen = strength is None and len(found.strengths(len(labels))) > 1
+        if found.learns:
+            refuse_absent("features", _sizes(labels, counts), counts.class_names)
+        return [(method, None)] if chosen else []
+    tried = [name for name in methods if linear.has_bias or not METHODS[name].has_bias]
+    absent = np.flatnonzero(_sizes(labels, counts) == 0)
+    learned = [name for name in tried if METHODS[name].learns]
+    if len(absent) and learned:
+        names = counts.class_names or range(len(counts))
+        warnings.warn(
+            f"`features` has no sample of {len(absent)} of {len(counts)} classes"
+            f" ({quoted(names[index] for index in absent)}): methods that learn from samples are"
+            f" left out ({', '.join(learned)}), the others are judged by the other classes.",
+            stacklevel=3,
+        )
+        tried = [name for name in tried if name not in learned]
+    return [(name, None) for name in (NONE, *tried)]
 
 
 def _problem(

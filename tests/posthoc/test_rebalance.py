@@ -289,7 +289,7 @@ def test_bad_options_change_nothing(simulated, change, error, message):
 
 def test_samples_that_do_not_fit_are_refused(simulated):
     model, held_out, test = copy.deepcopy(simulated[0]), *simulated[1:]
-    for method in ("auto", "crt", "tau_norm"):
+    for method in ("lws", "crt"):
         with pytest.raises(
             ValueError,
             match=r"`features` must be those of every class, got 'none of class 4'.*strength=1",
@@ -316,6 +316,17 @@ def test_samples_that_do_not_fit_are_refused(simulated):
         )
     with pytest.raises(ValueError, match="finite"):
         Features(torch.full((2, 3), torch.nan), torch.ones(2, 3), torch.tensor([0, 1]))
+
+
+def test_a_class_without_a_sample_leaves_methods_that_need_none(simulated):
+    model, held_out, test = copy.deepcopy(simulated[0]), *simulated[1:]
+    few = without(held_out, 4)
+    with pytest.warns(UserWarning, match=r"no sample of 1 of 5 classes \(4\).*left out \(lws, cl"):
+        done = rebalance_head(model, few, COUNTS, "auto", test=test)
+    tried = {each.method for each in done.choice.candidates}
+    assert tried == {"none", "logit_adjustment", "tau_norm"}
+    assert done.choice.pooled == {"few": [4], "medium": [3]} or 4 in done.choice.pooled["few"]
+    assert done.differences["balanced_accuracy"].low > 0
 
 
 def test_a_shared_weight_is_refused():
