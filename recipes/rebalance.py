@@ -40,6 +40,7 @@ from options import GROUPS, CoreOptions, parse_options
 from timm.data import create_transform
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, HfArgumentParser
+from transformers.utils.logging import disable_progress_bar
 
 from ldam_plugins import ClassCounts, register
 from ldam_plugins.data import LabelledImages, SingleSampleWarning, stratified_split
@@ -207,6 +208,7 @@ def main(options: RebalanceOptions, flags: list[str] | None = None) -> dict[str,
         flags: Options of the data.
     """
     register()
+    disable_progress_bar()  # of transformers: reading and writing weights takes moments
     output_dir = Path(str(options.output_dir))
     if not options.overwrite:
         check_no_run(output_dir)

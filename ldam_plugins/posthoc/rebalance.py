@@ -49,7 +49,8 @@ from ldam_plugins.posthoc.prior_estimates import implied_prior, refuse_absent
 from ldam_plugins.posthoc.priors import Prior, TargetPrior, resolve_target, shares_of
 
 TEST, CROSS_FITTED = "test", "cross-fitting"
-_SAME = 0.1
+_SAME = 0.5
+"""Share of the test samples that may occur in both parts, as short texts do."""
 _MEMORISED = 0.995
 
 
@@ -277,7 +278,7 @@ def _check_samples(
 
 
 def _refuse_same(features: Features, test: Features) -> None:
-    """Refuse test samples of which many are among those that the choice is made on."""
+    """Refuse test samples of which most are among those that the choice is made on."""
     known = {row.tobytes() for row in features.features.numpy()}
     same = sum(row.tobytes() in known for row in test.features.numpy())
     if same > _SAME * len(test):
