@@ -170,7 +170,8 @@ def rebalance_head(
             ``class_counts``; probabilities (C,); or ``"implied"``, fitted on the features, for a
             model trained with weights, margins or resampling, see :func:`.implied_prior`.
         methods: What ``auto`` chooses among.
-        by: What is chosen by, under the target prior: ``"log_loss"`` or ``"accuracy"``.
+        by: What is chosen by, under the target prior: ``"log_loss"``, or ``"accuracy"``, which
+            needs several times the samples to tell a gain from noise.
         folds: Of the cross-fitting.
         seed: Of the division into folds.
         calibrate: Whether to divide the logits by the temperature that fits the features best under
