@@ -278,11 +278,13 @@ class Cells:
         sizes = torch.bincount(self.cell, minlength=len(self.share))
         return (self.share / sizes.double())[self.cell]
 
-    def mean(self, values: Tensor) -> Difference:
+    def mean(self, values: Tensor, spread: float | None = None) -> Difference:
         """The mean over the cells of values of the samples, with its interval.
 
-        The variance within a cell of fewer than two samples is that of all samples about the means
-        of their cells.
+        Args:
+            values: (N,).
+            spread: Least variance within a cell of fewer than :data:`FEW` samples, which may all
+                be alike by chance; default: that of all values.
         """
         sizes = torch.bincount(self.cell, minlength=len(self.share)).double()
         sums = torch.zeros_like(self.share).index_add_(0, self.cell, values.double())
@@ -290,11 +292,17 @@ class Cells:
         squares = torch.zeros_like(self.share).index_add_(
             0, self.cell, (values - means[self.cell]).square()
         )
-        whole = squares.sum() / (sizes.sum() - len(sizes)).clamp_min(1)
-        variance = torch.where(sizes > 1, squares / (sizes - 1).clamp_min(1), whole)
+        own = squares / (sizes - 1).clamp_min(1)
+        least = variance_of(values) if spread is None else spread
+        variance = torch.where(sizes < FEW, own.clamp_min(least), own)
         middle = float(self.share @ means)
         half = _Z * float((self.share.square() * variance / sizes).sum().sqrt())
         return Difference(middle, middle - half, middle + half)
+
+
+def variance_of(values: Tensor) -> float:
+    """The variance of some values, 0 of a single one."""
+    return float(values.double().var()) if len(values) > 1 else 0.0
 
 
 def pool_classes(

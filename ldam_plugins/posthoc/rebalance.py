@@ -27,6 +27,7 @@ from ldam_plugins.posthoc.choice import (
     choose,
     cross_fitted,
     stratified_folds,
+    variance_of,
 )
 from ldam_plugins.posthoc.features import Features
 from ldam_plugins.posthoc.linear_head import (
@@ -420,7 +421,7 @@ def _measure(
         if bool(chosen.any()):
             present, cell = labels[chosen].unique(return_inverse=True)
             share = torch.full((len(present),), 1 / len(present), dtype=torch.float64)
-            differences[name] = Cells(cell, share, {}).mean(gain[chosen])
+            differences[name] = Cells(cell, share, {}).mean(gain[chosen], variance_of(gain))
     whole = Cells(torch.zeros_like(labels), torch.ones(1, dtype=torch.float64), {})
     differences["accuracy"] = whole.mean(gain)
     return found[0], found[1], differences

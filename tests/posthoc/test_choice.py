@@ -156,13 +156,21 @@ def test_classes_with_few_samples_are_pooled_by_group():
 
 def test_the_interval_of_a_mean_over_classes():
     rng, held = np.random.default_rng(0), 0
-    sizes, share = [40, 15, 5], torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
+    sizes, share = [40, 15, 12], torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
     cell = torch.repeat_interleave(torch.arange(3), torch.tensor(sizes))
     for _ in range(300):
-        values = torch.from_numpy(rng.normal(size=60) * np.array([1.0, 2.0, 0.5])[cell.numpy()])
+        values = torch.from_numpy(rng.normal(size=67) * np.array([1.0, 2.0, 0.5])[cell.numpy()])
         _, low, high = Cells(cell, share, {}).mean(values)
         held += low <= 0 <= high
     assert 0.9 < held / 300 < 0.99
-    two = Cells(torch.tensor([0, 0]), torch.ones(1, dtype=torch.float64), {})
-    value, low, high = two.mean(torch.tensor([1.0, 3.0]))
-    assert (value, high - low) == (2.0, pytest.approx(2 * 1.959964 * math.sqrt(2 / 2), rel=1e-5))
+    same = Cells(torch.zeros(20, dtype=torch.int64), torch.ones(1, dtype=torch.float64), {})
+    value, low, high = same.mean(torch.tensor([1.0, 3.0] * 10))
+    assert value == 2
+    assert high - low == pytest.approx(2 * 1.959964 * math.sqrt(20 / 19 / 20), rel=1e-5)
+    # Two samples that are alike do not say that all are.
+    few = torch.tensor([0] * 20 + [1] * 2)
+    two = Cells(few, torch.tensor([0.0, 1.0], dtype=torch.float64), {})
+    values = torch.tensor([1.0, 3.0] * 10 + [5.0, 5.0])
+    value, low, high = two.mean(values)
+    assert value == 5
+    assert high - low == pytest.approx(2 * 1.959964 * math.sqrt(float(values.var()) / 2), rel=1e-5)
