@@ -1,14 +1,36 @@
 """What can be done to a classifier that is trained already: its features, head and prior."""
 
+from ldam_plugins.posthoc.calibration import Calibrated, calibration_error, fit_temperature
+from ldam_plugins.posthoc.choice import Candidate, Choice
 from ldam_plugins.posthoc.features import Features, extract_features
 from ldam_plugins.posthoc.head_fitting import FittedHead, fit_head
+from ldam_plugins.posthoc.methods import METHODS
+from ldam_plugins.posthoc.prior_estimates import (
+    ImpliedPrior,
+    PriorEstimate,
+    estimate_prior,
+    implied_prior,
+)
 from ldam_plugins.posthoc.priors import adjust_to_prior, adjusted_logits
+from ldam_plugins.posthoc.rebalance import Rebalanced, rebalance_head
 
 __all__ = [
+    "METHODS",
+    "Calibrated",
+    "Candidate",
+    "Choice",
     "Features",
     "FittedHead",
+    "ImpliedPrior",
+    "PriorEstimate",
+    "Rebalanced",
     "adjust_to_prior",
     "adjusted_logits",
+    "calibration_error",
+    "estimate_prior",
     "extract_features",
     "fit_head",
+    "fit_temperature",
+    "implied_prior",
+    "rebalance_head",
 ]

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ldam_plugins._validation import invalid
 from ldam_plugins.counts import check_label_range, label_array
-from ldam_plugins.heads.inputs import single_head, with_head_inputs
+from ldam_plugins.heads.inputs import head_names, one_vector_a_sample, with_head_calls
 from ldam_plugins.heads.layers import layer_sizes
 from ldam_plugins.losses.model_outputs import find_logits, one_label_a_row
 from ldam_plugins.training.files import write_atomic
@@ -31,7 +31,8 @@ class Features:
     """Features, logits and labels of N samples, on the CPU.
 
     Args:
-        features: (N, D) float32, the input of the model's head.
+        features: (N, D) float32, the input of the model's head; of several heads those of each,
+            side by side.
         logits: (N, C) float32, the output of the model.
         labels: (N,) int64 class indices. Where the head is of other classes, as that of a
             pretrained model before fine-tuning, they are no indices into ``logits``.
@@ -69,6 +70,15 @@ class Features:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def head_labels(self) -> Tensor:
+        """``labels``, after a check that the head has a logit for each of them.
+
+        Raises:
+            ValueError: a label that is no index into ``logits``.
+        """
+        check_label_range(self.labels.numpy(), self.logits.shape[1])
+        return self.labels
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write them to a safetensors file, whole or not at all; its folder is made if missing.
@@ -111,7 +121,7 @@ def extract_features(
     model: nn.Module,
     loader: Iterable[Any],
     *,
-    head: str | None = None,
+    head: str | Sequence[str] | None = None,
     device: str | torch.device | None = None,
     class_names: Sequence[str] | None = None,
     origin: Mapping[str, object] | None = None,
@@ -124,13 +134,13 @@ def extract_features(
     features are those of the lower precision.
 
     Args:
-        model: A classifier with one linear, 1x1 convolutional or cosine head (see `find_head`):
-            a model of timm or transformers, or any other that returns logits or an output that
-            holds them.
+        model: A classifier with a linear, 1x1 convolutional or cosine head (see `find_head`), or
+            with several whose logits are averaged: a model of timm or transformers, or any other
+            that returns logits or an output that holds them.
         loader: Batches as data loaders give them: pairs (inputs, labels), or mappings with
             ``labels``, as the collators of transformers make. Inputs that are a mapping are passed
             by name, without the labels.
-        head: Dotted name of the layer, where `find_head` does not find the right one.
+        head: Dotted names of the layers, where `find_head` does not find the right ones.
         device: Where to run; the model is moved there and stays. Default: where its head is.
         class_names: Names of the classes that the labels count.
         origin: What to record with the features, such as the name of the weights and of the data
@@ -139,9 +149,9 @@ def extract_features(
 
     Raises:
         TypeError: a batch of another form, or labels that are not integers.
-        ValueError: the head is not found, or there are several; the head is called more than once
-            or on several vectors a sample; the logits are not found in the model's output; see also
-            :class:`Features`.
+        ValueError: the head is not found; it is called more than once, or on several vectors a
+            sample of which none gives the logits; the logits are not found in the model's output;
+            see also :class:`Features`.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 3))
@@ -149,10 +159,10 @@ def extract_features(
         >>> found.features.shape, found.logits.shape, found.labels.shape
         (torch.Size([5, 4]), torch.Size([5, 3]), torch.Size([5]))
     """
-    name = single_head(model, head)
+    names = head_names(model, head)
     if device is not None:
         model.to(device)
-    layer: Any = model.get_submodule(name)
+    layer: Any = model.get_submodule(names[0])
     place, classes = layer.weight.device, layer_sizes(layer)[1]
 
     def run(net: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
@@ -162,13 +172,16 @@ def extract_features(
         return _checked_logits(output, len(labels), classes), labels
 
     batches = tqdm(loader, unit="batch", disable=not progress)
+    rows = []
     # A compiled graph does not call hooks that came after it.
     with torch.compiler.set_stance("force_eager"):
-        rows = [(x, *found) for x, found in with_head_inputs(model, batches, run, name)]
+        for calls, (logits, labels) in with_head_calls(model, batches, run, names):
+            vectors = [one_vector_a_sample(call, logits) for call in calls]
+            rows.append((torch.cat(vectors, dim=1), logits, labels))
     if not rows:
         raise invalid("loader", "one that gives at least one batch", "none")
     features, logits, labels = (torch.cat(column) for column in zip(*rows, strict=True))
-    made = {"model": type(model).__name__, "head": name, "torch": torch.__version__}
+    made = {"model": type(model).__name__, "head": ", ".join(names), "torch": torch.__version__}
     return Features(
         features,
         logits,

@@ -141,12 +141,12 @@ def _interval(test: Mapping[str, Any], name: str, factor: float) -> str:
     return f" ({ends(intervals[name], factor)}{warning})"
 
 
-def ends(interval: Sequence[float] | None, factor: float = 100) -> str:
+def ends(interval: Sequence[float] | None, factor: float = 100, digits: int = 1) -> str:
     """The ends of an interval: ``20.1..30.2``, or a dash where there is none."""
     if interval is None:
         return _ABSENT
     low, high = interval
-    return f"{factor * low:.1f}..{factor * high:.1f}"
+    return f"{factor * low:.{digits}f}..{factor * high:.{digits}f}"
 
 
 def percent(share: float | None) -> str:

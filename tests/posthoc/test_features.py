@@ -10,7 +10,12 @@ from head_models import Net
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+)
 
 from ldam_plugins import ClassCounts, use_cosine_head
 from ldam_plugins.integrations.timm import CifarResNet
@@ -33,7 +38,7 @@ def test_they_are_what_the_head_gets_and_gives(cosine):
     found = extract_features(model, DataLoader(TensorDataset(x, LABELS), 4))
     assert model.training
     assert not model.layer1.training
-    assert not model.fc._forward_pre_hooks
+    assert not model.fc._forward_hooks
     model.eval()
     with torch.no_grad():
         features = model.forward_head(model.forward_features(x), pre_logits=True)
@@ -173,7 +178,6 @@ class NoLogits(Net):
 @pytest.mark.parametrize(
     ("model", "batch", "error", "message"),
     [
-        (Net(heads=2), None, ValueError, r"`model` must be one with a single head"),
         (nn.ReLU(), None, ValueError, "classifier can be found"),
         (Net(), (torch.ones(2, 6),), TypeError, r"pairs \(inputs, labels\).*'tuple of 1'"),
         (Net(), torch.ones(2, 6), TypeError, r"pairs \(inputs, labels\).*'Tensor'"),
@@ -192,7 +196,29 @@ def test_bad_input_is_named(model, batch, error, message):
     with pytest.raises(error, match=message):
         extract_features(model, [batch], class_names=names)
     assert model.training == mode
-    assert not any(part._forward_pre_hooks for part in model.modules())
+    assert not any(part._forward_hooks for part in model.modules())
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_several_heads_stand_side_by_side(shared):
+    model, x = Net(heads=2, shared=shared).eval(), torch.randn(3, 6)
+    found = extract_features(model, [(x, LABELS[:3])])
+    expected = torch.cat([model.body(x), model.other(x)], dim=1).detach()
+    torch.testing.assert_close(found.features, expected)
+    assert found.origin["head"] == "heads.0, heads.1"
+
+
+def test_of_a_head_on_all_tokens_it_is_the_token_that_gives_the_logits():
+    config = GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2, pad_token_id=0, num_labels=4)
+    model = GPT2ForSequenceClassification(config).eval()
+    ids = torch.randint(1, 20, (6, 5))
+    ids[:3, 3:] = 0  # so that another token is the last
+    found = extract_features(model, [{"input_ids": ids, "labels": LABELS}])
+    with torch.no_grad():
+        torch.testing.assert_close(model.score(found.features), found.logits)
+        states = model.transformer(ids).last_hidden_state
+    torch.testing.assert_close(found.features[0], states[0, 2])
+    torch.testing.assert_close(found.features[5], states[5, 4])
 
 
 def test_a_head_that_is_called_twice_and_a_loader_without_batches_are_refused():

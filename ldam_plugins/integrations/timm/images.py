@@ -142,7 +142,7 @@ def choose_augmentation(augmentation: str, input_size: tuple[int, ...]) -> str:
     return ("crop_flip" if small else "timm") if augmentation == "auto" else augmentation
 
 
-def transformed(images: LabelledImages, transform: Callable[..., Any]) -> LabelledImages:
+def transformed(images: LabelledImages, transform: Callable[..., Any] | None) -> LabelledImages:
     """The same images through another transform; the given ones stay unchanged."""
     images = copy.copy(images)
     images.transform = transform

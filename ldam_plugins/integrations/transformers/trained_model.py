@@ -1,0 +1,94 @@
+"""Classifiers of transformers that were trained by anyone, of texts or of images."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+
+from ldam_plugins._validation import invalid
+
+TEXTS, IMAGES = "texts", "images"
+_KINDS: Mapping[str, tuple[str, Any, Any]] = {
+    "ForSequenceClassification": (TEXTS, AutoModelForSequenceClassification, AutoTokenizer),
+    "ForImageClassification": (IMAGES, AutoModelForImageClassification, AutoImageProcessor),
+}
+_UNNAMED = re.compile(r"LABEL_\d+")
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A classifier that transformers has loaded.
+
+    Args:
+        model: In evaluation mode, in the dtype of its weights.
+        processor: Its tokenizer or image processor.
+        kind: ``"texts"`` or ``"images"``.
+        class_names: In the order of its logits; None where its config has none but ``LABEL_0``.
+    """
+
+    model: PreTrainedModel
+    processor: Any
+    kind: str
+    class_names: tuple[str, ...] | None
+
+    def collate_images(self, batch: list[tuple[Any, int]]) -> dict[str, Any]:
+        """Pairs of RGB images and classes as the model's input, with ``labels``."""
+        images, labels = zip(*batch, strict=True)
+        inputs = dict(self.processor(images=list(images), return_tensors="pt"))
+        inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        return {**inputs, "labels": torch.tensor(labels)}
+
+
+def load_trained(source: str | os.PathLike[str]) -> TrainedModel:
+    """Load a text or image classifier of transformers with its tokenizer or image processor.
+
+    No code that comes with a model is run.
+
+    Args:
+        source: A folder that ``save_pretrained`` or a Trainer wrote, or a hub id.
+
+    Raises:
+        ValueError: it cannot be loaded, lacks its tokenizer or image processor, is no classifier of
+            texts or images, or one of several labels a sample.
+    """
+    source = os.fspath(source)
+    config = _loaded(AutoConfig, source)
+    name = (config.architectures or ["none"])[0]
+    ending = next((each for each in _KINDS if name.endswith(each)), None)
+    if ending is None:
+        expected = f"a classifier, whose config names a model ...{' or ...'.join(_KINDS)}"
+        raise invalid("model", expected, f"{source}, a {name}")
+    if config.problem_type not in (None, "single_label_classification"):
+        raise invalid("model", "one of one label a sample", config.problem_type)
+    kind, auto_model, auto_processor = _KINDS[ending]
+    model = _loaded(auto_model, source, dtype="auto")
+    processor = _loaded(auto_processor, source)
+    names = tuple(str(config.id2label[index]) for index in range(config.num_labels))
+    unnamed = all(_UNNAMED.fullmatch(each) for each in names)
+    return TrainedModel(model.eval(), processor, kind, None if unnamed else names)
+
+
+def _loaded(auto: Any, source: str, **options: Any) -> Any:
+    try:
+        return auto.from_pretrained(source, trust_remote_code=False, **options)
+    except (OSError, ValueError, ImportError) as error:
+        checkpoints = sorted(each.name for each in Path(source).glob("checkpoint-*"))
+        hint = f"transformers says: {error}"
+        if checkpoints:
+            hint = f"Give one of its checkpoints, such as {Path(source, checkpoints[-1])}."
+        expected = "a folder of transformers with model and tokenizer, or a hub id"
+        raise invalid("model", expected, source, hint=hint) from error

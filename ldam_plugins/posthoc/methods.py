@@ -1,0 +1,377 @@
+"""Ways to make a trained head fair to rare classes: each gives another ``z = W x + b``.
+
+They leave the features alone. Those that only change the given head (``tau_norm``,
+``logit_adjustment``) need no data; the others solve a small problem on features with labels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ldam_plugins._validation import check_choice, check_real, invalid
+from ldam_plugins.counts import ClassCounts
+from ldam_plugins.heads.choice import options_for_head
+from ldam_plugins.heads.folding import matching_scale
+from ldam_plugins.heads.layers import CosineLinear
+from ldam_plugins.losses import create_loss
+from ldam_plugins.posthoc.head_fitting import fit_head
+from ldam_plugins.posthoc.linear_head import affine
+from ldam_plugins.schedules import DeferredSchedule
+
+NONE = "none"
+_ALL_BETA = math.nextafter(1.0, 0.0)
+"""Class-balanced weights of this beta are inverse frequencies."""
+_SMALLEST = 1e-12
+
+
+class Affine(NamedTuple):
+    """``z = W x + b``: W (C, D) and b (C,), float64."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Of features (N, D), float32 (N, C)."""
+        return affine(features, *self)
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """What a method works on.
+
+    Args:
+        head: The given head.
+        features: x (N, D), and ``labels`` (N,) int64: what a method may learn from.
+        labels: Class indices.
+        source: Class shares that the given head has learned, (C,) float64.
+        target: Those that it is to predict under, likewise.
+        tolerance: On the gradient, of what is solved for.
+        temperature: Of the given head, in which its logits are log probabilities.
+    """
+
+    head: Affine
+    features: Tensor
+    labels: Tensor
+    source: Tensor
+    target: Tensor
+    tolerance: float = 1e-5
+    temperature: float = 1.0
+
+    def counts(self) -> ClassCounts:
+        """Samples per class; every class must have one."""
+        return ClassCounts.from_labels(self.labels, num_classes=len(self.source))
+
+    def rows(self, chosen: Tensor) -> Problem:
+        """The same with some of the samples."""
+        return replace(self, features=self.features[chosen], labels=self.labels[chosen])
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to make a head fair.
+
+    Args:
+        solve: The new head, from a problem and a strength.
+        strengths: What the strength is chosen among, for N samples; ``(None,)`` where there is
+            none to choose.
+        low: Least strength.
+        low_open: Whether it must be above that.
+        high: Greatest strength.
+        learns: Whether it learns from the labels of the features.
+        has_unit: Whether its logits are log probabilities up to a constant of the sample.
+        has_bias: Whether its head has a bias when the classes are to count alike.
+    """
+
+    solve: Callable[[Problem, Any], Affine]
+    strengths: Callable[[int], tuple[float | None, ...]]
+    low: float = 0.0
+    low_open: bool = False
+    high: float = math.inf
+    learns: bool = True
+    has_unit: bool = True
+    has_bias: bool = True
+
+    def check_strength(self, strength: float) -> float:
+        """The strength, checked.
+
+        Raises:
+            TypeError: it is no number.
+            ValueError: it is out of bounds, or the method has none.
+        """
+        if self.strengths(1) == (None,):
+            raise invalid("strength", "left out: the method has none", strength)
+        bounds = {"low": self.low, "low_open": self.low_open, "high": self.high}
+        return check_real("strength", strength, **bounds)  # type: ignore[arg-type]
+
+    def apply(self, problem: Problem, strength: float | None) -> Affine:
+        """The new head. Where classes are not to count alike, it is moved to the target prior.
+
+        A head whose logits have no unit is scaled first, to the temperature that fits the samples
+        best where classes count alike.
+        """
+        found = self.solve(problem, strength)
+        if self.has_unit or uniform(problem.target):
+            return found
+        scale = 1 / best_temperature(
+            found.logits(problem.features), problem.labels, even_weights(problem.labels)
+        )
+        weight, bias = found.weight * scale, found.bias * scale
+        return Affine(weight, bias + toward(problem.target))
+
+
+def uniform(prior: Tensor) -> bool:
+    """Whether all classes have one share."""
+    return bool(torch.allclose(prior, torch.full_like(prior, 1 / len(prior)), rtol=1e-6, atol=0))
+
+
+def toward(target: Tensor) -> Tensor:
+    """What is added to logits of even classes for the shares ``target``, (C,)."""
+    return target.log() - math.log(1 / len(target))
+
+
+def even_weights(labels: Tensor) -> Tensor:
+    """A weight a sample, float64 (N,): each class that is there weighs the same, the sum is 1."""
+    counts = torch.bincount(labels)
+    return (1.0 / counts.double()[labels]) / int((counts > 0).sum())
+
+
+def best_temperature(
+    logits: Tensor, labels: Tensor, weights: Tensor, *, precision: float = 1e-6
+) -> float:
+    """The T with the smallest ``sum_i w_i NLL(softmax(z_i / T), y_i)``.
+
+    The sum is convex in 1 / T. scipy's bounded scalar search finds it in ``log T``, between 1e-3
+    and 1e3.
+
+    Args:
+        logits: z (N, C).
+        labels: y (N,).
+        weights: w (N,), float64.
+        precision: Of ``log T``.
+    """
+    # Imported here, as it takes a third of a second that few who import this room need.
+    from scipy.optimize import minimize_scalar
+
+    wide = logits.double()
+    chosen = wide.gather(1, labels[:, None]).squeeze(1)
+    total, mean_chosen = weights.sum(), (weights @ chosen)
+
+    def loss(log_t: float) -> float:
+        factor = math.exp(-log_t)
+        return float(weights @ torch.logsumexp(wide * factor, dim=1) - factor * mean_chosen)
+
+    bounds = (-math.log(1e3), math.log(1e3))
+    found = minimize_scalar(
+        lambda log_t: loss(log_t) / float(total),
+        bounds=bounds,
+        method="bounded",
+        options={"xatol": precision},
+    )
+    return math.exp(float(found.x))
+
+
+# The given head, changed
+
+
+def _keep(problem: Problem, strength: float | None) -> Affine:
+    return problem.head
+
+
+def _logit_adjustment(problem: Problem, strength: float) -> Affine:
+    """``b_c - tau log(source_c / target_c)``."""
+    weight, bias = problem.head
+    tau = strength * problem.temperature
+    return Affine(weight, bias - tau * (problem.source.log() - problem.target.log()))
+
+
+def _tau_norm(problem: Problem, strength: float) -> Affine:
+    """``w_c / |w_c| ** tau``, no bias."""
+    weight = problem.head.weight
+    lengths = weight.norm(dim=1, keepdim=True).clamp_min(_SMALLEST)
+    return Affine(weight / lengths**strength, torch.zeros_like(problem.head.bias))
+
+
+def _lws(problem: Problem, strength: float) -> Affine:
+    """``f_c (w_c x + b_c)``, the scales solved for under weights that balance the classes."""
+    logits = problem.head.logits(problem.features).double()
+    weights = even_weights(problem.labels) * len(problem.labels)
+    chosen = problem.labels[:, None]
+
+    def objective(vector: np.ndarray) -> tuple[float, np.ndarray]:
+        scales = torch.from_numpy(vector)
+        scaled = logits * scales
+        log_p = scaled.log_softmax(dim=1)
+        loss = -(weights @ log_p.gather(1, chosen).squeeze(1))
+        rest = log_p.exp()
+        rest.scatter_add_(1, chosen, torch.full_like(log_p[:, :1], -1.0))
+        gradient = weights @ (rest * logits)
+        value = strength * loss + (scales - 1).square().sum() / 2
+        slope = strength * gradient + scales - 1
+        per = strength * len(logits)
+        return float(value / per), (slope / per).numpy()
+
+    from scipy.optimize import minimize
+
+    found = minimize(
+        objective,
+        np.ones(len(problem.source)),
+        jac=True,
+        method="L-BFGS-B",
+        options={"gtol": problem.tolerance * 1e-2, "ftol": 0.0, "maxiter": 1000},
+    )
+    scales = torch.from_numpy(found.x)
+    return _toward(problem, problem.head.weight * scales[:, None], problem.head.bias * scales)
+
+
+# A new head
+
+
+def _crt(problem: Problem, strength: float) -> Affine:
+    """Logistic regression under weights that balance the classes."""
+    schedule = DeferredSchedule("rw", beta=_ALL_BETA)
+    return _toward(problem, *_regression(problem, "ce", strength, schedule))
+
+
+def _ce(problem: Problem, strength: float) -> Affine:
+    """Logistic regression, and the prior of the samples taken out of its logits."""
+    weight, bias = _regression(problem, "ce", strength, None)
+    return Affine(weight, bias - _log_shares(problem) + problem.target.log())
+
+
+def _regression(
+    problem: Problem, loss: str, strength: float, schedule: DeferredSchedule | None
+) -> Affine:
+    # The mean loss plus wd / 2 |W|^2 is scikit-learn's C times the sum plus |W|^2 / 2, over C N.
+    fitted = fit_head(
+        problem.features,
+        problem.labels,
+        create_loss(loss, problem.counts()),
+        head="linear",
+        schedule=schedule,
+        weight_decay=1 / (strength * len(problem.labels)),
+        tolerance=problem.tolerance,
+    )
+    return _of_layer(fitted.layer)
+
+
+def _class_means(problem: Problem, strength: float) -> Affine:
+    """The nearest class mean, in the metric of the shrunk covariance within classes."""
+    means, features = _means(problem), problem.features.double()
+    inner = features - means[problem.labels]
+    covariance = inner.T @ inner / max(1, len(features) - len(means))
+    variance = covariance.diagonal().mean().clamp_min(_SMALLEST)
+    shrunk = (1 - strength) * covariance
+    shrunk.diagonal().add_(strength * variance)
+    weight = torch.cholesky_solve(means.T, torch.linalg.cholesky(shrunk)).T
+    return _toward(problem, weight, -(weight * means).sum(dim=1) / 2)
+
+
+def _cosine_means(problem: Problem, strength: None) -> Affine:
+    """The class mean of the smallest angle."""
+    weight = F.normalize(_means(problem), dim=1)
+    return Affine(weight, torch.zeros(len(weight), dtype=torch.float64))
+
+
+def _means(problem: Problem) -> Tensor:
+    counts = torch.bincount(problem.labels, minlength=len(problem.source))
+    sums = torch.zeros(len(counts), problem.features.shape[1], dtype=torch.float64)
+    sums.index_add_(0, problem.labels, problem.features.double())
+    return sums / counts[:, None]
+
+
+def _with_loss(name: str, option: str | None) -> Callable[[Problem, Any], Affine]:
+    def solve(problem: Problem, strength: float | None) -> Affine:
+        given = {} if option is None or strength is None else {option: strength}
+        criterion = create_loss(name, problem.counts(), **options_for_head(name, given, "auto"))
+        fitted = fit_head(problem.features, problem.labels, criterion, tolerance=problem.tolerance)
+        weight, bias = _of_layer(fitted.layer)
+        if isinstance(fitted.layer, CosineLinear):
+            with torch.no_grad():
+                cosine = fitted.layer(problem.features)
+            weight = F.normalize(weight, dim=1)
+            folded = affine(problem.features, weight, bias)
+            weight = weight * matching_scale(cosine, folded)
+        if criterion.corrects_prior:
+            return _toward(problem, weight, bias)
+        return Affine(weight, bias - _log_shares(problem) + problem.target.log())
+
+    return solve
+
+
+def _of_layer(layer: nn.Linear) -> Affine:
+    weight = layer.weight.detach().double()
+    bias = torch.zeros(len(weight), dtype=torch.float64)
+    return Affine(weight, bias if layer.bias is None else layer.bias.detach().double())
+
+
+def _log_shares(problem: Problem) -> Tensor:
+    return problem.counts().prior(dtype=torch.float64).log()
+
+
+def _toward(problem: Problem, weight: Tensor, bias: Tensor) -> Affine:
+    """The head of even classes under the target prior."""
+    if uniform(problem.target):
+        return Affine(weight, bias)
+    return Affine(weight, bias + toward(problem.target))
+
+
+def _inverse(*decays: float) -> Callable[[int], tuple[float | None, ...]]:
+    """Scikit-learn's C for N samples: ``1 / (decay * N)``."""
+    return lambda samples: tuple(1 / (decay * samples) for decay in decays)
+
+
+def _grid(*strengths: float | None) -> Callable[[int], tuple[float | None, ...]]:
+    return lambda samples: strengths
+
+
+_OPTIONS = {
+    "ldam": ("max_margin", (0.1, 0.3, 0.5)),
+    "ldam_hinge": ("max_margin", (0.1, 0.3, 0.5)),
+    "uniform_margin": ("max_margin", (0.1, 0.3, 0.5)),
+    "hinge": ("max_margin", (0.1, 0.3, 0.5)),
+    "focal": ("gamma", (1.0, 2.0)),
+    "logit_adjusted": ("tau", (0.5, 1.0, 1.5)),
+    "vector_scaling": ("gamma", (0.05, 0.15, 0.3)),
+}
+METHODS: dict[str, Method] = {
+    NONE: Method(_keep, _grid(None), learns=False),
+    "logit_adjustment": Method(
+        _logit_adjustment, _grid(*(k / 4 for k in range(1, 9))), learns=False
+    ),
+    "tau_norm": Method(
+        _tau_norm,
+        _grid(*(k / 4 for k in range(9))),
+        learns=False,
+        has_unit=False,
+        has_bias=False,
+    ),
+    "lws": Method(_lws, _inverse(1.0, 0.1, 0.01), low_open=True, has_bias=False),
+    "crt": Method(_crt, _inverse(1.0, 0.1, 0.01), low_open=True),
+    "class_means": Method(_class_means, _grid(0.1, 0.3, 1.0), low_open=True, high=1.0),
+    "cosine_means": Method(_cosine_means, _grid(None), has_unit=False, has_bias=False),
+    "ce": Method(_ce, _inverse(0.1, 0.01, 0.001), low_open=True),
+    **{
+        name: Method(_with_loss(name, option), _grid(*grid))
+        for name, (option, grid) in _OPTIONS.items()
+    },
+}
+"""The methods by name."""
+AUTO = (NONE, "logit_adjustment", "tau_norm", "lws", "class_means", "cosine_means", "crt")
+"""What ``auto`` chooses among unless told, from what changes least to what is made anew."""
+
+
+def find_method(name: str) -> Method:
+    """The method of a name.
+
+    Raises:
+        ValueError: there is none (the nearest are named).
+    """
+    return METHODS[check_choice("method", name, METHODS)]

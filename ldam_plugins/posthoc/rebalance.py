@@ -1,0 +1,427 @@
+"""A trained classifier made fair to rare classes: its head changed in place, nothing trained.
+
+The method and its strength are given, or chosen on labelled features; what the change does is
+measured on a test set, or by cross-fitting on those features.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ldam_plugins._validation import check_choice, invalid, quoted
+from ldam_plugins.counts import ClassCounts
+from ldam_plugins.metrics import long_tail_metrics
+from ldam_plugins.posthoc.calibration import calibration_error
+from ldam_plugins.posthoc.choice import (
+    CRITERIA,
+    Cells,
+    Choice,
+    Difference,
+    choose,
+    cross_fitted,
+    stratified_folds,
+    variance_of,
+)
+from ldam_plugins.posthoc.features import Features
+from ldam_plugins.posthoc.linear_head import (
+    HeadState,
+    LinearHead,
+    check_features,
+    fold_to_fit,
+    warn_of_new_bias,
+)
+from ldam_plugins.posthoc.methods import (
+    AUTO,
+    METHODS,
+    NONE,
+    Affine,
+    Problem,
+    best_temperature,
+    find_method,
+)
+from ldam_plugins.posthoc.prior_estimates import implied_prior, refuse_absent
+from ldam_plugins.posthoc.priors import Prior, TargetPrior, resolve_target, shares_of
+
+TEST, CROSS_FITTED = "test", "cross-fitting"
+_SAME = 0.5
+"""Share of the test samples that may occur in both parts, as short texts do."""
+_MEMORISED = 0.995
+
+
+@dataclass(frozen=True, eq=False)
+class Rebalanced:
+    """A model whose head was changed, and what that did.
+
+    Args:
+        method: That was applied; ``"none"``: nothing was changed but a cosine head folded.
+        strength: Its strength, None for one without.
+        target_prior: Class shares that it now predicts under, (C,).
+        source_prior: Those that it was taken to have learned, (C,).
+        temperature: By which the logits were divided as well; 1 where ``calibrate`` was not asked.
+        choice: How method or strength were chosen; None where both were given.
+        measured_on: ``"test"`` or ``"cross-fitting"``.
+        before: Metrics as of :func:`.long_tail_metrics` with their intervals, and ``calibration``
+            as of :func:`.calibration_error`. Of a cosine head: once folded.
+        after: The same of the changed model.
+        differences: By name of a metric (``balanced_accuracy``, ``accuracy``, ``many``, ``medium``,
+            ``few``) by how much it rose, with its 95 % interval, in 0..1; the samples are paired.
+    """
+
+    method: str
+    strength: float | None
+    target_prior: Tensor
+    source_prior: Tensor
+    temperature: float
+    choice: Choice | None
+    measured_on: str
+    before: Mapping[str, Any]
+    after: Mapping[str, Any]
+    differences: Mapping[str, Difference]
+    _state: HeadState
+
+    def undo(self) -> None:
+        """Put the head back as it was, a cosine head as such."""
+        self._state.restore()
+
+    def to_dict(self) -> dict[str, Any]:
+        """What there is to record of the change beside ``before`` and ``after``; for JSON."""
+        return {
+            "method": self.method,
+            "strength": self.strength,
+            "target_prior": self.target_prior.tolist(),
+            "source_prior": self.source_prior.tolist(),
+            "temperature": self.temperature,
+            "measured_on": self.measured_on,
+            "differences": {name: list(each) for name, each in self.differences.items()},
+            "choice": None if self.choice is None else self.choice.to_dict(),
+        }
+
+    def __str__(self) -> str:
+        strength = "" if self.strength is None else f", strength {self.strength:.4g}"
+        lines = [f"method {self.method}{strength}, measured on {self.measured_on}"]
+        for name, each in self.differences.items():
+            ends = f"{100 * each.low:+.1f} to {100 * each.high:+.1f}"
+            lines.append(f"{name.replace('_', ' ')}: {100 * each.value:+.1f} points ({ends})")
+        if self.choice is not None:
+            lines.append(self.choice.verdict())
+        return "\n".join(lines)
+
+
+def rebalance_head(
+    model: nn.Module,
+    features: Features,
+    class_counts: ClassCounts | Sequence[int] | np.ndarray | Tensor,
+    method: str = "auto",
+    *,
+    strength: float | None = None,
+    target_prior: TargetPrior = "uniform",
+    source_prior: Prior = "train",
+    methods: Sequence[str] = AUTO,
+    by: str = "log_loss",
+    folds: int = 5,
+    seed: int = 0,
+    calibrate: bool = False,
+    test: Features | None = None,
+    head: str | Sequence[str] | None = None,
+) -> Rebalanced:
+    """Make the head of a trained classifier fair to rare classes, in place.
+
+    With W (C, D), b (C,) the head, pi the source prior and t the target prior; below, "balanced"
+    means that each class weighs the same:
+
+    * ``logit_adjustment``: ``b_c - strength * log(pi_c / t_c)`` (Menon et al., ICLR 2021).
+    * ``tau_norm``: ``w_c / |w_c| ** strength``, no bias (Kang et al., ICLR 2020).
+    * ``lws``: ``f_c (w_c x + b_c)`` with the f of the least
+      ``strength * balanced loss + |f - 1|^2 / 2`` (Kang et al.; there without the second term).
+    * ``crt``: a new linear head, the optimum of scikit-learn's ``LogisticRegression(C=strength,
+      class_weight="balanced")`` on standardised features (Kang et al.).
+    * ``class_means``: ``-|x - mean_c|^2 / 2`` in the metric of the covariance within the classes,
+      of which ``strength`` is shrunk to a multiple of the identity; 1 is the nearest class mean.
+    * ``cosine_means``: the class mean with the smallest angle to x.
+    * ``ce``, ``ldam`` and all other losses: a new head, see :func:`.fit_head`, with the class
+      shares of the features taken out of its logits unless the loss does so itself. ``strength`` is
+      scikit-learn's C of ``ce``, else the margin, gamma or tau of the loss.
+    * ``none``: the head as it is.
+    * ``auto``: one of ``methods``, or ``none``, by cross-fitting; see :class:`.Choice`.
+
+    The heads of even classes are moved to another target prior by ``log(C t_c)`` in the bias; of
+    ``tau_norm`` and ``cosine_means``, whose logits have no unit, after a division by the
+    temperature that fits best. Everything ends as weight and bias of the layer that is there, so
+    that the host loads the model alone. A cosine head is folded first (:func:`.fold_cosine_head`,
+    fitted to the features), and "before" is of the folded model.
+
+    Args:
+        model: A classifier, see :func:`.extract_features`. It is changed.
+        features: Of labelled samples to learn from and to choose on: best those that the model was
+            not trained on, else the training samples. Never the test set.
+        class_counts: Samples per class that the *model* was trained on.
+        method: One of the above.
+        strength: As above; None: chosen by cross-fitting.
+        target_prior: Class shares to predict under: ``"uniform"``, for balanced accuracy,
+            ``"train"``, probabilities (C,), or features or logits of unlabelled samples of which
+            they are estimated, see :func:`.estimate_prior`.
+        source_prior: Class shares that the model has learned: ``"train"``, those of
+            ``class_counts``; probabilities (C,); or ``"implied"``, fitted on the features, for a
+            model trained with weights, margins or resampling, see :func:`.implied_prior`.
+        methods: What ``auto`` chooses among.
+        by: What is chosen by, under the target prior: ``"log_loss"``, or ``"accuracy"``, which
+            needs several times the samples to tell a gain from noise.
+        folds: Of the cross-fitting.
+        seed: Of the division into folds.
+        calibrate: Whether to divide the logits by the temperature that fits the features best under
+            the target prior, by cross-fitting.
+        test: Features of test samples, on which before and after are measured. Without them they
+            are measured on ``features`` by cross-fitting.
+        head: Dotted names of the heads, where `find_head` does not find the right ones.
+
+    Returns:
+        What was done, before and after with intervals, and ``undo()``.
+
+    Raises:
+        TypeError: the head does not hold its weights as floats.
+        ValueError: an unknown method, or a strength that it does not take; counts or priors of
+            another length, or a prior whose sum is not 1; features of another model; a class
+            without a sample in ``features`` where the method learns from them; test samples that
+            are in ``features``; a head that is not found, sharded or shares its weights. The model
+            is then as it was.
+
+    Warns:
+        UserWarning: a head without a bias gets one; estimated class shares cannot be trusted;
+            ``features`` lack a class, so ``auto`` tries no method that learns from them; or the
+            choice was made on samples that the model knows by heart, which show nothing.
+
+    Example:
+        >>> from ldam_plugins.posthoc import extract_features
+        >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> found = extract_features(model, [(torch.randn(30, 8), torch.arange(30) % 2)])
+        >>> done = rebalance_head(model, found, [900, 100], "logit_adjustment", strength=1.0)
+        >>> done.method, done.strength
+        ('logit_adjustment', 1.0)
+        >>> done.undo()
+    """
+    counts = class_counts if isinstance(class_counts, ClassCounts) else ClassCounts(class_counts)
+    labels = _check_samples(model, features, counts, test, head)
+    _check_method(method, strength, methods, by)
+    state = HeadState(model, head)
+    with state.restored_on_error():
+        fitted = fold_to_fit(model, features)
+        linear = LinearHead.of_model(model, fitted, head)
+        problem = _problem(linear, fitted, counts, source_prior, target_prior)
+        choice, tried = None, _to_try(method, strength, methods, linear, labels, counts)
+        if tried:
+            keep_best = method != "auto"
+            choice = choose(
+                problem, counts, tried, by=by, folds=folds, seed=seed, keep_best=keep_best
+            )
+        if choice is not None:
+            _warn_if_memorised(choice, problem, counts)
+            method, strength = choice.chosen.method, choice.chosen.strength
+        new = find_method(method).apply(problem, strength)
+        logits, judged = _unseen(problem, method, strength, choice, folds, seed)
+        temperature = 1.0
+        if calibrate:
+            weights = _target_weights(labels[judged], problem.target)
+            temperature = best_temperature(logits[judged], labels[judged], weights)
+        old = problem.head
+        gave_bias = False
+        if method != NONE or calibrate:
+            gave_bias = linear.write(new.weight / temperature, new.bias / temperature)
+        if test is None:
+            before = old.logits(features.features[judged])
+            found = (before, logits[judged] / temperature, labels[judged], CROSS_FITTED)
+        else:
+            before = old.logits(test.features)
+            found = (before, linear.logits(test.features), test.labels, TEST)
+        measured = _measure(*found, counts)
+    if gave_bias:
+        warn_of_new_bias(linear.names[0], stacklevel=3)
+    return Rebalanced(
+        method,
+        strength,
+        problem.target,
+        problem.source,
+        temperature,
+        choice,
+        found[3],
+        *measured,
+        state,
+    )
+
+
+def _check_samples(
+    model: nn.Module,
+    features: Features,
+    counts: ClassCounts,
+    test: Features | None,
+    head: str | Sequence[str] | None,
+) -> Tensor:
+    """The labels of the features, after a check that all belong together."""
+    for name, each in (("features", features), ("test", test)):
+        if each is None:
+            continue
+        if not isinstance(each, Features):
+            expected = "Features, as extract_features gives them"
+            raise invalid(name, expected, type(each).__name__, error=TypeError)
+        check_features(model, each, head)
+        if each.logits.shape[1] != len(counts):
+            expected = f"one count for each of the {each.logits.shape[1]} classes of the model"
+            raise invalid("class_counts", expected, len(counts))
+        each.head_labels()
+    if test is not None:
+        _refuse_same(features, test)
+    return features.labels
+
+
+def _refuse_same(features: Features, test: Features) -> None:
+    """Refuse test samples of which most are among those that the choice is made on."""
+    known = {row.tobytes() for row in features.features.numpy()}
+    same = sum(row.tobytes() in known for row in test.features.numpy())
+    if same > _SAME * len(test):
+        hint = "What is chosen on the test set is not measured by it: give the features of"
+        hint += " held-out or training samples, and those of the test set as `test`."
+        shown = f"{same} of {len(test)} that are among them"
+        raise invalid("test", "of other samples than `features`", shown, hint=hint)
+
+
+def _check_method(method: str, strength: float | None, methods: Sequence[str], by: str) -> None:
+    check_choice("method", method, ["auto", *METHODS])
+    check_choice("by", by, CRITERIA)
+    for name in methods:
+        check_choice("methods", name, METHODS)
+    if strength is None:
+        return
+    if method == "auto":
+        hint = "Name the method whose strength it is."
+        raise invalid("strength", "left out with method 'auto'", strength, hint=hint)
+    find_method(method).check_strength(strength)
+
+
+def _to_try(
+    method: str,
+    strength: float | None,
+    methods: Sequence[str],
+    linear: LinearHead,
+    labels: Tensor,
+    counts: ClassCounts,
+) -> list[tuple[str, float | None]]:
+    """What is to be chosen among; empty if nothing is to be chosen."""
+    if method != "auto":
+        found = find_method(method)
+        chosen = strength is None and len(found.strengths(len(labels))) > 1
+        if found.learns:
+            refuse_absent("features", _sizes(labels, counts), counts.class_names)
+        return [(method, None)] if chosen else []
+    tried = [name for name in methods if linear.has_bias or not METHODS[name].has_bias]
+    absent = np.flatnonzero(_sizes(labels, counts) == 0)
+    learned = [name for name in tried if METHODS[name].learns]
+    if len(absent) and learned:
+        names = counts.class_names or range(len(counts))
+        warnings.warn(
+            f"`features` has no sample of {len(absent)} of {len(counts)} classes"
+            f" ({quoted(names[index] for index in absent)}): methods that learn from samples are"
+            f" left out ({', '.join(learned)}), the others are judged by the other classes.",
+            stacklevel=3,
+        )
+        tried = [name for name in tried if name not in learned]
+    return [(name, None) for name in (NONE, *tried)]
+
+
+def _problem(
+    linear: LinearHead,
+    features: Features,
+    counts: ClassCounts,
+    source_prior: Prior,
+    target_prior: TargetPrior,
+) -> Problem:
+    classes, temperature = len(counts), 1.0
+    if isinstance(source_prior, str) and source_prior == "implied":
+        refuse_absent("features", _sizes(features.labels, counts), counts.class_names)
+        implied = implied_prior(features.logits, features.labels)
+        source, temperature = implied.prior, implied.temperature
+    elif isinstance(source_prior, str):
+        check_choice("source_prior", source_prior, ["train", "implied"])
+        source = counts.prior(dtype=torch.float64)
+    else:
+        source = shares_of("source_prior", source_prior, classes)
+    if isinstance(target_prior, str) and target_prior == "train":
+        target = counts.prior(dtype=torch.float64)
+    else:
+        held_out = (features.logits / temperature, features.labels)
+        given = resolve_target(target_prior, source, classes, held_out=held_out, stacklevel=5)
+        target = shares_of("target_prior", given, classes)
+    return Problem(
+        Affine(linear.weight, linear.bias),
+        features.features,
+        features.labels,
+        source,
+        target / target.sum(),
+        temperature=temperature,
+    )
+
+
+def _sizes(labels: Tensor, counts: ClassCounts) -> np.ndarray:
+    return torch.bincount(labels, minlength=len(counts)).numpy()
+
+
+def _warn_if_memorised(choice: Choice, problem: Problem, counts: ClassCounts) -> None:
+    trained_on = np.array_equal(_sizes(problem.labels, counts), counts.counts)
+    if trained_on and choice.candidates[0].accuracy > _MEMORISED:
+        warnings.warn(
+            f"the model errs on {1 - choice.candidates[0].accuracy:.1%} of the samples in"
+            " `features`, which seem to be those that it was trained on: what it knows by heart"
+            " does not show what would help with others. Give the features of held-out samples,"
+            " or a method and its strength, such as method='logit_adjustment', strength=1.0.",
+            stacklevel=3,
+        )
+
+
+def _unseen(
+    problem: Problem,
+    method: str,
+    strength: float | None,
+    choice: Choice | None,
+    folds: int,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """Logits of the new head for each sample that it did not learn from, and which these are."""
+    if choice is not None:
+        return choice.logits, choice.judged
+    if not find_method(method).learns:
+        judged = torch.ones(len(problem.labels), dtype=torch.bool)
+        return find_method(method).apply(problem, strength).logits(problem.features), judged
+    fold = stratified_folds(problem.labels, folds, seed)
+    return cross_fitted(problem, method, strength, fold), fold >= 0
+
+
+def _target_weights(labels: Tensor, target: Tensor) -> Tensor:
+    sizes = torch.bincount(labels, minlength=len(target)).double()
+    weights = (target / sizes.clamp_min(1))[labels]
+    return weights / weights.sum()
+
+
+def _measure(
+    before: Tensor, after: Tensor, labels: Tensor, measured_on: str, counts: ClassCounts
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Difference]]:
+    found = []
+    for logits in (before, after):
+        metrics = long_tail_metrics(logits, labels, counts, detailed=True)
+        found.append({**metrics, "calibration": calibration_error(logits, labels)})
+    gain = (after.argmax(dim=1) == labels).double() - (before.argmax(dim=1) == labels).double()
+    sets: dict[str, Sequence[int]] = {"balanced_accuracy": range(len(counts)), **counts.groups()}
+    differences = {}
+    for name, ids in sets.items():
+        chosen = torch.isin(labels, torch.tensor(list(ids), dtype=torch.int64))
+        if bool(chosen.any()):
+            present, cell = labels[chosen].unique(return_inverse=True)
+            share = torch.full((len(present),), 1 / len(present), dtype=torch.float64)
+            differences[name] = Cells(cell, share, {}).mean(gain[chosen], variance_of(gain))
+    whole = Cells(torch.zeros_like(labels), torch.ones(1, dtype=torch.float64), {})
+    differences["accuracy"] = whole.mean(gain)
+    return found[0], found[1], differences
