@@ -20,6 +20,8 @@ RECIPES = {
     "text": ("text_lt", "train a classifier of texts"),
     "inspect": ("inspect_data", "look at a data set, and be told what to run"),
     "frozen": ("frozen_features", "compare methods on features of a pretrained network"),
+    "evaluate": ("evaluate_model", "measure a trained model on a data set"),
+    "rebalance": ("rebalance", "make a trained model fair to rare classes, without training"),
     "compare": ("compare", "two or more models on the same test samples"),
     "benchmark": ("benchmark", "many runs side by side"),
     "probe": ("linear_probe", "how good the features are, epoch by epoch"),

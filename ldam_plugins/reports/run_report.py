@@ -42,7 +42,7 @@ def write_report(output_dir: str | os.PathLike[str]) -> Path:
     again at any time. Figures on held-out training samples (``validation`` in the metrics) stand
     below those on the test set, and in their place where ``test`` is None. The page needs no
     network and no script, and follows the reader's light or dark setting. Without an epoch in the
-    history there is no training curve.
+    history there is no training curve, nor of a model that was evaluated alone.
 
     Returns:
         The path of the page.
@@ -52,13 +52,18 @@ def write_report(output_dir: str | os.PathLike[str]) -> Path:
         ValueError: a file does not hold what a run writes.
     """
     folder = Path(output_dir)
-    metrics, history = read_metrics(folder), read_history(folder)
+    metrics = read_metrics(folder)
+    evaluated = "evaluated" in metrics  # a model that was trained elsewhere
+    history = [] if evaluated else read_history(folder)
     limits = metrics.get("group_limits", {})
     counts = ClassCounts(metrics["class_counts"], metrics.get("class_names"), **limits)
     part = "test"
     test, validation = metrics["test"], _validation(metrics, counts)
-    how = f"plain cross-entropy and accuracy {_measured(metrics.get('selection'))}"
+    when = "" if evaluated else f" {_measured(metrics.get('selection'))}"
+    how = f"plain cross-entropy and accuracy{when}"
     measured = f"Measured on the test set with {how}."
+    if evaluated:
+        measured = f"{metrics['evaluated']}, measured with {how}."
     if test is None and validation is not None:
         measured = f"{validation[0]} With {how}; the test set was left alone."
         part, test, validation = "validation", metrics["validation"], None
@@ -88,6 +93,7 @@ def write_report(output_dir: str | os.PathLike[str]) -> Path:
         by_group=_by_group(test.get("by_group", {})),
         mistakes=read_mistakes(folder),
         said=_said(metrics.get("data", {})),
+        how="How it was measured" if evaluated else "How it was trained",
         options=metrics["options"],
         machine={**_images(metrics.get("images")), **_machine(metrics)},
     )
@@ -266,7 +272,7 @@ def _machine(metrics: Mapping[str, Any]) -> dict[str, str]:
     return {
         "device": metrics["device"],
         "mixed precision": metrics.get("mixed_precision", "unknown"),
-        "training time": f"{minutes} min {seconds} s",
-        "training speed": f"{metrics['examples_per_second']:.4g} examples/s",
+        "time": f"{minutes} min {seconds} s",
+        "speed": f"{metrics['examples_per_second']:.4g} examples/s",
         **versions,
     }

@@ -8,6 +8,7 @@ import pytest
 import rebalance as recipe
 import timm
 import torch
+import trained
 import transformers
 import vision_lt
 from options import parse_options
@@ -77,7 +78,11 @@ def biased(layer):
 
 
 def run(model, *flags, output):
-    return recipe.main(*recipe.parse([str(model), *flags, "--output_dir", str(output), "--quiet"]))
+    return recipe.main(
+        *trained.parse(
+            recipe.RebalanceOptions, [str(model), *flags, "--output_dir", str(output), "--quiet"]
+        )
+    )
 
 
 def check_outputs(folder, metrics):
@@ -166,7 +171,9 @@ def test_a_choice_on_held_out_images(photos, tmp_path, capsys):
     train_py_folder(tmp_path)
     flags = ["--dataset", str(photos), "--test_split", "test", "--val_split", "validation"]
     out = tmp_path / "out"
-    options, rest = recipe.parse([str(tmp_path), *flags, "--folds", "2", "--output_dir", str(out)])
+    options, rest = trained.parse(
+        recipe.RebalanceOptions, [str(tmp_path), *flags, "--folds", "2", "--output_dir", str(out)]
+    )
     metrics = recipe.main(options, rest)
     printed = capsys.readouterr().out
     assert "in the order of the data, as it names none" in printed
