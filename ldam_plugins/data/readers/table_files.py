@@ -186,14 +186,14 @@ def _read_images(request: ImageRequest) -> tuple[ImageRows, ImageRows | None]:
     tables = read_parts(request)
     index = FileIndex(root)
     train = tables["train_split"]
-    column = _file_column(train, index, request)
+    column = image_column_of(train, index, request)
     used = [name for name in (column, request.group_column) if name]
     labels = pick_labels(train, request.label_column, used, request)
     _say_columns(request, train)
     parts = {}
     for argument, table in tables.items():
         split = request.notes.parts.get(argument, table.file.name)
-        files = _files(table, column, index, split, request)
+        files = files_of(table, column, index, split, request)
         part = _whole(table, split, "file", files, labels, request)
         parts[argument] = part.rows(_once(part, split, request))
     if "test_split" in parts:
@@ -209,7 +209,7 @@ def _read_images(request: ImageRequest) -> tuple[ImageRows, ImageRows | None]:
     return made[0], made[1] if len(made) > 1 else None
 
 
-def _file_column(table: Table, index: FileIndex, request: ImageRequest) -> str:
+def image_column_of(table: Table, index: FileIndex, request: ImageRequest) -> str:
     """The column whose values are names of images that are there."""
 
     def guess() -> list[str]:
@@ -238,9 +238,14 @@ def _found(values: list[Any], index: FileIndex) -> int:
     return max((sum(bool(index.find(n, skip)) for n in names) for skip in range(depth)), default=0)
 
 
-def _files(
+def files_of(
     table: Table, column: str, index: FileIndex, split: str, request: Request
 ) -> list[str | None]:
+    """The file that each row names, relative to the folder of the index; None where it names none.
+
+    Raises:
+        ValueError: there is no such column, it is empty, or a file is not there.
+    """
     if column not in table.columns:
         expected = f"a column of {table.file.name}"
         raise invalid("image_column", expected, column, hint=table.described())

@@ -1,0 +1,230 @@
+"""What evaluates and uses a trained model, on models that the recipes and timm have left."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import evaluate_model
+import numpy as np
+import pandas as pd
+import predict
+import pytest
+import timm
+import torch
+import trained
+from paths import RECIPES
+from PIL import Image
+from vision_runs import picture_folder, vision_run
+
+from ldam_plugins.integrations.timm.saved_model import save_model
+from ldam_plugins.integrations.transformers.tokenizer import train_tokenizer
+from ldam_plugins.reports.comparison import compare, read_classifier
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return picture_folder(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture(scope="module")
+def finished(photos, tmp_path_factory):
+    """A run of the recipe on the photos."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    flags = ("--model", "test_resnet", "--image_size", 32, "--epochs", 1, "--start", 0)
+    vision_run(out, "--dataset", photos, *flags, "--batch_size", 8, "--workers", 0, "--quiet")
+    return out
+
+
+def evaluated(model, *flags, output):
+    words = [str(model), *map(str, flags), "--output_dir", str(output), "--quiet"]
+    return evaluate_model.main(*trained.parse(evaluate_model.EvaluateOptions, words))
+
+
+def predicted(model, *flags, output):
+    words = [str(model), *map(str, flags), "--output", str(output), "--quiet"]
+    return predict.main(*trained.parse(predict.PredictOptions, words))
+
+
+def test_a_run_is_measured_again_to_the_same(finished, tmp_path):
+    before = json.loads((finished / "metrics.json").read_text())["test"]
+    evaluated(finished, output=tmp_path / "out")
+    after = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert after["test"] == before
+    assert after["evaluated"] == str(finished)
+    assert "How it was measured" in (tmp_path / "out" / "report.html").read_text()
+    _, (found,) = compare([read_classifier(finished), read_classifier(tmp_path / "out")])
+    assert {(part.gained, part.lost) for part in found.parts.values()} == {(0, 0)}
+    with pytest.raises(ValueError, match="a folder that holds no run"):
+        evaluated(finished, output=tmp_path / "out")
+    trainings = evaluated(finished, "--part", "train", output=tmp_path / "train")
+    assert sum(trainings["test"]["per_class_samples"]) == 19
+
+
+def test_classes_are_matched_by_name_and_others_are_refused(photos, tmp_path):
+    model = timm.create_model("test_vit", num_classes=3)
+    config = {"input_size": (3, 160, 160)}
+    for folder, names in (("same", ("1", "10", "2")), ("turned", ("2", "1", "10"))):
+        place = tmp_path / folder
+        save_model(model, place, class_names=names, data_config=config, title="t", pretrained=None)
+    same, turned = (
+        evaluated(tmp_path / f, "--dataset", photos, output=tmp_path / f"{f}_out")
+        for f in ("same", "turned")
+    )
+    assert same["class_names"] == ("1", "10", "2")
+    assert turned["class_names"] == ("2", "1", "10")
+    first, second = (found["test"]["predictions"] for found in (same, turned))
+    assert first["probability"] == pytest.approx(second["probability"])
+    by_name = [dict(enumerate(found["class_names"])) for found in (same, turned)]
+    labels = [
+        [names[i] for i in p["label"]] for names, p in zip(by_name, (first, second), strict=True)
+    ]
+    assert labels[0] == labels[1]
+    save_model(
+        *(model, tmp_path / "other"),
+        **{"class_names": ("a", "b", "c"), "data_config": config, "title": "t", "pretrained": None},
+    )
+    with pytest.raises(ValueError, match="Of the model alone: \\['a', 'b', 'c'\\]"):
+        evaluated(tmp_path / "other", "--dataset", photos, output=tmp_path / "never")
+    assert not (tmp_path / "never").exists()
+
+
+def test_predictions_are_those_of_the_run_and_what_cannot_be_read_is_listed(
+    finished, photos, tmp_path
+):
+    folder = tmp_path / "new"
+    folder.mkdir()
+    known = pd.read_csv(finished / "predictions.csv", dtype={"predicted": str})
+    for row, name in enumerate(known["example"]):
+        source = name if name.startswith("/") else f"{photos}/{name}"
+        (folder / f"{row:02d}.png").write_bytes(Path(source).read_bytes())
+    (folder / "zz.jpg").write_bytes(b"no image")
+    found = pd.read_csv(
+        predicted(
+            finished, "--dataset", folder, "--top", 2, "--rows", 4, output=tmp_path / "p.csv"
+        ),
+        dtype={"predicted": str, "predicted_2": str},
+    )
+    assert found["predicted"].tolist()[:-1] == known["predicted"].tolist()
+    np.testing.assert_allclose(found["probability"][:-1], known["probability"], atol=1e-6)
+    last = found.iloc[-1]
+    assert (last["example"], last["error"]) == ("zz.jpg", "cannot be read")
+    assert last[["predicted", "probability", "predicted_2"]].isna().all()
+    assert list(found)[-2:] == ["probability_2", "error"]
+
+
+def test_a_stopped_command_goes_on(finished, photos, tmp_path):
+    flags = ("--dataset", f"{photos}/test", "--rows", 4)
+    whole = predicted(finished, *flags, output=tmp_path / "whole.csv").read_text()
+    output, partial = tmp_path / "p.csv", tmp_path / "p.csv.partial"
+    words = [str(finished), *map(str, flags), "--output", str(output), "--quiet"]
+    options, _ = trained.parse(predict.PredictOptions, words)
+    (tmp_path / "p.csv.partial.json").write_text(json.dumps(options.makes()))
+    lines = whole.splitlines(keepends=True)
+    partial.write_text("".join(lines[:7]) + lines[7][:9])
+    assert predicted(finished, *flags, output=output).read_text() == whole
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["p.csv", "whole.csv"]
+    with pytest.raises(ValueError, match="`output` must be a file that is not there"):
+        predicted(finished, *flags, output=output)
+    (tmp_path / "q.csv.partial").write_text("".join(lines[:7]))
+    with pytest.raises(ValueError, match="begun with other options"):
+        predicted(finished, *flags, output=tmp_path / "q.csv")
+    (tmp_path / "q.csv.partial.json").write_text(json.dumps(options.makes()))
+    (tmp_path / "q.csv.partial").write_text("".join([lines[0], *lines[2:7]]))
+    with pytest.raises(ValueError, match="is of other examples"):
+        predicted(finished, *flags, output=tmp_path / "q.csv")
+
+
+def test_texts_of_a_table_without_labels(tmp_path):
+    from transformers import BertConfig, BertForSequenceClassification
+
+    tokenizer = train_tokenizer(
+        ["where is my card", "a refund please"], vocab_size=60, min_frequency=1
+    )
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
+    names = {0: "card", 1: "refund", 2: "NA"}
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        num_hidden_layers=1,
+        pad_token_id=tokenizer.pad_token_id,
+        id2label=names,
+        label2id={name: index for index, name in names.items()},
+        **sizes,
+    )
+    model = BertForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    texts = ["where is my card", "", "a refund please", "card please"]
+    table = tmp_path / "tickets.csv"
+    pd.DataFrame({"id": list("abcd"), "message": texts}).to_csv(table, index=False)
+    output = predicted(tmp_path / "model", "--dataset", table, output=tmp_path / "p.parquet")
+    found = pd.read_parquet(output)
+    assert found["example"].tolist() == list("abcd")
+    assert found["error"].tolist() == ["", "no text", "", ""]
+    assert found["predicted"][1] == ""
+    for row in (0, 2, 3):
+        with torch.inference_mode():
+            logits = model(**tokenizer(texts[row], return_tensors="pt")).logits[0]
+        expected = logits.double().softmax(0).numpy()
+        order = np.argsort(-expected)
+        assert [found[c][row] for c in ("predicted", "predicted_2", "predicted_3")] == [
+            names[index] for index in order
+        ]
+        assert found["probability"][row] == pytest.approx(expected.max(), abs=1e-6)
+    with pytest.raises(ValueError, match="`text_column` must be one of"):
+        predicted(
+            *(tmp_path / "model", "--dataset", table, "--text_column", "words"),
+            output=tmp_path / "q.csv",
+        )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--dataset", "nowhere"), "There is no such file or folder"),
+        (("--output", "p.txt"), "ends in .csv or .parquet"),
+        ((), "`dataset` must be what is to be classified"),
+    ],
+)
+def test_bad_input_is_named(finished, tmp_path, flags, message):
+    given = dict(zip(flags[::2], flags[1::2], strict=True))
+    output = tmp_path / given.pop("--output", "p.csv")
+    words = [word for pair in given.items() for word in pair]
+    if output.suffix == ".txt":
+        words = ["--dataset", str(tmp_path)]
+    with pytest.raises(ValueError, match=message):
+        predicted(finished, *words, output=output)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_empty_folder_of_images_is_refused(finished, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="a folder with images"):
+        predicted(finished, "--dataset", tmp_path / "empty", output=tmp_path / "p.csv")
+
+
+def test_a_table_of_files(finished, tmp_path):
+    (tmp_path / "images").mkdir()
+    for name in ("1.png", "2.png"):
+        Image.new("RGB", (40, 40), "red").save(tmp_path / "images" / name)
+    table = tmp_path / "list.csv"
+    table.write_text("key,file\nx,2\ny,images/1.png\n")
+    found = pd.read_csv(predicted(finished, "--dataset", table, output=tmp_path / "p.csv"))
+    assert found["example"].tolist() == ["2", "images/1.png"]
+    table.write_text("key,file\nx,2\ny,images/3.png\n")
+    with pytest.raises(ValueError, match=r"'images/3\.png' in row 3"):
+        predicted(finished, "--dataset", table, output=tmp_path / "q.csv")
+
+
+def test_the_library_called_evaluate_is_found_beside_the_recipe_of_that_name():
+    code = "import evaluate, evaluate.module; print(evaluate.__file__)"
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(RECIPES)!r}); {code}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("evaluate/__init__.py")
+    help_text = subprocess.run(
+        [sys.executable, str(RECIPES / "evaluate.py"), "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "--part" in help_text.stdout
