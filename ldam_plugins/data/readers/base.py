@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
@@ -224,13 +224,12 @@ def keep_known_classes(
         odd = [name for name in names if name not in place]
         reason = f"examples of split {split} whose class training has not"
         notes.leave_out(reason, len(labels) - len(rows), quoted(odd))
-    note_absent(found[rows], known, split, notes)
+    note_absent(np.bincount(found[rows], minlength=len(known)), known, split, notes)
     return rows, found[rows]
 
 
-def note_absent(labels: np.ndarray, names: Sequence[str], split: str, notes: DataNotes) -> None:
-    """Note the classes that a test split lacks: nothing is measured of them."""
-    counts = np.bincount(labels, minlength=len(names))
+def note_absent(counts: np.ndarray, names: Sequence[str], split: str, notes: DataNotes) -> None:
+    """Note the classes of which a test split has no example: nothing is measured of them."""
     absent = [name for name, count in zip(names, counts, strict=True) if not count]
     if absent:
         notes.say(f"Split {split} has no example of {len(absent)} classes: {quoted(absent)}.")
@@ -363,19 +362,27 @@ class TableSource:
 
     def stored(self, row: int) -> bytes:
         """The bytes in the row, or those of the file that it names."""
-        record = self.table[row][self.column]
-        if record is None:
-            raise ValueError(f"column {self.column!r} is empty here")
-        if record["bytes"] is not None:
-            return bytes(record["bytes"])
-        path = os.path.realpath(record["path"])
-        if not any(is_inside(path, root) for root in self.roots):
-            raise ValueError(f"its path {record['path']!r} leads out of {', '.join(self.roots)}")
-        return Path(path).read_bytes()
+        return stored_bytes(self.table[row][self.column], self.column, self.roots)
 
     def describe(self, row: int) -> str:
         """Name the row and its split."""
         return f"row {row} of split {self.split}"
+
+
+def stored_bytes(record: Mapping[str, Any] | None, column: str, roots: Sequence[str]) -> bytes:
+    """The file of an image in a column of ``datasets``: its ``bytes``, else what ``path`` names.
+
+    Raises:
+        ValueError: there is neither, or the path leads out of the folders ``roots``.
+    """
+    if record is None or (record["bytes"] is None and record["path"] is None):
+        raise ValueError(f"column {column!r} is empty here")
+    if record["bytes"] is not None:
+        return bytes(record["bytes"])
+    if not any(is_inside(record["path"], root) for root in roots):
+        where = ", ".join(roots) or "the files of the data set"
+        raise ValueError(f"its path {record['path']!r} leads out of {where}")
+    return Path(record["path"]).read_bytes()
 
 
 class ArraySource:

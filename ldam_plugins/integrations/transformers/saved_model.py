@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from transformers import (
 
 from ldam_plugins._validation import invalid
 from ldam_plugins.counts import ClassCounts
+from ldam_plugins.data.streams import StreamedTexts
 from ldam_plugins.metrics import MetricAccumulator
 from ldam_plugins.training.files import write_atomic
 
@@ -56,7 +58,7 @@ float32.
 
 def measure_saved(
     folder: str | os.PathLike[str],
-    texts: Dataset,
+    texts: Dataset | StreamedTexts,
     class_counts: ClassCounts,
     *,
     batch_size: int = 64,
@@ -90,8 +92,8 @@ def measure_saved(
     _check_classes(model.config.id2label, class_counts)
     device = _place(model.eval(), state.device)
     metrics = MetricAccumulator(class_counts)
-    part = texts.select(range(state.process_index, len(texts), state.num_processes))
-    for batch, labels, groups in _batches(part, tokenizer, batch_size):
+    parts = _parts(texts, state.process_index, state.num_processes)
+    for batch, labels, groups in _batches(parts, tokenizer, batch_size):
         with torch.inference_mode():
             logits = model(**{name: rows.to(device) for name, rows in batch.items()}).logits
         metrics.update(logits.cpu(), labels, groups)
@@ -149,12 +151,25 @@ def _place(model: torch.nn.Module, device: torch.device) -> torch.device:
     return device
 
 
+def _parts(
+    texts: Dataset | StreamedTexts, process: int, processes: int
+) -> Iterator[Mapping[str, Sequence[Any]]]:
+    """The columns of this process's texts, some rows at a time."""
+    if isinstance(texts, StreamedTexts):
+        own = islice(texts, process, None, processes)
+        while rows := list(islice(own, _TEXTS_AT_ONCE)):
+            yield {column: [row[column] for row in rows] for column in rows[0]}
+        return
+    part = texts.select(range(process, len(texts), processes))
+    for begin in range(0, len(part), _TEXTS_AT_ONCE):
+        yield part[begin : begin + _TEXTS_AT_ONCE]
+
+
 def _batches(
-    texts: Dataset, tokenizer: PreTrainedTokenizerBase, size: int
+    parts: Iterable[Mapping[str, Sequence[Any]]], tokenizer: PreTrainedTokenizerBase, size: int
 ) -> Iterator[tuple[Mapping[str, Tensor], Sequence[int], Sequence[str] | None]]:
     """Tokens, labels and groups of some texts at a time, those of like length together."""
-    for begin in range(0, len(texts), _TEXTS_AT_ONCE):
-        rows = texts[begin : begin + _TEXTS_AT_ONCE]
+    for rows in parts:
         tokens = tokenizer(rows["text"], truncation=True)
         order = sorted(range(len(rows["text"])), key=lambda i: len(tokens["input_ids"][i]))
         for start in range(0, len(order), size):
