@@ -137,9 +137,9 @@ def guess_encoding(content: bytes, place: int = 0) -> str | None:
     return next(name for name in _ENCODINGS if name in same)
 
 
-def read_lines(file: Path) -> list[str]:
-    """Read the lines of a UTF-8 file without their ends and without blank lines at its end."""
-    return [line.rstrip("\r") for line in read_text(file).rstrip().split("\n")]
+def read_lines(file: Path, encoding: str | None = None) -> list[str]:
+    """Read the lines of a text file without their ends and without blank lines at its end."""
+    return [line.rstrip("\r") for line in read_text(file, encoding).rstrip().split("\n")]
 
 
 def at_line(file: Path, row: int) -> str:

@@ -285,7 +285,7 @@ def _once(part: _Part, split: str, request: Request) -> np.ndarray:
 def _holds_image_table(request: ImageRequest) -> bool:
     check_file(request)
     if request.is_listed:
-        return False
+        return True  # files of plain lines are for the reader of list files, which is asked before
     if not request.is_folder:
         return request.root.is_file() and is_table(request.root) and _is_plain(request.root)
     if (request.root / "dataset_dict.json").is_file() or has_class_folders(request):
@@ -332,9 +332,9 @@ IMAGE_TABLES = Reader(
     name="a table",
     layout=(
         "a folder with images and a CSV, TSV, JSON Lines or parquet file of file names and labels, "
-        "or that file"
+        "or that file, or two with a header as `train_list` and `test_list`"
     ),
-    options=("image_column", *_OPTIONS),
+    options=("image_column", "train_list", "test_list", *_OPTIONS),
     accepts=_holds_image_table,
     read=_read_images,
 )

@@ -18,6 +18,7 @@ import numpy as np
 
 from ldam_plugins._validation import check_choice, invalid, quoted
 from ldam_plugins.data.readers.base import (
+    ImageRequest,
     Request,
     find_split,
     no_test_part,
@@ -322,12 +323,12 @@ def pick_column(
 def label_candidates(table: Table, used: Collection[str]) -> list[str]:
     """Columns that could hold the labels: one by its name, else all that repeat few values."""
     rest = {name: values for name, values in table.columns.items() if name not in used}
-    if len(rest) == 1 and len(table.columns) > 1:
-        return list(rest) if _distinct(next(iter(rest.values()))) < len(table) else []
     for names in (_LABEL_NAMES, _OTHER_LABEL_NAMES):
         named = [name for name in rest if name.lower() in names]
         if named:
             return _same_classes({name: rest[name] for name in named}) or named
+    if len(rest) == 1 and len(table.columns) > 1:
+        return list(rest) if _distinct(next(iter(rest.values()))) < len(table) else []
     return [name for name, values in rest.items() if name.lower() != "id" and _repeats(values)]
 
 
@@ -495,6 +496,10 @@ def read_parts(request: Request, suffixes: Collection[str] = TABLE_SUFFIXES) -> 
     Raises:
         ValueError: no such split, or none to test on.
     """
+    if isinstance(request, ImageRequest) and request.is_listed:
+        lists = dict(zip(("train_split", "test_split"), request.listed_in(), strict=True))
+        request.notes.parts |= {argument: file.name for argument, file in lists.items()}
+        return {argument: read_table(file, request) for argument, file in lists.items()}
     files = tables_of(request, suffixes)
     whole = files.get("")
     if whole is None:
