@@ -11,6 +11,8 @@ import io
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -18,7 +20,7 @@ import numpy as np
 
 from ldam_plugins._validation import check_choice, invalid, quoted
 from ldam_plugins.data.notes import DataNotes
-from ldam_plugins.data.readers.paths import is_inside
+from ldam_plugins.data.readers.paths import is_heif_name, is_inside
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -40,6 +42,8 @@ _ORIENTATION = 0x0112
 """The EXIF tag that says how a camera was held."""
 # Pillow tells formats apart by content, and some of the others (EPS) start external programs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "JPEG2000", "PPM")
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+"""What stands in bytes 8 to 12 of a HEIF file (ISO/IEC 23008-12), after ``ftyp``."""
 
 
 # Requests
@@ -313,9 +317,17 @@ class ImageRows(NamedTuple):
 
 
 class FileSource:
-    """Image files below one folder, by path relative to it."""
+    """Image files below one folder, by path relative to it.
+
+    Raises:
+        ValueError: some are HEIF by name, and there is no package that decodes them.
+    """
 
     def __init__(self, root: Path, names: Sequence[str]) -> None:
+        heif = [name for name in names if is_heif_name(name)]
+        if heif and not _can_read_heif():
+            files = f"{len(heif)} of the {len(names)} images"
+            raise ValueError(f"{files} are HEIC or HEIF, the first {heif[0]!r}: {_HEIF_HINT}")
         self.root = str(root)
         self.names = names
 
@@ -425,10 +437,48 @@ def decode_image(file: str | io.BytesIO) -> Image.Image:
 
 
 def open_image(file: str | io.BytesIO) -> Image.Image:
-    """Open an image of a format that is read, its pixels not decoded yet."""
-    from PIL import Image
+    """Open an image of a format that is read, its pixels not decoded yet.
 
-    return Image.open(file, formats=_FORMATS)
+    HEIF, as telephones write it, is read where the package pillow-heif is installed.
+
+    Raises:
+        ValueError: it is HEIF, and the package is not.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        return Image.open(file, formats=_formats())
+    except UnidentifiedImageError as error:
+        if _can_read_heif() or not _is_heif(file):
+            raise
+        raise ValueError(f"it is HEIC or HEIF: {_HEIF_HINT}") from error
+
+
+_HEIF_HINT = "`pip install pillow-heif` reads such files, or convert them to JPEG"
+
+
+def _can_read_heif() -> bool:
+    return find_spec("pillow_heif") is not None
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """The formats of Pillow that are read."""
+    if not _can_read_heif():
+        return _FORMATS
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+    return (*_FORMATS, "HEIF")
+
+
+def _is_heif(file: str | io.BytesIO) -> bool:
+    if isinstance(file, str):
+        with open(file, "rb") as opened:
+            start = opened.read(12)
+    else:
+        start = file.getvalue()[:12]
+    return start[4:8] == b"ftyp" and start[8:] in _HEIF_BRANDS
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -43,7 +43,6 @@ _TEXT_SUFFIX = ".txt"
 _OF_DETECTION = {"images", "labels", "annotations"}
 """Folders that object detectors are trained on: not classes."""
 _NESTED = 3
-_PHONE_SUFFIXES = (".heic", ".heif")
 
 
 class ClassFiles(NamedTuple):
@@ -223,11 +222,9 @@ def read_class_files(
 
 
 def _endings(names: list[str]) -> str:
-    """How many files there are of each ending, and what to do about those of telephones."""
+    """How many files there are of each ending."""
     counts = Counter(os.path.splitext(name)[1].lower() or "no ending" for name in names)
-    shown = ", ".join(f"{count} {ending}" for ending, count in counts.most_common(5))
-    phone = any(ending in counts for ending in _PHONE_SUFFIXES)
-    return f"{shown}; convert HEIC photographs to JPEG to use them" if phone else shown
+    return ", ".join(f"{count} {ending}" for ending, count in counts.most_common(5))
 
 
 def read_class_folders(root: Path, split: str) -> ImageRows:

@@ -59,7 +59,7 @@ def test_classes_of_folders_are_numbered_as_in_timms_reader(tmp_path):
 
 
 def no_image(root):
-    write(root / "train" / "dog" / "IMG_1.HEIC", "")
+    write(root / "train" / "dog" / "IMG_1.mov", "")
     write(root / "val" / "dog" / "0.png", png("test", 0))
     return {"dataset": root}
 
@@ -212,7 +212,7 @@ def test_texts_in_class_folders(tmp_path):
 
 
 BAD = {
-    "no image at all": (no_image, r"train/dog holds no image .*There is 1 \.heic; convert HEIC"),
+    "no image at all": (no_image, r"train/dog holds no image .*There is 1 \.mov\."),
     "flat": (flat, r"`test_split` must be given: .*class folders only.*--test_split 0\.2"),
     "flat, named": (then(flat, test_split="test"), "`test_split` must be given: .*got 'test'"),
     "boxes": (boxes, "train looks like a data set for object detection"),

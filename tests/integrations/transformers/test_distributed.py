@@ -98,7 +98,7 @@ def test_a_stream_is_shared_and_resumed_like_any_data(alone, ranks):
     for rank in (alone, *ranks):
         straight, resumed = rank["stream", None], rank["stream", 3]
         assert resumed["seen"] == straight["seen"][-len(resumed["seen"]) :]
-        assert len(resumed["seen"]) < len(straight["seen"]) / 2
+        assert len(resumed["seen"]) <= len(straight["seen"]) / 2
         assert torch.equal(resumed["parameters"], straight["parameters"])
 
 
