@@ -49,7 +49,7 @@ class NearPairs(NamedTuple):
         first: Content of each pair, int64 (P,).
         second: The other one, int64 (P,).
         difference: Bits in which hashes differ, or 1 less the similarity of texts, float64 (P,).
-        complete: Whether all pairs were looked at.
+        complete: Whether all pairs that could be near were looked at.
     """
 
     first: np.ndarray

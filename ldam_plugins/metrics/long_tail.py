@@ -86,8 +86,8 @@ def long_tail_metrics(
       expected to be too low. ``nll`` and ``ece`` have none.
     * ``confusion``: ``true``, ``predicted`` and ``samples`` of each pair of classes that occurs.
     * ``by_group``, where ``groups`` are given: by name of a group ``samples``, ``classes`` that it
-      has samples of, ``top1_error`` and ``balanced_error`` over those, and ``intervals`` of the
-      two.
+      has samples of, ``top1_error`` and ``balanced_error`` over those, ``intervals`` of the two,
+      and ``few_examples`` as above.
 
     Memory is O(N + C) in addition to the logits.
 

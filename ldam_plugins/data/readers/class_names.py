@@ -31,7 +31,14 @@ def is_whole(value: Any) -> bool:
     """
     if isinstance(value, str):
         return _WHOLE.fullmatch(value.strip()) is not None
-    return not isinstance(value, bool) and isinstance(value, int | float) and value == int(value)
+    if isinstance(value, float):
+        return value.is_integer()  # false for inf and NaN
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def as_whole(value: Any) -> int:
+    """The integer that :func:`is_whole` has found, exactly: ids are longer than floats are."""
+    return int(value.strip().partition(".")[0]) if isinstance(value, str) else int(value)
 
 
 def is_fraction(value: Any) -> bool:
@@ -66,7 +73,7 @@ def name_values(
         notes: Where to note the names that were merged, or that look like mistakes.
     """
     if all(map(is_whole, counts)):
-        numbers = {value: int(float(value)) for value in counts}
+        numbers = {value: as_whole(value) for value in counts}
         order = sorted(set(numbers.values()))
         place: dict[Any, int] = {number: label for label, number in enumerate(order)}
         return {value: place[number] for value, number in numbers.items()}, tuple(map(str, order))

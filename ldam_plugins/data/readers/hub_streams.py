@@ -28,7 +28,7 @@ from ldam_plugins.data.readers.base import (
     note_absent,
     pick_splits,
 )
-from ldam_plugins.data.readers.class_names import is_missing, is_whole, name_values
+from ldam_plugins.data.readers.class_names import as_whole, is_missing, is_whole, name_values
 from ldam_plugins.data.readers.hub import (
     check_columns,
     check_label_column,
@@ -333,7 +333,7 @@ class _ByName(dict[Any, int]):
     def __missing__(self, value: Any) -> int:
         name = composed(str(value)).strip()
         if name not in self._classes and is_whole(value):
-            name = str(int(float(value)))
+            name = str(as_whole(value))
         self[value] = self._classes[name]
         return self[value]
 

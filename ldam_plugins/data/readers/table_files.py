@@ -28,6 +28,7 @@ from ldam_plugins.data.readers.tables import (
     TEXT_SUFFIXES,
     Table,
     check_file,
+    first_nested,
     is_table,
     labels_of,
     pick_column,
@@ -129,6 +130,9 @@ def _read_texts(request: TextRequest) -> tuple[Dataset, Dataset | None]:
             raise invalid(
                 "text_column", f"a column of {table.file.name}", text, hint=table.described()
             )
+        if (odd := first_nested(table.columns[text])) is not None:
+            hint = "Write the text into a column of its own first."
+            raise invalid("text_column", "a column of texts", f"{text} ({odd!r:.60})", hint=hint)
         split = request.notes.parts.get(argument, table.file.name)
         parts[argument] = _whole(table, split, "text", table.columns[text], labels, request)
     names, numbered = _numbered(parts, request)

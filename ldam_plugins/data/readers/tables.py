@@ -8,6 +8,7 @@ import json
 import os
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -199,6 +200,11 @@ def _read_separated(file: Path, text: str, request: Request) -> tuple[dict[str, 
     headless = any(is_image_name(cell.strip()) for cell in header)
     if headless:
         request.notes.say(f"{file.name} has no header, so that its columns are called 1, 2, ...")
+    elif twice := [name for name, n in Counter(map(str.strip, header)).items() if name and n > 1]:
+        again = ", ".join(f"{name!r} ({name}.1, ...)" for name in twice)
+        request.notes.say(
+            f"{file.name} has several columns of one name, called otherwise: {again}."
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)
@@ -345,13 +351,22 @@ def _same_classes(columns: dict[str, list[Any]]) -> list[str]:
 
 def text_candidates(table: Table, label: str) -> list[str]:
     """Columns that could hold the texts: ``text``, else all others that hold words."""
-    rest = {name: values for name, values in table.columns.items() if name != label}
+    rest = {
+        name: values
+        for name, values in table.columns.items()
+        if name != label and first_nested(values) is None
+    }
     named = [name for name in rest if name.lower() == "text"]
     if named:
         return named
     strings = [n for n, values in rest.items() if any(map(_is_words, values)) or len(rest) == 1]
     long = [name for name in strings if not _repeats(rest[name])]
     return long if len(long) == 1 else strings
+
+
+def first_nested(values: Sequence[Any]) -> Any:
+    """The first value that is no single one, as JSON and parquet may have them; None if all are."""
+    return next((value for value in values if isinstance(value, list | dict | bytes)), None)
 
 
 def _is_words(value: Any) -> bool:
@@ -365,7 +380,7 @@ def _is_number(value: Any) -> bool:
 def _repeats(values: Sequence[Any]) -> bool:
     """Whether values are few and short, as those of classes are, and not all numbers of a scale."""
     kept = [value for value in values if not is_missing(value)]
-    if any(isinstance(value, list | dict | bytes) for value in kept) or any(map(is_fraction, kept)):
+    if first_nested(kept) is not None or any(map(is_fraction, kept)):
         return False
     return 2 <= _distinct(kept) <= len(kept) / 2 and max(len(str(v)) for v in set(kept)) <= 100
 
@@ -414,7 +429,7 @@ def pick_labels(
 
     column = pick_column("label_column", asked, guess, table, request)
     kept = [value for value in table.columns[column] if not is_missing(value)]
-    odd = next((v for v in kept if isinstance(v, list | dict | bytes)), None)
+    odd = first_nested(kept)
     expected = "a column of one class a row"
     if odd is not None:
         hint = "Several labels an example have no long tail of classes: choose one of them."

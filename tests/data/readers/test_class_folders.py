@@ -193,6 +193,19 @@ def test_files_as_the_web_leaves_them_are_images(tmp_path):
     assert notes.left_out["files that are no images by name"] == 2
 
 
+def test_images_beside_the_class_folders_are_counted(tmp_path):
+    for name in ("ant", "bee"):
+        for row in range(3):
+            write(tmp_path / name / f"{row}.png", png("train", row))
+    write(tmp_path / "loose.png", png("train", 0))
+    write(tmp_path / ".hidden.png", png("train", 0))
+    notes = DataNotes()
+    train, test = load_images(tmp_path, test_split=0.5, notes=notes)
+    assert len(train) + len(test) == 6
+    assert notes.left_out == {"images beside the folders of classes": 1}
+    assert any("'loose.png'" in said for said in notes.said)
+
+
 def test_texts_in_class_folders(tmp_path):
     for split, count in (("train", 3), ("test", 2)):
         for name in ("neg", "pos"):
