@@ -345,9 +345,10 @@ class CoreOptions:
     def _check_stream(self) -> None:
         """Refuse what needs all samples at once beside --streaming, and its options without it."""
         if not self.streaming:
-            if self.class_counts:
-                hint = "Without --streaming the samples are counted as they are read."
-                raise invalid("class_counts", "left out", self.class_counts, hint=hint)
+            for name in ("class_counts", "shuffle_buffer"):
+                value, default = getattr(self, name), getattr(type(self), name, [])
+                if value != default:
+                    raise invalid(name, "left out without --streaming", value)
             return
         why = {name: hint for name, hint in NOT_STREAMED.items() if getattr(self, name, None)}
         for name in ("test_split", "val_split"):

@@ -104,13 +104,12 @@ class StreamedRows(Sampler[StreamedRow]):
             raise invalid("class_counts", expected, shown, hint=hint)
 
 
-class _Stream(Dataset[_Example], Generic[_Example]):
+class LabelledStream(Dataset[_Example], Generic[_Example]):
     """Examples of a stream: ``stream[row]`` of a row of ``stream.rows``, or one after the other.
 
     Attributes:
         rows: The sampler of its rows.
         class_names: The name of each class.
-        class_counts: Rows of each class; None where a class has none.
     """
 
     def __init__(self, rows: StreamedRows) -> None:
@@ -147,7 +146,7 @@ class _Stream(Dataset[_Example], Generic[_Example]):
         raise NotImplementedError
 
 
-class StreamedImages(_Stream[tuple[Any, int]]):
+class StreamedImages(LabelledStream[tuple[Any, int]]):
     """Images of one split, read as a stream: ``(image, label)``, decoded when asked for.
 
     Args:
@@ -178,7 +177,7 @@ class StreamedImages(_Stream[tuple[Any, int]]):
         return image if self.transform is None else self.transform(image), row.label
 
 
-class StreamedTexts(_Stream[dict[str, Any]]):
+class StreamedTexts(LabelledStream[dict[str, Any]]):
     """Texts of one split, read as a stream: ``{"text": ..., "label": ...}``.
 
     Args:

@@ -112,7 +112,7 @@ def streamed(folder, processes, step):
         f"{folder}/stream",
         make_model(),
         train.map(map_tokens),
-        [DRWCallback(class_counts=train.class_counts, start=1)],
+        [DRWCallback(start=1)],
         kind=StreamingTrainer,
         data_collator=collate,
         eval_dataset=test.map(map_tokens),

@@ -266,3 +266,22 @@ def test_a_stream_without_a_part_to_test_on_is_not_divided(tmp_path):
     write(tmp_path / "hub", "train", {"text": ["a", "b"], "label": ["x", "y"]})
     with pytest.raises(ValueError, match="not divided"):
         stream_texts(tmp_path / "hub")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("text;label\na;x\nb;y\n", "commas between the columns"),
+        ("text,label\n\xe9,x\nb,y\n", r"split train .* cannot be read .*UTF-8"),
+    ],
+)
+def test_other_csv_files_are_told(tmp_path, text, reason):
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.csv").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=reason):
+        stream_texts(tmp_path)
+
+
+def test_what_is_no_data_of_the_hub_is_told():
+    with pytest.raises(ValueError, match="small, and on the disk"):
+        stream_images("digits")

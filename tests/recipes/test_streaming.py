@@ -91,8 +91,12 @@ def test_counts_are_numbers_or_a_file(tmp_path):
     ):
         options = parsed("text", "--dataset", "hub", "--streaming", "--class_counts", *given)
         assert options.given_counts() == found
-    with pytest.raises(ValueError, match="`class_counts` must be left out"):
-        parsed("text", "--dataset", "hub", "--class_counts", "40", "3")
+
+
+@pytest.mark.parametrize("flags", ["--class_counts 40 3", "--shuffle_buffer 7"])
+def test_options_of_a_stream_are_refused_without_one(flags):
+    with pytest.raises(ValueError, match="must be left out without --streaming"):
+        parsed("text", "--dataset", "hub", *flags.split())
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -19,9 +20,11 @@ import numpy as np
 from ldam_plugins._validation import invalid, quoted
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.data.notes import DataNotes
+from ldam_plugins.data.readers import IMAGE_READERS, TEXT_READERS
 from ldam_plugins.data.readers.base import (
     ImageRequest,
     NoSuchDataset,
+    Reader,
     Request,
     TextRequest,
     default_test_split,
@@ -122,29 +125,9 @@ def read_streams(
         ValueError: no such data set, split or column; a column that holds no classes; rows without
             text or label; or counts of other classes.
     """
-    try:
-        source = _Source(request)
-    except NoSuchDataset as missing:
-        expected = "a hub id, or a folder or file that `datasets.load_dataset` reads"
-        shown, hint = request.dataset, f"{missing}."
-        raise invalid("dataset", expected, shown, hint=hint, error=missing.error) from missing
-    for argument in ("train_split", "test_split"):
-        if "[" in (asked := getattr(request, argument) or ""):
-            hint = "Of a stream it is not known how many rows there are to cut."
-            raise invalid(argument, "a whole split where data are streamed", asked, hint=hint)
-    if request.test_split is None and default_test_split(source.splits) is None:
-        hint = "A stream is not divided: name a split, or store one to test on beside."
-        raise invalid("test_split", f"one of {quoted(source.splits)}", None, hint=hint)
-    train_name, test_name = pick_splits(request, source.splits)
-    assert test_name is not None  # it is where no share is asked for
-    features = source.features(train_name)
-    content, label = _pick_columns(request, features)
-    for split in (train_name, test_name):
-        _check_columns(request, source.features(split), split, content, label)
-    names = getattr(features[label], "names", None)
-    if names != getattr(source.features(test_name)[label], "names", None):
-        what = f"column {label!r} of split {test_name} must have the classes of training"
-        raise ValueError(f"{what}, in the same order")
+    source = _open(request)
+    train_name, test_name = _split_names(request, source.splits)
+    content, label, names = _columns(request, source, train_name, test_name)
     count = _RowCount(source, content, label, progress)
     if class_counts is None:
         found = count(train_name, shuffle_buffer)
@@ -152,7 +135,10 @@ def read_streams(
     else:
         class_names, counts = _given_classes(class_counts, names)
     kept = classes_with_examples(counts, class_names, request.notes)
-    class_names = tuple(class_names[label] for label in kept)
+    class_names = tuple(class_names[index] for index in kept)
+    # Class labels are numbers in the files; all others are known by their names.
+    values = class_names if names is None else kept.tolist()
+    places = dict(zip(values, range(len(kept)), strict=True))
     train = StreamedSplit(
         source.table(train_name, content, label),
         train_name,
@@ -160,17 +146,62 @@ def read_streams(
         label,
         class_names,
         counts[kept],
-        # Class labels are numbers in the files; all others are known by their names.
-        _ByName(dict(zip(class_names, range(len(kept)), strict=True)))
-        if names is None
-        else dict(zip(kept.tolist(), range(len(kept)), strict=True)),
+        _ByName(places) if names is None else places,
         is_text=isinstance(request, TextRequest),
         skip_empty=request.skip_empty,
         roots=source.roots,
     )
-    places, counts = _tested_rows(count(test_name), train, names, test_name, request.notes)
+    tested, counts = _tested_rows(count(test_name), train, names, test_name, request.notes)
     table = source.table(test_name, content, label)
-    return train, replace(train, table=table, name=test_name, places=places, counts=counts)
+    return train, replace(train, table=table, name=test_name, places=tested, counts=counts)
+
+
+def _open(request: Request) -> _Source:
+    readers: Sequence[Reader[Any, Any]]
+    readers = TEXT_READERS if isinstance(request, TextRequest) else IMAGE_READERS
+    if any(reader.is_name and reader.accepts(request) for reader in readers):
+        hint = "This data set is small, and on the disk: leave --streaming out."
+        raise invalid("dataset", "one of the hub, or laid out like one", request.dataset, hint=hint)
+    try:
+        return _Source(request)
+    except NoSuchDataset as missing:
+        expected = "a hub id, or a folder that `datasets.load_dataset` reads"
+        shown, hint = request.dataset, f"{missing}."
+        raise invalid("dataset", expected, shown, hint=hint, error=missing.error) from missing
+
+
+def _split_names(request: Request, available: Sequence[str]) -> tuple[str, str]:
+    """The names of the splits to train on and to test on."""
+    for argument in ("train_split", "test_split"):
+        if "[" in (asked := getattr(request, argument) or ""):
+            hint = "Of a stream it is not known how many rows there are to cut."
+            raise invalid(argument, "a whole split where data are streamed", asked, hint=hint)
+    if request.test_split is None and default_test_split(available) is None:
+        hint = "A stream is not divided: name a split, or store one to test on beside. Data on the "
+        hint += "disk are divided without --streaming, and images there read one at a time."
+        raise invalid("test_split", f"one of {quoted(available)}", None, hint=hint)
+    train, test = pick_splits(request, available)
+    assert test is not None  # it is where no share is asked for
+    return train, test
+
+
+def _columns(
+    request: Request, source: _Source, train: str, test: str
+) -> tuple[str, str, list[str] | None]:
+    """The columns of images or texts and of labels, and the classes that the data set names.
+
+    Raises:
+        ValueError: there are none for certain, or the splits have different ones.
+    """
+    features = source.features(train)
+    content, label = _pick_columns(request, features)
+    for split in (train, test):
+        _check_columns(request, source.features(split), split, content, label)
+    names, others = (getattr(source.features(s)[label], "names", None) for s in (train, test))
+    if names != others:
+        what = f"column {label!r} of split {test} must have the classes of training"
+        raise ValueError(f"{what}, in the same order")
+    return content, label, names
 
 
 # Tables
@@ -198,9 +229,13 @@ class _Source:
         from datasets import Dataset, Features, Value
 
         table = self._tables[split]
-        known = table.features or Dataset.from_list(list(table.take(_ROWS_LOOKED_AT))).features
+        with _reading(split, self.request):
+            known = table.features or Dataset.from_list(list(table.take(_ROWS_LOOKED_AT))).features
         if not self._as_text:
             return known
+        if len(known) == 1:
+            hint = "CSV files that are streamed have commas between the columns, TSV files tabs."
+            raise invalid("dataset", "a table of several columns", next(iter(known)), hint=hint)
         texts = Features(dict.fromkeys(known, Value("string")))
         self._tables = {**self._tables, split: self._open(features=texts)[split]}
         return texts
@@ -221,6 +256,17 @@ class _Source:
         except ValueError:  # only parquet is read by columns
             table = self._tables[split].select_columns(list(columns))
         return table
+
+
+@contextmanager
+def _reading(split: str, request: Request) -> Iterator[None]:
+    """Say what cannot be read, for errors that each file format has of its own."""
+    try:
+        yield
+    except Exception as error:
+        what = f"split {split} of {request.dataset!r} cannot be read ({error})"
+        hint = "; text files that are streamed are UTF-8" if isinstance(error, UnicodeError) else ""
+        raise ValueError(what + hint) from error
 
 
 def _is_delimited(path: Path) -> bool:
@@ -298,7 +344,10 @@ class _RowCount:
 
         table = self.source.columns(split, self.columns).with_format("arrow")
         desc = f"Counting the classes of split {split}"
-        with tqdm(desc=desc, unit=" rows", delay=1, disable=not self.progress) as bar:
+        with (
+            tqdm(desc=desc, unit=" rows", delay=1, disable=not self.progress) as bar,
+            _reading(split, self.source.request),
+        ):
             for part in table.iter(batch_size=_ROWS_AT_ONCE):
                 yield [part.column(name).to_pylist() for name in self.columns]
                 bar.update(part.num_rows)
