@@ -282,6 +282,8 @@ def test_other_csv_files_are_told(tmp_path, text, reason):
         stream_texts(tmp_path)
 
 
-def test_what_is_no_data_of_the_hub_is_told():
-    with pytest.raises(ValueError, match="small, and on the disk"):
-        stream_images("digits")
+def test_what_is_on_the_disk_anyway_is_told(tmp_path):
+    (tmp_path / "a.csv").write_text("text,label\na,x\nb,y\n")
+    for load, name in ((stream_images, "digits"), (stream_texts, tmp_path / "a.csv")):
+        with pytest.raises(ValueError, match="leave --streaming out"):
+            load(name)

@@ -24,7 +24,6 @@ from ldam_plugins.data.readers import IMAGE_READERS, TEXT_READERS
 from ldam_plugins.data.readers.base import (
     ImageRequest,
     NoSuchDataset,
-    Reader,
     Request,
     TextRequest,
     default_test_split,
@@ -42,7 +41,7 @@ from ldam_plugins.data.readers.hub import (
     pick_text,
     pick_text_label,
 )
-from ldam_plugins.data.readers.paths import composed
+from ldam_plugins.data.readers.paths import composed, is_hidden
 from ldam_plugins.data.splits import classes_with_examples
 
 GivenCounts = ClassCounts | Mapping[str, int] | Sequence[int]
@@ -51,6 +50,8 @@ _ROWS_LOOKED_AT = 100
 """Rows that tell the types of columns where the files do not."""
 _IN_RUNS = 0.5
 """Share of neighbours of one class, beyond that of a random order, from which rows are sorted."""
+_NO_DATA = (".md", ".txt", ".lock", "")
+"""Endings of what lies beside the files of a data set."""
 _COUNT_ANEW = "Without class_counts one pass counts the rows."
 
 
@@ -157,11 +158,13 @@ def read_streams(
 
 
 def _open(request: Request) -> _Source:
-    readers: Sequence[Reader[Any, Any]]
-    readers = TEXT_READERS if isinstance(request, TextRequest) else IMAGE_READERS
-    if any(reader.is_name and reader.accepts(request) for reader in readers):
-        hint = "This data set is small, and on the disk: leave --streaming out."
-        raise invalid("dataset", "one of the hub, or laid out like one", request.dataset, hint=hint)
+    readers: Any = TEXT_READERS if isinstance(request, TextRequest) else IMAGE_READERS
+    embedded = any(reader.is_name and reader.accepts(request) for reader in readers)
+    if embedded or request.root.is_file():
+        hint = "This one is small, or a file on the disk: leave --streaming out."
+        raise invalid(
+            "dataset", "one of the hub, or a folder laid out like one", request.dataset, hint=hint
+        )
     try:
         return _Source(request)
     except NoSuchDataset as missing:
@@ -269,14 +272,11 @@ def _reading(split: str, request: Request) -> Iterator[None]:
         raise ValueError(what + hint) from error
 
 
-def _is_delimited(path: Path) -> bool:
-    """Whether a file, or all there is in a folder, is CSV or TSV."""
-    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
-    data = [p for p in files if not p.name.startswith(".") and p.suffix.lower() not in _NO_DATA]
+def _is_delimited(folder: Path) -> bool:
+    """Whether all data in a folder are CSV or TSV."""
+    files = (p for p in folder.rglob("*") if p.is_file() and not is_hidden(p.name))
+    data = [p for p in files if p.suffix.lower() not in _NO_DATA]
     return bool(data) and all(p.suffix.lower() in (".csv", ".tsv") for p in data)
-
-
-_NO_DATA = (".md", ".txt", ".lock", "")
 
 
 def _pick_columns(request: Request, features: Mapping[str, Any]) -> tuple[str, str]:
