@@ -252,6 +252,11 @@ class _Source:
             table = table.cast_column(content, Image(decode=False))
         return table
 
+    def rows(self, split: str) -> int | None:
+        """The number of rows that the data set says a split has, if it does."""
+        known = (self._tables[split].info.splits or {}).get(split)
+        return getattr(known, "num_examples", None)
+
     def columns(self, split: str, columns: Sequence[str]) -> Any:
         """Some columns of a split, read without the others where the format allows it."""
         try:
@@ -344,8 +349,10 @@ class _RowCount:
 
         table = self.source.columns(split, self.columns).with_format("arrow")
         desc = f"Counting the classes of split {split}"
+        hidden = not self.progress
+        rows = self.source.rows(split)
         with (
-            tqdm(desc=desc, unit=" rows", delay=1, disable=not self.progress) as bar,
+            tqdm(desc=desc, total=rows, unit=" rows", delay=1, disable=hidden) as bar,
             _reading(split, self.source.request),
         ):
             for part in table.iter(batch_size=_ROWS_AT_ONCE):
