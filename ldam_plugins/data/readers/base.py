@@ -324,8 +324,8 @@ class FileSource:
     """
 
     def __init__(self, root: Path, names: Sequence[str]) -> None:
-        heif = [name for name in names if is_heif_name(name)]
-        if heif and not _can_read_heif():
+        heif = [] if _can_read_heif() else [name for name in names if is_heif_name(name)]
+        if heif:
             files = f"{len(heif)} of the {len(names)} images"
             raise ValueError(f"{files} are HEIC or HEIF, the first {heif[0]!r}: {_HEIF_HINT}")
         self.root = str(root)

@@ -27,7 +27,7 @@ from ldam_plugins.data.readers.base import (
     text_table,
 )
 from ldam_plugins.data.readers.class_names import same_but_blanks
-from ldam_plugins.data.readers.file_index import name_kinds
+from ldam_plugins.data.readers.file_index import split_in_name
 from ldam_plugins.data.readers.paths import (
     IMAGE_SUFFIXES,
     class_folders,
@@ -81,7 +81,7 @@ def _by_kind(root: Path, base: str, folders: list[str]) -> dict[str, str]:
     """Folders of class folders whose names speak of a split, such as ``seg_train``, by split."""
     found: dict[str, list[str]] = {}
     for name in folders:
-        kind = name_kinds(name)
+        kind = split_in_name(name)
         if kind is not None and subfolders(root, _join(base, name)):
             found.setdefault(kind, []).append(_join(base, name))
     return {kind: names[0] for kind, names in found.items() if len(names) == 1}
@@ -111,7 +111,7 @@ def flat_folder(request: Request, *, texts: bool = False) -> str | None:
     wanted = _is_text_name if texts else is_image_name
     held = (True for name in folders if _has_file(request.root, _join(base, name), wanted))
     several = next(held, False) and next(held, False)
-    are_splits = all(map(name_kinds, folders)) or any(
+    are_splits = all(map(split_in_name, folders)) or any(
         split_kind(name) and subfolders(request.root, _join(base, name)) for name in folders
     )
     return base if several and not are_splits else None

@@ -62,7 +62,8 @@ def is_image_name(name: str) -> bool:
 
 def is_heif_name(name: str) -> bool:
     """Whether a file is a HEIF image by its name, as telephones write them."""
-    return _has_suffix(name, HEIF_SUFFIXES)
+    lower = name.lower()
+    return any(suffix in lower for suffix in HEIF_SUFFIXES) and _has_suffix(name, HEIF_SUFFIXES)
 
 
 def _has_suffix(name: str, suffixes: Collection[str]) -> bool:

@@ -27,7 +27,7 @@ from ldam_plugins.data.readers.base import (
     split_kind,
 )
 from ldam_plugins.data.readers.class_names import is_fraction, is_missing, is_whole
-from ldam_plugins.data.readers.file_index import name_kinds
+from ldam_plugins.data.readers.file_index import split_in_name
 from ldam_plugins.data.readers.paths import (
     is_hidden,
     is_image_name,
@@ -135,7 +135,7 @@ def tables_of(request: Request, suffixes: Collection[str] = TABLE_SUFFIXES) -> d
         if find_split(request.train_split, list(splits)) is None:
             splits = {}
             for file in tables:
-                if kind := name_kinds(file.stem):
+                if kind := split_in_name(file.stem):
                     splits.setdefault(kind, []).append(file)
         if find_split(request.train_split, list(splits)) is not None:
             return {name: _only(files, request) for name, files in splits.items()}
