@@ -481,8 +481,8 @@ class VisionOptions(CoreOptions):
         None, "column of the images, or of their names [by its content]"
     )
     label_column: str | None = option(None, "column of the labels [by name or content]")
-    train_list: str | None = option(None, "list or JSON file of the training images")
-    test_list: str | None = option(None, "list or JSON file of the test images")
+    train_list: str | None = option(None, "list, table or JSON file of the training images")
+    test_list: str | None = option(None, "list, table or JSON file of the test images")
     skip_corrupt: bool = option(False, "leave out images that cannot be decoded, and count them")
     image_size: int | None = option(None, "side of the images the model gets [the model's own]")
     crop_pct: float | None = option(
