@@ -82,7 +82,12 @@ def coverage(classes, samples, runs, seed=0):
         (4, [20, 40, 100, 300], 400),
         *(
             pytest.param(classes, samples, 3000, marks=pytest.mark.exhaustive)
-            for classes, samples in ((2, [20, 20]), (2, [20, 200]), (10, [20] * 10))
+            for classes, samples in (
+                (2, [20, 20]),
+                (2, [20, 200]),
+                (10, [20] * 10),
+                (40, [20] * 40),
+            )
         ),
     ],
 )
@@ -275,6 +280,8 @@ def test_groups_have_both_errors_with_intervals():
     groups = np.where(np.arange(150) % 3 == 0, "left", "right")
     found = long_tail_metrics(logits[:, :3], labels, [9] * 3, groups=groups, detailed=True)
     assert list(found["by_group"]) == ["left", "right"]
+    few = {name: group["few_examples"] for name, group in found["by_group"].items()}
+    assert few == {"left": ["balanced_error"], "right": []}  # 20, 17 and 13 samples; 40, 33 and 27
     for name, group in found["by_group"].items():
         mine = groups == name
         alone = long_tail_metrics(logits[mine][:, :3], labels[mine], [9] * 3, detailed=True)
