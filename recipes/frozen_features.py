@@ -64,6 +64,7 @@ LOSSES = ("ce", "logit_adjusted", "ldam", "focal", "vector_scaling")
 DATA_OPTIONS = {*GROUPS["data"], "model", "image_size", "crop_pct", "crop_mode", "max_length"}
 DATA_OPTIONS |= {"batch_size", "workers"}
 DATA_OPTIONS -= {"val_split"}  # nothing is held out: there is nothing to choose
+DATA_OPTIONS -= {"streaming", "class_counts", "shuffle_buffer"}  # features are in memory anyway
 """Options of the recipes that choose the data or the network."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import sys
@@ -70,6 +71,17 @@ CROP_MODES = ("center", "squash", "border")
 PRESETS = Path(__file__).parent / "presets"
 LOSS_OPTIONS = {"max_margin", "scale", "gamma", "tau"}
 """Options of single losses; those that the loss of a run does not take must be left out."""
+NOT_STREAMED = {
+    "split_file": "A stream is not divided: name the split to test on, --test_split NAME.",
+    "group_column": "It is for dividing data, and a stream is not divided.",
+    "train_list": "Files that lists name are on the disk, and read one at a time without it.",
+    "test_list": "Files that lists name are on the disk, and read one at a time without it.",
+    "encoding": "Text files that are streamed are UTF-8.",
+    "delimiter": "CSV files that are streamed have commas, TSV files tabs.",
+    "skip_corrupt": "Samples that are left out cannot be counted before they are decoded.",
+    "rare_classes": "Which samples to keep is chosen among all of them, which a stream never has.",
+}
+"""Options that need all of the data at once or at hand, each with what to say beside a stream."""
 RESUME: dict[str, bool | str] = {"no": False, "yes": True, "auto": "auto"}
 """``--resume`` as the argument of :func:`~ldam_plugins.training.claim_output_dir`."""
 
@@ -81,6 +93,7 @@ GROUPS = {
         *("dataset", "image_column", "text_column", "label_column", "train_split", "test_split"),
         *("train_list", "test_list", "skip_corrupt", "skip_empty", "encoding", "delimiter"),
         *("val_split", "split_file", "group_column", "subset_seed"),
+        *("streaming", "class_counts", "shuffle_buffer"),
         *("profile", "ratio", "class_order", "rare_classes", "rare_fraction"),
     ),
     "model": (
@@ -140,6 +153,7 @@ class CoreOptions:
         "patience": COUNT,
         "eval_every": COUNT,
         "eval_test_every": COUNT_OR_0,
+        "shuffle_buffer": COUNT,
         "keep_checkpoints": COUNT,
         "num_processes": COUNT,
     }
@@ -181,6 +195,19 @@ class CoreOptions:
         None, "what separates the fields of a CSV file [what gives even rows]"
     )
     skip_empty: bool = option(False, "leave out rows without a text, file or label, and count them")
+    streaming: bool = option(
+        False,
+        "read a hub data set, or a folder laid out like one, as a stream: for data that exceed the "
+        "disk. One pass counts the samples of each class",
+    )
+    class_counts: list[str] = option(
+        [],
+        "with --streaming: training samples of each class in class order, or a JSON or CSV file of "
+        "them by class [counted]",
+    )
+    shuffle_buffer: int = option(
+        1000, "with --streaming: training samples that are shuffled at a time"
+    )
     evaluate: str | None = option(
         None,
         "validation: measure the trained model on the samples of --val_split alone and leave the "
@@ -277,6 +304,7 @@ class CoreOptions:
             raise invalid("few", f"<= many + 1 = {self.many + 1}", self.few, hint=hint)
         self._check_start()
         self._check_selection()
+        self._check_stream()
 
     def _read_splits(self) -> None:
         """Take shares for numbers, and see whether a split file holds something out."""
@@ -318,6 +346,29 @@ class CoreOptions:
             expected = "left out where the last epoch is the result"
             hint = f"Say by what an epoch is better: --select {METRICS[0]}."
             raise invalid("patience", expected, self.patience, hint=hint)
+
+    def _check_stream(self) -> None:
+        """Refuse what needs all samples at once beside --streaming, and its options without it."""
+        if not self.streaming:
+            for name in ("class_counts", "shuffle_buffer"):
+                value, default = getattr(self, name), getattr(type(self), name, [])
+                if value != default:
+                    raise invalid(name, "left out without --streaming", value)
+            return
+        why = {name: hint for name, hint in NOT_STREAMED.items() if getattr(self, name, None)}
+        for name in ("test_split", "val_split"):
+            if isinstance(getattr(self, name), float):
+                why[name] = "A stream is not divided: name a split that the data set has."
+        if self.profile != "none":
+            why["profile"] = "A cut chooses among all samples, which a stream never has."
+        if self.make_schedule().is_resampling:
+            why["schedule"] = "A stream is not re-sampled: --schedule drw re-weights instead."
+        for name, hint in why.items():
+            raise invalid(name, "left out with --streaming", getattr(self, name), hint=hint)
+
+    def given_counts(self) -> list[int] | dict[str, int] | None:
+        """The training samples of each class that --class_counts gives; None: none are given."""
+        return read_class_counts(self.class_counts) if self.class_counts else None
 
     def make_selection(self, steps_per_epoch: int) -> SelectionRule | None:
         """How the epoch that is the result is selected; None if it is the last one."""
@@ -435,8 +486,8 @@ class VisionOptions(CoreOptions):
         None, "column of the images, or of their names [by its content]"
     )
     label_column: str | None = option(None, "column of the labels [by name or content]")
-    train_list: str | None = option(None, "list or JSON file of the training images")
-    test_list: str | None = option(None, "list or JSON file of the test images")
+    train_list: str | None = option(None, "list, table or JSON file of the training images")
+    test_list: str | None = option(None, "list, table or JSON file of the test images")
     skip_corrupt: bool = option(False, "leave out images that cannot be decoded, and count them")
     image_size: int | None = option(None, "side of the images the model gets [the model's own]")
     crop_pct: float | None = option(
@@ -530,6 +581,9 @@ class TextOptions(CoreOptions):
         None, "learning rate of Adam [bilstm: 3e-3, minilm: 2e-4, others: 5e-5, adapters: 3e-4]"
     )
     output_dir: str = option("runs/text_lt", "folder of the run")
+    shuffle_buffer: int = option(
+        10_000, "with --streaming: training samples that are shuffled at a time"
+    )
     rare_classes: list[str] = option([], "names of classes that lose training texts")
     rare_fraction: float = option(0.1, "share of their training texts that rare classes keep")
     text_column: str | None = option(None, "column of the texts [by name or content]")
@@ -850,15 +904,52 @@ def held_out_record(labels: Any, counts: ClassCounts) -> dict[str, Any]:
     """What ``metrics.json`` says of the held-out samples.
 
     Args:
-        labels: Their classes.
+        labels: Their classes; of streamed samples the stream itself.
         counts: Samples per class that are left to train on.
     """
-    held_out = np.bincount(labels, minlength=len(counts))
+    known = getattr(labels, "counts", None)
+    held_out = np.bincount(labels, minlength=len(counts)) if known is None else known
     return {
         "samples": len(labels),
         "class_counts": held_out,
         "classes_without": class_names(counts, held_out == 0),
     }
+
+
+def read_class_counts(words: Sequence[str]) -> list[int] | dict[str, int]:
+    """Samples of each class from the words of --class_counts: numbers, or one file.
+
+    A JSON file holds a list in class order, or an object by class; a CSV file has a header and two
+    columns, class and count, as ``value_counts().to_csv()`` writes it.
+
+    Raises:
+        ValueError: neither numbers nor such a file.
+    """
+    if all(word.isascii() and word.isdigit() for word in words):
+        return [int(word) for word in words]
+    expected = "numbers, or one JSON or CSV file"
+    if len(words) > 1 or Path(words[0]).suffix.lower() not in (".json", ".csv"):
+        raise invalid("class_counts", expected, list(words))
+    import pandas as pd
+
+    path = Path(words[0])
+    try:
+        if path.suffix.lower() == ".json":
+            found = json.loads(path.read_text(encoding="utf-8"))
+        else:
+            frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
+            names, numbers = (frame.iloc[:, column].tolist() for column in (0, 1))
+            found = {name: int(number) for name, number in zip(names, numbers, strict=True)}
+            if len(found) < len(names):
+                raise ValueError("a class stands there twice")
+    except (OSError, ValueError, IndexError) as error:
+        hint = f"It cannot be read ({error})."
+        raise invalid("class_counts", expected, words[0], hint=hint) from error
+    counts = list(found.values()) if isinstance(found, dict) else found
+    if not isinstance(counts, list) or not all(type(count) is int for count in counts):
+        hint = "It must hold a whole number for each class."
+        raise invalid("class_counts", expected, words[0], hint=hint)
+    return found
 
 
 def class_names(counts: ClassCounts, chosen: np.ndarray) -> list[str]:

@@ -64,6 +64,7 @@ from ldam_plugins import (
     long_tail_indices,
 )
 from ldam_plugins.data.notes import DataNotes
+from ldam_plugins.data.streams import stream_texts
 from ldam_plugins.data.texts import load_texts, subsample_classes, text_examples, texts_of_classes
 from ldam_plugins.heads import cosine_heads, find_head
 from ldam_plugins.heads.choice import put_head
@@ -85,6 +86,7 @@ from ldam_plugins.integrations.transformers.run_callbacks import (
     selection_scores,
 )
 from ldam_plugins.integrations.transformers.saved_model import describe_saved, measure_saved
+from ldam_plugins.integrations.transformers.streaming import StreamingTrainer
 from ldam_plugins.integrations.transformers.tokenizer import train_tokenizer
 from ldam_plugins.losses.base import ClassificationLoss
 from ldam_plugins.reports import write_mistakes, write_report
@@ -120,7 +122,8 @@ def main(options: TextOptions) -> dict[str, Any]:
     options.check_model()
     show = arguments.process_index == 0 and not options.quiet
     notes = DataNotes()
-    train, test, counts = load_data(options, show, notes)
+    load = stream_data if options.streaming else load_data
+    train, test, counts = load(options, show, notes)
     train, validation, counts = hold_out(options, train, counts, show, notes)
     counts = counts.with_limits(many_above=options.many, few_below=options.few)
     if show:
@@ -168,7 +171,8 @@ def main(options: TextOptions) -> dict[str, Any]:
     if rule is not None:
         held_out["selection"] = rule.record(selection_scores(trainer.state, rule.metric))
     if validation is not None:
-        held_out["held_out"] = held_out_record(validation["label"], counts)
+        labels = validation if options.streaming else validation["label"]
+        held_out["held_out"] = held_out_record(labels, counts)
         held_out["validation"] = measure(options, validation, counts, size)
     result = None
     if options.measures_test:
@@ -200,7 +204,7 @@ def measure(
         counts,
         batch_size=batch_size,
         detailed=True,
-        examples=text_examples(texts).names,
+        examples=None if options.streaming else text_examples(texts).names,
     )
 
 
@@ -241,10 +245,13 @@ def folded(options: TextOptions, trainer: Trainer) -> PreTrainedModel:
     )
     model = model.merge_and_unload() if options.lora_rank else model
     if cosine_heads(model):
+        texts = trainer.train_dataset
+        if options.streaming:
+            texts.rows.set_epoch(0)
         loader = DataLoader(
-            trainer.train_dataset,
+            texts,
             options.batch_size,
-            shuffle=True,
+            **({"sampler": texts.rows} if options.streaming else {"shuffle": True}),
             collate_fn=trainer.data_collator,
             # A seed of its own: a resumed run is in another random state, but must fold the same.
             generator=torch.Generator().manual_seed(options.seed),
@@ -315,6 +322,33 @@ def load_parts(
     return without_untrained((train, other), labels, names, texts_of_classes, notes)
 
 
+def stream_data(options: TextOptions, show: bool, notes: DataNotes) -> tuple[Any, Any, ClassCounts]:
+    """The same of data that are read as a stream, which is not cut: :func:`.stream_texts`."""
+    train, test = stream_parts(options, options.test_split, notes, progress=show)
+    if show:
+        notes.print()
+    return train, test, train.class_counts
+
+
+def stream_parts(
+    options: TextOptions, test_split: Any, notes: DataNotes, *, progress: bool = False
+) -> tuple[Any, Any]:
+    """The texts to train on and those of another part, as streams."""
+    return stream_texts(
+        options.dataset,
+        text_column=options.text_column,
+        label_column=options.label_column,
+        train_split=options.train_split,
+        test_split=test_split,
+        class_counts=options.given_counts(),
+        shuffle_buffer=options.shuffle_buffer,
+        skip_empty=options.skip_empty,
+        seed=options.seed,
+        progress=progress,
+        notes=notes,
+    )
+
+
 def hold_out(
     options: TextOptions,
     train: Dataset,
@@ -327,7 +361,8 @@ def hold_out(
         return train, None, counts
     if isinstance(options.val_split, str):
         notes = DataNotes() if notes is None else notes
-        validation = load_validation(options, load_parts, notes)
+        load = stream_parts if options.streaming else load_parts
+        validation = load_validation(options, load, notes)
         if show:
             notes.print()
         return train, validation, counts
@@ -393,9 +428,8 @@ def make_bilstm(
     options: TextOptions, train: Dataset, labels: dict[str, Any]
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """A new BiLSTM, and a tokenizer of the words in the training texts."""
-    tokenizer = train_tokenizer(
-        train["text"], vocab_size=options.vocab_size, max_length=options.max_length
-    )
+    texts = (row["text"] for row in train) if options.streaming else train["text"]
+    tokenizer = train_tokenizer(texts, vocab_size=options.vocab_size, max_length=options.max_length)
     config = BiLSTMConfig(
         vocab_size=len(tokenizer),
         embedding_size=options.embedding_size,
@@ -426,7 +460,10 @@ def tokenize(options: TextOptions, tokenizer: PreTrainedTokenizerBase, texts: Da
     """The texts as token ids, cut to ``max_length``; batches are padded as they are made.
 
     Of texts that lie in the cache of ``datasets`` the token ids are kept there for the next run.
+    Those of a stream are made each time they are asked for.
     """
+    if options.streaming:
+        return texts.map(lambda text: dict(tokenizer(text, truncation=True)))
     return texts.map(
         lambda batch: tokenizer(batch["text"], truncation=True),
         batched=True,
@@ -438,7 +475,7 @@ def tokenize(options: TextOptions, tokenizer: PreTrainedTokenizerBase, texts: Da
 def make_arguments(options: TextOptions) -> TrainingArguments:
     """Arguments of a Trainer that logs, evaluates held-out texts and saves once an epoch."""
     precision = choose_precision(options.mixed_precision)
-    resampled = options.make_schedule().is_resampling
+    in_order = options.streaming or options.make_schedule().is_resampling
     selection = {} if options.select == LAST else SelectionCallback.arguments(options.select)
     return TrainingArguments(
         output_dir=str(Path(options.output_dir, "checkpoints")),
@@ -451,7 +488,7 @@ def make_arguments(options: TextOptions) -> TrainingArguments:
         warmup_steps=options.warmup,
         max_grad_norm=options.clip_grad,
         lr_scheduler_type=options.lr_schedule,
-        train_sampling_strategy="random" if resampled else "group_by_length",
+        train_sampling_strategy="random" if in_order else "group_by_length",
         logging_strategy="epoch",
         eval_strategy="epoch" if options.holds_out else "no",
         save_strategy="epoch",
@@ -515,7 +552,8 @@ def make_trainer(
     """A stock Trainer; the callbacks bring the loss, the schedule and the history."""
     if options.fast_dropout and arguments.device.type == "cpu":
         use_fast_dropout(model)
-    trainer = Trainer(
+    kind = StreamingTrainer if options.streaming else Trainer
+    trainer = kind(
         model=model,
         args=arguments,
         train_dataset=train_set,

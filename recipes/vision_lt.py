@@ -51,6 +51,7 @@ from ldam_plugins import ClassCounts, register
 from ldam_plugins.data import LabelledImages, load_images, long_tail_indices
 from ldam_plugins.data.in_memory import InMemoryImages
 from ldam_plugins.data.notes import DataNotes
+from ldam_plugins.data.streams import StreamedImages, StreamedRows, stream_images
 from ldam_plugins.heads.choice import put_head, wants_cosine_head, warn_of_linear_head
 from ldam_plugins.integrations.timm.images import (
     ImagePipeline,
@@ -108,11 +109,12 @@ def main(options: VisionOptions) -> dict[str, Any]:
     options.check_model()
     notes = DataNotes()
     show = accelerator.is_main_process and not options.quiet
-    train, test, counts = load_data(options, show, notes)
+    load = stream_data if options.streaming else load_data
+    train, test, counts = load(options, show, notes)
     train, validation, counts = hold_out(options, train, counts, show, notes)
     counts = counts.with_limits(many_above=options.many, few_below=options.few)
     watched = watched_images(options, validation, test)
-    unread = options.measures_test and "test_error" not in watched
+    unread = options.measures_test and "test_error" not in watched and not options.streaming
     if unread and not options.skip_corrupt:
         refuse_corrupt(test, show=show)
     criterion = options.make_loss(counts).to(accelerator.device)
@@ -163,7 +165,8 @@ def main(options: VisionOptions) -> dict[str, Any]:
         workers = 0 if isinstance(train_set, InMemoryImages) else options.workers
         held_out: dict[str, Any] = {} if selection is None else {"selection": selection}
         if validation is not None:
-            held_out["held_out"] = held_out_record(validation.labels, counts)
+            labels = validation if options.streaming else validation.labels
+            held_out["held_out"] = held_out_record(labels, counts)
             found = measure(accelerator, options, counts, validation, workers)
             held_out["validation"] = found
         result = None
@@ -333,7 +336,7 @@ def measure(
         autocast=False,
         groups=images.groups,
         detailed=True,
-        examples=images.examples().names,
+        examples=None if options.streaming else images.examples().names,
     )
 
 
@@ -424,6 +427,34 @@ def load_parts(
     return without_untrained((train, other), train.labels, names, LabelledImages.of_classes, notes)
 
 
+def stream_data(
+    options: VisionOptions, show: bool, notes: DataNotes
+) -> tuple[Any, Any, ClassCounts]:
+    """The same of data that are read as a stream, which is not cut: :func:`.stream_images`."""
+    train, test = stream_parts(options, options.test_split, notes, progress=show)
+    if show:
+        notes.print()
+    return train, test, train.class_counts
+
+
+def stream_parts(
+    options: VisionOptions, test_split: Any, notes: DataNotes, *, progress: bool = False
+) -> tuple[Any, Any]:
+    """The images to train on and those of another part, as streams."""
+    return stream_images(
+        options.dataset,
+        image_column=options.image_column,
+        label_column=options.label_column,
+        test_split=test_split,
+        class_counts=options.given_counts(),
+        shuffle_buffer=options.shuffle_buffer,
+        skip_empty=options.skip_empty,
+        seed=options.seed,
+        progress=progress,
+        notes=notes,
+    )
+
+
 def hold_out(
     options: VisionOptions,
     train: LabelledImages,
@@ -436,7 +467,8 @@ def hold_out(
         return train, None, counts
     if isinstance(options.val_split, str):
         notes = DataNotes() if notes is None else notes
-        validation = load_validation(options, load_parts, notes)
+        load = stream_parts if options.streaming else load_parts
+        validation = load_validation(options, load, notes)
         if options.skip_corrupt:
             validation = without_corrupt(validation, "validation", show, notes)
         if show:
@@ -545,8 +577,10 @@ def make_sampler(
     schedule: DeferredSchedule,
     images: Any,
     classes: int,
-) -> DeferredSampler:
-    """The order of the training images under the schedule."""
+) -> DeferredSampler | StreamedRows:
+    """The order of the training images under the schedule; of streamed ones that of the stream."""
+    if isinstance(images, StreamedImages):
+        return images.rows
     return DeferredSampler(
         images.labels,
         schedule,

@@ -9,6 +9,7 @@ from ldam_plugins.data.splits import SingleSampleWarning, stratified_split
 if TYPE_CHECKING:
     from ldam_plugins.data.audit import Audit, audit_images, audit_texts
     from ldam_plugins.data.images import LabelledImages, load_images, map_in_threads
+    from ldam_plugins.data.streams import stream_images, stream_texts
     from ldam_plugins.data.texts import load_texts
 
 __all__ = [
@@ -23,6 +24,8 @@ __all__ = [
     "long_tail_indices",
     "map_in_threads",
     "stratified_split",
+    "stream_images",
+    "stream_texts",
 ]
 
 # Readers need libraries that `import ldam_plugins` does without.
@@ -36,5 +39,7 @@ __getattr__, __dir__ = lazy_names(
         "load_images": "ldam_plugins.data.images",
         "load_texts": "ldam_plugins.data.texts",
         "map_in_threads": "ldam_plugins.data.images",
+        "stream_images": "ldam_plugins.data.streams",
+        "stream_texts": "ldam_plugins.data.streams",
     },
 )

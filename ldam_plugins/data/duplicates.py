@@ -49,7 +49,8 @@ class NearPairs(NamedTuple):
         first: Content of each pair, int64 (P,).
         second: The other one, int64 (P,).
         difference: Bits in which hashes differ, or 1 less the similarity of texts, float64 (P,).
-        complete: Whether all pairs were looked at.
+        complete: Whether all candidates were compared. Of more than :data:`WINDOW` contents in one
+            bucket only neighbours are candidates: they are connected, though not each pair is met.
     """
 
     first: np.ndarray

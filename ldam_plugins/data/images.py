@@ -223,9 +223,11 @@ def load_images(
       that file: columns of any name, ids without extension, names as the web leaves them, a column
       of 0 and 1 a class. ``train.csv`` and ``test.csv`` or a column ``split`` give the parts;
     * the folder that the paths in ``train_list`` and ``test_list`` are relative to: two files of
-      lines ``relative/path.jpg 17``, or two such JSON files.
+      lines ``relative/path.jpg 17``, two tables with a header such as ``image,label``, or two such
+      JSON files.
 
-    Names that differ in the Unicode normal form only are one name.
+    Data that exceed the disk are for :func:`~ldam_plugins.data.stream_images`. HEIC and HEIF images
+    need the package pillow-heif. Names that differ in the Unicode normal form only are one name.
 
     Args:
         dataset: One of the above.
@@ -238,8 +240,8 @@ def load_images(
         test_split: The one to test on, or the share in (0, 1) of the training split's examples that
             is held out to test on, see :func:`~ldam_plugins.data.stratified_split`. Default: the
             first there is of test, validation, valid and val.
-        train_list: List or JSON file of the training images.
-        test_list: List or JSON file of the test images.
+        train_list: List, table or JSON file of the training images.
+        test_list: List, table or JSON file of the test images.
         group_column: Column of a table that tells what belongs together, such as a patient or a
             camera: no group is divided by a share that is held out.
         encoding: Of text files that are not UTF-8, such as ``"cp1252"`` or ``"utf-16"``.

@@ -103,16 +103,34 @@ def trained_classes(
 ) -> np.ndarray | None:
     """The classes that have an example to train on; None if all have.
 
+    The others are noted, see :func:`classes_with_examples`.
+    """
+    found = classes_with_examples(
+        np.bincount(labels, minlength=len(class_names)), class_names, notes
+    )
+    return None if len(found) == len(class_names) else found
+
+
+def classes_with_examples(
+    counts: np.ndarray, class_names: Sequence[str], notes: DataNotes
+) -> np.ndarray:
+    """The classes that have an example to train on.
+
     A data set may name classes that it has no example of, or none in the part that is read. The
     others are noted.
+
+    Args:
+        counts: Examples of each class (C,).
+        class_names: The name of each class.
+        notes: Where to note the others.
 
     Raises:
         ValueError: fewer than two classes are left.
     """
-    found = np.flatnonzero(np.bincount(labels, minlength=len(class_names)))
+    found = np.flatnonzero(counts)
     if len(found) == len(class_names):
-        return None
-    absent = [name for row, name in enumerate(class_names) if row not in set(found.tolist())]
+        return found
+    absent = [class_names[label] for label in np.flatnonzero(counts == 0).tolist()]
     if len(found) < 2:
         shown = quoted(class_names[row] for row in found.tolist())
         raise invalid("train_split", "a part with two classes or more", shown)

@@ -55,7 +55,8 @@ def load_texts(
     ``test.csv``, or with one such file and a share for ``test_split``; a folder
     ``train/<class>/*.txt`` and ``test/<class>/*.txt``, or ``<class>/*.txt`` alone with a share for
     ``test_split``; or ``"stdlib_docstrings"``, docstrings of Python's own standard library labelled
-    by module (see :func:`~ldam_plugins.data.readers.stdlib_docstrings.read_docstrings`).
+    by module (see :func:`~ldam_plugins.data.readers.stdlib_docstrings.read_docstrings`). Data that
+    exceed the disk are for :func:`~ldam_plugins.data.stream_texts`.
 
     Args:
         dataset: One of the above.

@@ -31,6 +31,7 @@ from ldam_plugins.data.labels import (
     label_column,
     plain_value,
 )
+from ldam_plugins.data.streams import LabelledStream
 
 logger = logging.getLogger(__name__)
 _SECONDS_BEFORE_A_BAR = 1.0
@@ -95,7 +96,12 @@ class TrainingLabels:
         return self._labels
 
     def count(self, num_classes: int | None) -> ClassCounts:
-        """Count the labels, see :func:`.count_labels`. Call it on every process."""
+        """Count the labels, see :func:`.count_labels`. Call it on every process.
+
+        A stream knows its own.
+        """
+        if isinstance(self.dataset, LabelledStream):
+            return self.dataset.class_counts
         labels = self.read()
         column = label_column(self.dataset)
         names = class_names(self.dataset)

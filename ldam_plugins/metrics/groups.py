@@ -6,11 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from ldam_plugins.metrics.intervals import mean_of_shares, wilson
+from ldam_plugins.metrics.intervals import FEW_EXAMPLES, mean_of_shares, wilson
 
 
 def group_metrics(codes: np.ndarray, counts: np.ndarray) -> dict[str, Any]:
     """Both errors of the samples of a group, as in ``by_group`` of :func:`.long_tail_metrics`.
+
+    The interval of the balanced error is too narrow, and among ``few_examples``, where the group
+    has fewer than 20 samples of one of its classes.
 
     Args:
         codes: Twice the class, plus one where the prediction is right, ascending, (P,).
@@ -26,6 +29,7 @@ def group_metrics(codes: np.ndarray, counts: np.ndarray) -> dict[str, Any]:
         "top1_error": wilson(right, total).tolist(),
         "balanced_error": mean_of_shares(correct, samples),
     }
+    too_few = len(classes) > 1 and int(samples.min()) < FEW_EXAMPLES
     return {
         "samples": total,
         "classes": len(classes),
@@ -33,4 +37,5 @@ def group_metrics(codes: np.ndarray, counts: np.ndarray) -> dict[str, Any]:
         "intervals": {
             name: [100.0 * (1.0 - high), 100.0 * (1.0 - low)] for name, (low, high) in ends.items()
         },
+        "few_examples": ["balanced_error"] if too_few else [],
     }

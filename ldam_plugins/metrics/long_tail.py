@@ -17,6 +17,7 @@ from ldam_plugins.metrics.groups import group_metrics
 from ldam_plugins.metrics.intervals import (
     ClassBootstrap,
     class_intervals,
+    few_ranked,
     ranking_intervals,
     wilson,
 )
@@ -78,14 +79,15 @@ def long_tail_metrics(
       other test samples of the same kind; it says nothing of other trainings. Shares have Wilson's
       (``top1_error``, ``top5_accuracy``, ``per_class_accuracy``, and a group of one class), all
       else a bootstrap stratified by class. ``few_examples``: the names of those that are too
-      narrow, there being a class with fewer than 20 test samples. The class with the least accuracy
+      narrow, there being a class with fewer than 20 test samples (``auroc`` 50,
+      ``average_precision`` 200). The class with the least accuracy
       is chosen for it: ``worst_class_accuracy`` is an interval that holds for all classes at once
       (Bonferroni), and ``worst_class_selection_bias`` is by how much the least accuracy is
       expected to be too low. ``nll`` and ``ece`` have none.
     * ``confusion``: ``true``, ``predicted`` and ``samples`` of each pair of classes that occurs.
     * ``by_group``, where ``groups`` are given: by name of a group ``samples``, ``classes`` that it
-      has samples of, ``top1_error`` and ``balanced_error`` over those, and ``intervals`` of the
-      two.
+      has samples of, ``top1_error`` and ``balanced_error`` over those, ``intervals`` of the two,
+      and ``few_examples`` as above.
 
     Memory is O(N + C) in addition to the logits.
 
@@ -316,8 +318,7 @@ class MetricAccumulator:
             areas = ranking_intervals(ranking)
             found |= areas
             found["average_precision"] = areas["per_class_average_precision"][self._rarer()]
-            if "balanced_accuracy" in found["few_examples"]:
-                found["few_examples"] += [*areas, "average_precision"]
+            found["few_examples"] += few_ranked(int(self._samples.min()))
         confusion = {"true": true, "predicted": predicted, "samples": counts}
         by_group = {
             name: group_metrics(*self._groups[name].items()) for name in sorted(self._groups)

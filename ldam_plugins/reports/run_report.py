@@ -14,6 +14,7 @@ from ldam_plugins.counts import ClassCounts
 from ldam_plugins.metrics import ECE_BINS
 from ldam_plugins.metrics.intervals import FEW_EXAMPLES
 from ldam_plugins.reports.class_table import (
+    TOO_NARROW,
     ClassRow,
     class_rows,
     ends,
@@ -190,13 +191,15 @@ def _by_group(groups: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
             name,
             str(group["samples"]),
             str(group["classes"]),
-            *(
-                f"{group[error]:.2f} % ({ends(group['intervals'][error], 1)})"
-                for error in ("top1_error", "balanced_error")
-            ),
+            *(_group_error(group, error) for error in ("top1_error", "balanced_error")),
         )
         for name, group in ordered[:_MAX_TABLE_ROWS]
     ]
+
+
+def _group_error(group: Mapping[str, Any], error: str) -> str:
+    few = f", {TOO_NARROW}" if error in group.get("few_examples", ()) else ""
+    return f"{group[error]:.2f} % ({ends(group['intervals'][error], 1)}{few})"
 
 
 def _title(options: Mapping[str, Any]) -> str:

@@ -5,14 +5,20 @@
 
 import sys
 import tempfile
+from itertools import product
+from pathlib import Path
 
+import datasets
 import torch
+from accelerate import PartialState
 from hf_samples import logged, make_data, make_model, make_trainer
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, default_data_collator
 
 from ldam_plugins import LongTailMetrics, list_losses, use_cosine_head
+from ldam_plugins.data import stream_texts
 from ldam_plugins.integrations.transformers import DRWCallback
+from ldam_plugins.integrations.transformers.streaming import StreamingTrainer
 
 COUNTS = [45, 15, 4]
 BOUNDS = {torch.float32: 1e-6, torch.float64: 1e-12}
@@ -78,8 +84,52 @@ def runs(folder, processes):
     for step in (3, 6):  # 4 updates an epoch: before the switch, and inside a re-sampled epoch
         checkpoint = f"{folder}/checkpoint-{step}"
         found["drs", step] = run(folder, **sampled, resume=checkpoint)
+    for step in (None, 3):  # 2 updates an epoch: straight, and from inside the second one
+        found["stream", step] = streamed(folder, processes, step)
     found["refused"] = [refusal(folder, kind) for kind in (Drops, CallsBare, CountsItsPart)]
     return found
+
+
+def streamed(folder, processes, step):
+    """Rows met by this process, and parameters, of a training on a stream of 37 texts."""
+    hub = f"{folder}/hub"
+    with PartialState().local_main_process_first():
+        if not Path(hub).exists():
+            columns = {"text": list(map(str, range(37))), "label": [i % 3 for i in range(37)]}
+            table = datasets.Dataset.from_dict(columns)
+            for split, shard in product(("train", "test"), range(2)):
+                table.shard(2, shard).to_parquet(f"{hub}/{split}-{shard}.parquet")
+    train, test = stream_texts(hub, shuffle_buffer=7)
+    seen = []
+
+    def collate(rows):
+        seen.extend(row["input_ids"][0] for row in rows)
+        return default_data_collator(rows)
+
+    options = {"max_steps": -1, "num_train_epochs": 3, "optim": "sgd", "max_grad_norm": 0.0}
+    options |= {"save_strategy": "steps", "save_steps": 1}
+    trainer = make_trainer(
+        f"{folder}/stream",
+        make_model(),
+        train.map(map_tokens),
+        [DRWCallback(start=1)],
+        kind=StreamingTrainer,
+        data_collator=collate,
+        eval_dataset=test.map(map_tokens),
+        compute_metrics=LongTailMetrics([9] * 3),
+        per_device_train_batch_size=24 // processes,
+        per_device_eval_batch_size=5,
+        **options,
+    )
+    trainer.train(resume_from_checkpoint=step and f"{folder}/stream/checkpoint-{step}")
+    trained = list(seen)
+    parameters = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+    error = trainer.evaluate()["eval_top1_error"]
+    return {"seen": trained, "parameters": parameters, "error": error}
+
+
+def map_tokens(text):
+    return {"input_ids": [int(text) + 3, 1, 2], "attention_mask": [1, 1, 1]}
 
 
 class Rows(Dataset):

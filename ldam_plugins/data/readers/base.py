@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -18,7 +20,7 @@ import numpy as np
 
 from ldam_plugins._validation import check_choice, invalid, quoted
 from ldam_plugins.data.notes import DataNotes
-from ldam_plugins.data.readers.paths import is_inside
+from ldam_plugins.data.readers.paths import is_heif_name, is_inside
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -40,6 +42,8 @@ _ORIENTATION = 0x0112
 """The EXIF tag that says how a camera was held."""
 # Pillow tells formats apart by content, and some of the others (EPS) start external programs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "JPEG2000", "PPM")
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+"""What stands in bytes 8 to 12 of a HEIF file (ISO/IEC 23008-12), after ``ftyp``."""
 
 
 # Requests
@@ -224,13 +228,12 @@ def keep_known_classes(
         odd = [name for name in names if name not in place]
         reason = f"examples of split {split} whose class training has not"
         notes.leave_out(reason, len(labels) - len(rows), quoted(odd))
-    note_absent(found[rows], known, split, notes)
+    note_absent(np.bincount(found[rows], minlength=len(known)), known, split, notes)
     return rows, found[rows]
 
 
-def note_absent(labels: np.ndarray, names: Sequence[str], split: str, notes: DataNotes) -> None:
-    """Note the classes that a test split lacks: nothing is measured of them."""
-    counts = np.bincount(labels, minlength=len(names))
+def note_absent(counts: np.ndarray, names: Sequence[str], split: str, notes: DataNotes) -> None:
+    """Note the classes of which a test split has no example: nothing is measured of them."""
     absent = [name for name, count in zip(names, counts, strict=True) if not count]
     if absent:
         notes.say(f"Split {split} has no example of {len(absent)} classes: {quoted(absent)}.")
@@ -314,9 +317,17 @@ class ImageRows(NamedTuple):
 
 
 class FileSource:
-    """Image files below one folder, by path relative to it."""
+    """Image files below one folder, by path relative to it.
+
+    Raises:
+        ValueError: some are HEIF by name, and there is no package that decodes them.
+    """
 
     def __init__(self, root: Path, names: Sequence[str]) -> None:
+        heif = [] if _can_read_heif() else [name for name in names if is_heif_name(name)]
+        if heif:
+            files = f"{len(heif)} of the {len(names)} images"
+            raise ValueError(f"{files} are HEIC or HEIF, the first {heif[0]!r}: {_HEIF_HINT}")
         self.root = str(root)
         self.names = names
 
@@ -363,19 +374,27 @@ class TableSource:
 
     def stored(self, row: int) -> bytes:
         """The bytes in the row, or those of the file that it names."""
-        record = self.table[row][self.column]
-        if record is None:
-            raise ValueError(f"column {self.column!r} is empty here")
-        if record["bytes"] is not None:
-            return bytes(record["bytes"])
-        path = os.path.realpath(record["path"])
-        if not any(is_inside(path, root) for root in self.roots):
-            raise ValueError(f"its path {record['path']!r} leads out of {', '.join(self.roots)}")
-        return Path(path).read_bytes()
+        return stored_bytes(self.table[row][self.column], self.column, self.roots)
 
     def describe(self, row: int) -> str:
         """Name the row and its split."""
         return f"row {row} of split {self.split}"
+
+
+def stored_bytes(record: Mapping[str, Any] | None, column: str, roots: Sequence[str]) -> bytes:
+    """The file of an image in a column of ``datasets``: its ``bytes``, else what ``path`` names.
+
+    Raises:
+        ValueError: there is neither, or the path leads out of the folders ``roots``.
+    """
+    if record is None or (record["bytes"] is None and record["path"] is None):
+        raise ValueError(f"column {column!r} is empty here")
+    if record["bytes"] is not None:
+        return bytes(record["bytes"])
+    if not any(is_inside(record["path"], root) for root in roots):
+        where = ", ".join(roots) or "the files of the data set"
+        raise ValueError(f"its path {record['path']!r} leads out of {where}")
+    return Path(record["path"]).read_bytes()
 
 
 class ArraySource:
@@ -418,10 +437,48 @@ def decode_image(file: str | io.BytesIO) -> Image.Image:
 
 
 def open_image(file: str | io.BytesIO) -> Image.Image:
-    """Open an image of a format that is read, its pixels not decoded yet."""
-    from PIL import Image
+    """Open an image of a format that is read, its pixels not decoded yet.
 
-    return Image.open(file, formats=_FORMATS)
+    HEIF, as telephones write it, is read where the package pillow-heif is installed.
+
+    Raises:
+        ValueError: it is HEIF, and the package is not.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        return Image.open(file, formats=_formats())
+    except UnidentifiedImageError as error:
+        if _can_read_heif() or not _is_heif(file):
+            raise
+        raise ValueError(f"it is HEIC or HEIF: {_HEIF_HINT}") from error
+
+
+_HEIF_HINT = "`pip install pillow-heif` reads such files, or convert them to JPEG"
+
+
+def _can_read_heif() -> bool:
+    return find_spec("pillow_heif") is not None
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """The formats of Pillow that are read."""
+    if not _can_read_heif():
+        return _FORMATS
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+    return (*_FORMATS, "HEIF")
+
+
+def _is_heif(file: str | io.BytesIO) -> bool:
+    if isinstance(file, str):
+        with open(file, "rb") as opened:
+            start = opened.read(12)
+    else:
+        start = file.getvalue()[:12]
+    return start[4:8] == b"ftyp" and start[8:] in _HEIF_BRANDS
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from ldam_plugins._validation import quoted
 from ldam_plugins.data.notes import DataNotes
 from ldam_plugins.data.readers.base import (
     FileSource,
@@ -25,11 +27,12 @@ from ldam_plugins.data.readers.base import (
     text_table,
 )
 from ldam_plugins.data.readers.class_names import same_but_blanks
-from ldam_plugins.data.readers.file_index import name_kinds
+from ldam_plugins.data.readers.file_index import split_in_name
 from ldam_plugins.data.readers.paths import (
     IMAGE_SUFFIXES,
     class_folders,
     files_below,
+    is_hidden,
     is_image_name,
     listing,
     read_text,
@@ -43,7 +46,6 @@ _TEXT_SUFFIX = ".txt"
 _OF_DETECTION = {"images", "labels", "annotations"}
 """Folders that object detectors are trained on: not classes."""
 _NESTED = 3
-_PHONE_SUFFIXES = (".heic", ".heif")
 
 
 class ClassFiles(NamedTuple):
@@ -63,7 +65,7 @@ def _is_text_name(name: str) -> bool:
 
 def split_folders(request: Request) -> dict[str, str] | None:
     """Folders of the splits by their names, relative to the root; None if there are none."""
-    for base in (_base for _base in ("", _unwrapped(request.root, ""))):
+    for base in dict.fromkeys(("", _unwrapped(request.root, ""))):
         folders = subfolders(request.root, base)
         train = find_split(request.train_split, folders)
         if train is None:
@@ -79,7 +81,7 @@ def _by_kind(root: Path, base: str, folders: list[str]) -> dict[str, str]:
     """Folders of class folders whose names speak of a split, such as ``seg_train``, by split."""
     found: dict[str, list[str]] = {}
     for name in folders:
-        kind = name_kinds(name)
+        kind = split_in_name(name)
         if kind is not None and subfolders(root, _join(base, name)):
             found.setdefault(kind, []).append(_join(base, name))
     return {kind: names[0] for kind, names in found.items() if len(names) == 1}
@@ -102,14 +104,14 @@ def _is_split(root: Path, base: str, train: str, folders: list[str]) -> bool:
 
 def flat_folder(request: Request, *, texts: bool = False) -> str | None:
     """The folder, relative to the root, that holds a folder for each class and no splits."""
-    if find_split(request.train_split, [Request("").train_split]) is None:
+    if find_split(request.train_split, ["train"]) is None:
         return None  # another split was asked for by name
     base = _unwrapped(request.root, "")
     folders = subfolders(request.root, base)
     wanted = _is_text_name if texts else is_image_name
     held = (True for name in folders if _has_file(request.root, _join(base, name), wanted))
     several = next(held, False) and next(held, False)
-    are_splits = all(map(name_kinds, folders)) or any(
+    are_splits = all(map(split_in_name, folders)) or any(
         split_kind(name) and subfolders(request.root, _join(base, name)) for name in folders
     )
     return base if several and not are_splits else None
@@ -120,7 +122,7 @@ def _unwrapped(root: Path, folder: str) -> str:
     deeper = folder
     for _ in range(_NESTED):
         inner = subfolders(root, deeper)
-        if len(inner) != 1 or _has_own_file(root, deeper):
+        if len(inner) != 1 or _own_files(root / deeper, is_image_name):
             break
         if split_kind(inner[0]) not in (None, split_kind(os.path.basename(folder))):
             break
@@ -130,13 +132,15 @@ def _unwrapped(root: Path, folder: str) -> str:
     return folder
 
 
-def _has_own_file(root: Path, folder: str) -> bool:
-    return any(is_image_name(entry.name) for entry in os.scandir(root / folder) if entry.is_file())
+def _own_files(folder: Path, is_wanted: Callable[[str], bool]) -> list[str]:
+    """Names of the visible files that lie in a folder itself, sorted."""
+    with os.scandir(folder) as entries:
+        files = [entry.name for entry in entries if entry.is_file() and not is_hidden(entry.name)]
+    return sorted(filter(is_wanted, files))
 
 
-def _has_file(root: Path, folder: str, is_wanted: object) -> bool:
-    wanted = is_wanted if callable(is_wanted) else is_image_name
-    return next(iter(files_below(root, folder, wanted)), None) is not None
+def _has_file(root: Path, folder: str, is_wanted: Callable[[str], bool]) -> bool:
+    return next(files_below(root, folder, is_wanted), None) is not None
 
 
 def _join(folder: str, name: str) -> str:
@@ -212,6 +216,9 @@ def read_class_files(
         notes.say(f"Folders that hold no {what}, so that they are no classes: {shown}.")
     if others:
         notes.leave_out(f"files that are no {what}s by name", len(others), endings)
+    if beside := _own_files(root / folder, wanted):
+        reason = f"{what}s beside the folders of classes"
+        notes.leave_out(reason, len(beside), quoted(beside[:3]))
     classes = same_but_blanks({name: len(files) for name, files in found.items() if files}, notes)
     names = tuple(dict.fromkeys(classes.values()))
     members: dict[str, list[str]] = {name: [] for name in names}
@@ -223,11 +230,9 @@ def read_class_files(
 
 
 def _endings(names: list[str]) -> str:
-    """How many files there are of each ending, and what to do about those of telephones."""
+    """How many files there are of each ending."""
     counts = Counter(os.path.splitext(name)[1].lower() or "no ending" for name in names)
-    shown = ", ".join(f"{count} {ending}" for ending, count in counts.most_common(5))
-    phone = any(ending in counts for ending in _PHONE_SUFFIXES)
-    return f"{shown}; convert HEIC photographs to JPEG to use them" if phone else shown
+    return ", ".join(f"{count} {ending}" for ending, count in counts.most_common(5))
 
 
 def read_class_folders(root: Path, split: str) -> ImageRows:

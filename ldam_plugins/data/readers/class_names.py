@@ -31,7 +31,14 @@ def is_whole(value: Any) -> bool:
     """
     if isinstance(value, str):
         return _WHOLE.fullmatch(value.strip()) is not None
-    return not isinstance(value, bool) and isinstance(value, int | float) and value == int(value)
+    if isinstance(value, float):
+        return value.is_integer()  # false for inf and NaN
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def as_whole(value: Any) -> int:
+    """The integer that :func:`is_whole` has found, exactly: ids are longer than floats are."""
+    return int(value.strip().partition(".")[0]) if isinstance(value, str) else int(value)
 
 
 def is_fraction(value: Any) -> bool:
@@ -42,23 +49,34 @@ def is_fraction(value: Any) -> bool:
 
 
 def number_labels(values: Sequence[Any], notes: DataNotes) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Class index of each value, and the names of the classes.
+    """Class index of each value, and the names of the classes, see :func:`name_values`.
+
+    Args:
+        values: One a row, none missing.
+        notes: Where to note the names that were merged, or that look like mistakes.
+    """
+    of_value, names = name_values(Counter(values), notes)
+    return np.array([of_value[value] for value in values], dtype=np.int64), names
+
+
+def name_values(
+    counts: Mapping[Any, int], notes: DataNotes
+) -> tuple[dict[Any, int], tuple[str, ...]]:
+    """Class index of each different value, and the names of the classes.
 
     Integers, as numbers or as text, are classes in the order of the numbers, whatever they are:
     1 to 5, or 3, 17 and 40. Anything else is text: classes in sorted order, truths ``False`` and
     ``True``. Blanks around a name do not belong to it.
 
     Args:
-        values: One a row, none missing.
+        counts: Rows by value, none missing.
         notes: Where to note the names that were merged, or that look like mistakes.
     """
-    counts = Counter(values)
     if all(map(is_whole, counts)):
-        numbers = {value: int(float(value)) for value in counts}
+        numbers = {value: as_whole(value) for value in counts}
         order = sorted(set(numbers.values()))
         place: dict[Any, int] = {number: label for label, number in enumerate(order)}
-        labels = np.array([place[numbers[value]] for value in values], dtype=np.int64)
-        return labels, tuple(map(str, order))
+        return {value: place[number] for value, number in numbers.items()}, tuple(map(str, order))
     texts: Counter[str] = Counter()
     for value, count in counts.items():
         texts[composed(str(value))] += count
@@ -68,8 +86,7 @@ def number_labels(values: Sequence[Any], notes: DataNotes) -> tuple[np.ndarray, 
         notes.say(f"Read as names of classes, not as missing labels: {', '.join(map(repr, odd))}.")
     names = sorted(set(merged.values()))
     place = {name: label for label, name in enumerate(names)}
-    of_value = {value: place[merged[composed(str(value))]] for value in counts}
-    return np.array([of_value[value] for value in values], dtype=np.int64), tuple(names)
+    return {value: place[merged[composed(str(value))]] for value in counts}, tuple(names)
 
 
 def same_but_blanks(counts: Mapping[str, int], notes: DataNotes) -> dict[str, str]:

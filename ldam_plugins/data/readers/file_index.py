@@ -147,15 +147,15 @@ def _rank(file: str, parts: list[str], prefer: str) -> int:
     folders = file.split("/")[:-1]
     if file == "/".join(parts) or (prefer and "/".join(folders) == prefer):
         return 0
-    kinds = set(map(name_kinds, folders)) - {None}
-    if prefer and kinds == {name_kinds(prefer)}:
+    kinds = set(map(split_in_name, folders)) - {None}
+    if prefer and kinds == {split_in_name(prefer)}:
         return 1
     if kinds:
         return 4
     return 2 if any(folder.lower() in _IMAGE_FOLDERS for folder in folders) else 3
 
 
-def name_kinds(name: str) -> str | None:
+def split_in_name(name: str) -> str | None:
     """The split that a name speaks of, such as ``train_labels`` or ``imagesTest``; None if none."""
     kinds = {split_kind(word) for word in _words(name)} - {None}
     return kinds.pop() if len(kinds) == 1 else None

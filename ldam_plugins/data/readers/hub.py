@@ -62,13 +62,13 @@ def _holds(root: Path, *patterns: str) -> bool:
 def _read_images(request: ImageRequest) -> tuple[ImageRows, ImageRows | None]:
     splits = _open_splits(request)
     features = splits[0][1].features
-    image = _pick_image(request.image_column, features)
-    label = _pick_image_label(request, features)
+    image = pick_image(request.image_column, features)
+    label = pick_image_label(request, features)
     names = None
     parts = []
     for split, table in splits:
-        _check_columns(table, split, image_column=image, label_column=label)
-        _pick_image(image, table.features)
+        check_columns(table.features, split, image_column=image, label_column=label)
+        pick_image(image, table.features)
         rows, labels, names = read_labels(table, label, split, request, names)
         source = TableSource(table, image, split, _roots(request))
         parts.append(ImageRows(source, labels, names, rows, _read_groups(table, rows, request)))
@@ -80,15 +80,13 @@ def _read_texts(request: TextRequest) -> tuple[Dataset, Dataset | None]:
     if len(splits) > 1 and splits[0][0] == splits[1][0]:
         raise invalid("test_split", "other rows than `train_split`", splits[1][0])
     features = splits[0][1].features
-    label = _pick_text_label(request.label_column, features)
-    text = _pick_text(request.text_column, features, label)
+    label = pick_text_label(request.label_column, features)
+    text = pick_text(request.text_column, features, label)
     names = None
     parts = []
     for split, table in splits:
-        _check_columns(table, split, text_column=text, label_column=label)
-        if not _is_string(table.features[text]):
-            shown = f"{text} ({_kind(table.features[text])})"
-            raise invalid("text_column", "a column of strings", shown)
+        check_columns(table.features, split, text_column=text, label_column=label)
+        check_text_column(text, table.features)
         table = _with_texts(table, text, split, request)
         rows, labels, names = read_labels(table, label, split, request, names)
         groups = _read_groups(table, rows, request)
@@ -102,7 +100,7 @@ def _read_groups(table: Any, rows: np.ndarray, request: Request) -> np.ndarray |
     """What each row belongs to, if a column of that is asked for."""
     if request.group_column is None:
         return None
-    _check_columns(table, "each", group_column=request.group_column)
+    check_columns(table.features, "each", group_column=request.group_column)
     values = table[request.group_column][:]
     missing = [row for row in rows if is_missing(values[row])]
     if missing:
@@ -130,8 +128,16 @@ HUB_TEXTS = Reader(
 # Tables
 
 
-def open_tables(dataset: str, cache_dir: str | None = None) -> Mapping[str, Any]:
+def open_tables(
+    dataset: str, cache_dir: str | None = None, *, streaming: bool = False, **options: Any
+) -> Mapping[str, Any]:
     """Open every split of a hub id or of a local folder in hub layout.
+
+    Args:
+        dataset: A hub id, a folder, or a file.
+        cache_dir: Where files of the hub are kept.
+        streaming: Give a ``datasets.IterableDataset`` of each split, and keep no file.
+        **options: Of the format of the files, as ``datasets.load_dataset`` takes them.
 
     Raises:
         NoSuchDataset: there is none, or the hub cannot be reached and it is not in the cache.
@@ -141,9 +147,14 @@ def open_tables(dataset: str, cache_dir: str | None = None) -> Mapping[str, Any]
 
     try:
         if (Path(dataset) / "dataset_dict.json").is_file():
-            return datasets.load_from_disk(dataset)
-        if Path(dataset).suffix.lower() == _PARQUET and Path(dataset).is_file():
+            tables = datasets.load_from_disk(dataset)
+            if streaming:
+                return {name: table.to_iterable_dataset() for name, table in tables.items()}
+            return tables
+        if Path(dataset).suffix.lower() == _PARQUET and Path(dataset).is_file() and not streaming:
             return {"train": datasets.Dataset.from_parquet(dataset, cache_dir=cache_dir)}
+        if streaming:
+            return datasets.load_dataset(dataset, cache_dir=cache_dir, streaming=True, **options)
         return datasets.load_dataset(dataset, cache_dir=cache_dir)
     except datasets.exceptions.DatasetNotFoundError as error:
         raise NoSuchDataset(f"The hub has none of that name ({error})") from error
@@ -201,7 +212,8 @@ def _roots(request: Request) -> list[str]:
 # Columns
 
 
-def _pick_image(asked: str | None, features: Mapping[str, Any]) -> str:
+def pick_image(asked: str | None, features: Mapping[str, Any]) -> str:
+    """The column of images that was asked for, else the only one of that type."""
     from datasets import Image
 
     images = [name for name, feature in features.items() if isinstance(feature, Image)]
@@ -211,7 +223,8 @@ def _pick_image(asked: str | None, features: Mapping[str, Any]) -> str:
     return image
 
 
-def _pick_image_label(request: ImageRequest, features: Mapping[str, Any]) -> str:
+def pick_image_label(request: ImageRequest, features: Mapping[str, Any]) -> str:
+    """The column of labels that was asked for, else the one of classes."""
     classes = _class_columns(features)
     preferred = [name for name in _IMAGE_LABELS if name in classes][:1]
     label = _pick("label_column", request.label_column, preferred or classes, features)
@@ -223,12 +236,14 @@ def _pick_image_label(request: ImageRequest, features: Mapping[str, Any]) -> str
     return label
 
 
-def _pick_text(asked: str | None, features: Mapping[str, Any], label: str) -> str:
+def pick_text(asked: str | None, features: Mapping[str, Any], label: str) -> str:
+    """The column of texts that was asked for, else ``text``, else the only one of strings."""
     strings = [n for n, feature in features.items() if n != label and _is_string(feature)]
     return _pick("text_column", asked, [TEXT] if TEXT in strings else strings, features)
 
 
-def _pick_text_label(asked: str | None, features: Mapping[str, Any]) -> str:
+def pick_text_label(asked: str | None, features: Mapping[str, Any]) -> str:
+    """The column of labels that was asked for, else the one of classes or of that name."""
     classes = _class_columns(features)
     named = [name for name in _TEXT_LABELS if name in features]
     return _pick("label_column", asked, classes if len(classes) == 1 else named, features)
@@ -246,12 +261,26 @@ def _pick(
     return candidates[0]
 
 
-def _check_columns(table: Any, split: str, **columns: str) -> None:
+def check_columns(features: Mapping[str, Any], split: str, **columns: str) -> None:
     """Check that a split has the columns, each given under the argument that chooses it."""
     for argument, column in columns.items():
-        if column not in table.features:
+        if column not in features:
             expected = f"a column of split {split}"
-            raise invalid(argument, expected, column, hint=_columns(table.features))
+            raise invalid(argument, expected, column, hint=_columns(features))
+
+
+def check_text_column(column: str, features: Mapping[str, Any]) -> None:
+    """Check that a column is one of strings."""
+    if not _is_string(features[column]):
+        shown = f"{column} ({_kind(features[column])})"
+        raise invalid("text_column", "a column of strings", shown)
+
+
+def check_label_column(column: str, features: Mapping[str, Any]) -> None:
+    """Check that a column is one of class labels, whole numbers, truths or strings."""
+    feature = features[column]
+    if not (_is_string(feature) or str(getattr(feature, "dtype", "")) in _WHOLE_KINDS):
+        raise _no_labels(column, features)
 
 
 def _class_columns(features: Mapping[str, Any]) -> list[str]:
@@ -296,9 +325,8 @@ def read_labels(
         ValueError: a column of another type, a row without label, a label out of range, or class
             labels with other names or in another order than ``class_names``.
     """
+    check_label_column(column, table.features)
     feature = table.features[column]
-    if not (_is_string(feature) or str(getattr(feature, "dtype", "")) in _WHOLE_KINDS):
-        raise _no_labels(column, table.features)
     found = table.select_columns([column]).with_format("arrow")[:].column(0)
     if len(found) == 0:
         raise ValueError(f"split {split} is empty")
@@ -321,7 +349,7 @@ def read_labels(
         row = int(rows[wrong[0]])
         raise ValueError(_bad_label(row, split, values[row], len(names)))
     if class_names is not None:
-        note_absent(labels, names, split, request.notes)
+        note_absent(np.bincount(labels, minlength=len(names)), names, split, request.notes)
     return rows, labels, tuple(names)
 
 

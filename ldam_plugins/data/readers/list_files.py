@@ -15,19 +15,40 @@ _LINE = re.compile(r"(.*[^\s,;])[\s,;]+([0-9]+)")
 
 def _read(request: ImageRequest) -> tuple[ImageRows, ImageRows]:
     train_list, test_list = request.listed_in()
-    return read_lists(request.root, train_list, test_list)
+    return read_lists(request.root, train_list, test_list, request.encoding)
+
+
+def _lists_images(request: ImageRequest) -> bool:
+    if not request.is_listed:
+        return False
+    return all(is_list(file, request.encoding) for file in request.listed_in())
 
 
 LIST_FILES = Reader(
     name="list files",
     layout="a folder with `train_list` and `test_list`, files of lines 'relative/path.jpg 17'",
-    options=("train_list", "test_list"),
-    accepts=lambda request: request.is_listed,
+    options=("train_list", "test_list", "encoding"),
+    accepts=_lists_images,
     read=_read,
 )
 
 
-def read_lists(root: Path, train_list: Path, test_list: Path) -> tuple[ImageRows, ImageRows]:
+def is_list(file: Path, encoding: str | None = None) -> bool:
+    """Whether a file begins with a line ``relative/path.jpg 17``, or at least not as a table does.
+
+    A table has a header, or labels that are words, and separates its columns by a comma, semicolon,
+    tab or bar.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    first = read_lines(file, encoding)[0].strip()
+    return _LINE.fullmatch(first) is not None or not set(first) & set(",;\t|")
+
+
+def read_lists(
+    root: Path, train_list: Path, test_list: Path, encoding: str | None = None
+) -> tuple[ImageRows, ImageRows]:
     """Read two files of lines ``relative/path.jpg 17``; class names are the labels.
 
     Between path and label are blanks, tabs, a comma or a semicolon; a path may have any form that
@@ -38,17 +59,19 @@ def read_lists(root: Path, train_list: Path, test_list: Path) -> tuple[ImageRows
         ValueError: a line of another form, a label out of range, a path that is repeated, is
             missing or leaves ``root``; the message names file and line.
     """
-    names, labels = _read_list(root, train_list, None)
+    names, labels = _read_list(root, train_list, None, encoding)
     class_names = tuple(str(label) for label in range(int(labels.max()) + 1))
-    test_names, test_labels = _read_list(root, test_list, len(class_names))
+    test_names, test_labels = _read_list(root, test_list, len(class_names), encoding)
     return (
         ImageRows(FileSource(root, names), labels, class_names),
         ImageRows(FileSource(root, test_names), test_labels, class_names),
     )
 
 
-def _read_list(root: Path, file: Path, classes: int | None) -> tuple[list[str], np.ndarray]:
-    lines = read_lines(file)
+def _read_list(
+    root: Path, file: Path, classes: int | None, encoding: str | None
+) -> tuple[list[str], np.ndarray]:
+    lines = read_lines(file, encoding)
     limit = len(lines) if classes is None else classes
     reason = (
         f"the {limit} lines" if classes is None else f"the {limit} classes of the training list"

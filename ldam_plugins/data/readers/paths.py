@@ -9,15 +9,20 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from urllib.parse import unquote
 
 from ldam_plugins._validation import invalid, quoted
 
-IMAGE_SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".jp2")
-) | frozenset((".ppm", ".pgm", ".avif"))
+HEIF_SUFFIXES = frozenset((".heic", ".heif", ".hif"))
+IMAGE_SUFFIXES = (
+    HEIF_SUFFIXES
+    | frozenset(
+        (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".jp2")
+    )
+    | frozenset((".ppm", ".pgm", ".avif"))
+)
 _LEFT_BY_SYSTEMS = frozenset(
     ("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "@eadir")
 ) | frozenset(("lost+found", "system volume information"))
@@ -52,9 +57,19 @@ def is_hidden(name: str) -> bool:
 
 def is_image_name(name: str) -> bool:
     """Whether a file is an image by its name, as people or the web leave it."""
-    if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
+    return _has_suffix(name, IMAGE_SUFFIXES)
+
+
+def is_heif_name(name: str) -> bool:
+    """Whether a file is a HEIF image by its name, as telephones write them."""
+    lower = name.lower()
+    return any(suffix in lower for suffix in HEIF_SUFFIXES) and _has_suffix(name, HEIF_SUFFIXES)
+
+
+def _has_suffix(name: str, suffixes: Collection[str]) -> bool:
+    if os.path.splitext(name)[1].lower() in suffixes:
         return True
-    return os.path.splitext(without_web_tail(name))[1].lower() in IMAGE_SUFFIXES
+    return os.path.splitext(without_web_tail(name))[1].lower() in suffixes
 
 
 def without_web_tail(name: str) -> str:
@@ -137,9 +152,9 @@ def guess_encoding(content: bytes, place: int = 0) -> str | None:
     return next(name for name in _ENCODINGS if name in same)
 
 
-def read_lines(file: Path) -> list[str]:
-    """Read the lines of a UTF-8 file without their ends and without blank lines at its end."""
-    return [line.rstrip("\r") for line in read_text(file).rstrip().split("\n")]
+def read_lines(file: Path, encoding: str | None = None) -> list[str]:
+    """Read the lines of a text file without their ends and without blank lines at its end."""
+    return [line.rstrip("\r") for line in read_text(file, encoding).rstrip().split("\n")]
 
 
 def at_line(file: Path, row: int) -> str:

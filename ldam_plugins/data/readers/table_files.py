@@ -28,6 +28,7 @@ from ldam_plugins.data.readers.tables import (
     TEXT_SUFFIXES,
     Table,
     check_file,
+    first_nested,
     is_table,
     labels_of,
     pick_column,
@@ -129,6 +130,9 @@ def _read_texts(request: TextRequest) -> tuple[Dataset, Dataset | None]:
             raise invalid(
                 "text_column", f"a column of {table.file.name}", text, hint=table.described()
             )
+        if (odd := first_nested(table.columns[text])) is not None:
+            hint = "Write the text into a column of its own first."
+            raise invalid("text_column", "a column of texts", f"{text} ({odd!r:.60})", hint=hint)
         split = request.notes.parts.get(argument, table.file.name)
         parts[argument] = _whole(table, split, "text", table.columns[text], labels, request)
     names, numbered = _numbered(parts, request)
@@ -290,7 +294,7 @@ def _once(part: _Part, split: str, request: Request) -> np.ndarray:
 def _holds_image_table(request: ImageRequest) -> bool:
     check_file(request)
     if request.is_listed:
-        return False
+        return True  # files of plain lines are for the reader of list files, which is asked before
     if not request.is_folder:
         return request.root.is_file() and is_table(request.root) and _is_plain(request.root)
     if (request.root / "dataset_dict.json").is_file() or has_class_folders(request):
@@ -337,9 +341,9 @@ IMAGE_TABLES = Reader(
     name="a table",
     layout=(
         "a folder with images and a CSV, TSV, JSON Lines or parquet file of file names and labels, "
-        "or that file"
+        "or that file, or two with a header as `train_list` and `test_list`"
     ),
-    options=("image_column", *_OPTIONS),
+    options=("image_column", "train_list", "test_list", *_OPTIONS),
     accepts=_holds_image_table,
     read=_read_images,
 )

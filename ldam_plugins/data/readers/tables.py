@@ -8,6 +8,7 @@ import json
 import os
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -18,6 +19,7 @@ import numpy as np
 
 from ldam_plugins._validation import check_choice, invalid, quoted
 from ldam_plugins.data.readers.base import (
+    ImageRequest,
     Request,
     find_split,
     no_test_part,
@@ -25,7 +27,7 @@ from ldam_plugins.data.readers.base import (
     split_kind,
 )
 from ldam_plugins.data.readers.class_names import is_fraction, is_missing, is_whole
-from ldam_plugins.data.readers.file_index import name_kinds
+from ldam_plugins.data.readers.file_index import split_in_name
 from ldam_plugins.data.readers.paths import (
     is_hidden,
     is_image_name,
@@ -133,7 +135,7 @@ def tables_of(request: Request, suffixes: Collection[str] = TABLE_SUFFIXES) -> d
         if find_split(request.train_split, list(splits)) is None:
             splits = {}
             for file in tables:
-                if kind := name_kinds(file.stem):
+                if kind := split_in_name(file.stem):
                     splits.setdefault(kind, []).append(file)
         if find_split(request.train_split, list(splits)) is not None:
             return {name: _only(files, request) for name, files in splits.items()}
@@ -198,6 +200,11 @@ def _read_separated(file: Path, text: str, request: Request) -> tuple[dict[str, 
     headless = any(is_image_name(cell.strip()) for cell in header)
     if headless:
         request.notes.say(f"{file.name} has no header, so that its columns are called 1, 2, ...")
+    elif twice := [name for name, n in Counter(map(str.strip, header)).items() if name and n > 1]:
+        again = ", ".join(f"{name!r} ({name}.1, ...)" for name in twice)
+        request.notes.say(
+            f"{file.name} has several columns of one name, called otherwise: {again}."
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)
@@ -322,12 +329,12 @@ def pick_column(
 def label_candidates(table: Table, used: Collection[str]) -> list[str]:
     """Columns that could hold the labels: one by its name, else all that repeat few values."""
     rest = {name: values for name, values in table.columns.items() if name not in used}
-    if len(rest) == 1 and len(table.columns) > 1:
-        return list(rest) if _distinct(next(iter(rest.values()))) < len(table) else []
     for names in (_LABEL_NAMES, _OTHER_LABEL_NAMES):
         named = [name for name in rest if name.lower() in names]
         if named:
             return _same_classes({name: rest[name] for name in named}) or named
+    if len(rest) == 1 and len(table.columns) > 1:
+        return list(rest) if _distinct(next(iter(rest.values()))) < len(table) else []
     return [name for name, values in rest.items() if name.lower() != "id" and _repeats(values)]
 
 
@@ -344,13 +351,22 @@ def _same_classes(columns: dict[str, list[Any]]) -> list[str]:
 
 def text_candidates(table: Table, label: str) -> list[str]:
     """Columns that could hold the texts: ``text``, else all others that hold words."""
-    rest = {name: values for name, values in table.columns.items() if name != label}
+    rest = {
+        name: values
+        for name, values in table.columns.items()
+        if name != label and first_nested(values) is None
+    }
     named = [name for name in rest if name.lower() == "text"]
     if named:
         return named
     strings = [n for n, values in rest.items() if any(map(_is_words, values)) or len(rest) == 1]
     long = [name for name in strings if not _repeats(rest[name])]
     return long if len(long) == 1 else strings
+
+
+def first_nested(values: Sequence[Any]) -> Any:
+    """The first value that is no single one, as JSON and parquet may have them; None if all are."""
+    return next((value for value in values if isinstance(value, list | dict | bytes)), None)
 
 
 def _is_words(value: Any) -> bool:
@@ -364,7 +380,7 @@ def _is_number(value: Any) -> bool:
 def _repeats(values: Sequence[Any]) -> bool:
     """Whether values are few and short, as those of classes are, and not all numbers of a scale."""
     kept = [value for value in values if not is_missing(value)]
-    if any(isinstance(value, list | dict | bytes) for value in kept) or any(map(is_fraction, kept)):
+    if first_nested(kept) is not None or any(map(is_fraction, kept)):
         return False
     return 2 <= _distinct(kept) <= len(kept) / 2 and max(len(str(v)) for v in set(kept)) <= 100
 
@@ -413,7 +429,7 @@ def pick_labels(
 
     column = pick_column("label_column", asked, guess, table, request)
     kept = [value for value in table.columns[column] if not is_missing(value)]
-    odd = next((v for v in kept if isinstance(v, list | dict | bytes)), None)
+    odd = first_nested(kept)
     expected = "a column of one class a row"
     if odd is not None:
         hint = "Several labels an example have no long tail of classes: choose one of them."
@@ -495,6 +511,10 @@ def read_parts(request: Request, suffixes: Collection[str] = TABLE_SUFFIXES) -> 
     Raises:
         ValueError: no such split, or none to test on.
     """
+    if isinstance(request, ImageRequest) and request.is_listed:
+        lists = dict(zip(("train_split", "test_split"), request.listed_in(), strict=True))
+        request.notes.parts |= {argument: file.name for argument, file in lists.items()}
+        return {argument: read_table(file, request) for argument, file in lists.items()}
     files = tables_of(request, suffixes)
     whole = files.get("")
     if whole is None:

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from timm.data import create_transform, resolve_data_config
@@ -18,6 +18,10 @@ from ldam_plugins.choices import AUGMENTATIONS, SMALL
 from ldam_plugins.data import LabelledImages
 from ldam_plugins.data.augment import RandomCropFlip, normalize
 from ldam_plugins.data.in_memory import InMemoryImages
+from ldam_plugins.data.streams import StreamedImages
+
+Images = LabelledImages | StreamedImages
+_Images = TypeVar("_Images", bound=Images)
 
 
 @dataclass(frozen=True)
@@ -80,8 +84,8 @@ class ImagePipeline:
 
     def datasets(
         self,
-        train: LabelledImages,
-        *evaluated: LabelledImages,
+        train: Images,
+        *evaluated: Images,
         memory_limit: int = 2**31,
         progress: bool = False,
     ) -> list[Dataset]:
@@ -94,7 +98,7 @@ class ImagePipeline:
             train: Training images.
             *evaluated: Sets of held-out or test images, which are not augmented.
             memory_limit: Bytes of decoded images to hold in memory, of all sets together. If they
-                are more, none is held.
+                are more, or a set is streamed, none is held.
             progress: Show a progress bar.
         """
         plain = create_transform(**self.config, normalize=False)
@@ -105,9 +109,11 @@ class ImagePipeline:
             )
             return [transformed(train, augment), *others]
         parts = [transformed(train, plain), *others]
-        if sum(map(len, parts)) * math.prod(self.config["input_size"]) > memory_limit:
+        stored = [part for part in parts if isinstance(part, LabelledImages)]
+        size = sum(map(len, parts)) * math.prod(self.config["input_size"])
+        if size > memory_limit or len(stored) < len(parts):
             return [*parts]
-        return [InMemoryImages.from_images(part, progress=progress) for part in parts]
+        return [InMemoryImages.from_images(part, progress=progress) for part in stored]
 
     def make_input(self, device: torch.device) -> Callable[..., Tensor]:
         """``to_input(images, generator=None)``: a batch of a loader as the model's input.
@@ -142,7 +148,7 @@ def choose_augmentation(augmentation: str, input_size: tuple[int, ...]) -> str:
     return ("crop_flip" if small else "timm") if augmentation == "auto" else augmentation
 
 
-def transformed(images: LabelledImages, transform: Callable[..., Any] | None) -> LabelledImages:
+def transformed(images: _Images, transform: Callable[..., Any] | None) -> _Images:
     """The same images through another transform; the given ones stay unchanged."""
     images = copy.copy(images)
     images.transform = transform
@@ -155,10 +161,13 @@ def image_loader(images: Dataset, *, workers: int = 0, **order: Any) -> DataLoad
     Args:
         images: Images of :meth:`ImagePipeline.datasets`.
         workers: Processes that decode images that are not in memory.
-        **order: ``batch_size``, ``sampler`` and so on of the ``DataLoader``.
+        **order: ``batch_size``, ``sampler`` and so on of the ``DataLoader``. Streamed images have a
+            sampler of their own.
     """
     if isinstance(images, InMemoryImages):
         return DataLoader(images, collate_fn=InMemoryImages.collate, **order)
+    if isinstance(images, StreamedImages):
+        order = {"sampler": images.rows, **order}
     pin = torch.accelerator.is_available()
     return DataLoader(images, num_workers=workers, pin_memory=pin, **order)
 

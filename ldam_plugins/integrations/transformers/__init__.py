@@ -1,4 +1,4 @@
-"""For transformers: a callback of the Trainer, losses by name, and a BiLSTM."""
+"""For transformers: a callback of the Trainer, losses by name, a Trainer for streams, a BiLSTM."""
 
 from ldam_plugins.integrations.transformers import bilstm, loss_mapping
 from ldam_plugins.integrations.transformers.bilstm import (
@@ -7,11 +7,13 @@ from ldam_plugins.integrations.transformers.bilstm import (
 )
 from ldam_plugins.integrations.transformers.callback import DRWCallback
 from ldam_plugins.integrations.transformers.fast_attention import use_fast_dropout
+from ldam_plugins.integrations.transformers.streaming import StreamingTrainer
 
 __all__ = [
     "BiLSTMConfig",
     "BiLSTMForSequenceClassification",
     "DRWCallback",
+    "StreamingTrainer",
     "register",
     "use_fast_dropout",
 ]

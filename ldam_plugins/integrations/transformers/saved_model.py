@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from transformers import (
 
 from ldam_plugins._validation import invalid
 from ldam_plugins.counts import ClassCounts
+from ldam_plugins.data.streams import StreamedTexts
 from ldam_plugins.metrics import MetricAccumulator, Predictions
 from ldam_plugins.training.files import write_atomic
 
@@ -56,7 +58,7 @@ float32.
 
 def measure_saved(
     folder: str | os.PathLike[str],
-    texts: Dataset,
+    texts: Dataset | StreamedTexts,
     class_counts: ClassCounts,
     *,
     batch_size: int = 64,
@@ -93,13 +95,14 @@ def measure_saved(
     _check_classes(model.config.id2label, class_counts)
     device = _place(model.eval(), state.device)
     metrics, predictions = MetricAccumulator(class_counts), Predictions(len(class_counts))
-    rows = range(state.process_index, len(texts), state.num_processes)
-    for chosen, batch, labels, groups in _batches(texts.select(rows), tokenizer, batch_size):
+    first, step = state.process_index, state.num_processes
+    parts = _parts(texts, first, step)
+    for chosen, batch, labels, groups in _batches(parts, tokenizer, batch_size):
         with torch.inference_mode():
             logits = model(**{name: rows.to(device) for name, rows in batch.items()}).logits
         metrics.update(logits.cpu(), labels, groups)
         if examples is not None:
-            predictions.update([rows[index] for index in chosen], logits, labels)
+            predictions.update([first + step * index for index in chosen], logits, labels)
     (metrics, predictions), *others = gather_object([(metrics, predictions)])
     for more_metrics, more_predictions in others:
         metrics.merge(more_metrics)
@@ -158,12 +161,26 @@ def _place(model: torch.nn.Module, device: torch.device) -> torch.device:
     return device
 
 
+def _parts(
+    texts: Dataset | StreamedTexts, process: int, processes: int
+) -> Iterator[Mapping[str, Sequence[Any]]]:
+    """The columns of this process's texts, some rows at a time."""
+    if isinstance(texts, StreamedTexts):
+        own = islice(texts, process, None, processes)
+        while rows := list(islice(own, _TEXTS_AT_ONCE)):
+            yield {column: [row[column] for row in rows] for column in rows[0]}
+        return
+    part = texts.select(range(process, len(texts), processes))
+    for begin in range(0, len(part), _TEXTS_AT_ONCE):
+        yield part[begin : begin + _TEXTS_AT_ONCE]
+
+
 def _batches(
-    texts: Dataset, tokenizer: PreTrainedTokenizerBase, size: int
+    parts: Iterable[Mapping[str, Sequence[Any]]], tokenizer: PreTrainedTokenizerBase, size: int
 ) -> Iterator[tuple[list[int], Mapping[str, Tensor], Sequence[int], Sequence[str] | None]]:
     """Rows, tokens, labels and groups of some texts at a time, those of like length together."""
-    for begin in range(0, len(texts), _TEXTS_AT_ONCE):
-        rows = texts[begin : begin + _TEXTS_AT_ONCE]
+    seen = 0
+    for rows in parts:
         tokens = tokenizer(rows["text"], truncation=True)
         order = sorted(range(len(rows["text"])), key=lambda i: len(tokens["input_ids"][i]))
         for start in range(0, len(order), size):
@@ -171,5 +188,6 @@ def _batches(
             batch = {name: [column[i] for i in chosen] for name, column in tokens.items()}
             groups = [rows["group"][i] for i in chosen] if "group" in rows else None
             labels = [rows["label"][i] for i in chosen]
-            places = [begin + index for index in chosen]
+            places = [seen + index for index in chosen]
             yield places, tokenizer.pad(batch, return_tensors="pt"), labels, groups
+        seen += len(order)

@@ -23,6 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from transformers.utils import logging
 
 from ldam_plugins._validation import invalid
+from ldam_plugins.data.streams import StreamedRows
 from ldam_plugins.data.training_labels import TrainingLabels
 from ldam_plugins.integrations.transformers.mixup import FeatureMixup
 from ldam_plugins.integrations.transformers.update_watch import UpdateWatch
@@ -279,8 +280,11 @@ def users_sampler(loader: Any) -> Any:
 def prefers_rows(sampler: Any) -> bool:
     """Whether a sampler may draw some rows more often than others.
 
-    Those of the hosts order or group the rows and treat all alike, but for two of torch.
+    Those of the hosts order or group the rows and treat all alike, but for two of torch, and so
+    does that of a stream.
     """
+    if isinstance(sampler, StreamedRows):
+        return False
     host = type(sampler).__module__.partition(".")[0] in ("torch", "accelerate", "transformers")
     return not host or isinstance(sampler, SubsetRandomSampler | WeightedRandomSampler)
 

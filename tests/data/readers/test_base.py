@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
+from importlib.util import find_spec
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from ldam_plugins.data.images import LabelledImages
+from ldam_plugins.data.images import LabelledImages, load_images
+from ldam_plugins.data.readers import base
 from ldam_plugins.data.readers.base import FileSource, decode_image
 
 
@@ -61,7 +65,7 @@ def test_transparency_of_one_colour_of_a_palette(tmp_path):
         ]
 
 
-@pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tif", "avif"])
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tif", "avif", "heic"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_photographs_are_upright(kind, orientation, tmp_path):
     """Each orientation, drawn by hand: where the two marked corners of a photograph are seen."""
@@ -80,8 +84,11 @@ def test_photographs_are_upright(kind, orientation, tmp_path):
     }
     exif = Image.Exif()
     exif[0x0112] = orientation
+    base._formats()  # Pillow knows HEIF from then on
     file = tmp_path / f"a.{kind}"
-    Image.fromarray(np.ascontiguousarray(undone[orientation])).save(file, exif=exif, quality=95)
+    Image.fromarray(np.ascontiguousarray(undone[orientation])).save(
+        file, exif=exif.tobytes(), quality=95
+    )
     decoded = np.asarray(decode_image(str(file))).astype(int)
     assert decoded.shape == pixels.shape
     assert np.abs(decoded - pixels).mean() < 5
@@ -93,6 +100,27 @@ def test_the_first_frame_is_taken(kind, tmp_path):
     frames[0].save(tmp_path / f"a.{kind}", save_all=True, append_images=frames[1:])
     red = np.asarray(decode_image(str(tmp_path / f"a.{kind}"))).astype(int)
     assert np.abs(red - (255, 0, 0)).max() < 6
+
+
+def test_telephone_photographs_need_a_package_that_the_error_names(tmp_path, monkeypatch):
+    file = tmp_path / "cat" / "IMG_1.HEIC"
+    file.parent.mkdir()
+    base._formats()  # Pillow knows HEIF from then on
+    Image.new("RGB", (32, 24), "red").save(file, format="HEIF", quality=100)
+    (tmp_path / "dog").mkdir()
+    Image.new("RGB", (32, 24), "blue").save(tmp_path / "dog" / "b.hif.jpg")
+    (tmp_path / "renamed.jpg").write_bytes(file.read_bytes())
+    red = np.asarray(decode_image(str(file))).astype(int)
+    assert red.shape == (24, 32, 3)
+    assert np.abs(red - (255, 0, 0)).max() < 8
+    found = find_spec
+    monkeypatch.setattr(base, "find_spec", lambda name: None if "heif" in name else found(name))
+    monkeypatch.setattr(base, "_formats", lambda: base._FORMATS)
+    for source in (str(tmp_path / "renamed.jpg"), io.BytesIO(file.read_bytes())):
+        with pytest.raises(ValueError, match=r"HEIC or HEIF: `pip install pillow-heif`"):
+            decode_image(source)
+    with pytest.raises(ValueError, match=r"1 of the 2 images are HEIC.*IMG_1\.HEIC.*pillow-heif"):
+        load_images(tmp_path, test_split=0.5)
 
 
 def test_two_photographs_in_one_file(tmp_path):

@@ -59,7 +59,7 @@ def test_classes_of_folders_are_numbered_as_in_timms_reader(tmp_path):
 
 
 def no_image(root):
-    write(root / "train" / "dog" / "IMG_1.HEIC", "")
+    write(root / "train" / "dog" / "IMG_1.mov", "")
     write(root / "val" / "dog" / "0.png", png("test", 0))
     return {"dataset": root}
 
@@ -193,6 +193,19 @@ def test_files_as_the_web_leaves_them_are_images(tmp_path):
     assert notes.left_out["files that are no images by name"] == 2
 
 
+def test_images_beside_the_class_folders_are_counted(tmp_path):
+    for name in ("ant", "bee"):
+        for row in range(3):
+            write(tmp_path / name / f"{row}.png", png("train", row))
+    write(tmp_path / "loose.png", png("train", 0))
+    write(tmp_path / ".hidden.png", png("train", 0))
+    notes = DataNotes()
+    train, test = load_images(tmp_path, test_split=0.5, notes=notes)
+    assert len(train) + len(test) == 6
+    assert notes.left_out == {"images beside the folders of classes": 1}
+    assert any("'loose.png'" in said for said in notes.said)
+
+
 def test_texts_in_class_folders(tmp_path):
     for split, count in (("train", 3), ("test", 2)):
         for name in ("neg", "pos"):
@@ -212,7 +225,7 @@ def test_texts_in_class_folders(tmp_path):
 
 
 BAD = {
-    "no image at all": (no_image, r"train/dog holds no image .*There is 1 \.heic; convert HEIC"),
+    "no image at all": (no_image, r"train/dog holds no image .*There is 1 \.mov\."),
     "flat": (flat, r"`test_split` must be given: .*class folders only.*--test_split 0\.2"),
     "flat, named": (then(flat, test_split="test"), "`test_split` must be given: .*got 'test'"),
     "boxes": (boxes, "train looks like a data set for object detection"),

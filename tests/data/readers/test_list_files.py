@@ -60,6 +60,58 @@ def test_a_name_of_a_list_is_first_of_all_what_it_says(name, tmp_path):
     assert train.describe(0) == str(tmp_path / "train" / name)
 
 
+WORDS = ("ant", "bee", "cat")
+TABLES = {
+    "comma": ("image,label\n", "{path},{label}\n"),
+    "semicolon": ("path;class\n", "{path};{label}\n"),
+    "tab": ("filename\tlabel\n", "{path}\t{label}\n"),
+    "further columns": ("id,file,label,size\n", "{row},{path},{label},{row}.5\n"),
+    "quotes": ('"image","label"\n', '"{path}","{label}"\n'),
+    "label first": ("label,image\n", "{label},{path}\n"),
+}
+
+
+@pytest.mark.parametrize("form", TABLES)
+@pytest.mark.parametrize("labels", ["words", "numbers"])
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".txt"])
+def test_a_list_may_be_a_table(form, labels, suffix, tmp_path):
+    lists(tmp_path)
+    given = {"dataset": tmp_path}
+    for split, folder, rows in (("train", "train", TRAIN), ("test", "val", TEST)):
+        text, line = TABLES[form]
+        for row, label in enumerate(rows):
+            path, word = f"{folder}/{WORDS[label]}/{row}.png", WORDS[label]
+            text += line.format(path=path, row=row, label=word if labels == "words" else label)
+        given[f"{split}_list"] = write(tmp_path / f"{split}_table{suffix}", text)
+    train, test = load_images(**given)
+    assert train.class_names == (WORDS if labels == "words" else ("0", "1", "2"))
+    assert (train.labels.tolist(), test.labels.tolist()) == (list(TRAIN), list(TEST))
+    assert train.describe(3) == str(tmp_path / "train" / "bee" / "3.png")
+    assert train.find_corrupt() == test.find_corrupt() == []
+
+
+def test_labels_that_are_words_need_no_header(tmp_path):
+    given = lists(tmp_path)
+    for split, folder, rows in (("train", "train", TRAIN), ("test", "val", TEST)):
+        lines = [f"{folder}/{WORDS[c]}/{row}.png,{WORDS[c]}\n" for row, c in enumerate(rows)]
+        write(tmp_path / f"{split}.txt", "".join(lines))
+    train, test = load_images(**given)
+    assert train.class_names == test.class_names == WORDS
+    assert (train.labels.tolist(), test.labels.tolist()) == (list(TRAIN), list(TEST))
+
+
+def test_a_list_in_another_encoding_names_the_option_that_reads_it(tmp_path):
+    given = lists(tmp_path)
+    write(tmp_path / "train" / "bee" / "caf\xe9.png", png("train", 3))
+    for text in ("train/bee/caf\xe9.png 0\n", "image,label\ntrain/bee/caf\xe9.png,0\n"):
+        for name in ("train.txt", "test.txt"):
+            write(tmp_path / name, text.encode("cp1252"))
+        with pytest.raises(ValueError, match=r"--encoding cp1252"):
+            load_images(**given)
+        train, _ = load_images(**given, encoding="cp1252")
+        assert train.describe(0).endswith("caf\xe9.png")
+
+
 def edit_list(text: str, name: str = "train.txt"):
     def build(root):
         given = lists(root)
@@ -109,7 +161,11 @@ BAD = {
     ),
     "path out in quotes": (edit_list("'/../x.png' 0"), "line 1: .*leads out of"),
     "labels twice": (edit_list("train/ant/0.png 0 0"), "no file 'train/ant/0.png 0'"),
-    "a table's titles": (edit_list("path,label\n" + LINE), "line 1: must be a path and a label"),
+    "titles of other columns": (
+        edit_list("path,label\n" + LINE),
+        "train.txt cannot be read|names images",
+    ),
+    "table beside a list": (edit_list("path,label\ntrain/ant/0.png,0\n"), "`image_column` must be"),
     "path out": (edit_list(LINE + "../x.png 0"), "line 2: path '../x.png' leads out of"),
     "path out and in": (edit_list("train/../../a/b.png 0"), "leads out of"),
     "path missing": (edit_list("train/ant/9.png 0"), "line 1: there is no file 'train/ant/9.png'"),

@@ -517,3 +517,35 @@ def test_existing_text_layouts_keep_their_order(tmp_path):
     assert train["label"][:] == test["label"][:] == frame["label"].tolist()
     assert train.features["label"].names == ["0", "1", "2"]
     assert np.array_equal(train["text"][:], TEXTS)
+
+
+def test_columns_of_one_name_are_told(tmp_path):
+    file = write(tmp_path / "a.csv", "text,label,label\na,x,1\nb,y,2\nc,x,1\nd,y,2\n")
+    train, _, notes = told(load_texts, file, **HALF)
+    assert train.features["label"].names == ["x", "y"]
+    assert any("several columns of one name" in said and "label.1" in said for said in notes.said)
+    train, _ = load_texts(file, label_column="label.1", **HALF)
+    assert train.features["label"].names == ["1", "2"]
+
+
+def test_long_ids_stay_apart(tmp_path):
+    ids = ["12345678901234567890", "12345678901234567891"]
+    text = "".join(f"t{row},{ids[row % 2]}\n" for row in range(6))
+    train, _ = load_texts(write(tmp_path / "a.csv", f"text,label\n{text}"), **HALF)
+    assert train.features["label"].names == ids
+
+
+@pytest.mark.parametrize("asked", [None, "data"])
+def test_values_inside_others_are_no_texts(asked, tmp_path):
+    rows = [{"data": {"text": f"t{row}"}, "label": row % 2} for row in range(6)]
+    file = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match="text_column"):
+        load_texts(file, text_column=asked, **HALF)
+
+
+def test_infinite_labels_are_told(tmp_path):
+    text = "".join(
+        f'{{"text": "t{row}", "label": {"Infinity" if row % 2 else 1}}}\n' for row in range(6)
+    )
+    with pytest.raises(ValueError, match="label \\(inf\\)"):
+        load_texts(write(tmp_path / "a.jsonl", text), **HALF)

@@ -81,6 +81,27 @@ def test_resuming_goes_on_to_the_bit(alone, ranks):
             assert resumed["seen"] == straight["seen"][-len(resumed["seen"]) :]
 
 
+def test_a_stream_is_shared_and_resumed_like_any_data(alone, ranks):
+    one = alone["stream", None]
+    epochs = [one["seen"][start : start + 37] for start in (0, 37, 74)]
+    assert all(sorted(epoch) == list(range(3, 40)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    both = [rank["stream", None] for rank in ranks]
+    for number, epoch in enumerate(epochs):
+        turns = [found["seen"][24 * number : 24 * (number + 1)] for found in both]
+        in_turn = [*turns[0][:12], *turns[1][:12], *turns[0][12:], *turns[1][12:]]
+        assert in_turn[:37] == epoch  # the last 11 fill up the batches
+    for found in (one, *both):
+        apart = (found["parameters"] - one["parameters"]).norm()
+        assert apart <= 1e-6 * one["parameters"].norm()
+        assert found["error"] == one["error"]
+    for rank in (alone, *ranks):
+        straight, resumed = rank["stream", None], rank["stream", 3]
+        assert resumed["seen"] == straight["seen"][-len(resumed["seen"]) :]
+        assert len(resumed["seen"]) <= len(straight["seen"]) / 2
+        assert torch.equal(resumed["parameters"], straight["parameters"])
+
+
 def test_a_loss_used_otherwise_than_several_processes_need_is_refused(alone, ranks):
     assert alone["refused"] == ["", "", ""]
     for rank in ranks:
