@@ -68,6 +68,7 @@ if TYPE_CHECKING:  # what needs torch is imported where it is used: --help is to
 LR_SCHEDULERS = ("cosine", "multistep", "step", "poly", "tanh", "constant")
 CROP_MODES = ("center", "squash", "border")
 PRESETS = Path(__file__).parent / "presets"
+FROZEN = ("backbone",)
 LOSS_OPTIONS = {"max_margin", "scale", "gamma", "tau"}
 """Options of single losses; those that the loss of a run does not take must be left out."""
 RESUME: dict[str, bool | str] = {"no": False, "yes": True, "auto": "auto"}
@@ -84,7 +85,8 @@ GROUPS = {
         *("profile", "ratio", "class_order", "rare_classes", "rare_fraction"),
     ),
     "model": (
-        *("model", "pretrained", "head", "scale", "image_size", "lora_rank", "lora_alpha"),
+        *("model", "pretrained", "head", "scale", "image_size"),
+        *("freeze", "lora_rank", "lora_alpha", "layer_decay"),
         *("max_length", "vocab_size", "embedding_size", "hidden_size", "embedding_dropout"),
         *("attention_dropout", "fast_dropout"),
     ),
@@ -122,6 +124,7 @@ class CoreOptions:
     """
 
     BUNDLED_MODEL: ClassVar[str] = ""
+    TO_PRETRAIN: ClassVar[str] = ""
     LIMITS: ClassVar[dict[str, Limits]] = {
         "ratio": {"low": 1},
         "subset_seed": SEED,
@@ -134,6 +137,9 @@ class CoreOptions:
         "batch_size": COUNT,
         "accumulation": COUNT,
         "lr": POSITIVE,
+        "lora_rank": COUNT_OR_0,
+        "lora_alpha": COUNT,
+        "layer_decay": {"low": 0, "high": 1, "low_open": True},
         "many": COUNT_OR_0,
         "few": COUNT_OR_0,
         "seed": SEED,
@@ -212,6 +218,19 @@ class CoreOptions:
     batch_size: int = option(0, "samples a process and micro-batch")
     accumulation: int = option(1, "micro-batches an optimizer step")
     lr: float = option(0.0, "learning rate")
+    freeze: str | None = option(
+        None,
+        "backbone: train the classifier alone; pretrained layers keep their weights and statistics "
+        "[train everything]",
+        choices=FROZEN,
+    )
+    lora_rank: int = option(0, "train low-rank adapters of this rank and the head; 0: everything")
+    lora_alpha: int = option(16, "scale of the adapters, divided by the rank")
+    layer_decay: float | None = option(
+        None,
+        "factor of the learning rate from each layer to the one before it; the head has --lr "
+        "[all the same]",
+    )
     many: int = option(MANY_ABOVE, "classes with more training samples are the many of the results")
     few: int = option(FEW_BELOW, "classes with fewer training samples are the few of the results")
     seed: int = option(0, "seed of the training")
@@ -277,6 +296,7 @@ class CoreOptions:
             raise invalid("few", f"<= many + 1 = {self.many + 1}", self.few, hint=hint)
         self._check_start()
         self._check_selection()
+        self._check_trained_part()
 
     def _read_splits(self) -> None:
         """Take shares for numbers, and see whether a split file holds something out."""
@@ -313,6 +333,33 @@ class CoreOptions:
             expected = "left out where the last epoch is the result"
             hint = f"Say by what an epoch is better: --select {METRICS[0]}."
             raise invalid("patience", expected, self.patience, hint=hint)
+
+    @property
+    def is_pretrained(self) -> bool:
+        """Whether the model begins from weights that were trained before."""
+        return True
+
+    def _check_trained_part(self) -> None:
+        """Refuse two ways to train a part of the model, or either on weights drawn at random."""
+        parts = [name for name in ("freeze", "lora_rank", "layer_decay") if getattr(self, name)]
+        if len(parts) > 1:
+            first, second = parts[:2]
+            raise invalid(second, f"left out beside --{first}", getattr(self, second))
+        for name in {"freeze", "lora_rank"} & set(parts):
+            if self.model is not None and not self.is_pretrained:
+                hint = f"Of a {self.model} that begins at random only the classifier would learn."
+                expected = "left out for a model that is not pretrained"
+                raise invalid(name, expected, getattr(self, name), hint=f"{hint}{self.TO_PRETRAIN}")
+
+    def trained_part(self) -> str:
+        """What is trained of the model, for the header, if that is not all of it alike."""
+        if self.freeze is not None:
+            return ", the classifier alone is trained"
+        if self.lora_rank:
+            return f", the classifier and adapters of rank {self.lora_rank} are trained"
+        if self.layer_decay is not None:
+            return f", learning rate times {self.layer_decay:g} from layer to layer"
+        return ""
 
     def make_selection(self, steps_per_epoch: int) -> SelectionRule | None:
         """How the epoch that is the result is selected; None if it is the last one."""
@@ -417,7 +464,8 @@ class VisionOptions(CoreOptions):
     dataset: str = option("digits", "folder, table, hub id, or digits")
     model: str = option(
         None,
-        "what timm.create_model takes: resnet18.a1_in1k, hf-hub:..., local-dir:...; or "
+        "what timm.create_model takes: resnet18.a1_in1k, hf-hub:..., local-dir:...; a folder or "
+        "hub id of transformers, with a slash: google/vit-base-patch16-224, ./folder; or "
         "efficientnet_lite0_imagenet, pretrained, in a package [that one, if it is installed]",
     )
     epochs: int = option(None, "epochs of training [200; pretrained: 10]")
@@ -475,12 +523,31 @@ class VisionOptions(CoreOptions):
     )
 
     BUNDLED_MODEL: ClassVar[str] = "efficientnet_lite0_imagenet"
+    TO_PRETRAIN: ClassVar[str] = " Add --pretrained."
+
+    @property
+    def is_pretrained(self) -> bool:
+        """Whether the model begins from weights that were trained before."""
+        return self.pretrained or self.model in BUNDLED or self.is_of_transformers
+
+    @property
+    def is_of_transformers(self) -> bool:
+        """Whether the model is one of transformers: its name has a slash, and no prefix."""
+        return self.model is not None and "/" in self.model and ":" not in self.model
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("crop_pct", "crop_mode"):
+            if self.is_of_transformers and getattr(self, name) is not None:
+                hint = "How its images are cropped is said by the image processor it comes with."
+                expected = "left out for a model of transformers"
+                raise invalid(name, expected, getattr(self, name), hint=hint)
 
     def model_defaults(self) -> dict[str, Any]:
         """Those of a model from scratch, of a pretrained one, or of that in the package."""
         if self.model is None:
             return {"model": installed(self.BUNDLED_MODEL)}
-        if self.pretrained or self.model in BUNDLED:
+        if self.is_pretrained:
             lr = 5e-4 if self.model in BUNDLED else 1e-4
             kind = {"opt": "adamw", "lr": lr, "weight_decay": 0.05}
             return {"epochs": 10, "batch_size": 32, **kind}
@@ -505,8 +572,6 @@ class TextOptions(CoreOptions):
         "hidden_size": COUNT,
         "embedding_dropout": SHARE_BELOW_1,
         "attention_dropout": SHARE_BELOW_1,
-        "lora_rank": COUNT_OR_0,
-        "lora_alpha": COUNT,
         "weight_decay": NOT_NEGATIVE,
         "warmup": SHARE_BELOW_1,
         "clip_grad": NOT_NEGATIVE,
@@ -536,8 +601,6 @@ class TextOptions(CoreOptions):
     hidden_size: int = option(64, "length of a bilstm's state in each direction")
     embedding_dropout: float = option(0.5, "dropout of a bilstm's embeddings")
     attention_dropout: float | None = option(None, "dropout of attention [the model's own]")
-    lora_rank: int = option(0, "train low-rank adapters of this rank and the head; 0: everything")
-    lora_alpha: int = option(16, "scale of the adapters, divided by the rank")
     weight_decay: float = option(None, "decoupled weight decay [bilstm: 0, others: 0.01]")
     warmup: float = option(
         None, "share of the training with a rising learning rate [bilstm: 0.05, others: 0.1]"
@@ -549,6 +612,12 @@ class TextOptions(CoreOptions):
     fast_dropout: bool = option(True, "draw dropout from fewer random bits on a CPU")
 
     BUNDLED_MODEL: ClassVar[str] = "minilm"
+    TO_PRETRAIN: ClassVar[str] = " Choose another --model, such as minilm."
+
+    @property
+    def is_pretrained(self) -> bool:
+        """Whether the model begins from weights that were trained before."""
+        return self.model != "bilstm"
 
     def model_defaults(self) -> dict[str, Any]:
         """Those of a BiLSTM, which begins at random, or of a pretrained transformer."""
@@ -716,7 +785,7 @@ def print_header(
     facts = {
         "data": f"{options.dataset}, {what}: {parts}",
         "classes": worded_classes(counts),
-        "model": f"{options.model}, head {options.head}",
+        "model": f"{options.model}, head {options.head}{options.trained_part()}",
         "training": f"loss {options.loss}, schedule {schedule}, {options.epochs} epochs, batch "
         f"size {options.batch_size}, learning rate {options.lr:g}",
         **({"unless told": ", ".join(options.by_model)} if options.by_model else {}),

@@ -21,6 +21,7 @@ if __name__ == "__main__":  # --help and a misspelt flag are answered before tor
 
 import math
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -65,13 +66,14 @@ from ldam_plugins import (
 )
 from ldam_plugins.data.notes import DataNotes
 from ldam_plugins.data.texts import load_texts, subsample_classes, text_examples, texts_of_classes
-from ldam_plugins.heads import cosine_heads, find_head
+from ldam_plugins.heads import cosine_heads, find_head, freeze_backbone
 from ldam_plugins.heads.choice import put_head
 from ldam_plugins.integrations.transformers.bilstm import (
     BiLSTMConfig,
     BiLSTMForSequenceClassification,
 )
 from ldam_plugins.integrations.transformers.fast_attention import use_fast_dropout
+from ldam_plugins.integrations.transformers.layer_decay import LayerDecayTrainer
 from ldam_plugins.integrations.transformers.run_callbacks import (
     CheckpointCallback,
     HistoryCallback,
@@ -335,6 +337,7 @@ def make_model(
         if options.attention_dropout is not None:
             expected = "None for a bilstm, which has no attention"
             raise invalid("attention_dropout", expected, options.attention_dropout)
+        new: set[str] = set()
         tokenizer, model = make_bilstm(options, train, labels)
     else:
         folder = pretrained_source(options.model)
@@ -343,7 +346,7 @@ def make_model(
         except OSError as error:
             expected = "bilstm, minilm, a folder with a model, or a hub id that can be reached"
             raise invalid("model", expected, options.model) from error
-        model = AutoModelForSequenceClassification.from_pretrained(
+        model, loaded = AutoModelForSequenceClassification.from_pretrained(
             folder,
             **labels,
             **attention_options(options, folder),
@@ -351,13 +354,17 @@ def make_model(
             trust_remote_code=False,
             dtype=torch.float32,
             ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
+        new = {*loaded["missing_keys"], *(name for name, *_ in loaded["mismatched_keys"])}
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
             model.config.pad_token_id = tokenizer.pad_token_id
     # Saved with the tokenizer, so that `truncation=True` cuts texts as in training.
     tokenizer.model_max_length = min(options.max_length, tokenizer.model_max_length)
     put_head(model, criterion, options.head, scale=options.scale)
+    if options.freeze is not None:
+        freeze_backbone(model, new=new)
     return tokenizer, add_adapters(options, model) if options.lora_rank else model
 
 
@@ -497,10 +504,13 @@ def make_trainer(
     eval_set: Dataset | None,
     callbacks: list[TrainerCallback],
 ) -> Trainer:
-    """A stock Trainer; the callbacks bring the loss, the schedule and the history."""
+    """A Trainer; the callbacks bring the loss, the schedule and the history."""
     if options.fast_dropout and arguments.device.type == "cpu":
         use_fast_dropout(model)
-    trainer = Trainer(
+    kind: Any = Trainer
+    if options.layer_decay is not None:
+        kind = partial(LayerDecayTrainer, layer_decay=options.layer_decay)
+    trainer: Trainer = kind(
         model=model,
         args=arguments,
         train_dataset=train_set,
