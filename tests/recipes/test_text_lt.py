@@ -20,6 +20,8 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
+    RobertaConfig,
+    RobertaModel,
     Trainer,
 )
 from untouchable import without_test_set
@@ -393,6 +395,61 @@ def test_adapters_train_the_head_in_full_and_few_other_weights(folder, bert):
     assert len(heads) == 1
     assert "modules_to_save" in heads.pop()
     assert all("lora_" in name for name in trained if "classifier" not in name)
+
+
+def changed_by(out, folder):
+    """Tensors of the saved model that are not those it began from, by the names of both."""
+    left, right = (load_file(f"{path}/model.safetensors") for path in (out / "model", folder))
+    return {name for name in left if name not in right or not left[name].equal(right[name])}
+
+
+@pytest.mark.parametrize("head", ["auto", "linear"])
+@pytest.mark.filterwarnings("ignore:loss .* on a linear head")
+def test_a_frozen_backbone_is_left_as_it_was(run, bert, head):
+    _, out = run("--model", bert, "--freeze", "backbone", "--head", head)
+    assert changed_by(out, bert) == {"classifier.weight", "classifier.bias"}
+    _, free = run("--model", bert, "--head", head, out="free")
+    assert "bert.pooler.dense.weight" in changed_by(free, bert)
+
+
+def test_layers_that_were_not_pretrained_are_trained_with_the_head(run, bert, folder, tmp_path):
+    """As between RoBERTa and its logits; what is frozen draws no dropout."""
+    tokenizer = AutoTokenizer.from_pretrained(bert)
+    tokenizer.save_pretrained(tmp_path / "roberta")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = RobertaConfig(vocab_size=len(tokenizer), intermediate_size=16, **sizes)
+    RobertaModel(config).save_pretrained(tmp_path / "roberta")
+    flags = ["--model", tmp_path / "roberta", "--freeze", "backbone", "--epochs", 1, "--start", 0]
+    flags = ["--dataset", folder, "--output_dir", tmp_path, *flags]
+    parsed = recipe_options.parse_options(text_lt.TextOptions, [*map(str, flags)], default="")
+    train, _, counts = text_lt.load_data(parsed)
+    _, model = text_lt.make_model(parsed, train, parsed.make_loss(counts))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    dense = {"classifier.dense.weight", "classifier.dense.bias"}
+    assert trained == {*dense, "classifier.out_proj.weight"}
+    model.train()
+    assert not any(part.training for part in model.roberta.modules())
+    assert (model.classifier.dropout.training, model.training) == (True, True)
+
+
+def test_layers_are_trained_at_rates_of_their_own(run, bert):
+    flags = ["--model", bert, "--epochs", 3, "--lr_schedule", "linear", "--eval_test_every", 1]
+    undisturbed, whole = run(*flags, "--layer_decay", 0.5, out="whole")
+    with interrupted_at(Trainer, "predict"):
+        run(*flags, "--layer_decay", 0.5, out="broken")
+    resumed, broken = run(*flags, "--layer_decay", 0.5, "--resume", out="broken")
+    assert resumed["test"] == undisturbed["test"]
+    rates = [float(row["lr"]) for row in rows_of(whole)]
+    assert rates == [float(row["lr"]) for row in rows_of(broken)]
+    plain, _ = run(*flags, out="plain")
+    assert rates == [float(row["lr"]) for row in rows_of(whole.parent / "plain")]
+    assert plain["test"]["nll"] != undisturbed["test"]["nll"]
+
+
+@pytest.mark.parametrize("part", [("--freeze", "backbone"), ("--lora_rank", "2")])
+def test_a_bilstm_that_begins_at_random_is_trained_whole(part):
+    with pytest.raises(ValueError, match=rf"`{part[0][2:]}` must be left out .*such as minilm"):
+        recipe_options.parse_options(text_lt.TextOptions, [*TINY, *part], default="stdlib_lt")
 
 
 def test_minilm_is_in_its_package():
