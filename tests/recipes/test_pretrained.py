@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from forked import run_forked
 from hf_images import image_folder
 from interruptions import interrupted_at
+from options import TextOptions, parse_options
 from paths import RECIPES
 from safetensors.torch import load_file
 from timm.models import save_for_hf
@@ -210,6 +211,18 @@ def test_which_library_a_name_is_of(name, is_of_transformers):
     assert options.is_of_transformers is is_of_transformers or name is None
     if is_of_transformers:
         assert (options.is_pretrained, options.opt, options.lr) == (True, "adamw", 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "rate"),
+    [((), 1e-4), (("--freeze", "backbone"), 5e-3), (("--lora_rank", 4), 3e-4)],
+    ids=str,
+)
+def test_the_rate_unless_told_is_that_of_what_is_trained(flags, rate):
+    assert parsed("--dataset", "digits", "--model", "./folder", *flags).lr == rate
+    texts = ["--dataset", "stdlib_docstrings", "--model", "./folder", *map(str, flags)]
+    options = parse_options(TextOptions, texts, default="")
+    assert options.lr == (5e-5 if rate == 1e-4 else rate)
 
 
 RUNS = {
