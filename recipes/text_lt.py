@@ -20,6 +20,7 @@ if __name__ == "__main__":  # --help and a misspelt flag are answered before tor
     options = command_line(TextOptions, default="stdlib_lt")
 
 import math
+from collections.abc import Collection
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
@@ -365,7 +366,7 @@ def make_model(
     put_head(model, criterion, options.head, scale=options.scale)
     if options.freeze is not None:
         freeze_backbone(model, new=new)
-    return tokenizer, add_adapters(options, model) if options.lora_rank else model
+    return tokenizer, add_adapters(options, model, new) if options.lora_rank else model
 
 
 def attention_options(options: TextOptions, folder: str) -> dict[str, float]:
@@ -400,16 +401,22 @@ def make_bilstm(
     return tokenizer, BiLSTMForSequenceClassification(config)
 
 
-def add_adapters(options: TextOptions, model: PreTrainedModel) -> PreTrainedModel:
-    """Low-rank adapters on the linear layers; beside them the head alone is trained, in full."""
+def add_adapters(
+    options: TextOptions, model: PreTrainedModel, new: Collection[str] = ()
+) -> PreTrainedModel:
+    """Low-rank adapters on the linear layers; the head is trained in full.
+
+    So are the layers of the parameters ``new``, which were not pretrained.
+    """
     from peft import LoraConfig, TaskType, get_peft_model
 
+    layers = [*find_head(model), *(name.rpartition(".")[0] for name in sorted(new))]
     adapters = LoraConfig(
         task_type=TaskType.SEQ_CLS,
         r=options.lora_rank,
         lora_alpha=options.lora_alpha,
         target_modules="all-linear",
-        modules_to_save=list(find_head(model)),
+        modules_to_save=list(dict.fromkeys(layers)),
     )
     return get_peft_model(model, adapters)
 

@@ -11,6 +11,7 @@ import options as recipe_options
 import pytest
 import text_lt
 import torch
+import transformers
 from datasets import ClassLabel, Dataset, Features, Value
 from interruptions import interrupted_at
 from safetensors.torch import load_file
@@ -20,8 +21,6 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
-    RobertaConfig,
-    RobertaModel,
     Trainer,
 )
 from untouchable import without_test_set
@@ -412,24 +411,50 @@ def test_a_frozen_backbone_is_left_as_it_was(run, bert, head):
     assert "bert.pooler.dense.weight" in changed_by(free, bert)
 
 
-def test_layers_that_were_not_pretrained_are_trained_with_the_head(run, bert, folder, tmp_path):
+@pytest.fixture
+def headless(bert, folder, tmp_path):
+    """``headless(kind, *flags)``: the model made of one saved without layers of its classifier."""
+
+    def make(kind, *flags):
+        path = tmp_path / kind
+        tokenizer = AutoTokenizer.from_pretrained(bert)
+        tokenizer.save_pretrained(path)
+        if kind == "DistilBert":
+            sizes = {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 16}
+        else:
+            sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+            sizes["intermediate_size"] = 16
+        config = getattr(transformers, f"{kind}Config")(vocab_size=len(tokenizer), **sizes)
+        getattr(transformers, f"{kind}Model")(config).save_pretrained(path)
+        words = ["--dataset", folder, "--output_dir", tmp_path, "--model", path, *flags]
+        parsed = recipe_options.parse_options(text_lt.TextOptions, [*map(str, words)], default="")
+        train, _, counts = text_lt.load_data(parsed)
+        return text_lt.make_model(parsed, train, parsed.make_loss(counts))[1]
+
+    return make
+
+
+def test_layers_that_were_not_pretrained_are_trained_with_the_head(headless):
     """As between RoBERTa and its logits; what is frozen draws no dropout."""
-    tokenizer = AutoTokenizer.from_pretrained(bert)
-    tokenizer.save_pretrained(tmp_path / "roberta")
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = RobertaConfig(vocab_size=len(tokenizer), intermediate_size=16, **sizes)
-    RobertaModel(config).save_pretrained(tmp_path / "roberta")
-    flags = ["--model", tmp_path / "roberta", "--freeze", "backbone", "--epochs", 1, "--start", 0]
-    flags = ["--dataset", folder, "--output_dir", tmp_path, *flags]
-    parsed = recipe_options.parse_options(text_lt.TextOptions, [*map(str, flags)], default="")
-    train, _, counts = text_lt.load_data(parsed)
-    _, model = text_lt.make_model(parsed, train, parsed.make_loss(counts))
+    model = headless("Roberta", "--freeze", "backbone").train()
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     dense = {"classifier.dense.weight", "classifier.dense.bias"}
     assert trained == {*dense, "classifier.out_proj.weight"}
-    model.train()
     assert not any(part.training for part in model.roberta.modules())
     assert (model.classifier.dropout.training, model.training) == (True, True)
+
+
+@pytest.mark.filterwarnings(PEFT_WARNING)
+@pytest.mark.parametrize(
+    ("kind", "layer"), [("Roberta", "classifier.dense"), ("DistilBert", "pre_classifier")]
+)
+def test_adapters_are_not_put_on_layers_that_were_not_pretrained(headless, kind, layer):
+    model = headless(kind, "--lora_rank", 2)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert f"base_model.model.{layer}.modules_to_save.default.weight" in trained
+    assert not any("lora_" in name for name in trained if "layer." not in name)
+    assert any("lora_" in name for name in trained)
+    assert len(cosine_heads(model.merge_and_unload())) == 1
 
 
 def test_layers_are_trained_at_rates_of_their_own(run, bert):
