@@ -69,6 +69,9 @@ if TYPE_CHECKING:  # what needs torch is imported where it is used: --help is to
 LR_SCHEDULERS = ("cosine", "multistep", "step", "poly", "tanh", "constant")
 CROP_MODES = ("center", "squash", "border")
 PRESETS = Path(__file__).parent / "presets"
+FROZEN = ("backbone",)
+FROZEN_LR, ADAPTERS_LR = 5e-3, 3e-4
+"""Learning rates of a classifier on a frozen backbone, and of adapters."""
 LOSS_OPTIONS = {"max_margin", "scale", "gamma", "tau"}
 """Options of single losses; those that the loss of a run does not take must be left out."""
 NOT_STREAMED = {
@@ -97,7 +100,8 @@ GROUPS = {
         *("profile", "ratio", "class_order", "rare_classes", "rare_fraction"),
     ),
     "model": (
-        *("model", "pretrained", "head", "scale", "image_size", "lora_rank", "lora_alpha"),
+        *("model", "pretrained", "head", "scale", "image_size"),
+        *("freeze", "lora_rank", "lora_alpha", "layer_decay"),
         *("max_length", "vocab_size", "embedding_size", "hidden_size", "embedding_dropout"),
         *("attention_dropout", "fast_dropout"),
     ),
@@ -135,6 +139,7 @@ class CoreOptions:
     """
 
     BUNDLED_MODEL: ClassVar[str] = ""
+    TO_PRETRAIN: ClassVar[str] = ""
     LIMITS: ClassVar[dict[str, Limits]] = {
         "ratio": {"low": 1},
         "subset_seed": SEED,
@@ -147,6 +152,9 @@ class CoreOptions:
         "batch_size": COUNT,
         "accumulation": COUNT,
         "lr": POSITIVE,
+        "lora_rank": COUNT_OR_0,
+        "lora_alpha": COUNT,
+        "layer_decay": {"low": 0, "high": 1, "low_open": True},
         "many": COUNT_OR_0,
         "few": COUNT_OR_0,
         "seed": SEED,
@@ -239,6 +247,19 @@ class CoreOptions:
     batch_size: int = option(0, "samples a process and micro-batch")
     accumulation: int = option(1, "micro-batches an optimizer step")
     lr: float = option(0.0, "learning rate")
+    freeze: str | None = option(
+        None,
+        "backbone: train the classifier alone; pretrained layers keep their weights and statistics "
+        "[train everything]",
+        choices=FROZEN,
+    )
+    lora_rank: int = option(0, "train low-rank adapters of this rank and the head; 0: everything")
+    lora_alpha: int = option(16, "scale of the adapters, divided by the rank")
+    layer_decay: float | None = option(
+        None,
+        "factor of the learning rate from each layer to the one before it; the head has --lr "
+        "[all the same]",
+    )
     many: int = option(MANY_ABOVE, "classes with more training samples are the many of the results")
     few: int = option(FEW_BELOW, "classes with fewer training samples are the few of the results")
     seed: int = option(0, "seed of the training")
@@ -305,6 +326,7 @@ class CoreOptions:
         self._check_start()
         self._check_selection()
         self._check_stream()
+        self._check_trained_part()
 
     def _read_splits(self) -> None:
         """Take shares for numbers, and see whether a split file holds something out."""
@@ -369,6 +391,33 @@ class CoreOptions:
     def given_counts(self) -> list[int] | dict[str, int] | None:
         """The training samples of each class that --class_counts gives; None: none are given."""
         return read_class_counts(self.class_counts) if self.class_counts else None
+
+    @property
+    def is_pretrained(self) -> bool:
+        """Whether the model begins from weights that were trained before."""
+        return True
+
+    def _check_trained_part(self) -> None:
+        """Refuse two ways to train a part of the model, or either on weights drawn at random."""
+        parts = [name for name in ("freeze", "lora_rank", "layer_decay") if getattr(self, name)]
+        if len(parts) > 1:
+            first, second = parts[:2]
+            raise invalid(second, f"left out beside --{first}", getattr(self, second))
+        for name in {"freeze", "lora_rank"} & set(parts):
+            if self.model is not None and not self.is_pretrained:
+                hint = f"Of a {self.model} that begins at random only the classifier would learn."
+                expected = "left out for a model that is not pretrained"
+                raise invalid(name, expected, getattr(self, name), hint=f"{hint}{self.TO_PRETRAIN}")
+
+    def trained_part(self) -> str:
+        """What is trained of the model, for the header, if that is not all of it alike."""
+        if self.freeze is not None:
+            return ", the classifier alone is trained"
+        if self.lora_rank:
+            return f", the classifier and adapters of rank {self.lora_rank} are trained"
+        if self.layer_decay is not None:
+            return f", learning rate times {self.layer_decay:g} from layer to layer"
+        return ""
 
     def make_selection(self, steps_per_epoch: int) -> SelectionRule | None:
         """How the epoch that is the result is selected; None if it is the last one."""
@@ -473,13 +522,16 @@ class VisionOptions(CoreOptions):
     dataset: str = option("digits", "folder, table, hub id, or digits")
     model: str = option(
         None,
-        "what timm.create_model takes: resnet18.a1_in1k, hf-hub:..., local-dir:...; or "
+        "what timm.create_model takes: resnet18.a1_in1k, hf-hub:..., local-dir:...; a folder or "
+        "hub id of transformers, with a slash: google/vit-base-patch16-224, ./folder; or "
         "efficientnet_lite0_imagenet, pretrained, in a package [that one, if it is installed]",
     )
     epochs: int = option(None, "epochs of training [200; pretrained: 10]")
     batch_size: int = option(None, "images a process and micro-batch [128; pretrained: 32]")
     lr: float = option(
-        None, "learning rate [0.1; pretrained: 1e-4, efficientnet_lite0_imagenet: 5e-4]"
+        None,
+        "learning rate [0.1; pretrained: 1e-4, efficientnet_lite0_imagenet: 5e-4, adapters: 3e-4, "
+        "frozen backbone: 5e-3]",
     )
     output_dir: str = option("runs/vision_lt", "folder of the run")
     image_column: str | None = option(
@@ -531,13 +583,33 @@ class VisionOptions(CoreOptions):
     )
 
     BUNDLED_MODEL: ClassVar[str] = "efficientnet_lite0_imagenet"
+    TO_PRETRAIN: ClassVar[str] = " Add --pretrained."
+
+    @property
+    def is_pretrained(self) -> bool:
+        """Whether the model begins from weights that were trained before."""
+        return self.pretrained or self.model in BUNDLED or self.is_of_transformers
+
+    @property
+    def is_of_transformers(self) -> bool:
+        """Whether the model is one of transformers: its name has a slash, and no prefix."""
+        return self.model is not None and "/" in self.model and ":" not in self.model
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("crop_pct", "crop_mode"):
+            if self.is_of_transformers and getattr(self, name) is not None:
+                hint = "How its images are cropped is said by the image processor it comes with."
+                expected = "left out for a model of transformers"
+                raise invalid(name, expected, getattr(self, name), hint=hint)
 
     def model_defaults(self) -> dict[str, Any]:
         """Those of a model from scratch, of a pretrained one, or of that in the package."""
         if self.model is None:
             return {"model": installed(self.BUNDLED_MODEL)}
-        if self.pretrained or self.model in BUNDLED:
+        if self.is_pretrained:
             lr = 5e-4 if self.model in BUNDLED else 1e-4
+            lr = FROZEN_LR if self.freeze else ADAPTERS_LR if self.lora_rank else lr
             kind = {"opt": "adamw", "lr": lr, "weight_decay": 0.05}
             return {"epochs": 10, "batch_size": 32, **kind}
         return {"epochs": 200, "batch_size": 128, "opt": "sgd", "lr": 0.1, "weight_decay": 2e-4}
@@ -561,8 +633,6 @@ class TextOptions(CoreOptions):
         "hidden_size": COUNT,
         "embedding_dropout": SHARE_BELOW_1,
         "attention_dropout": SHARE_BELOW_1,
-        "lora_rank": COUNT_OR_0,
-        "lora_alpha": COUNT,
         "weight_decay": NOT_NEGATIVE,
         "warmup": SHARE_BELOW_1,
         "clip_grad": NOT_NEGATIVE,
@@ -578,7 +648,9 @@ class TextOptions(CoreOptions):
     epochs: int = option(None, "epochs of training [bilstm: 10, minilm: 6, others: 4]")
     batch_size: int = option(32, "texts a process and micro-batch")
     lr: float = option(
-        None, "learning rate of Adam [bilstm: 3e-3, minilm: 2e-4, others: 5e-5, adapters: 3e-4]"
+        None,
+        "learning rate of Adam [bilstm: 3e-3, minilm: 2e-4, others: 5e-5, adapters: 3e-4, frozen "
+        "backbone: 5e-3]",
     )
     output_dir: str = option("runs/text_lt", "folder of the run")
     shuffle_buffer: int = option(
@@ -595,8 +667,6 @@ class TextOptions(CoreOptions):
     hidden_size: int = option(64, "length of a bilstm's state in each direction")
     embedding_dropout: float = option(0.5, "dropout of a bilstm's embeddings")
     attention_dropout: float | None = option(None, "dropout of attention [the model's own]")
-    lora_rank: int = option(0, "train low-rank adapters of this rank and the head; 0: everything")
-    lora_alpha: int = option(16, "scale of the adapters, divided by the rank")
     weight_decay: float = option(None, "decoupled weight decay [bilstm: 0, others: 0.01]")
     warmup: float = option(
         None, "share of the training with a rising learning rate [bilstm: 0.05, others: 0.1]"
@@ -608,6 +678,12 @@ class TextOptions(CoreOptions):
     fast_dropout: bool = option(True, "draw dropout from fewer random bits on a CPU")
 
     BUNDLED_MODEL: ClassVar[str] = "minilm"
+    TO_PRETRAIN: ClassVar[str] = " Choose another --model, such as minilm."
+
+    @property
+    def is_pretrained(self) -> bool:
+        """Whether the model begins from weights that were trained before."""
+        return self.model != "bilstm"
 
     def model_defaults(self) -> dict[str, Any]:
         """Those of a BiLSTM, which begins at random, or of a pretrained transformer."""
@@ -616,7 +692,8 @@ class TextOptions(CoreOptions):
         if self.model == "bilstm":
             return {"epochs": 10, "lr": 3e-3, "weight_decay": 0.0, "warmup": 0.05}
         small = self.model in BUNDLED
-        lr = 3e-4 if self.lora_rank else 2e-4 if small else 5e-5
+        lr = 2e-4 if small else 5e-5
+        lr = FROZEN_LR if self.freeze else ADAPTERS_LR if self.lora_rank else lr
         return {"epochs": 6 if small else 4, "lr": lr, "weight_decay": 0.01, "warmup": 0.1}
 
     def tied_to_length(self) -> str | None:
@@ -775,7 +852,7 @@ def print_header(
     facts = {
         "data": f"{options.dataset}, {what}: {parts}",
         "classes": worded_classes(counts),
-        "model": f"{options.model}, head {options.head}",
+        "model": f"{options.model}, head {options.head}{options.trained_part()}",
         "training": f"loss {options.loss}, schedule {schedule}, {options.epochs} epochs, batch "
         f"size {options.batch_size}, learning rate {options.lr:g}",
         **({"unless told": ", ".join(options.by_model)} if options.by_model else {}),

@@ -20,7 +20,9 @@ if __name__ == "__main__":  # --help and a misspelt flag are answered before tor
     options = command_line(TextOptions, default="stdlib_lt")
 
 import math
+from collections.abc import Collection
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -66,13 +68,14 @@ from ldam_plugins import (
 from ldam_plugins.data.notes import DataNotes
 from ldam_plugins.data.streams import stream_texts
 from ldam_plugins.data.texts import load_texts, subsample_classes, text_examples, texts_of_classes
-from ldam_plugins.heads import cosine_heads, find_head
+from ldam_plugins.heads import cosine_heads, find_head, freeze_backbone
 from ldam_plugins.heads.choice import put_head
 from ldam_plugins.integrations.transformers.bilstm import (
     BiLSTMConfig,
     BiLSTMForSequenceClassification,
 )
 from ldam_plugins.integrations.transformers.fast_attention import use_fast_dropout
+from ldam_plugins.integrations.transformers.layer_decay import LayerDecayTrainer
 from ldam_plugins.integrations.transformers.run_callbacks import (
     CheckpointCallback,
     HistoryCallback,
@@ -109,6 +112,10 @@ from ldam_plugins.training.selection import SelectionRule
 
 # Names of the dropout of attention in the configurations of transformers.
 ATTENTION_DROPOUTS = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")
+
+
+class LayerDecayStreamingTrainer(LayerDecayTrainer, StreamingTrainer):
+    """A Trainer of streamed texts with a learning rate for each depth of the model."""
 
 
 @folders_held()
@@ -385,6 +392,7 @@ def make_model(
         if options.attention_dropout is not None:
             expected = "None for a bilstm, which has no attention"
             raise invalid("attention_dropout", expected, options.attention_dropout)
+        new: set[str] = set()
         tokenizer, model = make_bilstm(options, train, labels)
     else:
         folder = pretrained_source(options.model)
@@ -393,7 +401,7 @@ def make_model(
         except OSError as error:
             expected = "bilstm, minilm, a folder with a model, or a hub id that can be reached"
             raise invalid("model", expected, options.model) from error
-        model = AutoModelForSequenceClassification.from_pretrained(
+        model, loaded = AutoModelForSequenceClassification.from_pretrained(
             folder,
             **labels,
             **attention_options(options, folder),
@@ -401,14 +409,18 @@ def make_model(
             trust_remote_code=False,
             dtype=torch.float32,
             ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
+        new = {*loaded["missing_keys"], *(name for name, *_ in loaded["mismatched_keys"])}
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
             model.config.pad_token_id = tokenizer.pad_token_id
     # Saved with the tokenizer, so that `truncation=True` cuts texts as in training.
     tokenizer.model_max_length = min(options.max_length, tokenizer.model_max_length)
     put_head(model, criterion, options.head, scale=options.scale)
-    return tokenizer, add_adapters(options, model) if options.lora_rank else model
+    if options.freeze is not None:
+        freeze_backbone(model, new=new)
+    return tokenizer, add_adapters(options, model, new) if options.lora_rank else model
 
 
 def attention_options(options: TextOptions, folder: str) -> dict[str, float]:
@@ -442,16 +454,22 @@ def make_bilstm(
     return tokenizer, BiLSTMForSequenceClassification(config)
 
 
-def add_adapters(options: TextOptions, model: PreTrainedModel) -> PreTrainedModel:
-    """Low-rank adapters on the linear layers; beside them the head alone is trained, in full."""
+def add_adapters(
+    options: TextOptions, model: PreTrainedModel, new: Collection[str] = ()
+) -> PreTrainedModel:
+    """Low-rank adapters on the linear layers; the head is trained in full.
+
+    So are the layers of the parameters ``new``, which were not pretrained.
+    """
     from peft import LoraConfig, TaskType, get_peft_model
 
+    layers = [*find_head(model), *(name.rpartition(".")[0] for name in sorted(new))]
     adapters = LoraConfig(
         task_type=TaskType.SEQ_CLS,
         r=options.lora_rank,
         lora_alpha=options.lora_alpha,
         target_modules="all-linear",
-        modules_to_save=list(find_head(model)),
+        modules_to_save=list(dict.fromkeys(layers)),
     )
     return get_peft_model(model, adapters)
 
@@ -549,11 +567,14 @@ def make_trainer(
     eval_set: Dataset | None,
     callbacks: list[TrainerCallback],
 ) -> Trainer:
-    """A stock Trainer; the callbacks bring the loss, the schedule and the history."""
+    """A Trainer; the callbacks bring the loss, the schedule and the history."""
     if options.fast_dropout and arguments.device.type == "cpu":
         use_fast_dropout(model)
-    kind = StreamingTrainer if options.streaming else Trainer
-    trainer = kind(
+    kind: Any = StreamingTrainer if options.streaming else Trainer
+    if options.layer_decay is not None:
+        kind = LayerDecayStreamingTrainer if options.streaming else LayerDecayTrainer
+        kind = partial(kind, layer_decay=options.layer_decay)
+    trainer: Trainer = kind(
         model=model,
         args=arguments,
         train_dataset=train_set,

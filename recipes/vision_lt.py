@@ -1,4 +1,4 @@
-"""Train a timm model on long-tailed images with LDAM-DRW, or any loss and schedule beside it.
+"""Train an image classifier of timm or transformers with LDAM-DRW, or any loss and schedule.
 
     python recipes/vision_lt.py                         # digits, under two minutes
     python recipes/vision_lt.py cifar10_lt              # the paper's run
@@ -19,7 +19,7 @@ if __name__ == "__main__":  # --help and a misspelt flag are answered before tor
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from inspect import signature
 from pathlib import Path
@@ -52,18 +52,16 @@ from ldam_plugins.data import LabelledImages, load_images, long_tail_indices
 from ldam_plugins.data.in_memory import InMemoryImages
 from ldam_plugins.data.notes import DataNotes
 from ldam_plugins.data.streams import StreamedImages, StreamedRows, stream_images
+from ldam_plugins.heads import freeze_backbone
 from ldam_plugins.heads.choice import put_head, wants_cosine_head, warn_of_linear_head
+from ldam_plugins.integrations.timm.adapters import add_adapters, merged
 from ldam_plugins.integrations.timm.images import (
     ImagePipeline,
     image_loader,
     on_device,
     transformed,
 )
-from ldam_plugins.integrations.timm.models import (
-    BUNDLED_MODELS,
-    check_trains_on,
-    create_classifier,
-)
+from ldam_plugins.integrations.timm.models import check_trains_on, create_classifier
 from ldam_plugins.integrations.timm.saved_model import load_model, save_model
 from ldam_plugins.kernels.batch_norm import use_fast_batch_norm
 from ldam_plugins.losses import apply_stage, warn_of_combination
@@ -142,6 +140,9 @@ def main(options: VisionOptions) -> dict[str, Any]:
         batch_size=options.batch_size,
         fills_batches=accelerator.num_processes > 1 or mixes(options),
     )
+    if options.lora_rank:
+        size = pipeline.config["input_size"]
+        model = add_adapters(model, options.lora_rank, options.lora_alpha, size)
     train_set, *eval_sets = pipeline.datasets(
         train,
         *watched.values(),
@@ -154,14 +155,7 @@ def main(options: VisionOptions) -> dict[str, Any]:
             accelerator, options, model, criterion, pipeline, train_set, parts, notes
         )
         if accelerator.is_main_process:
-            save_model(
-                model,
-                model_folder(options),
-                class_names=train.class_names,
-                data_config=pipeline.config,
-                title=Path(options.output_dir).name,
-                pretrained=options.model if is_pretrained(options) else None,
-            )
+            leave_model(options, merged(model), pipeline, train.class_names)
         workers = 0 if isinstance(train_set, InMemoryImages) else options.workers
         held_out: dict[str, Any] = {} if selection is None else {"selection": selection}
         if validation is not None:
@@ -283,7 +277,7 @@ def fit(
             bar.step()
         row = {
             "epoch": epoch,
-            "lr": optimizer.param_groups[0]["lr"],
+            "lr": max(group["lr"] for group in optimizer.param_groups),
             "stage": stage,
             "train_loss": total.item() / steps,
             "seconds": time.perf_counter() - began,
@@ -320,10 +314,15 @@ def measure(
     images: LabelledImages,
     workers: int,
 ) -> dict[str, Any]:
-    """Metrics of the saved model on some images, used as anyone does who has timm only."""
+    """Metrics of the saved model on some images, used as anyone does who has its library only."""
     accelerator.free_memory()
     accelerator.wait_for_everyone()
-    model, transform = load_model(model_folder(options))
+    if options.is_of_transformers:
+        from ldam_plugins.integrations.transformers.images import load_image_classifier
+
+        model, transform = load_image_classifier(model_folder(options))
+    else:
+        model, transform = load_model(model_folder(options))
     loader = image_loader(
         transformed(images, transform), workers=workers, batch_size=4 * options.batch_size
     )
@@ -337,6 +336,24 @@ def measure(
         groups=images.groups,
         detailed=True,
         examples=None if options.streaming else images.examples().names,
+    )
+
+
+def leave_model(
+    options: VisionOptions, model: Any, pipeline: ImagePipeline, class_names: Sequence[str]
+) -> None:
+    """Write the model for the loaders of its own library."""
+    folder, title = model_folder(options), Path(options.output_dir).name
+    if options.is_of_transformers:
+        model.save(folder, title=title, pretrained=options.model)
+        return
+    save_model(
+        model,
+        folder,
+        class_names=class_names,
+        data_config=pipeline.config,
+        title=title,
+        pretrained=options.model if options.is_pretrained else None,
     )
 
 
@@ -510,20 +527,28 @@ def refuse_corrupt(images: LabelledImages, show: bool) -> None:
 
 
 def make_model(options: VisionOptions, criterion: ClassificationLoss) -> nn.Module:
-    """The timm model with a head for the classes, of the kind asked for."""
-    model = create_classifier(
-        options.model,
-        criterion.class_counts,
-        image_size=options.image_size,
-        pretrained=options.pretrained,
-    )
+    """The model with a head for the classes, of the kind asked for."""
+    model: nn.Module
+    if options.is_of_transformers:  # whose import takes seconds
+        from transformers.utils.logging import disable_progress_bar
+
+        from ldam_plugins.integrations.transformers.images import create_image_classifier
+
+        disable_progress_bar()
+        model = create_image_classifier(
+            options.model, criterion.class_counts, image_size=options.image_size
+        )
+    else:
+        model = create_classifier(
+            options.model,
+            criterion.class_counts,
+            image_size=options.image_size,
+            pretrained=options.pretrained,
+        )
     model = put_head(model, criterion, options.head, scale=options.scale)
+    if options.freeze is not None:
+        freeze_backbone(model)
     return model.to(memory_format=torch.channels_last)
-
-
-def is_pretrained(options: VisionOptions) -> bool:
-    """Whether the weights are not those of a random start."""
-    return options.pretrained or options.model in BUNDLED_MODELS
 
 
 def make_pipeline(options: VisionOptions, model: nn.Module) -> ImagePipeline:
@@ -605,6 +630,7 @@ def make_optimizer(
         weight_decay=options.weight_decay,
         momentum=options.momentum,
         filter_bias_and_bn=False,
+        layer_decay=options.layer_decay,
         **({"fused": True} if fused else {}),
     )
     scheduler, _ = create_scheduler_v2(

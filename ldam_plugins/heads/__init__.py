@@ -3,6 +3,7 @@
 from ldam_plugins.heads.cosine import use_cosine_head
 from ldam_plugins.heads.finder import find_head
 from ldam_plugins.heads.folding import fold_cosine_head, folded_state_dict
+from ldam_plugins.heads.freezing import freeze_backbone
 from ldam_plugins.heads.guard import check_heads
 from ldam_plugins.heads.layers import CosineConv2d, CosineLinear, cosine_heads
 
@@ -14,5 +15,6 @@ __all__ = [
     "find_head",
     "fold_cosine_head",
     "folded_state_dict",
+    "freeze_backbone",
     "use_cosine_head",
 ]

@@ -264,7 +264,9 @@ def _images(record: Mapping[str, Any] | None) -> dict[str, str]:
     details = ", ".join(f"{name} {value}" for name, value in rest)
     config = record["evaluation"]
     size = " x ".join(map(str, config["input_size"]))
-    crop = f"{config['crop_mode']} crop {config['crop_pct']:g}, {config['interpolation']}"
+    crop = f"{config['interpolation']}, cropped by {config.get('processor')}"
+    if config["crop_pct"] is not None:
+        crop = f"{config['crop_mode']} crop {config['crop_pct']:g}, {config['interpolation']}"
     return {"augmentation": f"{kind[1]} ({details})", "evaluated images": f"{size}, {crop}"}
 
 

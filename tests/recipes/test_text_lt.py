@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import text_lt
 import torch
+import transformers
 from datasets import ClassLabel, Dataset, Features, Value
 from interruptions import interrupted_at
 from safetensors.torch import load_file
@@ -401,6 +402,87 @@ def test_adapters_train_the_head_in_full_and_few_other_weights(folder, bert):
     assert len(heads) == 1
     assert "modules_to_save" in heads.pop()
     assert all("lora_" in name for name in trained if "classifier" not in name)
+
+
+def changed_by(out, folder):
+    """Tensors of the saved model that are not those it began from, by the names of both."""
+    left, right = (load_file(f"{path}/model.safetensors") for path in (out / "model", folder))
+    return {name for name in left if name not in right or not left[name].equal(right[name])}
+
+
+@pytest.mark.parametrize("head", ["auto", "linear"])
+@pytest.mark.filterwarnings("ignore:loss .* on a linear head")
+def test_a_frozen_backbone_is_left_as_it_was(run, bert, head):
+    _, out = run("--model", bert, "--freeze", "backbone", "--head", head)
+    assert changed_by(out, bert) == {"classifier.weight", "classifier.bias"}
+    _, free = run("--model", bert, "--head", head, out="free")
+    assert "bert.pooler.dense.weight" in changed_by(free, bert)
+
+
+@pytest.fixture
+def headless(bert, folder, tmp_path):
+    """``headless(kind, *flags)``: the model made of one saved without layers of its classifier."""
+
+    def make(kind, *flags):
+        path = tmp_path / kind
+        tokenizer = AutoTokenizer.from_pretrained(bert)
+        tokenizer.save_pretrained(path)
+        if kind == "DistilBert":
+            sizes = {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 16}
+        else:
+            sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+            sizes["intermediate_size"] = 16
+        config = getattr(transformers, f"{kind}Config")(vocab_size=len(tokenizer), **sizes)
+        getattr(transformers, f"{kind}Model")(config).save_pretrained(path)
+        words = ["--dataset", folder, "--output_dir", tmp_path, "--model", path, *flags]
+        parsed = recipe_options.parse_options(text_lt.TextOptions, [*map(str, words)], default="")
+        train, _, counts = text_lt.load_data(parsed)
+        return text_lt.make_model(parsed, train, parsed.make_loss(counts))[1]
+
+    return make
+
+
+def test_layers_that_were_not_pretrained_are_trained_with_the_head(headless):
+    """As between RoBERTa and its logits; what is frozen draws no dropout."""
+    model = headless("Roberta", "--freeze", "backbone").train()
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    dense = {"classifier.dense.weight", "classifier.dense.bias"}
+    assert trained == {*dense, "classifier.out_proj.weight"}
+    assert not any(part.training for part in model.roberta.modules())
+    assert (model.classifier.dropout.training, model.training) == (True, True)
+
+
+@pytest.mark.filterwarnings(PEFT_WARNING)
+@pytest.mark.parametrize(
+    ("kind", "layer"), [("Roberta", "classifier.dense"), ("DistilBert", "pre_classifier")]
+)
+def test_adapters_are_not_put_on_layers_that_were_not_pretrained(headless, kind, layer):
+    model = headless(kind, "--lora_rank", 2)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert f"base_model.model.{layer}.modules_to_save.default.weight" in trained
+    assert not any("lora_" in name for name in trained if "layer." not in name)
+    assert any("lora_" in name for name in trained)
+    assert len(cosine_heads(model.merge_and_unload())) == 1
+
+
+def test_layers_are_trained_at_rates_of_their_own(run, bert):
+    flags = ["--model", bert, "--epochs", 3, "--lr_schedule", "linear", "--eval_test_every", 1]
+    undisturbed, whole = run(*flags, "--layer_decay", 0.5, out="whole")
+    with interrupted_at(Trainer, "predict"):
+        run(*flags, "--layer_decay", 0.5, out="broken")
+    resumed, broken = run(*flags, "--layer_decay", 0.5, "--resume", out="broken")
+    assert resumed["test"] == undisturbed["test"]
+    rates = [float(row["lr"]) for row in rows_of(whole)]
+    assert rates == [float(row["lr"]) for row in rows_of(broken)]
+    plain, _ = run(*flags, out="plain")
+    assert rates == [float(row["lr"]) for row in rows_of(whole.parent / "plain")]
+    assert plain["test"]["nll"] != undisturbed["test"]["nll"]
+
+
+@pytest.mark.parametrize("part", [("--freeze", "backbone"), ("--lora_rank", "2")])
+def test_a_bilstm_that_begins_at_random_is_trained_whole(part):
+    with pytest.raises(ValueError, match=rf"`{part[0][2:]}` must be left out .*such as minilm"):
+        recipe_options.parse_options(text_lt.TextOptions, [*TINY, *part], default="stdlib_lt")
 
 
 def test_minilm_is_in_its_package():

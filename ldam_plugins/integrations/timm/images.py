@@ -38,12 +38,15 @@ class ImagePipeline:
             ``"timm"``: timm cuts random parts of them and jitters their colours, image by image.
         padding: Border of the random crop of ``"crop_flip"``, in pixels.
         hflip: Probability of a horizontal flip.
+        pixels: What resizes and crops images that are not augmented, in place of timm: an image to
+            the uint8 tensor of its pixels. That of a model which brings its own.
     """
 
     config: Mapping[str, Any]
     augmentation: str
     padding: int = 4
     hflip: float = 0.5
+    pixels: Callable[[Any], Tensor] | None = None
 
     @classmethod
     def of_model(
@@ -57,7 +60,7 @@ class ImagePipeline:
         padding: int = 4,
         hflip: float = 0.5,
     ) -> ImagePipeline:
-        """The pipeline of a model of timm.
+        """The pipeline of a model of timm, or of one that has ``pixels`` and timm's config.
 
         Args:
             model: The model; its own config says what is not given.
@@ -80,7 +83,7 @@ class ImagePipeline:
         augmentation = choose_augmentation(augmentation, config["input_size"])
         if augmentation == "crop_flip" and crop_pct is None:
             config["crop_pct"] = 1.0
-        return cls(config, augmentation, padding, hflip)
+        return cls(config, augmentation, padding, hflip, getattr(model, "pixels", None))
 
     def datasets(
         self,
@@ -101,7 +104,7 @@ class ImagePipeline:
                 are more, or a set is streamed, none is held.
             progress: Show a progress bar.
         """
-        plain = create_transform(**self.config, normalize=False)
+        plain = self.pixels or create_transform(**self.config, normalize=False)
         others = [transformed(images, plain) for images in evaluated]
         if self.augmentation == "timm":
             augment = create_transform(
@@ -134,7 +137,10 @@ class ImagePipeline:
         """What was done to the images, for ``metrics.json``."""
         own = {"padding": self.padding} if self.augmentation == "crop_flip" else {}
         augmentation = {"kind": self.augmentation, "hflip": self.hflip, **own}
-        return {"augmentation": augmentation, "evaluation": dict(self.config)}
+        evaluation = dict(self.config)
+        if self.pixels is not None:
+            evaluation |= {"crop_pct": None, "crop_mode": None, "processor": repr(self.pixels)}
+        return {"augmentation": augmentation, "evaluation": evaluation}
 
 
 def choose_augmentation(augmentation: str, input_size: tuple[int, ...]) -> str:

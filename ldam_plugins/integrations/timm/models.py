@@ -78,8 +78,10 @@ def create_classifier(
         given = resolve_model_input_args(name, {"img_size": image_size})
         given |= {"num_classes": len(class_counts), "pretrained": pretrained}
         model = timm.create_model(**given)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (AssertionError, OSError, RuntimeError, ValueError) as error:
         expected = "a model that timm can make with these options"
+        if image_size is not None:
+            expected += f", images of {image_size} pixels a side among them"
         raise invalid("model", expected, name, hint=f"timm says: {error}") from error
     if pretrained:
         _order_classes(model, class_counts)
@@ -169,7 +171,11 @@ def check_trains_on(
     if unfit is not None:
         size = "x".join(map(str, input_size))
         expected = f"one that gives logits (N, C) in training on images of {size}"
-        hint = f"It fails: {unfit}. Choose another --model or --image_size."
+        own = getattr(model, "pretrained_cfg", {}).get("input_size", input_size)
+        told = (
+            "" if tuple(own) == tuple(input_size) else f" It was made for {own[-1]} pixels a side."
+        )
+        hint = f"It fails: {unfit}. Choose another --model or --image_size.{told}"
         raise invalid("model", expected, name, hint=hint) from unfit
     if error is not None:
         other = next(n for n in itertools.count(batch_size + 1) if samples % n != 1)

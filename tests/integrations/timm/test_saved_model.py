@@ -12,6 +12,7 @@ from timm.data import create_dataset, create_transform, resolve_data_config
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 from vision_runs import picture_folder, vision_run
 
+from ldam_plugins.choices import BUNDLED
 from ldam_plugins.data import load_images
 from ldam_plugins.integrations.timm.models import BUNDLED_MODELS
 
@@ -163,6 +164,7 @@ def test_weights_of_a_package_are_trained_on(pictures, tmp_path, monkeypatch):
     weights = tmp_path / "weights.pth"
     torch.save(timm.create_model("test_efficientnet").state_dict(), weights)
     monkeypatch.setitem(BUNDLED_MODELS, "small", ("test_efficientnet", lambda: weights))
+    monkeypatch.setitem(BUNDLED, "small", "a-package")
     flags = ["--dataset", pictures, "--model", "small", "--image_size", 32, "--workers", 0]
     vision_run(tmp_path / "run", *SHORT, *flags)
     folder = tmp_path / "run" / "model"
