@@ -9,8 +9,8 @@ rule and what came of it. What to run on them is in ``recipes/grids/small_images
 ``small_texts.yaml``.
 
 The rule. Of a source those classes count that have enough samples; ``classes`` of them are drawn
-with the seed. Class c of C gets ``n_max * ratio ** (-c / (C - 1))`` training samples (at least 4, no
-more than there are), drawn likewise; ``n_max`` is the largest at which all have no more than
+with the seed. Class c of C gets ``n_max * ratio ** (-c / (C - 1))`` training samples (at least 4,
+no more than there are), drawn likewise; ``n_max`` is the largest at which all have no more than
 ``samples`` together. Tested is on an equal number of each class, no more than 1,000 in all. Of
 GoEmotions only texts with one label are taken.
 """
