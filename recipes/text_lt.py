@@ -221,7 +221,7 @@ def save_outputs(
     """Write the metrics and the report, and print the accuracy of each class."""
     times = training_times(options.output_dir, counts.total)
     write_metrics(options.output_dir, metrics | times)
-    if measured is not None:
+    if measured is not None and not options.streaming:
         write_mistakes(options.output_dir, lambda row: measured[row]["text"], options.measured_part)
     write_report(options.output_dir)
     print_outcome(options, metrics, counts)
