@@ -95,12 +95,15 @@ PARTS = {
     "freeze": ["--freeze", "backbone"],
     "adapters": ["--lora_rank", 2, "--ema_decay", 0.5],
     "layers": ["--layer_decay", 0.7],
+    "transformers": ["--ema_decay", 0.5],
 }
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_a_resumed_run_equals_the_undisturbed_one(run, saved, part):
-    flags = [*PARTS[part], *saved(), "--image_size", 32, "--epochs", 3, "--eval_test_every", 1]
+def test_a_resumed_run_equals_the_undisturbed_one(run, saved, part, tmp_path):
+    of_transformers = part == "transformers"
+    model = ["--model", image_folder(tmp_path / "given")] if of_transformers else saved()
+    flags = [*PARTS[part], *model, "--image_size", 32, "--epochs", 3, "--eval_test_every", 1]
     whole, left = run(*flags, out="whole")
     with interrupted_at(vision_lt, "evaluate"):
         run(*flags, out="broken")
