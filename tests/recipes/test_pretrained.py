@@ -217,15 +217,15 @@ def test_which_library_a_name_is_of(name, is_of_transformers):
 
 
 @pytest.mark.parametrize(
-    ("flags", "rate"),
-    [((), 1e-4), (("--freeze", "backbone"), 5e-3), (("--lora_rank", 4), 3e-4)],
+    ("flags", "rate", "of_texts"),
+    [((), 1e-4, 5e-5), (("--freeze", "backbone"), 5e-3, 5e-3), (("--lora_rank", 4), 2e-3, 3e-4)],
     ids=str,
 )
-def test_the_rate_unless_told_is_that_of_what_is_trained(flags, rate):
+def test_the_rate_unless_told_is_that_of_what_is_trained(flags, rate, of_texts):
     assert parsed("--dataset", "digits", "--model", "./folder", *flags).lr == rate
     texts = ["--dataset", "stdlib_docstrings", "--model", "./folder", *map(str, flags)]
     options = parse_options(TextOptions, texts, default="")
-    assert options.lr == (5e-5 if rate == 1e-4 else rate)
+    assert options.lr == of_texts
 
 
 RUNS = {
