@@ -104,6 +104,9 @@ def parse(arguments: list[str] | None = None) -> tuple[FrozenOptions, CoreOption
     if not preset and "dataset" not in flag_names(rest):
         raise invalid("dataset", "given, or a preset first", None)
     own = ["--output_dir", options.output_dir, "--loss", "ce", "--schedule", "none"]
+    chosen = parse_options(kind, [*preset, *own, *rest], default="")
+    if getattr(chosen, "is_of_transformers", False):  # its image processor says how it is cropped
+        defaults = {k: v for k, v in defaults.items() if k not in ("crop_mode", "crop_pct")}
     data = parse_options(kind, [*preset, *as_flags(defaults), *own, *rest], default="")
     return options, data
 

@@ -70,8 +70,8 @@ LR_SCHEDULERS = ("cosine", "multistep", "step", "poly", "tanh", "constant")
 CROP_MODES = ("center", "squash", "border")
 PRESETS = Path(__file__).parent / "presets"
 FROZEN = ("backbone",)
-FROZEN_LR, ADAPTERS_LR = 5e-3, 3e-4
-"""Learning rates of a classifier on a frozen backbone, and of adapters."""
+FROZEN_LR = 5e-3
+"""Learning rate of a classifier on a frozen backbone."""
 LOSS_OPTIONS = {"max_margin", "scale", "gamma", "tau"}
 """Options of single losses; those that the loss of a run does not take must be left out."""
 NOT_STREAMED = {
@@ -530,7 +530,7 @@ class VisionOptions(CoreOptions):
     batch_size: int = option(None, "images a process and micro-batch [128; pretrained: 32]")
     lr: float = option(
         None,
-        "learning rate [0.1; pretrained: 1e-4, efficientnet_lite0_imagenet: 5e-4, adapters: 3e-4, "
+        "learning rate [0.1; pretrained: 1e-4, efficientnet_lite0_imagenet: 5e-4, adapters: 2e-3, "
         "frozen backbone: 5e-3]",
     )
     output_dir: str = option("runs/vision_lt", "folder of the run")
@@ -609,7 +609,7 @@ class VisionOptions(CoreOptions):
             return {"model": installed(self.BUNDLED_MODEL)}
         if self.is_pretrained:
             lr = 5e-4 if self.model in BUNDLED else 1e-4
-            lr = FROZEN_LR if self.freeze else ADAPTERS_LR if self.lora_rank else lr
+            lr = FROZEN_LR if self.freeze else 2e-3 if self.lora_rank else lr
             kind = {"opt": "adamw", "lr": lr, "weight_decay": 0.05}
             return {"epochs": 10, "batch_size": 32, **kind}
         return {"epochs": 200, "batch_size": 128, "opt": "sgd", "lr": 0.1, "weight_decay": 2e-4}
@@ -693,7 +693,7 @@ class TextOptions(CoreOptions):
             return {"epochs": 10, "lr": 3e-3, "weight_decay": 0.0, "warmup": 0.05}
         small = self.model in BUNDLED
         lr = 2e-4 if small else 5e-5
-        lr = FROZEN_LR if self.freeze else ADAPTERS_LR if self.lora_rank else lr
+        lr = FROZEN_LR if self.freeze else 3e-4 if self.lora_rank else lr
         return {"epochs": 6 if small else 4, "lr": lr, "weight_decay": 0.01, "warmup": 0.1}
 
     def tied_to_length(self) -> str | None:

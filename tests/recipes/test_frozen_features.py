@@ -37,6 +37,13 @@ def test_images_of_class_folders(tmp_path):
         recipe.main(*recipe.parse(other))
 
 
+def test_images_of_a_model_of_transformers_are_cropped_by_its_processor():
+    _, data = recipe.parse(["--dataset", "digits", "--model", "./folder"])
+    assert (data.is_of_transformers, data.crop_pct, data.crop_mode) == (True, None, None)
+    _, data = recipe.parse(["--dataset", "digits", "--model", "resnet18"])
+    assert (data.crop_pct, data.crop_mode) == (1.0, "squash")
+
+
 def test_texts(tmp_path):
     train = tmp_path / "texts" / "train.csv"
     train.parent.mkdir()

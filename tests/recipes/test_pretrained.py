@@ -95,12 +95,15 @@ PARTS = {
     "freeze": ["--freeze", "backbone"],
     "adapters": ["--lora_rank", 2, "--ema_decay", 0.5],
     "layers": ["--layer_decay", 0.7],
+    "transformers": ["--ema_decay", 0.5],
 }
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_a_resumed_run_equals_the_undisturbed_one(run, saved, part):
-    flags = [*PARTS[part], *saved(), "--image_size", 32, "--epochs", 3, "--eval_test_every", 1]
+def test_a_resumed_run_equals_the_undisturbed_one(run, saved, part, tmp_path):
+    of_transformers = part == "transformers"
+    model = ["--model", image_folder(tmp_path / "given")] if of_transformers else saved()
+    flags = [*PARTS[part], *model, "--image_size", 32, "--epochs", 3, "--eval_test_every", 1]
     whole, left = run(*flags, out="whole")
     with interrupted_at(vision_lt, "evaluate"):
         run(*flags, out="broken")
@@ -214,15 +217,15 @@ def test_which_library_a_name_is_of(name, is_of_transformers):
 
 
 @pytest.mark.parametrize(
-    ("flags", "rate"),
-    [((), 1e-4), (("--freeze", "backbone"), 5e-3), (("--lora_rank", 4), 3e-4)],
+    ("flags", "rate", "of_texts"),
+    [((), 1e-4, 5e-5), (("--freeze", "backbone"), 5e-3, 5e-3), (("--lora_rank", 4), 2e-3, 3e-4)],
     ids=str,
 )
-def test_the_rate_unless_told_is_that_of_what_is_trained(flags, rate):
+def test_the_rate_unless_told_is_that_of_what_is_trained(flags, rate, of_texts):
     assert parsed("--dataset", "digits", "--model", "./folder", *flags).lr == rate
     texts = ["--dataset", "stdlib_docstrings", "--model", "./folder", *map(str, flags)]
     options = parse_options(TextOptions, texts, default="")
-    assert options.lr == (5e-5 if rate == 1e-4 else rate)
+    assert options.lr == of_texts
 
 
 RUNS = {

@@ -252,6 +252,20 @@ def test_a_model_that_timm_does_not_have_is_refused(name, message):
         create_classifier(name, ClassCounts([5, 2]))
 
 
+def test_a_size_that_a_model_cannot_be_made_for_is_told():
+    with pytest.raises(
+        ValueError, match=r"images of 100 pixels a side among them.*timm says: `pat"
+    ):
+        create_classifier("xcit_nano_12_p16_224", ClassCounts([5, 2]), image_size=100)
+    model = create_classifier("test_vit", ClassCounts([5, 2]), image_size=50)
+    with pytest.raises(ValueError, match=r"divisible by patch size.* made for 160 pixels a side"):
+        checked(model, (3, 50, 50))
+
+
+def checked(model, size):
+    check_trains_on(model, size, name="vit", samples=8, batch_size=4, fills_batches=False)
+
+
 def test_a_vision_transformer_is_made_for_the_size_of_the_images():
     model = create_classifier("vit_tiny_patch16_224", ClassCounts([5, 2]), image_size=32)
     size = ImagePipeline.of_model(model, image_size=32).config["input_size"]
