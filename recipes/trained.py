@@ -104,6 +104,7 @@ class Host:
         save: Writes the model into a folder, in the form of the host, with the names of its classes
             and a title.
         load: Loads it from there as anyone would.
+        preparation: How images become its input, for people and other programs.
     """
 
     def __init__(
@@ -114,9 +115,11 @@ class Host:
         make_loader: Callable[[Any], Any],
         save: Callable[[Path, tuple[str, ...], str], None],
         load: Callable[[Path], Any],
+        preparation: Mapping[str, Any] | None = None,
     ) -> None:
         self.model, self.class_names, self.kind = model, class_names, kind
         self.make_loader, self.save, self.load = make_loader, save, load
+        self.preparation = preparation
 
 
 def find_host(options: TrainedOptions) -> tuple[Host, Mapping[str, Any]]:
@@ -166,6 +169,7 @@ def timm_host(options: TrainedOptions, source: str) -> Host:
         make_loader,
         save,
         lambda folder: saved_model.load_model(folder)[0],
+        found.data_config,
     )
 
 
@@ -206,6 +210,7 @@ def transformers_host(options: TrainedOptions, source: str) -> Host:
         text_batches if is_text else image_batches,
         save,
         lambda folder: hf_trained_model.load_trained(folder).model,
+        None if is_text else found.processor.to_dict(),
     )
 
 
