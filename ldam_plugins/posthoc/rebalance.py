@@ -281,8 +281,8 @@ def _check_samples(
 
 def _refuse_same(features: Features, test: Features) -> None:
     """Refuse test samples of which most are among those that the choice is made on."""
-    known = {row.tobytes() for row in features.features.numpy()}
-    same = sum(row.tobytes() in known for row in test.features.numpy())
+    known = {hash(row.tobytes()) for row in features.features.numpy()}
+    same = sum(hash(row.tobytes()) in known for row in test.features.numpy())
     if same > _SAME * len(test):
         hint = "What is chosen on the test set is not measured by it: give the features of"
         hint += " held-out or training samples, and those of the test set as `test`."

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ldam_plugins.reports.class_table import ClassRow
 from ldam_plugins.reports.plots import png
@@ -75,6 +76,7 @@ def _draw_change(before: Sequence[ClassRow], after: Sequence[ClassRow], dark: bo
         ylabel="accuracy, %",
         ylim=(-4, 104),
     )
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(axis="y", linewidth=0.6)
     figure.legend(loc="outside upper right", ncols=2, fontsize=9)
     return figure
