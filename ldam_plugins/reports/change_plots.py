@@ -87,14 +87,13 @@ def _draw_reliability(before: Mapping[str, Any], after: Mapping[str, Any], dark:
     for axis, title, bins in zip(
         figure.subplots(1, 2, sharey=True), ("before", "after"), (before, after), strict=True
     ):
-        rows = zip(bins["confidence"], bins["accuracy"], bins["samples"], strict=True)
+        rows = zip(bins["confidence"], bins["accuracy"], bins["share"], strict=True)
         known = [row for row in rows if row[2]]
-        total = sum(row[2] for row in known)
         axis.plot([0, 100], [0, 100], "--", color=ink(dark), linewidth=1)
         axis.scatter(
             [100 * row[0] for row in known],
             [100 * row[1] for row in known],
-            s=[20 + 400 * row[2] / total for row in known],
+            s=[20 + 400 * row[2] for row in known],
             color=CURVE[dark],
             alpha=0.8,
         )

@@ -50,7 +50,7 @@ def test_the_page_says_what_was_measured(tmp_path):
     assert row.after.startswith(f"{after:.2f} %")
     assert row.difference == points(list(done.differences["balanced_accuracy"]))
     assert row.difference.startswith(f"{after - before:+.1f} (")
-    ece = rows["calibration error (ece)"]
+    ece = rows["calibration error (ece), target mix"]
     assert ece.after.startswith(f"{done.after['calibration']['ece']:.4f} (")
     plain = re.sub("<[^>]*>", " ", page)
     for text in (row.before, row.after, row.difference):
