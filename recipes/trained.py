@@ -199,8 +199,7 @@ def transformers_host(options: TrainedOptions, source: str) -> Host:
         return DataLoader(tokens, options.batch_size, collate_fn=DataCollatorWithPadding(tokenizer))
 
     def save(folder: Path, class_names: tuple[str, ...], title: str) -> None:
-        found.model.save_pretrained(folder)
-        found.processor.save_pretrained(folder)
+        found.save(folder, title=title, source=options.model)
 
     is_text = found.kind == hf_trained_model.TEXTS
     return Host(

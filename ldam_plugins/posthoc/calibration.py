@@ -16,7 +16,7 @@ from ldam_plugins.metrics import ECE_BINS
 from ldam_plugins.metrics.intervals import REPLICATES, generator
 from ldam_plugins.posthoc.features import Features
 from ldam_plugins.posthoc.linear_head import HeadState, LinearHead, fold_to_fit
-from ldam_plugins.posthoc.methods import best_temperature, even_weights
+from ldam_plugins.posthoc.methods import best_temperature, class_weights
 
 PRIORS = ("features", "uniform")
 """Class shares under which probabilities are calibrated."""
@@ -74,7 +74,7 @@ def fit_temperature(
         head: Dotted names of the heads, where `find_head` does not find the right ones.
 
     Returns:
-        T, and the calibration error before and after, on the same samples.
+        T, and the calibration error before and after, on the same samples and under that prior.
 
     Raises:
         TypeError: the head does not hold its weights as floats.
@@ -96,17 +96,22 @@ def fit_temperature(
     with state.restored_on_error():
         linear = LinearHead.of_model(model, fold_to_fit(model, features), head)
         logits = linear.logits(features.features)
-        weights = even_weights(labels)
-        if prior == "features":
+        classes = logits.shape[1]
+        even = torch.full((classes,), 1 / classes, dtype=torch.float64)
+        shares = even if prior == "uniform" else None
+        weights = class_weights(labels, even)
+        if shares is None:
             weights = torch.full_like(weights, 1 / len(labels))
         temperature = best_temperature(logits, labels, weights)
-        before = calibration_error(logits, labels)
+        before = calibration_error(logits, labels, prior=shares)
         linear.write(linear.weight / temperature, linear.bias / temperature)
-        after = calibration_error(linear.logits(features.features), labels)
+        after = calibration_error(linear.logits(features.features), labels, prior=shares)
     return Calibrated(temperature, before, after, state)
 
 
-def calibration_error(logits: Tensor, labels: Tensor, *, intervals: bool = True) -> dict[str, Any]:
+def calibration_error(
+    logits: Tensor, labels: Tensor, *, prior: Tensor | None = None, intervals: bool = True
+) -> dict[str, Any]:
     """How far confidence and accuracy are apart, of ``logits`` (N, C) and ``labels`` (N,).
 
     * ``nll``: mean cross-entropy, in nats.
@@ -117,11 +122,14 @@ def calibration_error(logits: Tensor, labels: Tensor, *, intervals: bool = True)
     * ``intervals``: of the three, 95 %, by name, from a bootstrap of the samples, moved by its
       bias: a calibration error is a sum of absolute values, so other samples would make it larger.
     * ``bins``: of the largest probability: ``confidence`` and ``accuracy`` (means, None in an empty
-      bin) and ``samples``, for a plot.
+      bin), ``share`` of all weights, and ``samples``, for a plot.
 
     Args:
         logits: Floating.
         labels: Class indices.
+        prior: Class shares (C,) that the samples are weighted to; a class without a sample is left
+            out. Probabilities are right under one mix of classes only. Default: every sample weighs
+            the same.
         intervals: Whether to give intervals.
 
     Raises:
@@ -141,9 +149,13 @@ def calibration_error(logits: Tensor, labels: Tensor, *, intervals: bool = True)
     correct = (predicted == truth).astype(float)
     rest, bins = top - correct, _bin(top)
     classes = logits.shape[1]
-    weights = np.full((1, len(truth)), 1 / len(truth))
+    each = np.full(len(truth), 1 / len(truth))
+    if prior is not None:
+        each = class_weights(labels, prior).numpy()
+    weights = each[None]
     if intervals:
-        weights = np.concatenate([weights, _drawn(len(truth), classes, nll)])
+        groups = np.zeros_like(truth) if prior is None else truth
+        weights = np.concatenate([weights, _drawn(groups, classes, nll) * each])
     measures = {"nll": weights @ nll, "ece": _gap(weights, rest, bins)}
     measures["classwise_ece"] = sum(
         _gap(weights, share - (truth == index), _bin(share)) / classes
@@ -154,11 +166,12 @@ def calibration_error(logits: Tensor, labels: Tensor, *, intervals: bool = True)
         found["intervals"] = {
             name: _interval(values[1:], found[name]) for name, values in measures.items()
         }
-    sizes = np.bincount(bins, minlength=ECE_BINS)
+    shares = np.bincount(bins, weights=each, minlength=ECE_BINS)
     found["bins"] = {
-        "confidence": _means(top, bins, sizes),
-        "accuracy": _means(correct, bins, sizes),
-        "samples": sizes.tolist(),
+        "confidence": _means(top * each, bins, shares),
+        "accuracy": _means(correct * each, bins, shares),
+        "share": shares.tolist(),
+        "samples": np.bincount(bins, minlength=ECE_BINS).tolist(),
     }
     return found
 
@@ -176,13 +189,19 @@ def _gap(weights: np.ndarray, rest: np.ndarray, bins: np.ndarray) -> np.ndarray:
     return np.abs(weights @ apart).sum(axis=1)
 
 
-def _drawn(samples: int, classes: int, seed: np.ndarray) -> np.ndarray:
-    """Weights (B, N) of bootstrap samples, each row with sum 1; fewer where there is much."""
+def _drawn(groups: np.ndarray, classes: int, seed: np.ndarray) -> np.ndarray:
+    """How often each sample is in bootstrap samples (B, N), drawn within each group.
+
+    B is smaller where there is much.
+    """
+    samples = len(groups)
     size = int(np.clip(_ELEMENTS // (samples * classes * ECE_BINS), 20, REPLICATES[0]))
     rng = generator(seed)
-    return np.stack(
-        [np.bincount(rng.integers(0, samples, samples), minlength=samples) for _ in range(size)]
-    ) / float(samples)
+    found = np.zeros((size, samples))
+    for group in np.unique(groups):
+        rows = np.flatnonzero(groups == group)
+        found[:, rows] = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size)
+    return found
 
 
 def _interval(drawn: np.ndarray, value: float) -> list[float]:

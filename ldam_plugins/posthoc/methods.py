@@ -137,10 +137,20 @@ def toward(target: Tensor) -> Tensor:
     return target.log() - math.log(1 / len(target))
 
 
+def class_weights(labels: Tensor, prior: Tensor) -> Tensor:
+    """A weight a sample, float64 (N,): those of class c weigh ``prior_c`` together, the sum is 1.
+
+    Classes without a sample are left out.
+    """
+    sizes = torch.bincount(labels, minlength=len(prior)).double()
+    weights = (prior.double() / sizes.clamp_min(1))[labels]
+    return weights / weights.sum()
+
+
 def even_weights(labels: Tensor) -> Tensor:
     """A weight a sample, float64 (N,): each class that is there weighs the same, the sum is 1."""
-    counts = torch.bincount(labels)
-    return (1.0 / counts.double()[labels]) / int((counts > 0).sum())
+    classes = int(labels.max()) + 1
+    return class_weights(labels, torch.full((classes,), 1 / classes, dtype=torch.float64))
 
 
 def best_temperature(

@@ -44,6 +44,7 @@ from ldam_plugins.posthoc.methods import (
     Affine,
     Problem,
     best_temperature,
+    class_weights,
     find_method,
 )
 from ldam_plugins.posthoc.prior_estimates import implied_prior, refuse_absent
@@ -68,7 +69,7 @@ class Rebalanced:
         choice: How method or strength were chosen; None where both were given.
         measured_on: ``"test"`` or ``"cross-fitting"``.
         before: Metrics as of :func:`.long_tail_metrics` with their intervals, and ``calibration``
-            as of :func:`.calibration_error`. Of a cosine head: once folded.
+            as of :func:`.calibration_error` under the target prior. Of a cosine head: once folded.
         after: The same of the changed model.
         differences: By name of a metric (``balanced_accuracy``, ``accuracy``, ``many``, ``medium``,
             ``few``) by how much it rose, with its 95 % interval, in 0..1; the samples are paired.
@@ -227,7 +228,7 @@ def rebalance_head(
         logits, judged = _unseen(problem, method, strength, choice, folds, seed)
         temperature = 1.0
         if calibrate:
-            weights = _target_weights(labels[judged], problem.target)
+            weights = class_weights(labels[judged], problem.target)
             temperature = best_temperature(logits[judged], labels[judged], weights)
         old = problem.head
         gave_bias = False
@@ -239,7 +240,7 @@ def rebalance_head(
         else:
             before = old.logits(test.features)
             found = (before, linear.logits(test.features), test.labels, TEST)
-        measured = _measure(*found, counts)
+        measured = _measure(*found, counts, problem.target)
     if gave_bias:
         warn_of_new_bias(linear.names[0], stacklevel=3)
     return Rebalanced(
@@ -281,8 +282,8 @@ def _check_samples(
 
 def _refuse_same(features: Features, test: Features) -> None:
     """Refuse test samples of which most are among those that the choice is made on."""
-    known = {row.tobytes() for row in features.features.numpy()}
-    same = sum(row.tobytes() in known for row in test.features.numpy())
+    known = {hash(row.tobytes()) for row in features.features.numpy()}
+    same = sum(hash(row.tobytes()) in known for row in test.features.numpy())
     if same > _SAME * len(test):
         hint = "What is chosen on the test set is not measured by it: give the features of"
         hint += " held-out or training samples, and those of the test set as `test`."
@@ -400,19 +401,18 @@ def _unseen(
     return cross_fitted(problem, method, strength, fold), fold >= 0
 
 
-def _target_weights(labels: Tensor, target: Tensor) -> Tensor:
-    sizes = torch.bincount(labels, minlength=len(target)).double()
-    weights = (target / sizes.clamp_min(1))[labels]
-    return weights / weights.sum()
-
-
 def _measure(
-    before: Tensor, after: Tensor, labels: Tensor, measured_on: str, counts: ClassCounts
+    before: Tensor,
+    after: Tensor,
+    labels: Tensor,
+    measured_on: str,
+    counts: ClassCounts,
+    target: Tensor,
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Difference]]:
     found = []
     for logits in (before, after):
         metrics = long_tail_metrics(logits, labels, counts, detailed=True)
-        found.append({**metrics, "calibration": calibration_error(logits, labels)})
+        found.append({**metrics, "calibration": calibration_error(logits, labels, prior=target)})
     gain = (after.argmax(dim=1) == labels).double() - (before.argmax(dim=1) == labels).double()
     sets: dict[str, Sequence[int]] = {"balanced_accuracy": range(len(counts)), **counts.groups()}
     differences = {}

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ldam_plugins.reports.class_table import ClassRow
 from ldam_plugins.reports.plots import png
@@ -75,6 +76,7 @@ def _draw_change(before: Sequence[ClassRow], after: Sequence[ClassRow], dark: bo
         ylabel="accuracy, %",
         ylim=(-4, 104),
     )
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(axis="y", linewidth=0.6)
     figure.legend(loc="outside upper right", ncols=2, fontsize=9)
     return figure
@@ -85,14 +87,13 @@ def _draw_reliability(before: Mapping[str, Any], after: Mapping[str, Any], dark:
     for axis, title, bins in zip(
         figure.subplots(1, 2, sharey=True), ("before", "after"), (before, after), strict=True
     ):
-        rows = zip(bins["confidence"], bins["accuracy"], bins["samples"], strict=True)
+        rows = zip(bins["confidence"], bins["accuracy"], bins["share"], strict=True)
         known = [row for row in rows if row[2]]
-        total = sum(row[2] for row in known)
         axis.plot([0, 100], [0, 100], "--", color=ink(dark), linewidth=1)
         axis.scatter(
             [100 * row[0] for row in known],
             [100 * row[1] for row in known],
-            s=[20 + 400 * row[2] / total for row in known],
+            s=[20 + 400 * row[2] for row in known],
             color=CURVE[dark],
             alpha=0.8,
         )

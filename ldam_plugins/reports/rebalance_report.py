@@ -76,9 +76,9 @@ def points(difference: list[float]) -> str:
 
 def _calibration(metrics: Mapping[str, Any]) -> Iterator[MetricRow]:
     titles = {
-        "nll": "cross-entropy (nll)",
-        "ece": "calibration error (ece)",
-        "classwise_ece": "class-wise calibration error",
+        "nll": "cross-entropy (nll), target mix",
+        "ece": "calibration error (ece), target mix",
+        "classwise_ece": "class-wise calibration error, target mix",
     }
     pair = [metrics[part]["calibration"] for part in ("before", "test")]
     for name, title in titles.items():
@@ -106,7 +106,10 @@ def verdict(metrics: Mapping[str, Any]) -> list[str]:
     if "many" in done["differences"] and done["method"] != "none":
         told.append(f"The classes with many samples: {points(done['differences']['many'])} points.")
     if done["temperature"] != 1:
-        told.append(f"The logits were divided by {done['temperature']:.3g}, which calibrates them.")
+        told.append(
+            f"The logits were divided by {done['temperature']:.3g}, which fits the probabilities to"
+            " the target mix of classes."
+        )
     return told
 
 

@@ -57,6 +57,26 @@ def test_errors_are_those_of_the_metrics_and_of_a_loop():
     assert sum(apart) / 200 == pytest.approx(found["ece"], abs=1e-12)
 
 
+def test_samples_are_weighted_to_a_mix_of_classes():
+    _, features = simulated(240)
+    chosen = torch.cat([torch.arange(60), torch.arange(60, 240, 6)])  # 60, 10, 10, 10
+    logits, labels = features.logits[chosen], features.labels[chosen]
+    prior = torch.tensor([1 / 7, 2 / 7, 2 / 7, 2 / 7])
+    found = calibration_error(logits, labels, prior=prior)
+    # Twelve of each sample of the rare classes are as many.
+    repeated = torch.cat([torch.arange(60), torch.arange(60, 90).repeat(12)])
+    expected = calibration_error(logits[repeated], labels[repeated])
+    for name in ("nll", "ece", "classwise_ece"):
+        assert found[name] == pytest.approx(expected[name], abs=1e-12)
+        low, high = found["intervals"][name]
+        assert low <= found[name] <= high
+    for name in ("confidence", "accuracy", "share"):
+        known = [value for value in expected["bins"][name] if value is not None]
+        values = [value for value in found["bins"][name] if value is not None]
+        assert values == pytest.approx(known)
+    assert sum(found["bins"]["samples"]) == 90
+
+
 def test_intervals_hold_what_many_samples_show():
     _, many = simulated(40_000)
     truth = calibration_error(many.logits, many.labels, intervals=False)

@@ -12,7 +12,12 @@ from torch import nn
 from ldam_plugins import ClassCounts, use_cosine_head
 from ldam_plugins.heads import cosine_heads
 from ldam_plugins.metrics import long_tail_metrics
-from ldam_plugins.posthoc import Features, extract_features, rebalance_head
+from ldam_plugins.posthoc import (
+    Features,
+    calibration_error,
+    extract_features,
+    rebalance_head,
+)
 from ldam_plugins.posthoc.methods import METHODS
 
 COUNTS = long_tail(600, 5, 30)
@@ -238,9 +243,17 @@ def test_calibration_under_the_target_prior(simulated):
     scaled = rebalance_head(
         model, held_out, COUNTS, "tau_norm", strength=1.0, test=test, calibrate=True
     )
+    scaled.undo()
     assert scaled.temperature != 1
     assert scaled.after["top1_error"] == plain.after["top1_error"]
     assert scaled.after["nll"] < plain.after["nll"]
+    shares = torch.tensor([0.6, 0.1, 0.1, 0.1, 0.1])
+    done = rebalance_head(
+        model, held_out, COUNTS, "logit_adjustment", strength=1.0, test=test, target_prior=shares
+    )
+    with torch.no_grad():
+        expected = calibration_error(model(test.features), test.labels, prior=shares)
+    assert done.after["calibration"]["ece"] == pytest.approx(expected["ece"], abs=1e-5)
     assert "points" in str(scaled)
 
 

@@ -221,6 +221,7 @@ def test_a_checkpoint_of_transformers_text_classification(tickets, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(out / "model")
     assert list(loaded.config.id2label.values()) == names
     assert tokenizer.model_max_length == 32
+    assert 'pipeline("text-classification"' in (out / "model" / "README.md").read_text()
     logits, labels = text_logits(loaded, tokenizer, tickets)
     own, _ = text_logits(model, tokenizer, tickets)
     counts = [COUNTS[name] for name in names]

@@ -20,12 +20,26 @@ from transformers import (
 )
 
 from ldam_plugins._validation import invalid
+from ldam_plugins.training.files import write_atomic
 
 TEXTS, IMAGES = "texts", "images"
 _KINDS: Mapping[str, tuple[str, Any, Any]] = {
     "ForSequenceClassification": (TEXTS, AutoModelForSequenceClassification, AutoTokenizer),
     "ForImageClassification": (IMAGES, AutoModelForImageClassification, AutoImageProcessor),
 }
+_README = """# {title}
+
+The {kind} of `{source}` with another head; all else is as it was, and so is its licence.
+
+```python
+from transformers import pipeline
+
+classify = pipeline("{task}-classification", model="PATH/OF/THIS/FOLDER"{trust})
+classify{call}
+```
+
+`metrics.json` of the run has what was done to the head, and the figures before and after.
+"""
 _UNNAMED = re.compile(r"LABEL_\d+")
 
 
@@ -44,6 +58,28 @@ class TrainedModel:
     processor: Any
     kind: str
     class_names: tuple[str, ...] | None
+
+    def save(self, folder: str | os.PathLike[str], *, title: str, source: str) -> None:
+        """Write model and processor as their host does, and a README that says how to load them.
+
+        Args:
+            folder: Where to.
+            title: Heading of the README.
+            source: The model whose head was changed.
+        """
+        self.model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+        task = "text" if self.kind == TEXTS else "image"
+        own_code = any(Path(folder).glob("*.py"))
+        readme = _README.format(
+            title=title,
+            kind=type(self.model).__name__,
+            source=source,
+            task=task,
+            trust=", trust_remote_code=True" if own_code else "",
+            call='(["a text"], truncation=True)' if task == "text" else '("IMAGE")',
+        )
+        write_atomic(Path(folder, "README.md"), readme.encode())
 
     def collate_images(self, batch: list[tuple[Any, int]]) -> dict[str, Any]:
         """Pairs of RGB images and classes as the model's input, with ``labels``."""
