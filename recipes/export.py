@@ -30,6 +30,7 @@ from transformers.utils.logging import disable_progress_bar
 from ldam_plugins import register
 from ldam_plugins.integrations.transformers.bilstm import BiLSTMForSequenceClassification
 from ldam_plugins.integrations.transformers.trained_model import TEXTS
+from ldam_plugins.metrics.predictions import probabilities
 from ldam_plugins.training.options import COUNT, Limits, invalid, option
 
 OPSET = 20
@@ -163,13 +164,8 @@ def compared(session: Any, model: nn.Module, batch: Mapping[str, Tensor]) -> flo
     (logits,) = session.run(["logits"], {name: rows.numpy() for name, rows in batch.items()})
     with torch.inference_mode():
         expected = model(*batch.values())
-    ours, theirs = torch.from_numpy(logits).double(), expected.double()
-    return float((as_probabilities(ours) - as_probabilities(theirs)).abs().max())
-
-
-def as_probabilities(logits: Tensor) -> Tensor:
-    """Probabilities (N, C) of logits."""
-    return logits.log_softmax(dim=1).exp()
+    difference = probabilities(torch.from_numpy(logits)) - probabilities(expected)
+    return float(difference.abs().max())
 
 
 def metadata(host: Host, class_names: Any) -> dict[str, str]:

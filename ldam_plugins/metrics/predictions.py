@@ -13,6 +13,11 @@ from ldam_plugins._validation import invalid
 from ldam_plugins.metrics.rows import TOP_K, check_scores
 
 
+def probabilities(logits: Tensor) -> Tensor:
+    """Softmax of logits (N, C) in float64."""
+    return logits.double().log_softmax(dim=1).exp()
+
+
 class Predictions:
     """The likeliest classes of each example with their probabilities, fed in batches.
 
@@ -48,18 +53,18 @@ class Predictions:
             labels: Class index of each example (N,), if they are known.
         """
         scores = check_scores(logits, self.num_classes).detach().cpu().double()
-        probabilities = scores.log_softmax(dim=1).exp()
+        shares = probabilities(scores)
         order = torch.argsort(scores, dim=1, descending=True, stable=True)[:, : self.top]
         target = np.full(len(scores), -1) if labels is None else np.asarray(labels)
         known = torch.from_numpy(np.maximum(target, 0).astype(np.int64))
-        of_label = probabilities.gather(1, known[:, None])[:, 0].numpy()
+        of_label = shares.gather(1, known[:, None])[:, 0].numpy()
         self._batches.append(
             (
                 np.asarray(rows, dtype=np.int64),
                 target.astype(np.int64),
                 of_label,
                 order.numpy(),
-                probabilities.gather(1, order).numpy(),
+                shares.gather(1, order).numpy(),
             )
         )
 

@@ -233,7 +233,7 @@ RUNS = {
     "ViT of another size": ("--image_size", 48, "--layer_decay", 0.7),
     "ViT, adapters, timm's augmentation": ("--lora_rank", 2, "--augment", "timm"),
     "ViT, frozen": ("--freeze", "backbone", "--loss", "ce", "--val_split", 0.3),
-    "MobileViT": ("--augment", "timm", "--memory_limit", 0),
+    "MobileViT": ("--augment", "timm", "--memory_limit", 0, "--lr", 1e-4),
     "ConvNext": ("--loss", "ce", "--ema_decay", 0.5),
 }
 

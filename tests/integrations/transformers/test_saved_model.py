@@ -1,4 +1,5 @@
 import copy
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -71,11 +72,17 @@ def test_processes_share_the_texts(saved, texts, monkeypatch):
         return copy.deepcopy(parts)
 
     monkeypatch.setattr(hf_saved_model, "gather_object", gathered)
+    names = [f"text {row}" for row in range(37)]
     for index in range(3):
         state = SimpleNamespace(process_index=index, num_processes=3, device=torch.device("cpu"))
         monkeypatch.setattr(hf_saved_model, "PartialState", lambda state=state: state)
-        metrics = measure_saved(saved.folder, some, COUNTS, batch_size=1)
-    assert [part.compute() == whole for part in parts] == [False] * 3
+        missing = pytest.raises(ValueError, match="each of 37 examples once")
+        with nullcontext() if index == 2 else missing:
+            metrics = measure_saved(saved.folder, some, COUNTS, batch_size=1, examples=names)
+    table = metrics.pop("predictions")
+    assert table["example"] == names
+    assert table["label"] == some["label"][:]
+    assert [part.compute() == whole for part, _ in parts] == [False] * 3
     assert metrics == whole
 
 
