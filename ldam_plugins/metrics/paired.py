@@ -9,11 +9,12 @@ import numpy as np
 from scipy import stats
 
 from ldam_plugins._validation import invalid
-from ldam_plugins.counts import ClassCounts, label_array
+from ldam_plugins.counts import label_array
 from ldam_plugins.metrics.intervals import LEVEL, generator
 
 REPLICATES = 10_000
 """Draws of the interval and of the test of a mean over classes."""
+_ELEMENTS = 1 << 22
 _TAILS = (0.5 - LEVEL / 2, 0.5 + LEVEL / 2)
 
 
@@ -91,7 +92,7 @@ def paired_difference(
     lost = np.bincount(of_class[(ours == truth) & (theirs != truth)], minlength=len(strata))
     shares = 1 / (samples * len(strata)) if balanced else np.full(len(strata), 1 / len(truth))
     difference = float(shares @ (gained - lost))
-    draws = _drawn(samples, gained, lost) @ shares
+    draws = _drawn(samples, gained, lost, shares)
     low, high = np.clip(np.quantile(draws, _TAILS), -1.0, 1.0)
     if len(strata) == 1 or not balanced:
         p_value = _mcnemar(int(gained.sum()), int(lost.sum()))
@@ -108,16 +109,11 @@ def paired_difference(
     )
 
 
-def class_differences(
-    labels: Any, first: Any, second: Any, class_counts: ClassCounts
-) -> dict[int, PairedDifference]:
+def class_differences(labels: Any, first: Any, second: Any) -> dict[int, PairedDifference]:
     """:func:`paired_difference` of each class that has test samples; p-values are uncorrected."""
-    present = np.unique(label_array(labels)).tolist()
-    known = range(len(class_counts))
     return {
         index: paired_difference(labels, first, second, classes=[index])
-        for index in known
-        if index in present
+        for index in np.unique(label_array(labels)).tolist()
     }
 
 
@@ -144,15 +140,17 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     return corrected
 
 
-def _drawn(samples: np.ndarray, gained: np.ndarray, lost: np.ndarray) -> np.ndarray:
-    """Gained less lost of each class in each bootstrap sample, (R, C)."""
+def _drawn(
+    samples: np.ndarray, gained: np.ndarray, lost: np.ndarray, shares: np.ndarray
+) -> np.ndarray:
+    """The difference in each bootstrap sample, (R,)."""
     rng = generator(samples, gained, lost)
-    drawn = np.empty((REPLICATES, len(samples)))
-    for index, (n, more, less) in enumerate(zip(samples, gained, lost, strict=True)):
+    drawn = np.zeros(REPLICATES)
+    for n, more, less, share in zip(samples, gained, lost, shares, strict=True):
         draws = max(1, n - 1)
-        shares = (more + 0.5) / (n + 1), (less + 0.5) / (n + 1), (n - more - less) / (n + 1)
-        counts = rng.multinomial(draws, shares, REPLICATES)
-        drawn[:, index] = (counts[:, 0] - counts[:, 1]) * (n / draws)
+        odds = (more + 0.5) / (n + 1), (less + 0.5) / (n + 1), (n - more - less) / (n + 1)
+        counts = rng.multinomial(draws, odds, REPLICATES)
+        drawn += share * (counts[:, 0] - counts[:, 1]) * (n / draws)
     return drawn
 
 
@@ -165,7 +163,11 @@ def _mcnemar(gained: int, lost: int) -> float:
 def _stratified_mcnemar(differing: np.ndarray, shares: np.ndarray, difference: float) -> float:
     if not differing.any():
         return 1.0
-    rng = generator(differing, shares)
-    drawn = (2 * rng.binomial(differing, 0.5, (REPLICATES, len(differing))) - differing) @ shares
+    rng, size = generator(differing, shares), max(1, _ELEMENTS // len(differing))
+    parts = []
+    for start in range(0, REPLICATES, size):  # of many classes not all draws fit into memory
+        shape = (min(size, REPLICATES - start), len(differing))
+        parts.append((2 * rng.binomial(differing, 0.5, shape) - differing) @ shares)
+    drawn = np.concatenate(parts)
     as_far = np.count_nonzero(np.abs(drawn) >= abs(difference) - 1e-12)
     return float((as_far + 1) / (REPLICATES + 1))

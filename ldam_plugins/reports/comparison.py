@@ -146,7 +146,7 @@ def compare(classifiers: Sequence[Classifier]) -> tuple[pd.DataFrame, list[Compa
                 if np.isin(codes[_LABEL], ids).any():
                     parts[titles[group]] = paired_difference(*pair, classes=ids)
             order = np.argsort(-counts.counts, kind="stable").tolist()
-        by_class = class_differences(*pair, counts or ClassCounts([1] * len(class_names)))
+        by_class = class_differences(*pair)
         classes = {class_names[index]: by_class[index] for index in order if index in by_class}
         found.append(Comparison(name, parts, classes))
     return table, found
