@@ -88,9 +88,10 @@ def choose(
     """
     random = np.random.default_rng(cut.seed)
     found = [np.bincount(labels, minlength=train.max() + 1) for labels in (train, test)]
-    tested = min(TESTED // cut.classes, TESTED_A_CLASS)
-    while not np.count_nonzero(enough := (found[0] >= LEAST) & (found[1] >= tested)) >= cut.classes:
-        tested -= 1
+    limit = min(TESTED // cut.classes, TESTED_A_CLASS)
+    usable = {n: (found[0] >= LEAST) & (found[1] >= n) for n in range(1, limit + 1)}
+    tested = max(n for n, enough in usable.items() if np.count_nonzero(enough) >= cut.classes)
+    enough = usable[tested]
     # Head to tail as in the source, so that the head of the set is not cut short.
     drawn = random.choice(np.flatnonzero(enough), cut.classes, replace=False)
     classes = drawn[np.argsort(-found[0][drawn], kind="stable")]
