@@ -21,25 +21,26 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from trained import (
     TrainedOptions,
     command_line,
     data_settings,
-    find_host,
-    known_data,
-    load_data,
+    load,
 )
-from transformers.utils.logging import disable_progress_bar
 
-from ldam_plugins import register
 from ldam_plugins.data import LabelledImages
 from ldam_plugins.data.texts import text_examples
 from ldam_plugins.metrics import Predictions, long_tail_metrics
 from ldam_plugins.posthoc import extract_features
 from ldam_plugins.reports import per_class_table, write_mistakes, write_report
 from ldam_plugins.reports.console import header, worded_classes
-from ldam_plugins.training import claim_output_dir, keep_freed_memory, run_metrics, write_metrics
+from ldam_plugins.training import (
+    claim_output_dir,
+    default_device,
+    keep_freed_memory,
+    run_metrics,
+    write_metrics,
+)
 from ldam_plugins.training.options import check_choice, option
 from ldam_plugins.training.run_dir import check_no_run
 
@@ -62,13 +63,10 @@ def main(options: EvaluateOptions, flags: list[str] | None = None) -> dict[str, 
         options: Which model is measured.
         flags: Options of the data.
     """
-    register()
-    disable_progress_bar()  # of transformers: reading and writing weights takes moments
     output_dir = Path(str(options.output_dir))
     if not options.overwrite:
         check_no_run(output_dir)
-    host, run = find_host(options)
-    data = load_data(options, host, [*known_data(run, flags or []), *(flags or [])])
+    host, data = load(options, flags or [])
     check_choice("part", options.part, data.parts)
     part, names = data.parts[options.part], data.counts.class_names
     if not options.quiet:
@@ -78,7 +76,7 @@ def main(options: EvaluateOptions, flags: list[str] | None = None) -> dict[str, 
             "classes": worded_classes(data.counts),
         }
         print(header(facts), flush=True)
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    device = default_device()
     began = time.perf_counter()
     with keep_freed_memory(device):
         found = extract_features(

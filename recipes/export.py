@@ -24,10 +24,8 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from trained import Host, TrainedOptions, command_line, find_host, known_data, load_data
-from transformers.utils.logging import disable_progress_bar
+from trained import Host, TrainedOptions, command_line, load
 
-from ldam_plugins import register
 from ldam_plugins.integrations.transformers.bilstm import BiLSTMForSequenceClassification
 from ldam_plugins.integrations.transformers.trained_model import TEXTS
 from ldam_plugins.metrics.predictions import probabilities
@@ -87,10 +85,7 @@ def main(options: ExportOptions, flags: list[str] | None = None) -> float:
     except ImportError as error:
         hint = "Run `pip install onnx onnxscript onnxruntime`."
         raise ImportError(f"{error.name} is needed to write ONNX. {hint}") from error
-    register()
-    disable_progress_bar()  # of transformers: reading and writing weights takes moments
-    host, run = find_host(options)
-    data = load_data(options, host, [*known_data(run, flags or []), *(flags or [])])
+    host, data = load(options, flags or [])
     batches = inputs_of(host, data.parts["test"].samples, options)
     model = Logits(host.model.cpu().float(), tuple(batches[0])).eval()
     with tempfile.TemporaryDirectory() as scratch:

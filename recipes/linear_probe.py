@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import text_lt
-import torch
 import vision_lt
 from options import CoreOptions
 from safetensors.torch import load_file
@@ -36,7 +35,7 @@ from ldam_plugins import ClassCounts, DeferredSchedule, register
 from ldam_plugins.integrations.timm.images import image_loader
 from ldam_plugins.integrations.transformers.run_callbacks import trainer_checkpoints
 from ldam_plugins.metrics import head_inputs, linear_probe
-from ldam_plugins.training import read_metrics, write_atomic
+from ldam_plugins.training import default_device, read_metrics, write_atomic
 from ldam_plugins.training.checkpoints import checkpoints
 from ldam_plugins.training.options import invalid, option
 
@@ -132,9 +131,9 @@ def open_vision(options: vision_lt.VisionOptions, fit_on: str) -> Subject:
     train, _, counts = vision_lt.hold_out(options, train, counts, show=False)
     if fit_on == "all":
         train, _, _ = vision_lt.load_data(replace(options, profile="none"), show=False)
-    model = vision_lt.make_model(options, options.make_loss(counts)).to(device())
+    model = vision_lt.make_model(options, options.make_loss(counts)).to(default_device())
     pipeline = vision_lt.make_pipeline(options, model)
-    to_input = pipeline.make_input(device())
+    to_input = pipeline.make_input(default_device())
     # Of each pair the second one is not augmented.
     sets = {
         part: pipeline.datasets(images, images, memory_limit=options.memory_limit)[1]
@@ -146,7 +145,7 @@ def open_vision(options: vision_lt.VisionOptions, fit_on: str) -> Subject:
         loader = image_loader(
             sets[part], workers=options.workers, batch_size=4 * options.batch_size
         )
-        images = (to_input(batch[0].to(device())) for batch in loader)
+        images = (to_input(batch[0].to(default_device())) for batch in loader)
         return head_inputs(model, images, lambda net, batch: net(batch)), labels[part]
 
     return Subject(model, counts, checkpoints(options.output_dir), features)
@@ -157,7 +156,7 @@ def open_text(options: text_lt.TextOptions, fit_on: str) -> Subject:
     train, test, counts = text_lt.load_data(options)
     train, _, counts = text_lt.hold_out(options, train, counts, show=False)
     tokenizer, model = text_lt.make_model(options, train, options.make_loss(counts))
-    model.to(device())
+    model.to(default_device())
     if fit_on == "all":
         train, _, _ = text_lt.load_data(replace(options, profile="none", rare_classes=[]))
     sets = {"train": train, "test": test}
@@ -166,17 +165,12 @@ def open_text(options: text_lt.TextOptions, fit_on: str) -> Subject:
 
     def features(part: str) -> tuple[np.ndarray, np.ndarray]:
         loader: Iterable[Any] = DataLoader(tokens[part], 4 * options.batch_size, collate_fn=collate)
-        batches = (batch.to(device()) for batch in loader)
+        batches = (batch.to(default_device()) for batch in loader)
         found = head_inputs(model, batches, lambda net, batch: net(**batch))
         return found, np.asarray(tokens[part]["label"])
 
     folder = Path(options.output_dir, "checkpoints")
     return Subject(model, counts, trainer_checkpoints(folder), features)
-
-
-def device() -> torch.device:
-    """The accelerator if there is one."""
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 RECIPES: dict[str, tuple[type[Any], Callable[[Any, str], Subject]]] = {

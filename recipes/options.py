@@ -958,6 +958,25 @@ def without_untrained(
     return train, other
 
 
+def stream_data(
+    options: CoreOptions, load: Callable[..., tuple[Any, Any]], show: bool, notes: DataNotes
+) -> tuple[Any, Any, ClassCounts]:
+    """The parts to train and to test on of data that are read as a stream, and samples per class.
+
+    A stream is not cut to a long tail.
+
+    Args:
+        options: Options of the recipe.
+        load: Gives the training part and another as streams.
+        show: Whether to print what there is to say of them, and a bar while they are counted.
+        notes: Gets it.
+    """
+    train, test = load(options, options.test_split, notes, progress=show)
+    if show:
+        notes.print()
+    return train, test, train.class_counts
+
+
 def load_validation(
     options: Options, load: Callable[[Options, Any, DataNotes], Any], notes: DataNotes
 ) -> Any:

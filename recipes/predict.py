@@ -27,14 +27,12 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from tqdm import tqdm
 from trained import Host, TrainedOptions, command_line, find_host, head_layer
-from transformers.utils.logging import disable_progress_bar
 
-from ldam_plugins import register
 from ldam_plugins.data.unlabelled import UNREAD, unlabelled_images, unlabelled_texts
 from ldam_plugins.integrations.transformers.trained_model import TEXTS
 from ldam_plugins.metrics import Predictions
 from ldam_plugins.posthoc import extract_features
-from ldam_plugins.training import keep_freed_memory, write_atomic
+from ldam_plugins.training import default_device, keep_freed_memory, write_atomic
 from ldam_plugins.training.options import COUNT, Limits, invalid, option
 
 FORMATS = (".csv", ".parquet")
@@ -79,8 +77,6 @@ def main(options: PredictOptions, flags: list[str] | None = None) -> Path:
     """Classify; returns the path of the table."""
     if flags:
         raise invalid("arguments", "options of this recipe", flags[0], hint="--help lists them.")
-    register()
-    disable_progress_bar()  # of transformers: reading and writing weights takes moments
     disable_progress_bars()  # of datasets: there is one for all rows
     host, _ = find_host(options)
     examples, samples = find_samples(options, host)
@@ -89,20 +85,19 @@ def main(options: PredictOptions, flags: list[str] | None = None) -> Path:
     done = rows_done(partial, state, options, examples)
     if done and not options.quiet:
         print(f"{partial}: going on after {done} of {len(examples)} rows.")
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    device = default_device()
     columns = header(min(options.top, len(classes)))
     unread = 0
     with keep_freed_memory(device), partial.open("a", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        if not done:
+        if not file.tell():
             writer.writerow(columns)
         bar = tqdm(total=len(examples), initial=done, unit="row", disable=options.quiet)
         for start in range(done, len(examples), options.rows):
             chunk = range(start, min(start + options.rows, len(examples)))
             found = predict(host, samples, chunk, classes, options.top, device)
             for row, (error, values) in zip(chunk, found, strict=True):
-                name = examples[row].encode("utf-8", "backslashreplace").decode()
-                writer.writerow([name, *values, error])
+                writer.writerow([examples[row], *values, error])
                 unread += bool(error)
             file.flush()
             bar.update(len(chunk))
@@ -121,7 +116,8 @@ def find_samples(options: PredictOptions, host: Host) -> tuple[list[str], Any]:
         names, texts = unlabelled_texts(options.dataset, text_column=options.text_column, **given)
         return names, Dataset.from_dict({"text": texts, "label": [0] * len(texts)})
     images = unlabelled_images(options.dataset, image_column=options.image_column, **given)
-    return images.names, images
+    # A file name may hold bytes that are no text.
+    return [n.encode("utf-8", "backslashreplace").decode() for n in images.names], images
 
 
 def class_names(host: Host) -> list[str]:

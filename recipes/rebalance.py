@@ -38,15 +38,12 @@ from trained import (
     TrainedOptions,
     command_line,
     data_settings,
-    find_host,
     head_layer,
-    known_data,
     labels_of,
-    load_data,
+    load,
 )
-from transformers.utils.logging import disable_progress_bar
 
-from ldam_plugins import ClassCounts, register
+from ldam_plugins import ClassCounts
 from ldam_plugins.data import LabelledImages, SingleSampleWarning, stratified_split
 from ldam_plugins.heads import cosine_heads
 from ldam_plugins.posthoc import METHODS, extract_features, rebalance_head
@@ -57,6 +54,7 @@ from ldam_plugins.reports.console import files_left, header, worded_classes
 from ldam_plugins.reports.rebalance_report import metric_rows, verdict
 from ldam_plugins.training import (
     claim_output_dir,
+    default_device,
     keep_freed_memory,
     run_metrics,
     write_metrics,
@@ -142,19 +140,16 @@ def main(options: RebalanceOptions, flags: list[str] | None = None) -> dict[str,
         options: What is done to which model.
         flags: Options of the data.
     """
-    register()
-    disable_progress_bar()  # of transformers: reading and writing weights takes moments
     output_dir = Path(str(options.output_dir))
     if not options.overwrite:
         check_no_run(output_dir)
     began = time.perf_counter()
-    host, run = find_host(options)
-    data = load_data(options, host, [*known_data(run, flags or []), *(flags or [])])
+    host, data = load(options, flags or [])
     if not options.quiet:
         print_header(options, host, data)
     chosen_on, chosen, test = choose_parts(options, data)
     check_head(options, host.model)
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    device = default_device()
     names = data.counts.class_names
     extract = partial(
         extract_features, host.model, device=device, class_names=names, progress=not options.quiet

@@ -12,11 +12,12 @@ from typing import Any
 import psutil
 import torch
 
+from ldam_plugins.training import default_device
 from ldam_plugins.training.options import option
 
 Row = dict[str, Any]
 Contender = Callable[[], Any]
-DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+DEVICE = default_device()
 QUICK = ["loss", "head", "counts", "sampler", "metrics", "import", "scaling"]
 
 

@@ -40,6 +40,7 @@ from options import (
     print_kept,
     print_outcome,
     split_samples,
+    stream_data,
     without_untrained,
 )
 from torch.utils.data import DataLoader
@@ -129,8 +130,10 @@ def main(options: TextOptions) -> dict[str, Any]:
     options.check_model()
     show = arguments.process_index == 0 and not options.quiet
     notes = DataNotes()
-    load = stream_data if options.streaming else load_data
-    train, test, counts = load(options, show, notes)
+    if options.streaming:
+        train, test, counts = stream_data(options, stream_parts, show, notes)
+    else:
+        train, test, counts = load_data(options, show, notes)
     train, validation, counts = hold_out(options, train, counts, show, notes)
     counts = counts.with_limits(many_above=options.many, few_below=options.few)
     if show:
@@ -327,14 +330,6 @@ def load_parts(
     )
     labels, names = np.asarray(train["label"][:]), train.features["label"].names
     return without_untrained((train, other), labels, names, texts_of_classes, notes)
-
-
-def stream_data(options: TextOptions, show: bool, notes: DataNotes) -> tuple[Any, Any, ClassCounts]:
-    """The same of data that are read as a stream, which is not cut: :func:`.stream_texts`."""
-    train, test = stream_parts(options, options.test_split, notes, progress=show)
-    if show:
-        notes.print()
-    return train, test, train.class_counts
 
 
 def stream_parts(

@@ -22,8 +22,9 @@ from options import GROUPS, CoreOptions, parse_options
 from timm.data import create_transform
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, HfArgumentParser
+from transformers.utils.logging import disable_progress_bar
 
-from ldam_plugins import ClassCounts
+from ldam_plugins import ClassCounts, register
 from ldam_plugins.data import LabelledImages
 from ldam_plugins.data.notes import DataNotes
 from ldam_plugins.data.texts import texts_of_classes
@@ -122,8 +123,21 @@ class Host:
         self.preparation = preparation
 
 
+def load(options: TrainedOptions, flags: list[str]) -> tuple[Host, Data]:
+    """The model and its data.
+
+    Args:
+        options: Which model it is.
+        flags: Options of the data; those of a run of this package are known without.
+    """
+    host, run = find_host(options)
+    return host, load_data(options, host, [*known_data(run, flags), *flags])
+
+
 def find_host(options: TrainedOptions) -> tuple[Host, Mapping[str, Any]]:
     """The model, and the options of the run of this package that it is of, if it is of one."""
+    register()  # models of this package are found by name
+    disable_progress_bar()  # of transformers: reading and writing weights takes moments
     source, path = options.model, Path(options.model.removeprefix("local-dir:"))
     run: dict[str, Any] = {}
     if (path / OPTIONS_FILE).is_file() and (path / "model" / "config.json").is_file():

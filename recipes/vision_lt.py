@@ -38,6 +38,7 @@ from options import (
     print_kept,
     print_outcome,
     split_samples,
+    stream_data,
     without_untrained,
 )
 from timm.data import Mixup
@@ -107,8 +108,10 @@ def main(options: VisionOptions) -> dict[str, Any]:
     options.check_model()
     notes = DataNotes()
     show = accelerator.is_main_process and not options.quiet
-    load = stream_data if options.streaming else load_data
-    train, test, counts = load(options, show, notes)
+    if options.streaming:
+        train, test, counts = stream_data(options, stream_parts, show, notes)
+    else:
+        train, test, counts = load_data(options, show, notes)
     train, validation, counts = hold_out(options, train, counts, show, notes)
     counts = counts.with_limits(many_above=options.many, few_below=options.few)
     watched = watched_images(options, validation, test)
@@ -442,16 +445,6 @@ def load_parts(
     )
     names = train.class_names
     return without_untrained((train, other), train.labels, names, LabelledImages.of_classes, notes)
-
-
-def stream_data(
-    options: VisionOptions, show: bool, notes: DataNotes
-) -> tuple[Any, Any, ClassCounts]:
-    """The same of data that are read as a stream, which is not cut: :func:`.stream_images`."""
-    train, test = stream_parts(options, options.test_split, notes, progress=show)
-    if show:
-        notes.print()
-    return train, test, train.class_counts
 
 
 def stream_parts(

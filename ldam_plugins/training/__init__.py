@@ -84,6 +84,7 @@ if TYPE_CHECKING:
     from ldam_plugins.training.environment import (
         check_tracker,
         choose_precision,
+        default_device,
         device_name,
         keep_freed_memory,
         run_versions,
@@ -116,6 +117,7 @@ __all__ = [
     "check_tracker",
     "choose_precision",
     "claim_output_dir",
+    "default_device",
     "defer_sigterm",
     "device_name",
     "disk_errors",
@@ -163,6 +165,7 @@ _HOMES = {
     "environment": (
         "check_tracker",
         "choose_precision",
+        "default_device",
         "device_name",
         "keep_freed_memory",
         "run_versions",

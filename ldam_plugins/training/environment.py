@@ -134,6 +134,11 @@ def run_versions() -> dict[str, str | None]:
     return versions
 
 
+def default_device() -> torch.device:
+    """The accelerator if there is one, else the CPU."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
 def device_name(device: torch.device | str) -> str:
     """A readable name of the device: the GPU's own, or the kind of CPU and its threads."""
     device = torch.device(device)

@@ -124,6 +124,10 @@ def test_a_stopped_command_goes_on(finished, photos, tmp_path):
     partial.write_text("".join(lines[:7]) + lines[7][:9])
     assert predicted(finished, *flags, output=output).read_text() == whole
     assert sorted(path.name for path in tmp_path.iterdir()) == ["p.csv", "whole.csv"]
+    for begun, name in (("", "nothing.csv"), (lines[0], "header.csv"), (lines[0][:5], "half.csv")):
+        (tmp_path / f"{name}.partial").write_text(begun)
+        (tmp_path / f"{name}.partial.json").write_text(json.dumps(options.makes()))
+        assert predicted(finished, *flags, output=tmp_path / name).read_text() == whole
     with pytest.raises(ValueError, match="`output` must be a file that is not there"):
         predicted(finished, *flags, output=output)
     (tmp_path / "q.csv.partial").write_text("".join(lines[:7]))
