@@ -114,7 +114,8 @@ GROUPS = {
         *("decay_rate", "min_lr", "clip_grad", "ema_decay", "seed"),
     ),
     "images and augmentation": (
-        *("augment", "padding", "hflip", "crop_pct", "crop_mode", "mixup", "cutmix", "smoothing"),
+        *("augment", "padding", "hflip", "crop_scale", "color_jitter", "crop_pct", "crop_mode"),
+        *("mixup", "cutmix", "smoothing"),
         *("memory_limit", "workers"),
     ),
     "evaluation and selection": (
@@ -504,6 +505,8 @@ class VisionOptions(CoreOptions):
         "crop_pct": {"low": 0, "high": 1, "low_open": True},
         "padding": COUNT_OR_0,
         "hflip": SHARE,
+        "crop_scale": {"low": 0, "high": 1, "low_open": True},
+        "color_jitter": NOT_NEGATIVE,
         "workers": COUNT_OR_0,
         "momentum": SHARE_BELOW_1,
         "weight_decay": NOT_NEGATIVE,
@@ -556,6 +559,10 @@ class VisionOptions(CoreOptions):
     )
     padding: int = option(4, "border of the random crop of --augment crop_flip")
     hflip: float = option(0.5, "probability of a horizontal flip")
+    crop_scale: list[float] = option(
+        [0.08, 1.0], "least and largest share of the area that the crops of --augment timm keep"
+    )
+    color_jitter: float = option(0.4, "largest change of colours by --augment timm, as a share")
     memory_limit: int = option(
         2**31,
         "bytes of decoded images a process may hold in memory, of training and test together [2 "
@@ -602,6 +609,9 @@ class VisionOptions(CoreOptions):
                 hint = "How its images are cropped is said by the image processor it comes with."
                 expected = "left out for a model of transformers"
                 raise invalid(name, expected, getattr(self, name), hint=hint)
+        if len(self.crop_scale) != 2 or self.crop_scale[0] > self.crop_scale[1]:
+            expected = "two shares, the least and the largest, as in --crop_scale 0.3 1"
+            raise invalid("crop_scale", expected, self.crop_scale)
 
     def model_defaults(self) -> dict[str, Any]:
         """Those of a model from scratch, of a pretrained one, or of that in the package."""

@@ -554,6 +554,8 @@ def make_pipeline(options: VisionOptions, model: nn.Module) -> ImagePipeline:
         augmentation=options.augment,
         padding=options.padding,
         hflip=options.hflip,
+        crop_scale=(options.crop_scale[0], options.crop_scale[1]),
+        color_jitter=options.color_jitter,
     )
 
 

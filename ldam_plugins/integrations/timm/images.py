@@ -38,6 +38,10 @@ class ImagePipeline:
             ``"timm"``: timm cuts random parts of them and jitters their colours, image by image.
         padding: Border of the random crop of ``"crop_flip"``, in pixels.
         hflip: Probability of a horizontal flip.
+        crop_scale: Least and largest share of the image's area that the random crop of ``"timm"``
+            keeps.
+        color_jitter: Largest change of brightness, contrast and saturation by ``"timm"``, as a
+            share; 0 for none.
         pixels: What resizes and crops images that are not augmented, in place of timm: an image to
             the uint8 tensor of its pixels. That of a model which brings its own.
     """
@@ -46,6 +50,8 @@ class ImagePipeline:
     augmentation: str
     padding: int = 4
     hflip: float = 0.5
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    color_jitter: float = 0.4
     pixels: Callable[[Any], Tensor] | None = None
 
     @classmethod
@@ -59,6 +65,8 @@ class ImagePipeline:
         augmentation: str = "auto",
         padding: int = 4,
         hflip: float = 0.5,
+        crop_scale: tuple[float, float] = (0.08, 1.0),
+        color_jitter: float = 0.4,
     ) -> ImagePipeline:
         """The pipeline of a model of timm, or of one that has ``pixels`` and timm's config.
 
@@ -72,6 +80,8 @@ class ImagePipeline:
                 at most :data:`SMALL` pixels a side, else ``"timm"``.
             padding: As in :class:`ImagePipeline`.
             hflip: As in :class:`ImagePipeline`.
+            crop_scale: As in :class:`ImagePipeline`.
+            color_jitter: As in :class:`ImagePipeline`.
 
         Raises:
             ValueError: an unknown augmentation.
@@ -83,7 +93,15 @@ class ImagePipeline:
         augmentation = choose_augmentation(augmentation, config["input_size"])
         if augmentation == "crop_flip" and crop_pct is None:
             config["crop_pct"] = 1.0
-        return cls(config, augmentation, padding, hflip, getattr(model, "pixels", None))
+        return cls(
+            config,
+            augmentation,
+            padding=padding,
+            hflip=hflip,
+            crop_scale=crop_scale,
+            color_jitter=color_jitter,
+            pixels=getattr(model, "pixels", None),
+        )
 
     def datasets(
         self,
@@ -108,7 +126,12 @@ class ImagePipeline:
         others = [transformed(images, plain) for images in evaluated]
         if self.augmentation == "timm":
             augment = create_transform(
-                is_training=True, hflip=self.hflip, normalize=False, **self.config
+                is_training=True,
+                hflip=self.hflip,
+                scale=self.crop_scale,
+                color_jitter=self.color_jitter,
+                normalize=False,
+                **self.config,
             )
             return [transformed(train, augment), *others]
         parts = [transformed(train, plain), *others]
@@ -135,7 +158,9 @@ class ImagePipeline:
 
     def record(self) -> dict[str, Any]:
         """What was done to the images, for ``metrics.json``."""
-        own = {"padding": self.padding} if self.augmentation == "crop_flip" else {}
+        own: dict[str, Any] = {"padding": self.padding}
+        if self.augmentation == "timm":
+            own = {"crop_scale": self.crop_scale, "color_jitter": self.color_jitter}
         augmentation = {"kind": self.augmentation, "hflip": self.hflip, **own}
         evaluation = dict(self.config)
         if self.pixels is not None:
