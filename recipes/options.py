@@ -560,9 +560,11 @@ class VisionOptions(CoreOptions):
     padding: int = option(4, "border of the random crop of --augment crop_flip")
     hflip: float = option(0.5, "probability of a horizontal flip")
     crop_scale: list[float] = option(
-        [0.08, 1.0], "least and largest share of the area that the crops of --augment timm keep"
+        [], "least and largest share of the area that the crops of --augment timm keep [0.08 1]"
     )
-    color_jitter: float = option(0.4, "largest change of colours by --augment timm, as a share")
+    color_jitter: float | None = option(
+        None, "largest change of colours by --augment timm, as a share [0.4]"
+    )
     memory_limit: int = option(
         2**31,
         "bytes of decoded images a process may hold in memory, of training and test together [2 "
@@ -609,7 +611,9 @@ class VisionOptions(CoreOptions):
                 hint = "How its images are cropped is said by the image processor it comes with."
                 expected = "left out for a model of transformers"
                 raise invalid(name, expected, getattr(self, name), hint=hint)
-        if len(self.crop_scale) != 2 or self.crop_scale[0] > self.crop_scale[1]:
+        if self.crop_scale and (
+            len(self.crop_scale) != 2 or sorted(self.crop_scale) != self.crop_scale
+        ):
             expected = "two shares, the least and the largest, as in --crop_scale 0.3 1"
             raise invalid("crop_scale", expected, self.crop_scale)
 

@@ -12,7 +12,8 @@ The rule. Of a source those classes count that have enough samples; ``classes`` 
 with the seed. Class c of C gets ``n_max * ratio ** (-c / (C - 1))`` training samples (at least 4,
 no more than there are), drawn likewise; ``n_max`` is the largest at which all have no more than
 ``samples`` together. Tested is on an equal number of each class, no more than 1,000 in all. Of
-GoEmotions only texts with one label are taken, of a review of IMDB the first 50 words.
+GoEmotions only texts with one label are taken, of docstrings and of
+reviews of IMDB the first 50 words.
 """
 
 from __future__ import annotations
@@ -31,7 +32,6 @@ from ldam_plugins.data import load_images, load_texts
 
 LEAST = 4
 TESTED = 1000
-TESTED_A_CLASS = 100
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ IMAGES = (
     Cut("grocery", 20, 700, 10, 10),
 )
 TEXTS = (
-    Cut("stdlib_docstrings", 5, 400, 10, 11),
-    Cut("stdlib_docstrings", 15, 600, 10, 12),
+    Cut("stdlib_docstrings", 5, 300, 10, 11, words=50),
+    Cut("stdlib_docstrings", 15, 600, 10, 12, words=50),
     Cut("imdb", 2, 300, 10, 13, words=50),
     Cut("imdb", 2, 600, 20, 14, words=50),
     Cut("banking77", 10, 300, 20, 15),
@@ -89,7 +89,7 @@ def choose(
     """
     random = np.random.default_rng(cut.seed)
     found = [np.bincount(labels, minlength=train.max() + 1) for labels in (train, test)]
-    limit = min(TESTED // cut.classes, TESTED_A_CLASS)
+    limit = TESTED // cut.classes
     usable = {n: (found[0] >= LEAST) & (found[1] >= n) for n in range(1, limit + 1)}
     tested = max(n for n, enough in usable.items() if np.count_nonzero(enough) >= cut.classes)
     enough = usable[tested]

@@ -554,7 +554,7 @@ def make_pipeline(options: VisionOptions, model: nn.Module) -> ImagePipeline:
         augmentation=options.augment,
         padding=options.padding,
         hflip=options.hflip,
-        crop_scale=(options.crop_scale[0], options.crop_scale[1]),
+        crop_scale=options.crop_scale or None,
         color_jitter=options.color_jitter,
     )
 

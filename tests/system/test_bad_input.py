@@ -74,6 +74,8 @@ OUT_OF_RANGE = [
     (VISION, "memory_limit", ["-1"], "an integer >= 0"),
     (VISION, "crop_pct", ["0", "1.5", "nan"], r"in \(0, 1\]"),
     (VISION, "padding", ["-1"], COUNT_OR_0),
+    (VISION, "crop_scale", ["0", "1.1"], r"in \(0, 1\]"),
+    (VISION, "color_jitter", ["-1", "nan"], NOT_NEGATIVE),
     (VISION, "hflip", ["2", "nan"], r"in \[0, 1\]"),
     (VISION, "workers", ["-1"], COUNT_OR_0),
     (TEXT, "rare_fraction", ["0", "1.5", "nan"], r"in \(0, 1\]"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -13,7 +13,7 @@ from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from ldam_plugins._validation import check_choice
+from ldam_plugins._validation import check_choice, invalid
 from ldam_plugins.choices import AUGMENTATIONS, SMALL
 from ldam_plugins.data import LabelledImages
 from ldam_plugins.data.augment import RandomCropFlip, normalize
@@ -65,8 +65,8 @@ class ImagePipeline:
         augmentation: str = "auto",
         padding: int = 4,
         hflip: float = 0.5,
-        crop_scale: tuple[float, float] = (0.08, 1.0),
-        color_jitter: float = 0.4,
+        crop_scale: Sequence[float] | None = None,
+        color_jitter: float | None = None,
     ) -> ImagePipeline:
         """The pipeline of a model of timm, or of one that has ``pixels`` and timm's config.
 
@@ -80,11 +80,11 @@ class ImagePipeline:
                 at most :data:`SMALL` pixels a side, else ``"timm"``.
             padding: As in :class:`ImagePipeline`.
             hflip: As in :class:`ImagePipeline`.
-            crop_scale: As in :class:`ImagePipeline`.
-            color_jitter: As in :class:`ImagePipeline`.
+            crop_scale: As in :class:`ImagePipeline`; ``"timm"`` only.
+            color_jitter: As in :class:`ImagePipeline`; ``"timm"`` only.
 
         Raises:
-            ValueError: an unknown augmentation.
+            ValueError: an unknown augmentation, or an option of another one.
         """
         given: dict[str, Any] = {"crop_pct": crop_pct, "crop_mode": crop_mode}
         if image_size is not None:
@@ -93,15 +93,18 @@ class ImagePipeline:
         augmentation = choose_augmentation(augmentation, config["input_size"])
         if augmentation == "crop_flip" and crop_pct is None:
             config["crop_pct"] = 1.0
-        return cls(
-            config,
-            augmentation,
-            padding=padding,
-            hflip=hflip,
-            crop_scale=crop_scale,
-            color_jitter=color_jitter,
-            pixels=getattr(model, "pixels", None),
-        )
+        of_timm: dict[str, Any] = {}
+        if crop_scale is not None:
+            low, high = crop_scale
+            of_timm["crop_scale"] = (float(low), float(high))
+        if color_jitter is not None:
+            of_timm["color_jitter"] = color_jitter
+        if augmentation != "timm":
+            for name, value in of_timm.items():
+                hint = "--augment timm has it; crop_flip has --padding."
+                raise invalid(name, f"left out with augmentation {augmentation}", value, hint=hint)
+        pixels = getattr(model, "pixels", None)
+        return cls(config, augmentation, padding, hflip, pixels=pixels, **of_timm)
 
     def datasets(
         self,

@@ -74,6 +74,31 @@ def test_augmentation_is_chosen_and_recorded(pictures, augment, bound):
     assert torch.equal(*twice) == (augment == "crop_flip")  # which is applied to the batch
 
 
+def test_crops_and_colours_of_timm_follow_their_options(pictures):
+    def steps(**options):
+        prepared = pipeline(augmentation="timm", **options)
+        train, _ = prepared.datasets(*pictures)
+        return prepared.record()["augmentation"], {
+            type(step).__name__: step for step in train.transform.transforms
+        }
+
+    record, usual = steps()
+    assert usual["RandomResizedCropAndInterpolation"].scale == (0.08, 1.0)
+    assert usual["ColorJitter"].brightness == (0.6, 1.4)
+    assert (record["crop_scale"], record["color_jitter"]) == ((0.08, 1.0), 0.4)
+    record, weak = steps(crop_scale=[0.5, 1], color_jitter=0.0)
+    assert weak["RandomResizedCropAndInterpolation"].scale == (0.5, 1.0)
+    assert "ColorJitter" not in weak or weak["ColorJitter"].brightness is None
+    assert (record["crop_scale"], record["color_jitter"]) == ((0.5, 1.0), 0.0)
+
+
+@pytest.mark.parametrize("given", [{"crop_scale": (0.5, 1.0)}, {"color_jitter": 0.1}])
+def test_options_of_another_augmentation_are_refused(given):
+    (name,) = given
+    with pytest.raises(ValueError, match=f"`{name}` must be left out with augmentation crop_flip"):
+        pipeline(augmentation="crop_flip", **given)
+
+
 def test_augmentation_follows_the_size_of_the_images():
     assert choose_augmentation("auto", (3, 64, 64)) == "crop_flip"
     assert choose_augmentation("auto", (3, 64, 65)) == "timm"
