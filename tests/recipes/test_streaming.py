@@ -2,6 +2,9 @@
 
 import io
 import json
+import os
+import subprocess
+import sys
 
 import options as recipe_options
 import pytest
@@ -9,6 +12,7 @@ import text_lt
 import vision_lt
 from datasets import ClassLabel, Dataset, Features, Image
 from hf_samples import text_hub
+from hub_server import hub_of
 from PIL import Image as Pillow
 
 KINDS = {"vision": (vision_lt, vision_lt.VisionOptions), "text": (text_lt, text_lt.TextOptions)}
@@ -117,3 +121,37 @@ def test_bad_files_of_counts_are_refused(tmp_path, name, text):
         (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match="`class_counts` must be numbers, or one JSON or CSV file"):
         recipe_options.read_class_counts([str(tmp_path / name)])
+
+
+STREAM_FROM_HUB = """
+import json
+from ldam_plugins.data import stream_texts
+train, _ = stream_texts("owner/texts")
+rows = sorted((row["text"], row["label"]) for row in train)
+try:
+    stream_texts("owner/absent")
+except Exception as error:
+    refused = str(error)
+print(json.dumps([train.class_counts.counts.tolist(), rows, refused]))
+"""
+
+
+def test_data_are_streamed_from_a_hub_and_not_kept(tmp_path):
+    """Over HTTP, in parts, as from huggingface.co; nothing but what describes them is on disk."""
+    root = tmp_path / "hub" / "owner"
+    root.mkdir(parents=True)
+    folder = text_hub(root / "texts")
+    home = tmp_path / "home"
+    with hub_of(tmp_path / "hub") as (address, requests):
+        online = {"HF_ENDPOINT": address, "HF_HOME": str(home)}
+        online |= {"HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0"}
+        command = [sys.executable, "-c", STREAM_FROM_HUB]
+        done = subprocess.run(command, env=os.environ | online, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    counts, rows, refused = json.loads(done.stdout.splitlines()[-1])
+    table = Dataset.from_parquet(str(next(folder.glob("train*"))))
+    assert rows == sorted(map(list, zip(table["text"], table["label"], strict=True)))
+    assert counts == [40, 12]
+    assert "`dataset` must be a hub id" in refused
+    assert any(part for _, path, part in requests if "/train-" in path)
+    assert not [file for file in home.rglob("*") if file.suffix in (".parquet", ".arrow")]
