@@ -25,6 +25,7 @@ DEFAULT_SCALE = 30.0
 Source: Cao et al., NeurIPS 2019, arXiv 1906.07413 (their code: s = 30).
 """
 HEADS = ("auto", "linear", "cosine")
+HEAD_INITS = ("random", "keep")
 """Words for the head; ``"auto"`` is a cosine head for the losses with a margin, else linear."""
 LINEAR_SCALE = 1.0
 """Scale of a margin on a linear head: the margin is taken off the logits as it is."""

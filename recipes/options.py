@@ -22,6 +22,7 @@ from ldam_plugins.choices import (
     DEFAULT_MAX_MARGIN,
     DEFAULT_SCALE,
     FEW_BELOW,
+    HEAD_INITS,
     HEADS,
     LAST,
     LINEAR_SCALE,
@@ -100,7 +101,7 @@ GROUPS = {
         *("profile", "ratio", "class_order", "rare_classes", "rare_fraction"),
     ),
     "model": (
-        *("model", "pretrained", "head", "scale", "image_size"),
+        *("model", "pretrained", "head", "scale", "head_init", "image_size"),
         *("freeze", "lora_rank", "lora_alpha", "layer_decay"),
         *("max_length", "vocab_size", "embedding_size", "hidden_size", "embedding_dropout"),
         *("attention_dropout", "fast_dropout"),
@@ -237,6 +238,12 @@ class CoreOptions:
         None,
         f"scale of the cosine head and the margin [{DEFAULT_SCALE:g}; margin on a linear head: "
         f"{LINEAR_SCALE:g}]",
+    )
+    head_init: str = option(
+        "random",
+        "class vectors that a cosine head begins with: random ones of length 1, or those of the "
+        "linear head it replaces; under Adam shorter ones turn faster",
+        choices=HEAD_INITS,
     )
     gamma: float | None = option(None, "exponent of focal [2] and vector_scaling [0.15]")
     tau: float | None = option(None, "strength of logit_adjusted [1] and vector_scaling [1]")

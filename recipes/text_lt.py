@@ -412,7 +412,7 @@ def make_model(
             model.config.pad_token_id = tokenizer.pad_token_id
     # Saved with the tokenizer, so that `truncation=True` cuts texts as in training.
     tokenizer.model_max_length = min(options.max_length, tokenizer.model_max_length)
-    put_head(model, criterion, options.head, scale=options.scale)
+    put_head(model, criterion, options.head, scale=options.scale, init=options.head_init)
     if options.freeze is not None:
         freeze_backbone(model, new=new)
     return tokenizer, add_adapters(options, model, new) if options.lora_rank else model

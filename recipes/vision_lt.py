@@ -538,7 +538,7 @@ def make_model(options: VisionOptions, criterion: ClassificationLoss) -> nn.Modu
             image_size=options.image_size,
             pretrained=options.pretrained,
         )
-    model = put_head(model, criterion, options.head, scale=options.scale)
+    model = put_head(model, criterion, options.head, scale=options.scale, init=options.head_init)
     if options.freeze is not None:
         freeze_backbone(model)
     return model.to(memory_format=torch.channels_last)

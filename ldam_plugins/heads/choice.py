@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from ldam_plugins._validation import check_choice, check_real, invalid
-from ldam_plugins.choices import DEFAULT_SCALE, HEADS, LINEAR_SCALE
+from ldam_plugins.choices import DEFAULT_SCALE, HEAD_INITS, HEADS, LINEAR_SCALE
 from ldam_plugins.heads.cosine import use_cosine_head
 from ldam_plugins.heads.layers import cosine_heads
 from ldam_plugins.losses.base import ClassificationLoss
@@ -90,6 +90,7 @@ def put_head(
     *,
     scale: float | None = None,
     names: str | Sequence[str] | None = None,
+    init: str = "random",
 ) -> nn.Module:
     """Put on ``model`` the head it is to be trained with; a cosine head that is there stays.
 
@@ -99,6 +100,8 @@ def put_head(
         head: One of ``HEADS``.
         scale: See :func:`head_scale`.
         names: Dotted names of the classifier's layers, where the search does not find them.
+        init: What a new cosine head begins with, see :func:`use_cosine_head`; a linear head keeps
+            its own rows either way.
 
     Returns:
         ``model``; if ``model`` itself is the layer, the new layer.
@@ -106,8 +109,9 @@ def put_head(
     Raises:
         ValueError: as :func:`use_cosine_head`; or ``head="linear"`` for a model with a cosine head.
     """
+    check_choice("init", init, HEAD_INITS)
     if wants_cosine_head(loss, head):
-        return use_cosine_head(model, head_scale(loss, scale), head=names)
+        return use_cosine_head(model, head_scale(loss, scale), head=names, init=init)
     if head == "linear":
         check_linear_head(model)
     return model

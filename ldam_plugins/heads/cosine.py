@@ -7,14 +7,14 @@ classifier must give ``s * cos(angle)``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ldam_plugins._validation import check_choice, check_real, invalid
-from ldam_plugins.choices import DEFAULT_SCALE
+from ldam_plugins.choices import DEFAULT_SCALE, HEAD_INITS
 from ldam_plugins.heads.finder import find_head, refuse_adapted
 from ldam_plugins.heads.folding import fold_before_fusing
 from ldam_plugins.heads.guard import check_replaceable, guard_heads
@@ -33,7 +33,7 @@ def use_cosine_head(
     scale: float = DEFAULT_SCALE,
     *,
     head: str | Sequence[str] | None = None,
-    init: Literal["random", "keep"] = "random",
+    init: str = "random",
     chunked: bool | None = None,
 ) -> nn.Module:
     """Replace the classifier of ``model`` by a cosine head, ``z = scale * cos(angle)``.
@@ -54,8 +54,11 @@ def use_cosine_head(
         model: A timm or transformers classifier, or any module whose last layer is linear.
         scale: s, the largest possible logit; the margin loss must have the same scale.
         head: Dotted names of the layers, where `find_head` does not find the right ones.
-        init: ``"random"`` directions, or ``"keep"`` the weight rows of the old head (not its
-            bias), where that was trained for the same classes; rows of zeros become random.
+        init: ``"random"`` rows of length 1, as the paper's, or ``"keep"`` the weight rows of the
+            old head (not its bias), for instance where that was trained for the same classes; rows
+            of zeros become random. The length of a row changes no logit, but how far a step turns
+            it: with Adam by an angle that falls as 1 / length, with SGD as 1 / length squared. A
+            new ``nn.Linear`` has rows of 0.58, whatever its size.
         chunked: For very many classes: in training mode the head returns no logits but a
             :class:`.ChunkedCosines`, from which the losses ``ce``, ``ldam`` and
             ``uniform_margin`` are computed for some classes at a time. In evaluation mode it
@@ -79,7 +82,7 @@ def use_cosine_head(
         CosineLinear(in_features=4, out_features=3, bias=False, scale=30)
     """
     scale = check_real("scale", scale, low=0.0, low_open=True)
-    check_choice("init", init, ("random", "keep"))
+    check_choice("init", init, HEAD_INITS)
     names = tuple(cosine_heads(model)) if head is None else ()
     names = names or find_head(model, head)
     refuse_adapted(names)

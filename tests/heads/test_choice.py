@@ -1,5 +1,6 @@
 """The head as a choice beside the loss: what its three words mean, and what they do to a model."""
 
+import copy
 import warnings
 
 import pytest
@@ -126,3 +127,18 @@ def test_warning_is_of_margins_on_a_linear_head_alone_and_can_be_filtered():
         warn_of_linear_head(create_loss("ce", COUNTS), cosine=False)
         warnings.filterwarnings("ignore", "loss .* on a linear head")
         warn_of_linear_head(loss, cosine=False)
+
+
+def test_a_cosine_head_begins_as_is_asked_for():
+    """Rows of length 1, or those of the linear head, which keeps its own."""
+    model = Net()
+    rows = model.heads[0].weight.detach().clone()
+    loss = create_loss("ldam", COUNTS)
+    kept = put_head(copy.deepcopy(model), loss, init="keep").heads[0].weight
+    drawn = put_head(copy.deepcopy(model), loss).heads[0].weight
+    assert torch.equal(kept, rows)
+    assert torch.allclose(drawn.norm(dim=1), torch.ones(len(rows)))
+    linear = put_head(copy.deepcopy(model), create_loss("ce", COUNTS), init="keep").heads[0]
+    assert torch.equal(linear.weight, rows)
+    with pytest.raises(ValueError, match=r"`init` must be one of 'random', 'keep'"):
+        put_head(model, loss, init="kept")
