@@ -12,12 +12,15 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import text_lt
+import torch
 import vision_lt
+from accelerate import PartialState
 from options import GROUPS, CoreOptions, parse_options
 from timm.data import create_transform
 from torch.utils.data import DataLoader
@@ -32,6 +35,7 @@ from ldam_plugins.heads import cosine_heads, find_head
 from ldam_plugins.integrations.timm import saved_model, trained_model
 from ldam_plugins.integrations.timm.images import image_loader, transformed
 from ldam_plugins.integrations.transformers import trained_model as hf_trained_model
+from ldam_plugins.training import check_processes
 from ldam_plugins.training.command_line import USAGE_ERROR, flag_names, say_errors_briefly
 from ldam_plugins.training.options import (
     COUNT,
@@ -77,6 +81,26 @@ class TrainedOptions:
         if self.output_dir is None:
             name = self.model.removeprefix("local-dir:").rstrip("/").rpartition("/")[2]
             self.output_dir = str(Path("runs", self.FOLDER, name.split(":")[-1]))
+
+
+@dataclass
+class SharedOptions(TrainedOptions):
+    """Those of a recipe whose samples several processes share."""
+
+    LIMITS: ClassVar[dict[str, Limits]] = TrainedOptions.LIMITS | {"num_processes": COUNT}
+
+    num_processes: int | None = option(None, "stop unless this many processes run")
+
+
+def join_processes(options: SharedOptions) -> PartialState:
+    """The processes that the launcher started, if they are as many as asked for.
+
+    A process waits for the others as long as it takes.
+    """
+    forever = timedelta(days=365)
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=forever)
+    check_processes(state.num_processes, options.num_processes)
+    return state
 
 
 class Part(NamedTuple):

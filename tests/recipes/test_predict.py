@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 import trained
+from forked import run_forked
 from paths import RECIPES
 from PIL import Image
 from vision_runs import picture_folder, vision_run
@@ -113,30 +114,72 @@ def test_predictions_are_those_of_the_run_and_what_cannot_be_read_is_listed(
     assert list(found)[-2:] == ["probability_2", "error"]
 
 
-def test_a_stopped_command_goes_on(finished, photos, tmp_path):
+def test_a_stopped_command_goes_on(finished, photos, tmp_path, monkeypatch):
     flags = ("--dataset", f"{photos}/test", "--rows", 4)
     whole = predicted(finished, *flags, output=tmp_path / "whole.csv").read_text()
-    output, partial = tmp_path / "p.csv", tmp_path / "p.csv.partial"
-    words = [str(finished), *map(str, flags), "--output", str(output), "--quiet"]
-    options, _ = trained.parse(predict.PredictOptions, words)
-    (tmp_path / "p.csv.partial.json").write_text(json.dumps(options.makes()))
-    lines = whole.splitlines(keepends=True)
-    partial.write_text("".join(lines[:7]) + lines[7][:9])
+    output, parts = tmp_path / "p.csv", tmp_path / "p.csv.partial"
+    real, calls = predict.predict, []
+
+    def stopped(*given):
+        calls.append(given)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*given)
+
+    def stop(*more):
+        calls.clear()
+        with pytest.raises(KeyboardInterrupt):
+            predicted(finished, *flags, *more, output=output)
+
+    monkeypatch.setattr(predict, "predict", stopped)
+    stop()
+    assert sorted(path.name for path in parts.glob("*.csv")) == ["000000.csv", "000001.csv"]
+    monkeypatch.setattr(predict, "predict", lambda *given: calls.append(given) or real(*given))
+    calls.clear()
     assert predicted(finished, *flags, output=output).read_text() == whole
+    assert len(calls) == 2  # of four parts
     assert sorted(path.name for path in tmp_path.iterdir()) == ["p.csv", "whole.csv"]
-    for begun, name in (("", "nothing.csv"), (lines[0], "header.csv"), (lines[0][:5], "half.csv")):
-        (tmp_path / f"{name}.partial").write_text(begun)
-        (tmp_path / f"{name}.partial.json").write_text(json.dumps(options.makes()))
-        assert predicted(finished, *flags, output=tmp_path / name).read_text() == whole
     with pytest.raises(ValueError, match="`output` must be a file that is not there"):
         predicted(finished, *flags, output=output)
-    (tmp_path / "q.csv.partial").write_text("".join(lines[:7]))
-    with pytest.raises(ValueError, match="begun with other options"):
-        predicted(finished, *flags, output=tmp_path / "q.csv")
-    (tmp_path / "q.csv.partial.json").write_text(json.dumps(options.makes()))
-    (tmp_path / "q.csv.partial").write_text("".join([lines[0], *lines[2:7]]))
-    with pytest.raises(ValueError, match="is of other examples"):
-        predicted(finished, *flags, output=tmp_path / "q.csv")
+    monkeypatch.setattr(predict, "predict", stopped)
+    stop("--overwrite")
+    monkeypatch.setattr(predict, "predict", real)
+    output.unlink()
+    with pytest.raises(ValueError, match=r"begun with another top\. Delete .*\.partial to"):
+        predicted(finished, *flags, "--top", 1, output=output)
+    part = parts / "000001.csv"
+    part.write_text("".join(part.read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(ValueError, match="is of other rows, in part 1"):
+        predicted(finished, *flags, output=output)
+    weights = finished / "model" / "model.safetensors"
+    weights.touch()
+    with pytest.raises(ValueError, match="was begun with another content of model"):
+        predicted(finished, *flags, output=output)
+    assert predicted(finished, *flags, "--overwrite", output=output).read_text() == whole
+
+
+def test_several_processes_write_the_same_bytes(finished, photos, tmp_path):
+    words = (finished, "--dataset", f"{photos}/test", "--rows", 4, "--quiet", "--num_processes")
+    outputs = {}
+    for processes in (1, 3):
+        output = tmp_path / f"{processes}.csv"
+        done = run_forked(
+            RECIPES / "predict.py",
+            [*words, processes, "--output", output],
+            tmp_path / "log",
+            environment={"ACCELERATE_USE_CPU": "true"},
+            processes=processes,
+        )
+        assert done.returncode == 0, done.stderr
+        outputs[processes] = output.read_bytes()
+    assert outputs[1] == outputs[3]
+    assert outputs[1].count(b"\n") == 16
+
+
+def test_other_processes_than_meant_are_refused(finished, photos, tmp_path):
+    with pytest.raises(RuntimeError, match="`num_processes` must be 2, as asked for, got 1"):
+        predicted(finished, "--dataset", photos, "--num_processes", 2, output=tmp_path / "p.csv")
+    assert not list(tmp_path.iterdir())
 
 
 def test_texts_of_a_table_without_labels(tmp_path):
@@ -216,8 +259,12 @@ def test_a_table_of_files(finished, tmp_path):
     found = pd.read_csv(predicted(finished, "--dataset", table, output=tmp_path / "p.csv"))
     assert found["example"].tolist() == ["2", "images/1.png"]
     table.write_text("key,file\nx,2\ny,images/3.png\n")
-    with pytest.raises(ValueError, match=r"'images/3\.png' in row 3"):
-        predicted(finished, "--dataset", table, output=tmp_path / "q.csv")
+    found = pd.read_csv(predicted(finished, "--dataset", table, output=tmp_path / "q.csv"))
+    assert found["predicted"].notna().tolist() == [True, False]
+    assert found["error"][1] == "cannot be read"
+    table.write_text("key,file\nx,4\ny,images/3.png\n")
+    with pytest.raises(ValueError, match=r"no column of .*list\.csv names images below"):
+        predicted(finished, "--dataset", table, output=tmp_path / "r.csv")
 
 
 def test_the_library_called_evaluate_is_found_beside_the_recipe_of_that_name():
