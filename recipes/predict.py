@@ -14,7 +14,7 @@ A row an example: its name, the likeliest class with its probability, the next l
 (``--top``), and ``error`` where an image cannot be read or a text is missing. Rows are written as
 they come, so a command that was stopped goes on when it is given again, also on more or fewer
 processes, and memory does not grow with their number. Several processes write the same table, row
-by row, as one.
+by row, as one; of a probability the last of its seven digits may differ, as float32 rounds.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from pathlib import Path
@@ -30,12 +30,14 @@ from transformers.utils.logging import disable_progress_bar
 from ldam_plugins import ClassCounts, register
 from ldam_plugins.data import LabelledImages
 from ldam_plugins.data.notes import DataNotes
+from ldam_plugins.data.readers import read_images, read_texts
+from ldam_plugins.data.readers.base import ImageRequest, NoTestPart, TextRequest, text_table
 from ldam_plugins.data.texts import texts_of_classes
 from ldam_plugins.heads import cosine_heads, find_head
 from ldam_plugins.integrations.timm import saved_model, trained_model
 from ldam_plugins.integrations.timm.images import image_loader, transformed
 from ldam_plugins.integrations.transformers import trained_model as hf_trained_model
-from ldam_plugins.training import check_processes
+from ldam_plugins.training import check_processes, read_metrics
 from ldam_plugins.training.command_line import USAGE_ERROR, flag_names, say_errors_briefly
 from ldam_plugins.training.options import (
     COUNT,
@@ -147,15 +149,19 @@ class Host:
         self.preparation = preparation
 
 
-def load(options: TrainedOptions, flags: list[str]) -> tuple[Host, Data]:
+def load(options: TrainedOptions, flags: list[str], *, measures: bool = False) -> tuple[Host, Data]:
     """The model and its data.
 
     Args:
         options: Which model it is.
         flags: Options of the data; those of a run of this package are known without.
+        measures: Whether samples are only measured: data without parts are test data then, data of
+            a run need not have all of its classes, and the class counts are those of its training.
     """
     host, run = find_host(options)
-    return host, load_data(options, host, [*known_data(run, flags), *flags])
+    known = trained_counts(run, host) if measures else None
+    flags = [*known_data(run, flags), *flags]
+    return host, load_data(options, host, flags, whole=measures, known=known)
 
 
 def find_host(options: TrainedOptions) -> tuple[Host, Mapping[str, Any]]:
@@ -266,8 +272,33 @@ def known_data(run: Mapping[str, Any], flags: list[str]) -> list[str]:
     return as_flags(known)
 
 
-def load_data(options: TrainedOptions, host: Host, flags: list[str]) -> Data:
-    """The parts of the data, their classes in the order of the model's logits."""
+def trained_counts(run: Mapping[str, Any], host: Host) -> ClassCounts | None:
+    """Training samples of each class of a run, in the order of the model's logits, if known."""
+    try:
+        metrics = read_metrics(run["folder"])
+        names, counts = metrics["class_names"], metrics["class_counts"]
+    except (KeyError, OSError, ValueError):
+        return None
+    return ClassCounts(counts, names) if tuple(names) == host.class_names else None
+
+
+def load_data(
+    options: TrainedOptions,
+    host: Host,
+    flags: list[str],
+    *,
+    whole: bool = False,
+    known: ClassCounts | None = None,
+) -> Data:
+    """The parts of the data, their classes in the order of the model's logits.
+
+    Args:
+        options: Which model it is.
+        host: The model.
+        flags: Options of the data.
+        whole: Whether data without parts are all to test on.
+        known: Training samples of each class, in the order of the logits. Default: of the data.
+    """
     for flag in flags:
         if flag_names([flag]) - DATA_OPTIONS:
             hint = "Of vision_lt.py and text_lt.py it takes the options of the data alone."
@@ -279,18 +310,74 @@ def load_data(options: TrainedOptions, host: Host, flags: list[str]) -> Data:
     kind = text_lt.TextOptions if recipe is text_lt else vision_lt.VisionOptions
     data: Any = parse_options(kind, [*own, *flags], default="")
     notes, show = DataNotes(), not options.quiet
-    train, test, counts = recipe.load_data(data, show, notes)
-    train, validation, counts = recipe.hold_out(data, train, counts, show, notes)
-    parts = {"train": train, "validation": validation, "test": test}
-    classes = model_classes(host, counts)
-    if classes is not None:
-        of_classes = texts_of_classes if recipe is text_lt else LabelledImages.of_classes
+    try:
+        train, test, counts = recipe.load_data(data, show, notes)
+        train, validation, counts = recipe.hold_out(data, train, counts, show, notes)
+        parts = {"train": train, "validation": validation, "test": test}
+    except NoTestPart:
+        if not whole:
+            raise
+        parts = {"test": all_samples(data, show)}
+        labels = labels_of(parts["test"])
+        counts = ClassCounts.from_labels(labels, class_names=names_of(parts["test"]))
+    of_classes = texts_of_classes if recipe is text_lt else LabelledImages.of_classes
+    if known is not None:
+        known_names = tuple(known.class_names or ())
+        parts = {name: part and in_classes(part, known_names) for name, part in parts.items()}
+        counts = known
+    elif (classes := model_classes(host, counts)) is not None:
         parts = {name: part and of_classes(part, classes) for name, part in parts.items()}
         names = [counts.class_names[index] for index in classes]
         counts = ClassCounts(counts.counts[classes], names)
     counts = counts.with_limits(many_above=data.many, few_below=data.few)
     found = {name: Part(part, labels_of(part)) for name, part in parts.items() if part is not None}
     return Data(found, counts, data)
+
+
+def all_samples(data: Any, show: bool) -> Any:
+    """All images or texts of data that have no parts."""
+    notes = DataNotes()
+    is_text = isinstance(data, text_lt.TextOptions)
+    names = ("dataset", "label_column", "group_column", "encoding", "delimiter", "skip_empty")
+    given = {name: getattr(data, name) for name in names}
+    # A share is what makes one part enough for a reader.
+    given |= {"test_share": 0.5, "notes": notes}
+    if is_text:
+        request = TextRequest(**given, train_split=data.train_split, text_column=data.text_column)
+        found, _ = read_texts(request)
+    else:
+        rows, _ = read_images(ImageRequest(**given, image_column=data.image_column))
+        found = LabelledImages(
+            rows.source, rows.labels, rows.class_names, rows=rows.rows, groups=rows.groups
+        )
+        if data.skip_corrupt:
+            found = vision_lt.without_corrupt(found, "test", show, notes)
+    if show:
+        notes.print()
+    return found
+
+
+def names_of(samples: Any) -> tuple[str, ...]:
+    """The names of the classes of images or texts."""
+    is_images = isinstance(samples, LabelledImages)
+    return tuple(samples.class_names if is_images else samples.features["label"].names)
+
+
+def in_classes(samples: Any, names: Sequence[str]) -> Any:
+    """Samples in the classes of a model, of which the data may lack some but have no others."""
+    own, labels = names_of(samples), labels_of(samples)
+    if own == tuple(names):
+        return samples
+    if unknown := sorted({own[label] for label in np.unique(labels)} - set(names)):
+        expected = f"data of the model's {len(names)} classes"
+        raise invalid("dataset", expected, f"data of {len(unknown)} other(s): {unknown[:5]}")
+    place = {name: index for index, name in enumerate(names)}
+    labels = np.array([place.get(name, -1) for name in own])[labels]
+    if isinstance(samples, LabelledImages):
+        rows, groups = samples.rows, samples.groups
+        return LabelledImages(samples.source, labels, names, rows=rows, groups=groups)
+    groups = samples["group"][:] if "group" in samples.column_names else None
+    return text_table(samples["text"][:], labels, names, groups)
 
 
 def labels_of(samples: Any) -> np.ndarray:

@@ -1,6 +1,7 @@
 """What evaluates and uses a trained model, on models that the recipes and timm have left."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,50 @@ def test_a_run_is_measured_again_to_the_same(finished, tmp_path):
         evaluated(finished, output=tmp_path / "out")
     trainings = evaluated(finished, "--part", "train", output=tmp_path / "train")
     assert sum(trainings["test"]["per_class_samples"]) == 19
+
+
+def test_data_without_parts_are_all_measured_and_may_lack_classes(finished, photos, tmp_path):
+    trained_on = json.loads((finished / "metrics.json").read_text())["class_counts"]
+    found = evaluated(finished, "--dataset", f"{photos}/test", output=tmp_path / "all")
+    assert found["test"]["per_class_samples"] == [5, 5, 5]
+    assert list(found["class_counts"]) == trained_on == [9, 4, 6]
+    few = tmp_path / "few"
+    shutil.copytree(f"{photos}/test", few)
+    shutil.rmtree(few / "10")
+    some = evaluated(finished, "--dataset", few, output=tmp_path / "some")["test"]
+    assert some["per_class_samples"] == [5, 5, 0]
+    whole = found["test"]["per_class_accuracy"]
+    assert some["per_class_accuracy"] == [*whole[:2], None]
+    (few / "new").mkdir()
+    shutil.copy(f"{photos}/test/2/00.png", few / "new" / "0.png")
+    with pytest.raises(ValueError, match=r"model's 3 classes, got .*1 other.*\['new'\]"):
+        evaluated(finished, "--dataset", few, output=tmp_path / "never")
+    assert not (tmp_path / "never").exists()
+
+
+def test_texts_of_one_table_are_all_measured_by_several_processes_too(tmp_path):
+    texts = [f"{word} please {row}" for row in range(20) for word in ("card", "refund", "top up")]
+    model = tiny_bert(tmp_path / "model", texts, names=("up", "card", "refund"))
+    labels = ["card", "refund", "up"] * 20
+    table = tmp_path / "t.csv"
+    pd.DataFrame({"text": texts, "label": labels}).to_csv(table, index=False)
+    outs = {}
+    for processes in (1, 2):
+        outs[processes] = tmp_path / f"out{processes}"
+        done = run_forked(
+            RECIPES / "evaluate.py",
+            [model, "--dataset", table, "--batch_size", 1, "--output_dir", outs[processes]],
+            tmp_path / "log",
+            environment={"ACCELERATE_USE_CPU": "true"},
+            processes=processes,
+        )
+        assert done.returncode == 0, done.stderr
+    assert_same(*(pd.read_csv(out / "predictions.csv") for out in outs.values()))
+    one, two = (json.loads((out / "metrics.json").read_text()) for out in outs.values())
+    assert one["test"]["per_class_accuracy"] == two["test"]["per_class_accuracy"]
+    assert one["test"]["nll"] == pytest.approx(two["test"]["nll"], rel=1e-6)
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert sum(one["test"]["per_class_samples"]) == 60
 
 
 def test_classes_are_matched_by_name_and_others_are_refused(photos, tmp_path):
@@ -158,7 +203,12 @@ def test_a_stopped_command_goes_on(finished, photos, tmp_path, monkeypatch):
     assert predicted(finished, *flags, "--overwrite", output=output).read_text() == whole
 
 
-def test_several_processes_write_the_same_bytes(finished, photos, tmp_path):
+def assert_same(one, two):
+    """Two tables of predictions are the same, but for the rounding of float32."""
+    pd.testing.assert_frame_equal(one, two, check_exact=False, rtol=1e-5, atol=1e-7)
+
+
+def test_several_processes_write_the_same_table(finished, photos, tmp_path):
     words = (finished, "--dataset", f"{photos}/test", "--rows", 4, "--quiet", "--num_processes")
     outputs = {}
     for processes in (1, 3):
@@ -171,9 +221,9 @@ def test_several_processes_write_the_same_bytes(finished, photos, tmp_path):
             processes=processes,
         )
         assert done.returncode == 0, done.stderr
-        outputs[processes] = output.read_bytes()
-    assert outputs[1] == outputs[3]
-    assert outputs[1].count(b"\n") == 16
+        outputs[processes] = pd.read_csv(output)
+    assert_same(outputs[1], outputs[3])
+    assert len(outputs[1]) == 15
 
 
 def test_other_processes_than_meant_are_refused(finished, photos, tmp_path):
@@ -182,25 +232,32 @@ def test_other_processes_than_meant_are_refused(finished, photos, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_texts_of_a_table_without_labels(tmp_path):
+def tiny_bert(folder, texts, names):
+    """A random BERT and its tokenizer in a folder."""
     from transformers import BertConfig, BertForSequenceClassification
 
-    tokenizer = train_tokenizer(
-        ["where is my card", "a refund please"], vocab_size=60, min_frequency=1
-    )
+    tokenizer = train_tokenizer(texts, vocab_size=60, min_frequency=1)
     sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
-    names = {0: "card", 1: "refund", 2: "NA"}
     config = BertConfig(
         vocab_size=len(tokenizer),
         num_hidden_layers=1,
         pad_token_id=tokenizer.pad_token_id,
-        id2label=names,
-        label2id={name: index for index, name in names.items()},
+        id2label=dict(enumerate(names)),
+        label2id={name: index for index, name in enumerate(names)},
         **sizes,
     )
-    model = BertForSequenceClassification(config).eval()
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    BertForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_texts_of_a_table_without_labels(tmp_path):
+    from transformers import AutoTokenizer, BertForSequenceClassification
+
+    names = ("card", "refund", "NA")
+    folder = tiny_bert(tmp_path / "model", ["where is my card", "a refund please"], names)
+    model = BertForSequenceClassification.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     texts = ["where is my card", "", "a refund please", "card please"]
     table = tmp_path / "tickets.csv"
     pd.DataFrame({"id": list("abcd"), "message": texts}).to_csv(table, index=False)
