@@ -15,6 +15,10 @@ A row an example: its name, the likeliest class with its probability, the next l
 they come, so a command that was stopped goes on when it is given again, also on more or fewer
 processes, and memory does not grow with their number. Several processes write the same table, row
 by row, as one; of a probability the last of its seven digits may differ, as float32 rounds.
+
+Thresholds that ``recipes/thresholds.py`` left beside the model are used, and said in a line: of two
+classes the one above its threshold comes first, and where the model abstains ``predicted`` is empty
+and ``abstained`` is yes (in parquet true). ``--thresholds none`` leaves them out.
 """
 
 from __future__ import annotations
@@ -28,12 +32,23 @@ import numpy as np
 import torch
 from datasets import Dataset, disable_progress_bars
 from tqdm import tqdm
-from trained import Host, SharedOptions, command_line, find_host, head_layer, join_processes
+from trained import (
+    Host,
+    SharedOptions,
+    beside_model,
+    command_line,
+    find_host,
+    head_layer,
+    join_processes,
+    model_files,
+)
 
 from ldam_plugins.data.unlabelled import UNREAD, unlabelled_images, unlabelled_texts
 from ldam_plugins.integrations.transformers.trained_model import TEXTS
 from ldam_plugins.metrics import Predictions
+from ldam_plugins.metrics.predictions import probabilities
 from ldam_plugins.posthoc import extract_features
+from ldam_plugins.posthoc.thresholds import THRESHOLDS_FILE, Thresholds, weights_digest
 from ldam_plugins.training import keep_freed_memory
 from ldam_plugins.training.options import COUNT, Limits, invalid, option
 from ldam_plugins.training.part_files import TABLE_FORMATS, PartFiles, file_stamps
@@ -59,6 +74,11 @@ class PredictOptions(SharedOptions):
     delimiter: str | None = option(
         None, "what separates the fields of a CSV file [what gives even rows]"
     )
+    thresholds: str = option(
+        "auto",
+        f"{THRESHOLDS_FILE} of recipes/thresholds.py: auto (the one beside the model, if there "
+        "is one), none, or a file",
+    )
     rows: int = option(4096, "rows that are read, classified and written at a time")
 
     def __post_init__(self) -> None:
@@ -73,13 +93,22 @@ class PredictOptions(SharedOptions):
             hint = "Choose another one, or --overwrite it."
             raise invalid("output", "a file that is not there", self.output, hint=hint)
 
+    def thresholds_file(self) -> Path | None:
+        """The thresholds that are used."""
+        if self.thresholds == "auto":
+            found = beside_model(self, THRESHOLDS_FILE)
+            return found if found is not None and found.exists() else None
+        return None if self.thresholds == "none" else Path(self.thresholds)
+
     def makes(self) -> dict[str, Any]:
         """What the rows depend on."""
         without_effect = {"output", "output_dir", "overwrite", "quiet", "traceback", "workers"}
         without_effect |= {"num_processes"}
         folder = Path(self.model.removeprefix("local-dir:"))
+        thresholds = self.thresholds_file()
         return {
             **{k: v for k, v in asdict(self).items() if k not in without_effect},
+            "content of thresholds": file_stamps(*([thresholds] if thresholds else [])),
             "content of model": file_stamps(folder, folder / "model", suffixes=MODEL_FILES),
             "content of dataset": [] if Path(self.dataset).is_dir() else file_stamps(self.dataset),
         }
@@ -93,15 +122,19 @@ def main(options: PredictOptions, flags: list[str] | None = None) -> Path:
     disable_progress_bars()  # of datasets: there is one for all rows
     host, _ = find_host(options)
     classes = class_names(host)
-    columns = header(min(options.top, len(classes)))
-    doubles = dict.fromkeys((n for n in columns if n.startswith("probability")), "double")
-    table, sizes = PartFiles(options.output, columns, doubles), []
+    thresholds = find_thresholds(options, classes)
+    columns = header(min(options.top, len(classes)), thresholds)
+    types = dict.fromkeys((n for n in columns if n.startswith("probability")), "double")
+    types |= {"abstained": "bool"} if "abstained" in columns else {}
+    table, sizes = PartFiles(options.output, columns, types), []
     if processes.is_main_process:  # reads all once, so that nothing is found too late
         every = (names for names, _ in find_samples(options, host))
         sizes = table.begin(options.makes(), every, anew=options.overwrite)
     processes.wait_for_everyone()
     done = sum(size for index, size in enumerate(sizes) if table.is_done(index))
     quiet = options.quiet or not processes.is_main_process
+    if thresholds is not None and not quiet:
+        print(f"{thresholds.worded()} --thresholds none leaves them out.")
     if done and not quiet:
         print(f"{table.folder}: going on after {done} of {sum(sizes)} rows.")
     bar = tqdm(total=sum(sizes), initial=done, unit="row", disable=quiet)
@@ -109,7 +142,7 @@ def main(options: PredictOptions, flags: list[str] | None = None) -> Path:
         for index, (names, samples) in enumerate(find_samples(options, host)):
             if index % processes.num_processes != processes.process_index or table.is_done(index):
                 continue
-            found = predict(host, samples, classes, options.top, processes.device)
+            found = predict(host, samples, classes, options.top, processes.device, thresholds)
             table.write(
                 index,
                 ((n, *values, error) for n, (error, values) in zip(names, found, strict=True)),
@@ -157,19 +190,38 @@ def class_names(host: Host) -> list[str]:
     return [str(index) for index in range(head_layer(host.model).weight.shape[0])]
 
 
-def header(top: int) -> list[str]:
+def find_thresholds(options: PredictOptions, classes: list[str]) -> Thresholds | None:
+    """The thresholds, if there are some, after a check that they are those of this model."""
+    file = options.thresholds_file()
+    if file is None:
+        return None
+    found, files = Thresholds.load(file), model_files(options)
+    hint = "Choose them anew by recipes/thresholds.py, or leave them out by --thresholds none."
+    if list(found.class_names) != classes:
+        raise invalid("thresholds", "those of the classes of the model", str(file), hint=hint)
+    if found.weights is not None and files is not None and weights_digest(files) != found.weights:
+        raise invalid("thresholds", "chosen for these weights", str(file), hint=hint)
+    return found
+
+
+def header(top: int, thresholds: Thresholds | None = None) -> list[str]:
     """The columns of the table."""
     ranks = ["", *(f"_{rank}" for rank in range(2, top + 1))]
     pairs = [f"{name}{rank}" for rank in ranks for name in ("predicted", "probability")]
-    return ["example", *pairs, "error"]
+    abstains = thresholds is not None and thresholds.abstain_below is not None
+    return ["example", *pairs, *(["abstained"] if abstains else []), "error"]
 
 
 def predict(
-    host: Host, samples: Any, classes: list[str], top: int, device: torch.device
+    host: Host,
+    samples: Any,
+    classes: list[str],
+    top: int,
+    device: torch.device,
+    thresholds: Thresholds | None = None,
 ) -> list[tuple[str, list[str]]]:
-    """Of each row what is wrong with it, or classes and probabilities by turns."""
-    predictions = Predictions(len(classes), top=top)
-    names = header(predictions.top)[1:-1]
+    """Of each row what is wrong with it, or the columns between its name and that."""
+    names = header(min(top, len(classes)), thresholds)[1:-1]
     if host.kind == TEXTS:
         texts = samples.texts()
         lines = [("cannot be read" if t is None else "no text", [""] * len(names)) for t in texts]
@@ -182,13 +234,40 @@ def predict(
         full, part = list(range(len(lines))), samples
     if full:
         found = extract_features(host.model, host.make_loader(part), device=device)
-        predictions.update(range(len(full)), found.logits)
-        table = predictions.columns([""] * len(full))
-        for at, (row, state) in enumerate(zip(full, found.labels.tolist(), strict=True)):
-            values = [table[name][at] for name in names]
-            words = [f"{v:.7g}" if isinstance(v, float) else classes[v] for v in values]
-            lines[row] = ("", words) if state != UNREAD else lines[row]
+        words = answers(found.logits, classes, top, thresholds)
+        for row, state, values in zip(full, found.labels.tolist(), words, strict=True):
+            lines[row] = ("", values) if state != UNREAD else lines[row]
     return lines
+
+
+def answers(
+    logits: Any, classes: list[str], top: int, thresholds: Thresholds | None
+) -> list[list[str]]:
+    """Classes and probabilities of each row by turns, the answer first, and whether there is none.
+
+    A row that is not answered keeps the probability of what is likeliest, but not its class.
+    """
+    predictions = Predictions(len(classes), top=top)
+    predictions.update(range(len(logits)), logits)
+    table = predictions.columns([""] * len(logits))
+    columns = [table[name] for name in header(predictions.top)[1:-1]]
+    rows = [
+        [f"{v:.7g}" if isinstance(v, float) else classes[v] for v in values]
+        for values in zip(*columns, strict=True)
+    ]
+    if thresholds is None:
+        return rows
+    shares = probabilities(logits).numpy()
+    decided, _, abstained = thresholds.decide(shares)
+    for row, answer, share, is_empty in zip(rows, decided, shares, abstained, strict=True):
+        if row[0] != classes[answer]:  # of two classes the less likely one, by its threshold
+            other = [*row[:2]]
+            row[:2] = [classes[answer], f"{share[answer]:.7g}"]
+            row[2:4] = other if len(row) > 2 else []
+        if thresholds.abstain_below is not None:
+            row[0] = "" if is_empty else row[0]
+            row.append("yes" if is_empty else "no")
+    return rows
 
 
 if __name__ == "__main__":

@@ -170,7 +170,7 @@ def find_host(options: TrainedOptions) -> tuple[Host, Mapping[str, Any]]:
     disable_progress_bar()  # of transformers: reading and writing weights takes moments
     source, path = options.model, Path(options.model.removeprefix("local-dir:"))
     run: dict[str, Any] = {}
-    if (path / OPTIONS_FILE).is_file() and (path / "model" / "config.json").is_file():
+    if is_run(path):
         run = {**json.loads((path / OPTIONS_FILE).read_text(encoding="utf-8")), "folder": path}
         path = path / "model"
         source = str(path)
@@ -184,6 +184,24 @@ def find_host(options: TrainedOptions) -> tuple[Host, Mapping[str, Any]]:
     if path.is_dir() or ("/" in source and ":" not in source and not path.is_file()):
         return transformers_host(options, source), run
     return timm_host(options, source), run
+
+
+def is_run(path: Path) -> bool:
+    """Whether it is the folder of a run of this package that has left its model."""
+    return (path / OPTIONS_FILE).is_file() and (path / "model" / "config.json").is_file()
+
+
+def model_files(options: TrainedOptions) -> Path | None:
+    """The folder of the weights of the model, or their file; None of one that lies elsewhere."""
+    path = Path(options.model.removeprefix("local-dir:"))
+    path = path / "model" if is_run(path) else path
+    return (trained_model.checkpoint_in(path) or path) if path.exists() else None
+
+
+def beside_model(options: TrainedOptions, name: str) -> Path | None:
+    """The place of a file beside the weights of the model; None of a model that lies elsewhere."""
+    files = model_files(options)
+    return None if files is None else (files if files.is_dir() else files.parent) / name
 
 
 def timm_host(options: TrainedOptions, source: str) -> Host:
