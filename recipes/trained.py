@@ -9,9 +9,10 @@ they are known.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -31,7 +32,13 @@ from ldam_plugins import ClassCounts, register
 from ldam_plugins.data import LabelledImages
 from ldam_plugins.data.notes import DataNotes
 from ldam_plugins.data.readers import read_images, read_texts
-from ldam_plugins.data.readers.base import ImageRequest, NoTestPart, TextRequest, text_table
+from ldam_plugins.data.readers.base import (
+    FileSource,
+    ImageRequest,
+    NoTestPart,
+    TextRequest,
+    text_table,
+)
 from ldam_plugins.data.texts import texts_of_classes
 from ldam_plugins.heads import cosine_heads, find_head
 from ldam_plugins.integrations.timm import saved_model, trained_model
@@ -53,6 +60,7 @@ from ldam_plugins.training.run_dir import OPTIONS_FILE
 _Options = TypeVar("_Options", bound="TrainedOptions")
 DATA_OPTIONS = {*GROUPS["data"], "many", "few"}
 """Options of the recipes that say what the data are."""
+TRAINED_ON = 0.1  # share of test samples known from training that is too much
 LONGEST = 512  # tokens of a text, of a tokenizer that knows no limit
 
 
@@ -160,8 +168,43 @@ def load(options: TrainedOptions, flags: list[str], *, measures: bool = False) -
     """
     host, run = find_host(options)
     known = trained_counts(run, host) if measures else None
-    flags = [*known_data(run, flags), *flags]
-    return host, load_data(options, host, flags, whole=measures, known=known)
+    data = load_data(options, host, [*known_data(run, flags), *flags], whole=measures, known=known)
+    if measures and run and "dataset" in flag_names(flags):
+        check_not_trained_on(options, host, run, data)
+    return host, data
+
+
+def check_not_trained_on(
+    options: TrainedOptions, host: Host, run: Mapping[str, Any], data: Data
+) -> None:
+    """Refuse test samples of which a tenth are training samples of the run; note fewer.
+
+    Images are the same if they are the same file or row, texts if they read the same.
+    """
+    try:
+        quiet = replace(options, quiet=True)
+        own = load_data(quiet, host, known_data(run, []))
+    except (ConnectionError, OSError, ValueError):  # the data of the run are not there any more
+        return
+    trained = set(identities(own.parts["train"].samples, own.options.dataset))
+    tested = identities(data.parts["test"].samples, data.options.dataset)
+    both = sum(each in trained for each in tested)
+    if both >= TRAINED_ON * len(tested):
+        hint = "Without --dataset its own test set is used."
+        shown = f"{both} of {len(tested)} that it was trained on"
+        raise invalid("dataset", "samples that the run was not trained on", shown, hint=hint)
+    if both and not options.quiet:
+        print(f"{both} of the {len(tested)} samples are among those that the run was trained on.")
+
+
+def identities(samples: Any, dataset: str) -> list[Any]:
+    """What tells samples apart, also from those of other data sets."""
+    if not isinstance(samples, LabelledImages):
+        return [hash(text) for text in samples["text"][:]]
+    if isinstance(samples.source, FileSource):
+        return [os.path.realpath(samples.describe(row)) for row in range(len(samples))]
+    place = os.path.realpath(dataset) if os.path.exists(dataset) else dataset
+    return [(place, samples.describe(row)) for row in range(len(samples))]
 
 
 def find_host(options: TrainedOptions) -> tuple[Host, Mapping[str, Any]]:
@@ -170,6 +213,10 @@ def find_host(options: TrainedOptions) -> tuple[Host, Mapping[str, Any]]:
     disable_progress_bar()  # of transformers: reading and writing weights takes moments
     source, path = options.model, Path(options.model.removeprefix("local-dir:"))
     run: dict[str, Any] = {}
+    if (path / OPTIONS_FILE).is_file() and not is_run(path):
+        hint = "It has no model/. A training that was stopped goes on by its command with --resume "
+        hint += "auto; what evaluate.py leaves is no model."
+        raise invalid("model", "a run that came to its end", source, hint=hint)
     if is_run(path):
         run = {**json.loads((path / OPTIONS_FILE).read_text(encoding="utf-8")), "folder": path}
         path = path / "model"

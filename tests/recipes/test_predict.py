@@ -275,11 +275,74 @@ def test_texts_of_a_table_without_labels(tmp_path):
             names[index] for index in order
         ]
         assert found["probability"][row] == pytest.approx(expected.max(), abs=1e-6)
+    pd.DataFrame({"id": [1, 2], "label": ["card", "refund"]}).to_csv(
+        tmp_path / "n.csv", index=False
+    )
+    with pytest.raises(ValueError, match="no column for certain could be the `text_column`"):
+        evaluated(tmp_path / "model", "--dataset", tmp_path / "n.csv", output=tmp_path / "never")
     with pytest.raises(ValueError, match="`text_column` must be one of"):
         predicted(
             *(tmp_path / "model", "--dataset", table, "--text_column", "words"),
             output=tmp_path / "q.csv",
         )
+
+
+def test_training_samples_are_no_test_set(finished, photos, tmp_path):
+    with pytest.raises(ValueError, match="the run was not trained on, got '19 of 19"):
+        evaluated(finished, "--dataset", f"{photos}/train", output=tmp_path / "never")
+    mixed = tmp_path / "mixed"
+    shutil.copytree(f"{photos}/test", mixed)
+    shutil.copytree(f"{photos}/train", mixed, dirs_exist_ok=True)  # copies are other files
+    evaluated(finished, "--dataset", mixed, output=tmp_path / "out")
+
+
+def half_written(finished, folder, damage):
+    shutil.copytree(finished, folder)
+    weights = folder / "model" / "model.safetensors"
+    if damage == "no model":
+        shutil.rmtree(folder / "model")
+    elif damage == "no weights":
+        weights.unlink()
+    else:
+        weights.write_bytes(weights.read_bytes()[:1000])
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("no model", "`model` must be a run that came to its end, got .*goes on .*--resume"),
+        ("no weights", "`model` must be a model that timm can make and load"),
+        ("half the weights", "`model` must be .*timm says: Error while deserializing"),
+    ],
+)
+def test_a_run_that_is_half_there_is_named(damage, message, finished, photos, tmp_path):
+    folder = half_written(finished, tmp_path / "half", damage)
+    with pytest.raises(ValueError, match=message):
+        predicted(folder, "--dataset", photos, output=tmp_path / "p.csv")
+    with pytest.raises(ValueError, match=message):
+        evaluated(folder, output=tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["half"]
+
+
+def test_a_model_of_texts_without_tokenizer_or_weights_is_named(tmp_path):
+    texts = ["where is my card", "a refund please"]
+    folder = tiny_bert(tmp_path / "model", texts, ("a", "b"))
+    table = tmp_path / "t.csv"
+    pd.DataFrame({"text": texts}).to_csv(table, index=False)
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "tokenizer.json").rename(tmp_path / "kept.json")
+    with pytest.raises(ValueError, match="`model` must be a folder with its tokenizer"):
+        predicted(folder, "--dataset", table, output=tmp_path / "p.csv")
+    (tmp_path / "kept.json").rename(folder / "tokenizer.json")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="transformers says: Error while deserializing"):
+        predicted(folder, "--dataset", table, output=tmp_path / "p.csv")
+    with pytest.raises(ValueError, match=r"got 'runs/none'\. There is no such folder"):
+        predicted("runs/none", "--dataset", table, output=tmp_path / "p.csv")
+    with pytest.raises(ValueError, match=r"got 'none'\. There is no such file or folder"):
+        predicted("none", "--dataset", table, output=tmp_path / "p.csv")
 
 
 @pytest.mark.parametrize(

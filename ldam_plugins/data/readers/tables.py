@@ -359,7 +359,8 @@ def text_candidates(table: Table, label: str) -> list[str]:
     named = [name for name in rest if name.lower() == "text"]
     if named:
         return named
-    strings = [n for n, values in rest.items() if any(map(_is_words, values)) or len(rest) == 1]
+    only = [name for name in rest if len(rest) == 1 and name.lower() != "id"]
+    strings = [n for n, values in rest.items() if any(map(_is_words, values)) or n in only]
     long = [name for name in strings if not _repeats(rest[name])]
     return long if len(long) == 1 else strings
 
