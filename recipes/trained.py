@@ -60,6 +60,7 @@ from ldam_plugins.training.run_dir import OPTIONS_FILE
 _Options = TypeVar("_Options", bound="TrainedOptions")
 DATA_OPTIONS = {*GROUPS["data"], "many", "few"}
 """Options of the recipes that say what the data are."""
+PATHS = ("dataset", "train_list", "test_list")
 TRAINED_ON = 0.1  # share of test samples known from training that is too much
 LONGEST = 512  # tokens of a text, of a tokenizer that knows no limit
 
@@ -327,6 +328,8 @@ def known_data(run: Mapping[str, Any], flags: list[str]) -> list[str]:
     if not run or "dataset" in flag_names(flags):
         return []
     known = {name: value for name, value in run.items() if name in DATA_OPTIONS}
+    for name in PATHS:
+        known[name] = found_from(Path(run["folder"]), known.get(name))
     split = Path(run["folder"], "split.csv")
     if split.is_file():
         known = {k: v for k, v in known.items() if k not in ("val_split", "test_split")}
@@ -345,6 +348,14 @@ def trained_counts(run: Mapping[str, Any], host: Host) -> ClassCounts | None:
     except (KeyError, OSError, ValueError):
         return None
     return ClassCounts(counts, names) if tuple(names) == host.class_names else None
+
+
+def found_from(folder: Path, name: str | None) -> str | None:
+    """A relative path of a run, as seen from where it was started: here, or above its folder."""
+    if not name or os.path.isabs(name) or os.path.exists(name):
+        return name
+    above = (place / name for place in folder.resolve().parents)
+    return next((str(path) for path in above if path.exists()), name)
 
 
 def load_data(

@@ -63,6 +63,18 @@ def test_a_run_is_measured_again_to_the_same(finished, tmp_path):
     assert sum(trainings["test"]["per_class_samples"]) == 19
 
 
+def test_data_of_a_run_are_found_from_another_folder(finished, photos, tmp_path, monkeypatch):
+    shutil.copytree(photos, tmp_path / "home" / "photos")
+    copy = tmp_path / "home" / "runs" / "copy"
+    shutil.copytree(finished, copy)
+    stored = json.loads((copy / "options.json").read_text())
+    (copy / "options.json").write_text(json.dumps({**stored, "dataset": "photos"}))
+    (tmp_path / "away").mkdir()
+    monkeypatch.chdir(tmp_path / "away")
+    found = evaluated("../home/runs/copy", output=tmp_path / "out")
+    assert sum(found["test"]["per_class_samples"]) == 15
+
+
 def test_data_without_parts_are_all_measured_and_may_lack_classes(finished, photos, tmp_path):
     trained_on = json.loads((finished / "metrics.json").read_text())["class_counts"]
     found = evaluated(finished, "--dataset", f"{photos}/test", output=tmp_path / "all")
