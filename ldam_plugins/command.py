@@ -22,6 +22,7 @@ RECIPES = {
     "frozen": ("frozen_features", "compare methods on features of a pretrained network"),
     "evaluate": ("evaluate_model", "measure a trained model on a data set"),
     "predict": ("predict", "classify images or texts with a trained model"),
+    "thresholds": ("thresholds", "choose from where on a trained model answers, or abstains"),
     "export": ("export", "write a trained model as ONNX"),
     "rebalance": ("rebalance", "make a trained model fair to rare classes, without training"),
     "compare": ("compare", "two or more models on the same test samples"),

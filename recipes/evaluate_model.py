@@ -8,7 +8,10 @@ MODEL, the first word, is a run folder, a folder that transformers wrote, a fold
 (``model_best.pth.tar``) of timm's ``train.py``, or a name of timm (``local-dir:...``,
 ``hf-hub:...``). The options of the data are those of ``vision_lt.py`` and ``text_lt.py``; of a run
 they are known, and without ``--dataset`` it is measured again on its own test set. Classes are
-matched by name, whatever their order.
+matched by name, whatever their order. Data that have no parts (one folder of class folders, one
+table) are all measured; data measured with a run may lack some of its classes, and many, medium and
+few are told by the samples that it was trained on. Several processes (``torchrun``, ``accelerate
+launch``) share the samples.
 
 Left in ``--output_dir``: ``metrics.json``, ``predictions.csv``, ``confusion.csv``, ``mistakes/``
 and ``report.html``, as a training leaves them, for ``recipes/compare.py`` too.
@@ -21,22 +24,29 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from tqdm import tqdm
 from trained import (
-    TrainedOptions,
+    Host,
+    Part,
+    SharedOptions,
     command_line,
     data_settings,
+    join_processes,
     load,
 )
 
+from ldam_plugins import ClassCounts
 from ldam_plugins.data import LabelledImages
 from ldam_plugins.data.texts import text_examples
-from ldam_plugins.metrics import Predictions, long_tail_metrics
+from ldam_plugins.metrics import MetricAccumulator, Predictions
 from ldam_plugins.posthoc import extract_features
 from ldam_plugins.reports import per_class_table, write_mistakes, write_report
 from ldam_plugins.reports.console import header, worded_classes
 from ldam_plugins.training import (
     claim_output_dir,
-    default_device,
     keep_freed_memory,
     run_metrics,
     write_metrics,
@@ -44,9 +54,12 @@ from ldam_plugins.training import (
 from ldam_plugins.training.options import check_choice, option
 from ldam_plugins.training.run_dir import check_no_run
 
+BATCHES = 16
+"""Batches that a process takes at a time."""
+
 
 @dataclass
-class EvaluateOptions(TrainedOptions):
+class EvaluateOptions(SharedOptions):
     """Which model is measured. Further flags are those of the recipes that choose the data."""
 
     FOLDER: ClassVar[str] = "evaluated"
@@ -63,12 +76,13 @@ def main(options: EvaluateOptions, flags: list[str] | None = None) -> dict[str, 
         options: Which model is measured.
         flags: Options of the data.
     """
-    output_dir = Path(str(options.output_dir))
-    if not options.overwrite:
+    processes, output_dir = join_processes(options), Path(str(options.output_dir))
+    options.quiet |= not processes.is_main_process
+    if not options.overwrite and processes.is_main_process:
         check_no_run(output_dir)
-    host, data = load(options, flags or [])
+    host, data = load(options, flags or [], measures=True)
     check_choice("part", options.part, data.parts)
-    part, names = data.parts[options.part], data.counts.class_names
+    part = data.parts[options.part]
     if not options.quiet:
         facts = {
             "model": f"{options.model}, {type(host.model).__name__}",
@@ -76,45 +90,70 @@ def main(options: EvaluateOptions, flags: list[str] | None = None) -> dict[str, 
             "classes": worded_classes(data.counts),
         }
         print(header(facts), flush=True)
-    device = default_device()
     began = time.perf_counter()
-    with keep_freed_memory(device):
-        found = extract_features(
-            host.model,
-            host.make_loader(part.samples),
-            device=device,
-            class_names=names,
-            progress=not options.quiet,
-        )
+    result = measure(options, processes, host, part, data.counts)
     seconds = time.perf_counter() - began
-    is_images = isinstance(part.samples, LabelledImages)
-    examples = part.samples.examples() if is_images else text_examples(part.samples)
-    predictions = Predictions(len(data.counts))
-    predictions.update(range(len(found)), found.logits, found.labels)
-    result = long_tail_metrics(
-        found.logits, found.labels, data.counts, groups=examples.groups, detailed=True
-    )
-    result["predictions"] = predictions.columns(examples.names)
     settings = {**data_settings(data.options), **asdict(options)}
-    claim_output_dir(output_dir, settings, resume=False, overwrite=options.overwrite)
     metrics = run_metrics(
         options=settings,
         class_counts=data.counts,
-        device=device,
+        device=processes.device,
+        processes=processes.num_processes,
         evaluated=options.model,
         train_seconds=seconds,
-        examples_per_second=len(found) / seconds,
+        examples_per_second=len(part.labels) / seconds,
         test=result,
     )
+    if processes.is_main_process:
+        claim_output_dir(output_dir, settings, resume=False, overwrite=options.overwrite)
+        save_outputs(options, metrics, part, data.counts)
+    processes.wait_for_everyone()
+    return metrics
+
+
+def measure(
+    options: EvaluateOptions, processes: PartialState, host: Host, part: Part, counts: ClassCounts
+) -> dict[str, Any]:
+    """Metrics and predictions of some samples, which the processes share.
+
+    Each takes some batches in turn, the same ones however many they are.
+    """
+    is_images = isinstance(part.samples, LabelledImages)
+    examples = part.samples.examples() if is_images else text_examples(part.samples)
+    metrics, predictions = MetricAccumulator(counts), Predictions(len(counts))
+    starts = range(0, len(part.labels), BATCHES * options.batch_size)
+    own = starts[processes.process_index :: processes.num_processes]
+    with keep_freed_memory(processes.device):
+        for start in tqdm(own, unit=f"{starts.step} samples", disable=options.quiet):
+            rows = np.arange(start, min(start + starts.step, len(part.labels)))
+            some = part.samples.subset(rows) if is_images else part.samples.select(rows)
+            found = extract_features(host.model, host.make_loader(some), device=processes.device)
+            groups = None if examples.groups is None else examples.groups[rows]
+            metrics.update(found.logits, found.labels, groups)
+            predictions.update(rows, found.logits, found.labels)
+    (metrics, predictions), *others = gather_object([(metrics, predictions)])
+    for more_metrics, more_predictions in others:
+        metrics.merge(more_metrics)
+        predictions.merge(more_predictions)
+    result = metrics.compute(detailed=True)
+    result["predictions"] = predictions.columns(examples.names)
+    return result
+
+
+def save_outputs(
+    options: EvaluateOptions, metrics: dict[str, Any], part: Part, counts: ClassCounts
+) -> None:
+    """Write the metrics and the report, and print the accuracy of each class."""
+    output_dir = Path(str(options.output_dir))
+    is_images = isinstance(part.samples, LabelledImages)
     write_metrics(output_dir, metrics)
     write_mistakes(
         output_dir, part.samples.image if is_images else lambda row: part.samples[row]["text"]
     )
     write_report(output_dir)
     if not options.quiet:
-        print(per_class_table(result, data.counts))
+        print(per_class_table(metrics["test"], counts))
         print(f"\nreport: {output_dir / 'report.html'}, figures: {output_dir / 'metrics.json'}")
-    return metrics
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python recipes/predict.py runs/photos --dataset new_photos --output photos.csv
     python recipes/predict.py path/to/bert --dataset tickets.csv --output tickets.parquet
+    torchrun --nproc_per_node 4 recipes/predict.py path/to/bert --dataset tickets.csv
 
 MODEL, the first word, is a run folder, a folder that transformers wrote, a folder or file
 (``model_best.pth.tar``) of timm's ``train.py``, or a name of timm (``local-dir:...``,
@@ -11,38 +12,56 @@ with one a line, or a folder of them. Labels are not needed; ``recipes/evaluate.
 
 A row an example: its name, the likeliest class with its probability, the next likeliest
 (``--top``), and ``error`` where an image cannot be read or a text is missing. Rows are written as
-they come, so a command that was stopped goes on when it is given again.
+they come, so a command that was stopped goes on when it is given again, also on more or fewer
+processes, and memory does not grow with their number. Several processes write the same table, row
+by row, as one; of a probability the last of its seven digits may differ, as float32 rounds.
+
+Thresholds that ``recipes/thresholds.py`` left beside the model are used, and said in a line: of two
+classes the one above its threshold comes first, and where the model abstains ``predicted`` is empty
+and ``abstained`` is yes (in parquet true). ``--thresholds none`` leaves them out.
 """
 
 from __future__ import annotations
 
-import csv
-import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import pandas as pd
+import numpy as np
 import torch
 from datasets import Dataset, disable_progress_bars
 from tqdm import tqdm
-from trained import Host, TrainedOptions, command_line, find_host, head_layer
+from trained import (
+    Host,
+    SharedOptions,
+    beside_model,
+    command_line,
+    find_host,
+    head_layer,
+    join_processes,
+    model_files,
+)
 
 from ldam_plugins.data.unlabelled import UNREAD, unlabelled_images, unlabelled_texts
 from ldam_plugins.integrations.transformers.trained_model import TEXTS
 from ldam_plugins.metrics import Predictions
+from ldam_plugins.metrics.predictions import probabilities
 from ldam_plugins.posthoc import extract_features
-from ldam_plugins.training import default_device, keep_freed_memory, write_atomic
+from ldam_plugins.posthoc.thresholds import THRESHOLDS_FILE, Thresholds, weights_digest
+from ldam_plugins.training import keep_freed_memory
 from ldam_plugins.training.options import COUNT, Limits, invalid, option
+from ldam_plugins.training.part_files import TABLE_FORMATS, PartFiles, file_stamps
 
-FORMATS = (".csv", ".parquet")
+MODEL_FILES = (".safetensors", ".bin", ".json", ".pth", ".tar")
+SHOWN = 5
 
 
 @dataclass
-class PredictOptions(TrainedOptions):
+class PredictOptions(SharedOptions):
     """Which model classifies what."""
 
-    LIMITS: ClassVar[dict[str, Limits]] = TrainedOptions.LIMITS | {"top": COUNT, "rows": COUNT}
+    LIMITS: ClassVar[dict[str, Limits]] = SharedOptions.LIMITS | {"top": COUNT, "rows": COUNT}
 
     dataset: str = option("", "folder or file of what is classified")
     output: str = option("predictions.csv", "table that is written, .csv or .parquet")
@@ -55,69 +74,113 @@ class PredictOptions(TrainedOptions):
     delimiter: str | None = option(
         None, "what separates the fields of a CSV file [what gives even rows]"
     )
-    rows: int = option(4096, "rows that are written at a time")
+    thresholds: str = option(
+        "auto",
+        f"{THRESHOLDS_FILE} of recipes/thresholds.py: auto (the one beside the model, if there "
+        "is one), none, or a file",
+    )
+    rows: int = option(4096, "rows that are read, classified and written at a time")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.dataset.strip():
             raise invalid("dataset", "what is to be classified", self.dataset)
-        if Path(self.output).suffix.lower() not in FORMATS:
-            raise invalid("output", f"a file that ends in {' or '.join(FORMATS)}", self.output)
+        if Path(self.output).suffix.lower() not in TABLE_FORMATS:
+            raise invalid(
+                "output", f"a file that ends in {' or '.join(TABLE_FORMATS)}", self.output
+            )
         if Path(self.output).exists() and not self.overwrite:
             hint = "Choose another one, or --overwrite it."
             raise invalid("output", "a file that is not there", self.output, hint=hint)
 
+    def thresholds_file(self) -> Path | None:
+        """The thresholds that are used."""
+        if self.thresholds == "auto":
+            found = beside_model(self, THRESHOLDS_FILE)
+            return found if found is not None and found.exists() else None
+        return None if self.thresholds == "none" else Path(self.thresholds)
+
     def makes(self) -> dict[str, Any]:
         """What the rows depend on."""
         without_effect = {"output", "output_dir", "overwrite", "quiet", "traceback", "workers"}
-        return {k: v for k, v in asdict(self).items() if k not in {*without_effect, "rows"}}
+        without_effect |= {"num_processes"}
+        folder = Path(self.model.removeprefix("local-dir:"))
+        thresholds = self.thresholds_file()
+        return {
+            **{k: v for k, v in asdict(self).items() if k not in without_effect},
+            "content of thresholds": file_stamps(*([thresholds] if thresholds else [])),
+            "content of model": file_stamps(folder, folder / "model", suffixes=MODEL_FILES),
+            "content of dataset": [] if Path(self.dataset).is_dir() else file_stamps(self.dataset),
+        }
 
 
 def main(options: PredictOptions, flags: list[str] | None = None) -> Path:
     """Classify; returns the path of the table."""
     if flags:
         raise invalid("arguments", "options of this recipe", flags[0], hint="--help lists them.")
+    processes = join_processes(options)
     disable_progress_bars()  # of datasets: there is one for all rows
     host, _ = find_host(options)
-    examples, samples = find_samples(options, host)
     classes = class_names(host)
-    partial, state = (Path(f"{options.output}.{end}") for end in ("partial", "partial.json"))
-    done = rows_done(partial, state, options, examples)
-    if done and not options.quiet:
-        print(f"{partial}: going on after {done} of {len(examples)} rows.")
-    device = default_device()
-    columns = header(min(options.top, len(classes)))
-    unread = 0
-    with keep_freed_memory(device), partial.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if not file.tell():
-            writer.writerow(columns)
-        bar = tqdm(total=len(examples), initial=done, unit="row", disable=options.quiet)
-        for start in range(done, len(examples), options.rows):
-            chunk = range(start, min(start + options.rows, len(examples)))
-            found = predict(host, samples, chunk, classes, options.top, device)
-            for row, (error, values) in zip(chunk, found, strict=True):
-                writer.writerow([examples[row], *values, error])
-                unread += bool(error)
-            file.flush()
-            bar.update(len(chunk))
-        bar.close()
-    finish(partial, state, Path(options.output))
-    if not options.quiet:
-        without = f", {unread} of them without a prediction (column `error`)" if unread else ""
-        print(f"{options.output}: {len(examples)} rows{without}.")
+    thresholds = find_thresholds(options, classes)
+    columns = header(min(options.top, len(classes)), thresholds)
+    types = dict.fromkeys((n for n in columns if n.startswith("probability")), "double")
+    types |= {"abstained": "bool"} if "abstained" in columns else {}
+    table, sizes = PartFiles(options.output, columns, types), []
+    if processes.is_main_process:  # reads all once, so that nothing is found too late
+        every = (names for names, _ in find_samples(options, host))
+        sizes = table.begin(options.makes(), every, anew=options.overwrite)
+    processes.wait_for_everyone()
+    done = sum(size for index, size in enumerate(sizes) if table.is_done(index))
+    quiet = options.quiet or not processes.is_main_process
+    if thresholds is not None and not quiet:
+        print(f"{thresholds.worded()} --thresholds none leaves them out.")
+    if done and not quiet:
+        print(f"{table.folder}: going on after {done} of {sum(sizes)} rows.")
+    bar = tqdm(total=sum(sizes), initial=done, unit="row", disable=quiet)
+    with keep_freed_memory(processes.device), bar:
+        for index, (names, samples) in enumerate(find_samples(options, host)):
+            if index % processes.num_processes != processes.process_index or table.is_done(index):
+                continue
+            found = predict(host, samples, classes, options.top, processes.device, thresholds)
+            table.write(
+                index,
+                ((n, *values, error) for n, (error, values) in zip(names, found, strict=True)),
+            )
+            bar.update(sum(s for i, s in enumerate(sizes) if table.is_done(i)) - bar.n)
+    processes.wait_for_everyone()
+    if processes.is_main_process:
+        unread = [row[0] for row in table.rows(len(sizes)) if row[-1]]
+        table.finish(len(sizes))
+        if not options.quiet:
+            print(f"{options.output}: {sum(sizes)} rows{worded_unread(unread)}.")
+    processes.wait_for_everyone()
     return Path(options.output)
 
 
-def find_samples(options: PredictOptions, host: Host) -> tuple[list[str], Any]:
-    """The names of the examples, and the examples as the model's loader takes them."""
-    given = {"encoding": options.encoding, "delimiter": options.delimiter}
+def worded_unread(names: list[str]) -> str:
+    """How many rows have no prediction, and the first of them."""
+    if not names:
+        return ""
+    more = ", ..." if len(names) > SHOWN else ""
+    first = ", ".join(names[:SHOWN])
+    return f", {len(names)} of them without a prediction (column `error`): {first}{more}"
+
+
+def find_samples(options: PredictOptions, host: Host) -> Iterator[tuple[list[str], Any]]:
+    """The names of some examples, and the examples, until there are no more."""
+    given: Any = {
+        "encoding": options.encoding,
+        "delimiter": options.delimiter,
+        "rows": options.rows,
+    }
     if host.kind == TEXTS:
-        names, texts = unlabelled_texts(options.dataset, text_column=options.text_column, **given)
-        return names, Dataset.from_dict({"text": texts, "label": [0] * len(texts)})
-    images = unlabelled_images(options.dataset, image_column=options.image_column, **given)
-    # A file name may hold bytes that are no text.
-    return [n.encode("utf-8", "backslashreplace").decode() for n in images.names], images
+        for part in unlabelled_texts(options.dataset, text_column=options.text_column, **given):
+            yield part.names, part
+        return
+    for images in unlabelled_images(options.dataset, image_column=options.image_column, **given):
+        # A file name may hold bytes that are no text.
+        yield [n.encode("utf-8", "backslashreplace").decode() for n in images.names], images
 
 
 def class_names(host: Host) -> list[str]:
@@ -127,73 +190,84 @@ def class_names(host: Host) -> list[str]:
     return [str(index) for index in range(head_layer(host.model).weight.shape[0])]
 
 
-def header(top: int) -> list[str]:
+def find_thresholds(options: PredictOptions, classes: list[str]) -> Thresholds | None:
+    """The thresholds, if there are some, after a check that they are those of this model."""
+    file = options.thresholds_file()
+    if file is None:
+        return None
+    found, files = Thresholds.load(file), model_files(options)
+    hint = "Choose them anew by recipes/thresholds.py, or leave them out by --thresholds none."
+    if list(found.class_names) != classes:
+        raise invalid("thresholds", "those of the classes of the model", str(file), hint=hint)
+    if found.weights is not None and files is not None and weights_digest(files) != found.weights:
+        raise invalid("thresholds", "chosen for these weights", str(file), hint=hint)
+    return found
+
+
+def header(top: int, thresholds: Thresholds | None = None) -> list[str]:
     """The columns of the table."""
     ranks = ["", *(f"_{rank}" for rank in range(2, top + 1))]
     pairs = [f"{name}{rank}" for rank in ranks for name in ("predicted", "probability")]
-    return ["example", *pairs, "error"]
+    abstains = thresholds is not None and thresholds.abstain_below is not None
+    return ["example", *pairs, *(["abstained"] if abstains else []), "error"]
 
 
 def predict(
-    host: Host, samples: Any, rows: range, classes: list[str], top: int, device: torch.device
+    host: Host,
+    samples: Any,
+    classes: list[str],
+    top: int,
+    device: torch.device,
+    thresholds: Thresholds | None = None,
 ) -> list[tuple[str, list[str]]]:
-    """Of each row what is wrong with it, or classes and probabilities by turns."""
-    predictions = Predictions(len(classes), top=top)
-    names = header(predictions.top)[1:-1]
+    """Of each row what is wrong with it, or the columns between its name and that."""
+    names = header(min(top, len(classes)), thresholds)[1:-1]
     if host.kind == TEXTS:
-        texts = samples.select(rows)
-        full = [row for row, text in enumerate(texts["text"][:]) if text.strip()]
-        part, missing = texts.select(full), "no text"
+        texts = samples.texts()
+        lines = [("cannot be read" if t is None else "no text", [""] * len(names)) for t in texts]
+        full = [row for row, text in enumerate(texts) if text and not text.isspace()]
+        full.sort(key=lambda row: len(texts[row]))  # texts of like length need little padding
+        kept = [texts[row] for row in full]
+        part = Dataset.from_dict({"text": kept, "label": np.zeros(len(full), dtype=np.int64)})
     else:
-        part, full, missing = samples.subset(rows), list(range(len(rows))), "cannot be read"
-    lines = [(missing, [""] * len(names)) for _ in rows]
+        lines = [("cannot be read", [""] * len(names)) for _ in samples.names]
+        full, part = list(range(len(lines))), samples
     if full:
         found = extract_features(host.model, host.make_loader(part), device=device)
-        predictions.update(range(len(full)), found.logits)
-        table = predictions.columns([""] * len(full))
-        for at, (row, state) in enumerate(zip(full, found.labels.tolist(), strict=True)):
-            values = [table[name][at] for name in names]
-            words = [f"{v:.7g}" if isinstance(v, float) else classes[v] for v in values]
-            lines[row] = ("", words) if state != UNREAD else lines[row]
+        words = answers(found.logits, classes, top, thresholds)
+        for row, state, values in zip(full, found.labels.tolist(), words, strict=True):
+            lines[row] = ("", values) if state != UNREAD else lines[row]
     return lines
 
 
-def rows_done(partial: Path, state: Path, options: PredictOptions, examples: list[str]) -> int:
-    """How many rows a stopped command of the same kind has written; what it left half is cut off.
+def answers(
+    logits: Any, classes: list[str], top: int, thresholds: Thresholds | None
+) -> list[list[str]]:
+    """Classes and probabilities of each row by turns, the answer first, and whether there is none.
 
-    Raises:
-        ValueError: it was another command, or of other examples.
+    A row that is not answered keeps the probability of what is likeliest, but not its class.
     """
-    hint = f"Delete {partial} to begin anew, or give the same options and data again."
-    made = json.dumps(options.makes())
-    if not partial.exists() or options.overwrite:
-        partial.unlink(missing_ok=True)
-        write_atomic(state, made.encode())
-        return 0
-    if not state.exists() or state.read_text(encoding="utf-8") != made:
-        raise ValueError(f"{partial} was begun with other options. {hint}")
-    with partial.open("rb+") as file:
-        whole = file.read()
-        file.truncate(whole.rfind(b"\n") + 1)
-    with partial.open(encoding="utf-8", newline="") as text:
-        names = [row[0] for row in csv.reader(text)][1:]
-    if names != examples[: len(names)]:
-        raise ValueError(f"{partial} is of other examples. {hint}")
-    return len(names)
-
-
-def finish(partial: Path, state: Path, output: Path) -> None:
-    """Put the whole table where it was asked for."""
-    if output.suffix.lower() == ".parquet":
-        table = pd.read_csv(partial, dtype=str, keep_default_na=False)
-        for name in table.columns:
-            if name.startswith("probability"):
-                table[name] = pd.to_numeric(table[name], errors="coerce")
-        write_atomic(output, table.to_parquet(index=False))
-        partial.unlink()
-    else:
-        partial.replace(output)
-    state.unlink()
+    predictions = Predictions(len(classes), top=top)
+    predictions.update(range(len(logits)), logits)
+    table = predictions.columns([""] * len(logits))
+    columns = [table[name] for name in header(predictions.top)[1:-1]]
+    rows = [
+        [f"{v:.7g}" if isinstance(v, float) else classes[v] for v in values]
+        for values in zip(*columns, strict=True)
+    ]
+    if thresholds is None:
+        return rows
+    shares = probabilities(logits).numpy()
+    decided, _, abstained = thresholds.decide(shares)
+    for row, answer, share, is_empty in zip(rows, decided, shares, abstained, strict=True):
+        if row[0] != classes[answer]:  # of two classes the less likely one, by its threshold
+            other = [*row[:2]]
+            row[:2] = [classes[answer], f"{share[answer]:.7g}"]
+            row[2:4] = other if len(row) > 2 else []
+        if thresholds.abstain_below is not None:
+            row[0] = "" if is_empty else row[0]
+            row.append("yes" if is_empty else "no")
+    return rows
 
 
 if __name__ == "__main__":

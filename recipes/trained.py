@@ -9,15 +9,19 @@ they are known.
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import text_lt
+import torch
 import vision_lt
+from accelerate import PartialState
 from options import GROUPS, CoreOptions, parse_options
 from timm.data import create_transform
 from torch.utils.data import DataLoader
@@ -27,11 +31,20 @@ from transformers.utils.logging import disable_progress_bar
 from ldam_plugins import ClassCounts, register
 from ldam_plugins.data import LabelledImages
 from ldam_plugins.data.notes import DataNotes
+from ldam_plugins.data.readers import read_images, read_texts
+from ldam_plugins.data.readers.base import (
+    FileSource,
+    ImageRequest,
+    NoTestPart,
+    TextRequest,
+    text_table,
+)
 from ldam_plugins.data.texts import texts_of_classes
 from ldam_plugins.heads import cosine_heads, find_head
 from ldam_plugins.integrations.timm import saved_model, trained_model
 from ldam_plugins.integrations.timm.images import image_loader, transformed
 from ldam_plugins.integrations.transformers import trained_model as hf_trained_model
+from ldam_plugins.training import check_processes, read_metrics
 from ldam_plugins.training.command_line import USAGE_ERROR, flag_names, say_errors_briefly
 from ldam_plugins.training.options import (
     COUNT,
@@ -47,6 +60,8 @@ from ldam_plugins.training.run_dir import OPTIONS_FILE
 _Options = TypeVar("_Options", bound="TrainedOptions")
 DATA_OPTIONS = {*GROUPS["data"], "many", "few"}
 """Options of the recipes that say what the data are."""
+PATHS = ("dataset", "train_list", "test_list")
+TRAINED_ON = 0.1  # share of test samples known from training that is too much
 LONGEST = 512  # tokens of a text, of a tokenizer that knows no limit
 
 
@@ -77,6 +92,26 @@ class TrainedOptions:
         if self.output_dir is None:
             name = self.model.removeprefix("local-dir:").rstrip("/").rpartition("/")[2]
             self.output_dir = str(Path("runs", self.FOLDER, name.split(":")[-1]))
+
+
+@dataclass
+class SharedOptions(TrainedOptions):
+    """Those of a recipe whose samples several processes share."""
+
+    LIMITS: ClassVar[dict[str, Limits]] = TrainedOptions.LIMITS | {"num_processes": COUNT}
+
+    num_processes: int | None = option(None, "stop unless this many processes run")
+
+
+def join_processes(options: SharedOptions) -> PartialState:
+    """The processes that the launcher started, if they are as many as asked for.
+
+    A process waits for the others as long as it takes.
+    """
+    forever = timedelta(days=365)
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=forever)
+    check_processes(state.num_processes, options.num_processes)
+    return state
 
 
 class Part(NamedTuple):
@@ -123,15 +158,54 @@ class Host:
         self.preparation = preparation
 
 
-def load(options: TrainedOptions, flags: list[str]) -> tuple[Host, Data]:
+def load(options: TrainedOptions, flags: list[str], *, measures: bool = False) -> tuple[Host, Data]:
     """The model and its data.
 
     Args:
         options: Which model it is.
         flags: Options of the data; those of a run of this package are known without.
+        measures: Whether samples are only measured: data without parts are test data then, data of
+            a run need not have all of its classes, and the class counts are those of its training.
     """
     host, run = find_host(options)
-    return host, load_data(options, host, [*known_data(run, flags), *flags])
+    known = trained_counts(run, host) if measures else None
+    data = load_data(options, host, [*known_data(run, flags), *flags], whole=measures, known=known)
+    if measures and run and "dataset" in flag_names(flags):
+        check_not_trained_on(options, host, run, data)
+    return host, data
+
+
+def check_not_trained_on(
+    options: TrainedOptions, host: Host, run: Mapping[str, Any], data: Data
+) -> None:
+    """Refuse test samples of which a tenth are training samples of the run; note fewer.
+
+    Images are the same if they are the same file or row, texts if they read the same.
+    """
+    try:
+        quiet = replace(options, quiet=True)
+        own = load_data(quiet, host, known_data(run, []))
+    except (ConnectionError, OSError, ValueError):  # the data of the run are not there any more
+        return
+    trained = set(identities(own.parts["train"].samples, own.options.dataset))
+    tested = identities(data.parts["test"].samples, data.options.dataset)
+    both = sum(each in trained for each in tested)
+    if both >= TRAINED_ON * len(tested):
+        hint = "Without --dataset its own test set is used."
+        shown = f"{both} of {len(tested)} that it was trained on"
+        raise invalid("dataset", "samples that the run was not trained on", shown, hint=hint)
+    if both and not options.quiet:
+        print(f"{both} of the {len(tested)} samples are among those that the run was trained on.")
+
+
+def identities(samples: Any, dataset: str) -> list[Any]:
+    """What tells samples apart, also from those of other data sets."""
+    if not isinstance(samples, LabelledImages):
+        return [hash(text) for text in samples["text"][:]]
+    if isinstance(samples.source, FileSource):
+        return [os.path.realpath(samples.describe(row)) for row in range(len(samples))]
+    place = os.path.realpath(dataset) if os.path.exists(dataset) else dataset
+    return [(place, samples.describe(row)) for row in range(len(samples))]
 
 
 def find_host(options: TrainedOptions) -> tuple[Host, Mapping[str, Any]]:
@@ -140,7 +214,11 @@ def find_host(options: TrainedOptions) -> tuple[Host, Mapping[str, Any]]:
     disable_progress_bar()  # of transformers: reading and writing weights takes moments
     source, path = options.model, Path(options.model.removeprefix("local-dir:"))
     run: dict[str, Any] = {}
-    if (path / OPTIONS_FILE).is_file() and (path / "model" / "config.json").is_file():
+    if (path / OPTIONS_FILE).is_file() and not is_run(path):
+        hint = "It has no model/. A training that was stopped goes on by its command with --resume "
+        hint += "auto; what evaluate.py leaves is no model."
+        raise invalid("model", "a run that came to its end", source, hint=hint)
+    if is_run(path):
         run = {**json.loads((path / OPTIONS_FILE).read_text(encoding="utf-8")), "folder": path}
         path = path / "model"
         source = str(path)
@@ -154,6 +232,24 @@ def find_host(options: TrainedOptions) -> tuple[Host, Mapping[str, Any]]:
     if path.is_dir() or ("/" in source and ":" not in source and not path.is_file()):
         return transformers_host(options, source), run
     return timm_host(options, source), run
+
+
+def is_run(path: Path) -> bool:
+    """Whether it is the folder of a run of this package that has left its model."""
+    return (path / OPTIONS_FILE).is_file() and (path / "model" / "config.json").is_file()
+
+
+def model_files(options: TrainedOptions) -> Path | None:
+    """The folder of the weights of the model, or their file; None of one that lies elsewhere."""
+    path = Path(options.model.removeprefix("local-dir:"))
+    path = path / "model" if is_run(path) else path
+    return (trained_model.checkpoint_in(path) or path) if path.exists() else None
+
+
+def beside_model(options: TrainedOptions, name: str) -> Path | None:
+    """The place of a file beside the weights of the model; None of a model that lies elsewhere."""
+    files = model_files(options)
+    return None if files is None else (files if files.is_dir() else files.parent) / name
 
 
 def timm_host(options: TrainedOptions, source: str) -> Host:
@@ -232,6 +328,8 @@ def known_data(run: Mapping[str, Any], flags: list[str]) -> list[str]:
     if not run or "dataset" in flag_names(flags):
         return []
     known = {name: value for name, value in run.items() if name in DATA_OPTIONS}
+    for name in PATHS:
+        known[name] = found_from(Path(run["folder"]), known.get(name))
     split = Path(run["folder"], "split.csv")
     if split.is_file():
         known = {k: v for k, v in known.items() if k not in ("val_split", "test_split")}
@@ -242,8 +340,41 @@ def known_data(run: Mapping[str, Any], flags: list[str]) -> list[str]:
     return as_flags(known)
 
 
-def load_data(options: TrainedOptions, host: Host, flags: list[str]) -> Data:
-    """The parts of the data, their classes in the order of the model's logits."""
+def trained_counts(run: Mapping[str, Any], host: Host) -> ClassCounts | None:
+    """Training samples of each class of a run, in the order of the model's logits, if known."""
+    try:
+        metrics = read_metrics(run["folder"])
+        names, counts = metrics["class_names"], metrics["class_counts"]
+    except (KeyError, OSError, ValueError):
+        return None
+    return ClassCounts(counts, names) if tuple(names) == host.class_names else None
+
+
+def found_from(folder: Path, name: str | None) -> str | None:
+    """A relative path of a run, as seen from where it was started: here, or above its folder."""
+    if not name or os.path.isabs(name) or os.path.exists(name):
+        return name
+    above = (place / name for place in folder.resolve().parents)
+    return next((str(path) for path in above if path.exists()), name)
+
+
+def load_data(
+    options: TrainedOptions,
+    host: Host,
+    flags: list[str],
+    *,
+    whole: bool = False,
+    known: ClassCounts | None = None,
+) -> Data:
+    """The parts of the data, their classes in the order of the model's logits.
+
+    Args:
+        options: Which model it is.
+        host: The model.
+        flags: Options of the data.
+        whole: Whether data without parts are all to test on.
+        known: Training samples of each class, in the order of the logits. Default: of the data.
+    """
     for flag in flags:
         if flag_names([flag]) - DATA_OPTIONS:
             hint = "Of vision_lt.py and text_lt.py it takes the options of the data alone."
@@ -255,18 +386,74 @@ def load_data(options: TrainedOptions, host: Host, flags: list[str]) -> Data:
     kind = text_lt.TextOptions if recipe is text_lt else vision_lt.VisionOptions
     data: Any = parse_options(kind, [*own, *flags], default="")
     notes, show = DataNotes(), not options.quiet
-    train, test, counts = recipe.load_data(data, show, notes)
-    train, validation, counts = recipe.hold_out(data, train, counts, show, notes)
-    parts = {"train": train, "validation": validation, "test": test}
-    classes = model_classes(host, counts)
-    if classes is not None:
-        of_classes = texts_of_classes if recipe is text_lt else LabelledImages.of_classes
+    try:
+        train, test, counts = recipe.load_data(data, show, notes)
+        train, validation, counts = recipe.hold_out(data, train, counts, show, notes)
+        parts = {"train": train, "validation": validation, "test": test}
+    except NoTestPart:
+        if not whole:
+            raise
+        parts = {"test": all_samples(data, show)}
+        labels = labels_of(parts["test"])
+        counts = ClassCounts.from_labels(labels, class_names=names_of(parts["test"]))
+    of_classes = texts_of_classes if recipe is text_lt else LabelledImages.of_classes
+    if known is not None:
+        known_names = tuple(known.class_names or ())
+        parts = {name: part and in_classes(part, known_names) for name, part in parts.items()}
+        counts = known
+    elif (classes := model_classes(host, counts)) is not None:
         parts = {name: part and of_classes(part, classes) for name, part in parts.items()}
         names = [counts.class_names[index] for index in classes]
         counts = ClassCounts(counts.counts[classes], names)
     counts = counts.with_limits(many_above=data.many, few_below=data.few)
     found = {name: Part(part, labels_of(part)) for name, part in parts.items() if part is not None}
     return Data(found, counts, data)
+
+
+def all_samples(data: Any, show: bool) -> Any:
+    """All images or texts of data that have no parts."""
+    notes = DataNotes()
+    is_text = isinstance(data, text_lt.TextOptions)
+    names = ("dataset", "label_column", "group_column", "encoding", "delimiter", "skip_empty")
+    given = {name: getattr(data, name) for name in names}
+    # A share is what makes one part enough for a reader.
+    given |= {"test_share": 0.5, "notes": notes}
+    if is_text:
+        request = TextRequest(**given, train_split=data.train_split, text_column=data.text_column)
+        found, _ = read_texts(request)
+    else:
+        rows, _ = read_images(ImageRequest(**given, image_column=data.image_column))
+        found = LabelledImages(
+            rows.source, rows.labels, rows.class_names, rows=rows.rows, groups=rows.groups
+        )
+        if data.skip_corrupt:
+            found = vision_lt.without_corrupt(found, "test", show, notes)
+    if show:
+        notes.print()
+    return found
+
+
+def names_of(samples: Any) -> tuple[str, ...]:
+    """The names of the classes of images or texts."""
+    is_images = isinstance(samples, LabelledImages)
+    return tuple(samples.class_names if is_images else samples.features["label"].names)
+
+
+def in_classes(samples: Any, names: Sequence[str]) -> Any:
+    """Samples in the classes of a model, of which the data may lack some but have no others."""
+    own, labels = names_of(samples), labels_of(samples)
+    if own == tuple(names):
+        return samples
+    if unknown := sorted({own[label] for label in np.unique(labels)} - set(names)):
+        expected = f"data of the model's {len(names)} classes"
+        raise invalid("dataset", expected, f"data of {len(unknown)} other(s): {unknown[:5]}")
+    place = {name: index for index, name in enumerate(names)}
+    labels = np.array([place.get(name, -1) for name in own])[labels]
+    if isinstance(samples, LabelledImages):
+        rows, groups = samples.rows, samples.groups
+        return LabelledImages(samples.source, labels, names, rows=rows, groups=groups)
+    groups = samples["group"][:] if "group" in samples.column_names else None
+    return text_table(samples["text"][:], labels, names, groups)
 
 
 def labels_of(samples: Any) -> np.ndarray:

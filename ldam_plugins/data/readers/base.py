@@ -175,7 +175,7 @@ def check_split(
 def no_test_part(argument: str, expected: str, request: Request, why: str = "") -> Exception:
     """The error where nothing is there to test on, and nobody said what to hold out."""
     hint = "--test_split 0.2 (test_split=0.2) holds out a fifth of each class to test on."
-    return invalid(argument, expected, request.test_split, hint=why + hint)
+    return invalid(argument, expected, request.test_split, hint=why + hint, error=NoTestPart)
 
 
 def pick_splits(request: Request, available: Collection[str]) -> tuple[str, str | None]:
@@ -268,6 +268,10 @@ class Reader(Generic[_Request, _Split]):
     accepts: Callable[[_Request], bool]
     read: Callable[[_Request], tuple[_Split, _Split | None]]
     is_name: bool = False
+
+
+class NoTestPart(ValueError):
+    """The data have no part to test on, and nobody said what to hold out."""
 
 
 class NoSuchDataset(Exception):

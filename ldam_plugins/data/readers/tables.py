@@ -51,7 +51,7 @@ _NO_DATA = re.compile(
 _SHARD = re.compile(r"-\d+-of-\d+$")
 """One file of several, as `datasets` writes and reads them."""
 _DELIMITERS = ",;\t|"
-_SNIFFED = 50
+SNIFFED = 50
 """Lines, or rows, that are looked at to tell how a table is written."""
 _LABEL_NAMES = ("label", "labels", "class", "classes", "class_name", "category", "target", "y")
 _OTHER_LABEL_NAMES = (
@@ -195,7 +195,7 @@ def _read_separated(file: Path, text: str, request: Request) -> tuple[dict[str, 
     if text[:4].lower() == "sep=":  # what Excel takes for the delimiter
         first, _, text = text.partition("\n")
         given, skipped = given or first[4:5], 1
-    delimiter = given or _delimiter(file, text)
+    delimiter = given or find_delimiter(file, text)
     header = next(csv.reader(io.StringIO(text), delimiter=delimiter))
     headless = any(is_image_name(cell.strip()) for cell in header)
     if headless:
@@ -239,17 +239,17 @@ def _says_nothing(values: Sequence[Any]) -> bool:
     return all(is_whole(value) for value in values) and len(set(values)) == len(values)
 
 
-def _delimiter(file: Path, text: str) -> str:
+def find_delimiter(file: Path, text: str) -> str:
     """What separates the fields: what gives as many of them in each of the first rows.
 
     Raises:
         ValueError: no character does, or several.
     """
-    sample = io.StringIO(text[: _SNIFFED * 2000])
+    sample = io.StringIO(text[: SNIFFED * 2000])
     found = {}
     for delimiter in _DELIMITERS:
         sample.seek(0)
-        rows = list(islice(csv.reader(sample, delimiter=delimiter), _SNIFFED))
+        rows = list(islice(csv.reader(sample, delimiter=delimiter), SNIFFED))
         widths = {len(row) for row in (rows[:-1] or rows) if row}
         if len(rows[0]) > 1:
             found[delimiter] = len(widths)
@@ -359,7 +359,8 @@ def text_candidates(table: Table, label: str) -> list[str]:
     named = [name for name in rest if name.lower() == "text"]
     if named:
         return named
-    strings = [n for n, values in rest.items() if any(map(_is_words, values)) or len(rest) == 1]
+    only = [name for name in rest if len(rest) == 1 and name.lower() != "id"]
+    strings = [n for n, values in rest.items() if any(map(_is_words, values)) or n in only]
     long = [name for name in strings if not _repeats(rest[name])]
     return long if len(long) == 1 else strings
 

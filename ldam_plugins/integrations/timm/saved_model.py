@@ -78,6 +78,8 @@ def save_model(
         fold_cosine_head(model)
     model.to(memory_format=torch.contiguous_format)
     model.pretrained_cfg = {k: v for k, v in published.items() if k not in _OF_A_CHECKPOINT}
+    if licence:  # what comes of the weights stands under it, too
+        model.pretrained_cfg["license"] = licence
     folder = Path(folder)
     with disk_errors(folder.parent):
         save_for_hf(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from safetensors import SafetensorError
 from timm.data import resolve_data_config
 from timm.models import resolve_model_input_args
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
@@ -62,7 +63,7 @@ def load_trained(source: str | os.PathLike[str]) -> TrainedImageModel:
         return _of_checkpoint(Path(source))
     try:
         model = timm.create_model(os.fspath(source), pretrained=True)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise _not_loaded(source, error) from error
     names = model.pretrained_cfg.get("label_names")
     if isinstance(names, Mapping):  # by the index of the class, which may come as text
@@ -97,7 +98,10 @@ def _of_checkpoint(path: Path) -> TrainedImageModel:
     return TrainedImageModel(model.eval(), None, resolve_data_config(given, model=model))
 
 
-def _not_loaded(source: object, error: Exception) -> Exception:
+def _not_loaded(source: str | os.PathLike[str], error: Exception) -> Exception:
     forms = ("a run folder", "local-dir:FOLDER", "model_best.pth.tar", "resnet18.a1_in1k")
-    hint = f"timm says: {error}. It takes such as {quoted(forms)}."
-    return invalid("model", "a model that timm can make and load", os.fspath(source), hint=hint)  # type: ignore[call-overload]
+    is_name = ":" not in os.fspath(source) and not Path(source).exists()
+    hint = "There is no such file or folder. " if is_name else ""
+    told = " ".join(str(error).split()).rstrip(".")
+    hint += f"timm says: {told}. It takes such as {quoted(forms)}."
+    return invalid("model", "a model that timm can make and load", os.fspath(source), hint=hint)

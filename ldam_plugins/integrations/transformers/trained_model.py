@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -113,17 +114,28 @@ def load_trained(source: str | os.PathLike[str]) -> TrainedModel:
     kind, auto_model, auto_processor = _KINDS[ending]
     model = _loaded(auto_model, source, dtype="auto")
     processor = _loaded(auto_processor, source)
+    if kind == TEXTS and Path(source).is_dir():
+        _check_tokenizer(processor, Path(source))
     names = tuple(str(config.id2label[index]) for index in range(config.num_labels))
     unnamed = all(_UNNAMED.fullmatch(each) for each in names)
     return TrainedModel(model.eval(), processor, kind, None if unnamed else names)
 
 
+def _check_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Refuse a folder without a tokenizer, for which transformers makes one that knows no word."""
+    names = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
+    if not any((folder / name).is_file() for name in names):
+        hint = f"Save it there: tokenizer.save_pretrained({str(folder)!r})."
+        raise invalid("model", "a folder with its tokenizer", str(folder), hint=hint)
+
+
 def _loaded(auto: Any, source: str, **options: Any) -> Any:
     try:
         return auto.from_pretrained(source, trust_remote_code=False, **options)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         checkpoints = sorted(each.name for each in Path(source).glob("checkpoint-*"))
-        hint = f"transformers says: {error}"
+        hint = "" if Path(source).exists() else "There is no such folder. "
+        hint += f"transformers says: {' '.join(str(error).split())}"
         if checkpoints:
             hint = f"Give one of its checkpoints, such as {Path(source, checkpoints[-1])}."
         expected = "a folder of transformers with model and tokenizer, or a hub id"

@@ -169,4 +169,8 @@ def test_weights_of_a_package_are_trained_on(pictures, tmp_path, monkeypatch):
     vision_run(tmp_path / "run", *SHORT, *flags)
     folder = tmp_path / "run" / "model"
     assert "Trained on from the weights of `small`" in (folder / "README.md").read_text()
-    assert timm.create_model(f"local-dir:{folder}", pretrained=True).num_classes == 3
+    loaded = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    assert loaded.num_classes == 3
+    # The licence of the weights goes on; nothing else of them does.
+    assert loaded.pretrained_cfg["license"] == "apache-2.0"
+    assert "origin_url" not in json.loads((folder / "config.json").read_text())["pretrained_cfg"]
