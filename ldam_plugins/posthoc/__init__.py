@@ -4,7 +4,7 @@ from ldam_plugins.posthoc.calibration import Calibrated, calibration_error, fit_
 from ldam_plugins.posthoc.choice import Candidate, Choice
 from ldam_plugins.posthoc.features import Features, extract_features
 from ldam_plugins.posthoc.head_fitting import FittedHead, fit_head
-from ldam_plugins.posthoc.methods import METHODS
+from ldam_plugins.posthoc.methods import METHODS, parse_method
 from ldam_plugins.posthoc.prior_estimates import (
     ImpliedPrior,
     PriorEstimate,
@@ -32,5 +32,6 @@ __all__ = [
     "fit_head",
     "fit_temperature",
     "implied_prior",
+    "parse_method",
     "rebalance_head",
 ]

@@ -26,7 +26,7 @@ from ldam_plugins.posthoc.head_fitting import fit_head
 from ldam_plugins.posthoc.linear_head import affine
 from ldam_plugins.schedules import DeferredSchedule
 
-NONE = "none"
+NONE, AUTOMATIC = "none", "auto"
 _ALL_BETA = math.nextafter(1.0, 0.0)
 """Class-balanced weights of this beta are inverse frequencies."""
 _SMALLEST = 1e-12
@@ -385,3 +385,28 @@ def find_method(name: str) -> Method:
         ValueError: there is none (the nearest are named).
     """
     return METHODS[check_choice("method", name, METHODS)]
+
+
+def parse_method(word: str) -> tuple[str, float | None]:
+    """Method and strength of ``"METHOD"`` or ``"METHOD:STRENGTH"``; ``auto`` is a method as well.
+
+    Raises:
+        ValueError: there is no such method, or it does not take that strength.
+
+    Example:
+        >>> parse_method("logit_adjustment:1"), parse_method("auto")
+        (('logit_adjustment', 1.0), ('auto', None))
+    """
+    name, mark, given = word.partition(":")
+    check_choice("method", name, [AUTOMATIC, *METHODS])
+    if not mark:
+        return name, None
+    try:
+        strength = float(given)
+    except ValueError:
+        expected = "METHOD or METHOD:STRENGTH, such as logit_adjustment:1"
+        raise invalid("method", expected, word) from None
+    if name == AUTOMATIC:
+        hint = "It is chosen; name the method whose strength it is."
+        raise invalid("strength", f"left out with {AUTOMATIC!r}", word, hint=hint)
+    return name, find_method(name).check_strength(strength)
