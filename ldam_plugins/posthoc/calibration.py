@@ -4,37 +4,65 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ldam_plugins._validation import check_choice, invalid
-from ldam_plugins.counts import check_label_range
+from ldam_plugins.counts import ClassCounts, check_label_range
 from ldam_plugins.metrics import ECE_BINS
 from ldam_plugins.metrics.intervals import REPLICATES, generator
+from ldam_plugins.posthoc.choice import FEW, pool_classes
 from ldam_plugins.posthoc.features import Features
-from ldam_plugins.posthoc.linear_head import HeadState, LinearHead, fold_to_fit
+from ldam_plugins.posthoc.linear_head import (
+    ROWS_AT_ONCE,
+    HeadState,
+    LinearHead,
+    fold_to_fit,
+    warn_of_new_bias,
+)
 from ldam_plugins.posthoc.methods import best_temperature, class_weights
 
 PRIORS = ("features", "uniform")
 """Class shares under which probabilities are calibrated."""
+TEMPERATURE = "temperature"
+SCALINGS = (TEMPERATURE, "group", "class")
+"""What has a scale of its own: all logits one, the many, medium and few, or each class."""
 _TAILS = (0.025, 0.975)
 _ELEMENTS = 2_000_000_000
 
 
-@dataclass(frozen=True, eq=False)
-class Calibrated:
-    """A model with another temperature, and what that did to its probabilities.
+class Scaling(NamedTuple):
+    """``z_c -> scale_c z_c + offset_c``, which weight and bias of a last layer can hold.
 
-    Args:
-        temperature: T; the logits are divided by it.
-        before: :func:`calibration_error` of the logits as they were.
-        after: The same, divided by T.
+    Attributes:
+        scales: (C,) float64, each above 0; of a temperature T all 1 / T.
+        offsets: (C,) float64; of a temperature 0.
     """
 
-    temperature: float
+    scales: Tensor
+    offsets: Tensor
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """The scaled logits (N, C), in the dtype of the logits."""
+        return (logits.double() * self.scales + self.offsets).to(logits.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Calibrated:
+    """A model with other scales of its logits, and what that did to its probabilities.
+
+    Args:
+        temperature: T; the logits are divided by it. None where classes have scales of their own.
+        scaling: What was done to the logits.
+        before: :func:`calibration_error` of the logits as they were.
+        after: The same of the scaled ones.
+    """
+
+    temperature: float | None
+    scaling: Scaling
     before: Mapping[str, Any]
     after: Mapping[str, Any]
     _state: HeadState
@@ -45,11 +73,14 @@ class Calibrated:
 
     def to_dict(self) -> dict[str, Any]:
         """What there is to record of it, ready for JSON."""
-        return {
+        found = {
             "temperature": self.temperature,
             "before": dict(self.before),
             "after": dict(self.after),
         }
+        if self.temperature is None:
+            found |= {name: part.tolist() for name, part in self.scaling._asdict().items()}
+        return found
 
 
 def fit_temperature(
@@ -90,6 +121,67 @@ def fit_temperature(
         >>> fit_temperature(model, found).temperature > 0
         True
     """
+    return _calibrate(model, features, TEMPERATURE, None, prior, head)
+
+
+def fit_vector_scaling(
+    model: nn.Module,
+    features: Features,
+    class_counts: ClassCounts,
+    *,
+    per: str = "class",
+    prior: str = "features",
+    head: str | Sequence[str] | None = None,
+) -> Calibrated:
+    """Give each class, or each of many, medium and few, a scale and an offset of its logits.
+
+    ``z_c -> a_c z_c + b_c`` with the least ``sum_i w_i NLL_i + (|a / a_0 - 1|^2 + |b|^2) / 2 N``,
+    ``a_0`` being 1 / T of :func:`fit_temperature`: a convex problem, solved by L-BFGS. It goes into
+    weight and bias of the last layer, as every scale that is a class's own does. Unlike a
+    temperature it changes predictions.
+
+    What a last layer cannot hold, and is not here: a scale that depends on the sample, as one of
+    the *predicted* class or group does, a full matrix of C x C is possible but has too many
+    numbers for a tail, and histogram binning, isotonic regression or splines of a probability.
+
+    Args:
+        model: A classifier, see :func:`.extract_features`. It is changed.
+        features: Of samples that it was not trained on.
+        class_counts: Training samples per class: they define the groups.
+        per: ``"class"``: a class with fewer than 10 samples shares the numbers of those of its
+            group; ``"group"``: many, medium and few have one scale and offset each, a group with
+            fewer than 10 samples those of the next larger.
+        prior: As for :func:`fit_temperature`.
+        head: As there.
+
+    Returns:
+        The scales, and the calibration error before and after on the same samples: that of few
+        samples is less than on others.
+
+    Raises:
+        TypeError: as for :func:`fit_temperature`.
+        ValueError: as there, or another number of counts than of logits.
+
+    Warns:
+        UserWarning: a head without a bias gets one.
+
+    Source: Guo et al., ICML 2017, section 4.2 (vector scaling).
+    """
+    check_choice("per", per, SCALINGS[1:])
+    if len(class_counts) != features.logits.shape[1]:
+        expected = f"one count for each of {features.logits.shape[1]} logits"
+        raise invalid("class_counts", expected, len(class_counts))
+    return _calibrate(model, features, per, class_counts, prior, head)
+
+
+def _calibrate(
+    model: nn.Module,
+    features: Features,
+    kind: str,
+    counts: ClassCounts | None,
+    prior: str,
+    head: str | Sequence[str] | None,
+) -> Calibrated:
     check_choice("prior", prior, PRIORS)
     labels = features.head_labels()
     state = HeadState(model, head)
@@ -102,11 +194,87 @@ def fit_temperature(
         weights = class_weights(labels, even)
         if shares is None:
             weights = torch.full_like(weights, 1 / len(labels))
-        temperature = best_temperature(logits, labels, weights)
+        scaling = best_scaling(kind, logits, labels, weights, counts)
         before = calibration_error(logits, labels, prior=shares)
-        linear.write(linear.weight / temperature, linear.bias / temperature)
+        weight = linear.weight * scaling.scales[:, None]
+        gave_bias = linear.write(weight, linear.bias * scaling.scales + scaling.offsets)
         after = calibration_error(linear.logits(features.features), labels, prior=shares)
-    return Calibrated(temperature, before, after, state)
+    if gave_bias:
+        warn_of_new_bias(linear.names[0], stacklevel=4)
+    temperature = 1 / float(scaling.scales[0]) if kind == TEMPERATURE else None
+    return Calibrated(temperature, scaling, before, after, state)
+
+
+def best_scaling(
+    kind: str, logits: Tensor, labels: Tensor, weights: Tensor, counts: ClassCounts | None
+) -> Scaling:
+    """The scaling of the logits that fits best, see :func:`fit_vector_scaling`.
+
+    Args:
+        kind: One of :data:`SCALINGS`.
+        logits: z (N, C).
+        labels: (N,).
+        weights: Of the samples, (N,) float64, with sum 1.
+        counts: Training samples per class; a temperature needs none.
+    """
+    classes = logits.shape[1]
+    first = 1 / best_temperature(logits, labels, weights)
+    start = Scaling(
+        torch.full((classes,), first, dtype=torch.float64),
+        torch.zeros(classes, dtype=torch.float64),
+    )
+    if kind == TEMPERATURE or counts is None:
+        return start
+    even = torch.full((classes,), 1 / classes, dtype=torch.float64)
+    cell = (
+        pool_classes(labels, counts, even).of_class if kind == "class" else _groups(labels, counts)
+    )
+    cells = int(cell.max()) + 1
+    chosen = labels[:, None]
+
+    def objective(vector: np.ndarray) -> tuple[float, np.ndarray]:
+        part = torch.from_numpy(vector)
+        scales, offsets = first * part[:cells][cell], part[cells:][cell]
+        loss = 0.5 * ((part[:cells] - 1).square().sum() + part[cells:].square().sum())
+        loss, slope = loss / len(labels), torch.stack([part[:cells] - 1, part[cells:]])
+        slope /= len(labels)
+        for at in range(0, len(labels), ROWS_AT_ONCE):
+            rows = slice(at, at + ROWS_AT_ONCE)
+            wide = logits[rows].double()
+            rest = (wide * scales + offsets).log_softmax(dim=1)
+            loss -= weights[rows] @ rest.gather(1, chosen[rows]).squeeze(1)
+            rest = rest.exp_().scatter_add_(1, chosen[rows], torch.full_like(rest[:, :1], -1.0))
+            rest *= weights[rows, None]
+            slope[0].index_add_(0, cell, first * (rest * wide).sum(dim=0))
+            slope[1].index_add_(0, cell, rest.sum(dim=0))
+        return float(loss), slope.flatten().numpy()
+
+    # Imported here, as it takes a third of a second that few who import this room need.
+    from scipy.optimize import minimize
+
+    found = minimize(
+        objective,
+        np.r_[np.ones(cells), np.zeros(cells)],
+        jac=True,
+        method="L-BFGS-B",
+        bounds=[(1e-3, None)] * cells + [(None, None)] * cells,
+        options={"gtol": 1e-7, "ftol": 0.0, "maxiter": 1000},
+    )
+    solved = torch.from_numpy(found.x)
+    return Scaling(first * solved[:cells][cell], solved[cells:][cell])
+
+
+def _groups(labels: Tensor, counts: ClassCounts) -> Tensor:
+    """The group of each class (C,), those with few samples being one with the next larger."""
+    sizes = torch.bincount(labels, minlength=len(counts))
+    found, count, waiting = torch.zeros_like(sizes), 0, 0
+    for ids in reversed(counts.groups().values()):
+        found[ids] = count
+        waiting += int(sizes[ids].sum())
+        if waiting >= FEW:
+            count, waiting = count + 1, 0
+    # The largest classes, where they alone have too few samples, go with those before them.
+    return found.clamp_max(max(count - 1, 0))
 
 
 def calibration_error(

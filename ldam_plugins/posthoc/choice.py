@@ -166,7 +166,7 @@ def choose(
         ValueError: an unknown criterion or method, or fewer than two folds.
     """
     check_choice("by", by, CRITERIA)
-    fold = stratified_folds(problem.labels, check_int("folds", folds, low=2), seed)
+    fold = problem_folds(problem, check_int("folds", folds, low=2), seed)
     judged = fold >= 0
     cells = pool_classes(problem.labels[judged], class_counts, problem.target)
     names = dict.fromkeys([(NONE, None), *methods])
@@ -227,17 +227,33 @@ def cross_fitted(problem: Problem, method: str, strength: float | None, fold: Te
             always, and their logits are of no use.
     """
     found = find_method(method)
-    if not found.learns:
-        return found.apply(problem, strength).logits(problem.features)
+    judged = fold >= 0
     logits = torch.zeros(len(problem.labels), len(problem.source))
+    if not (found.learns or problem.fold_heads):
+        head = found.apply(problem, strength)
+        logits[judged] = head.logits(problem.features[judged])
+        return logits
     for index in range(int(fold.max()) + 1):
         held_out = fold == index
-        head = found.apply(problem.rows(~held_out), strength)
+        part = problem.rows(~held_out)
+        if problem.fold_heads:
+            part = replace(part, head=problem.fold_heads[index])
+        head = found.apply(part, strength)
         logits[held_out] = head.logits(problem.features[held_out])
     return logits
 
 
-def stratified_folds(labels: Tensor, folds: int, seed: int = 0) -> Tensor:
+def problem_folds(problem: Problem, folds: int, seed: int = 0) -> Tensor:
+    """The fold of each sample, as of :func:`stratified_folds`; the ``others`` are in none."""
+    _, labels = problem.judges()
+    others = problem.labels[len(labels) :]
+    fold = stratified_folds(labels, folds, seed, others=others)
+    return torch.cat([fold, torch.full_like(others, -1)])
+
+
+def stratified_folds(
+    labels: Tensor, folds: int, seed: int = 0, others: Tensor | None = None
+) -> Tensor:
     """The fold of each sample, int64 (N,): each class is spread over the folds evenly.
 
     A class with a single sample is in no fold (-1), so that it is always learned from.
@@ -246,14 +262,17 @@ def stratified_folds(labels: Tensor, folds: int, seed: int = 0) -> Tensor:
         labels: (N,).
         folds: How many.
         seed: Of the order within a class.
+        others: Classes of further samples that are always learned from (M,): a single sample of one
+            of these is in a fold.
     """
     rng = np.random.default_rng(seed)
     found = np.full(len(labels), -1)
     classes = labels.numpy()
+    known = set() if others is None else set(others.unique().tolist())
     start = 0
     for label in np.unique(classes):
         rows = rng.permutation(np.flatnonzero(classes == label))
-        if len(rows) > 1:
+        if len(rows) > 1 or int(label) in known:
             found[rows] = (start + np.arange(len(rows))) % folds
             start += len(rows)  # so that the folds are of one size
     return torch.from_numpy(found)
@@ -267,11 +286,13 @@ class Cells:
         cell: Of each sample, int64 (N,).
         share: What each cell counts in the mean, (K,), the sum is 1.
         pooled: Classes that share a cell, by group.
+        of_class: The cell of each class, (C,).
     """
 
     cell: Tensor
     share: Tensor
     pooled: dict[str, list[int]]
+    of_class: Tensor
 
     def weights(self) -> Tensor:
         """A weight a sample, float64 (N,), with sum 1."""
@@ -336,7 +357,7 @@ def pool_classes(
     if waiting:  # none of them has a sample that is judged: they count with the smallest other
         cell[waiting] = int(sizes[own].argmin()) if len(own) else count - 1
     share = torch.zeros(count, dtype=torch.float64).index_add_(0, cell, target)
-    return Cells(cell[labels], share, pooled)
+    return Cells(cell[labels], share, pooled, cell)
 
 
 class _Scores(NamedTuple):

@@ -55,6 +55,10 @@ class Problem:
         target: Those that it is to predict under, likewise.
         tolerance: On the gradient, of what is solved for.
         temperature: Of the given head, in which its logits are log probabilities.
+        others: How many of the samples, the last ones, are learned from alone: what a method reads
+            off the given head's logits, such as their temperature, is not read off them.
+        fold_heads: The given head for each fold of the cross-fitting, where it was itself fitted on
+            the samples; empty: it is the same for all.
     """
 
     head: Affine
@@ -64,14 +68,23 @@ class Problem:
     target: Tensor
     tolerance: float = 1e-5
     temperature: float = 1.0
+    others: int = 0
+    fold_heads: tuple[Affine, ...] = ()
 
     def counts(self) -> ClassCounts:
         """Samples per class; every class must have one."""
         return ClassCounts.from_labels(self.labels, num_classes=len(self.source))
 
     def rows(self, chosen: Tensor) -> Problem:
-        """The same with some of the samples."""
-        return replace(self, features=self.features[chosen], labels=self.labels[chosen])
+        """The same with some of the samples, bool (N,)."""
+        others = int(chosen[len(chosen) - self.others :].sum())
+        features, labels = self.features[chosen], self.labels[chosen]
+        return replace(self, features=features, labels=labels, others=others)
+
+    def judges(self) -> tuple[Tensor, Tensor]:
+        """Features and labels without the last ``others``."""
+        own = len(self.labels) - self.others
+        return self.features[:own], self.labels[:own]
 
 
 @dataclass(frozen=True)
@@ -120,9 +133,8 @@ class Method:
         found = self.solve(problem, strength)
         if self.has_unit or uniform(problem.target):
             return found
-        scale = 1 / best_temperature(
-            found.logits(problem.features), problem.labels, even_weights(problem.labels)
-        )
+        features, labels = problem.judges()
+        scale = 1 / best_temperature(found.logits(features), labels, even_weights(labels))
         weight, bias = found.weight * scale, found.bias * scale
         return Affine(weight, bias + toward(problem.target))
 

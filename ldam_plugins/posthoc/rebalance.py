@@ -7,8 +7,8 @@ measured on a test set, or by cross-fitting on those features.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,13 @@ from torch import Tensor, nn
 from ldam_plugins._validation import check_choice, invalid, quoted
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.metrics import long_tail_metrics
-from ldam_plugins.posthoc.calibration import calibration_error
+from ldam_plugins.posthoc.calibration import (
+    SCALINGS,
+    TEMPERATURE,
+    Scaling,
+    best_scaling,
+    calibration_error,
+)
 from ldam_plugins.posthoc.choice import (
     CRITERIA,
     Cells,
@@ -26,7 +32,7 @@ from ldam_plugins.posthoc.choice import (
     Difference,
     choose,
     cross_fitted,
-    stratified_folds,
+    problem_folds,
     variance_of,
 )
 from ldam_plugins.posthoc.features import Features
@@ -43,7 +49,6 @@ from ldam_plugins.posthoc.methods import (
     NONE,
     Affine,
     Problem,
-    best_temperature,
     class_weights,
     find_method,
 )
@@ -65,7 +70,9 @@ class Rebalanced:
         strength: Its strength, None for one without.
         target_prior: Class shares that it now predicts under, (C,).
         source_prior: Those that it was taken to have learned, (C,).
-        temperature: By which the logits were divided as well; 1 where ``calibrate`` was not asked.
+        temperature: By which the logits were divided as well; 1 where ``calibrate`` was not asked,
+            None where classes got scales of their own.
+        scaling: What ``calibrate`` did to the logits, if it was asked.
         choice: How method or strength were chosen; None where both were given.
         measured_on: ``"test"`` or ``"cross-fitting"``.
         before: Metrics as of :func:`.long_tail_metrics` with their intervals, and ``calibration``
@@ -79,7 +86,8 @@ class Rebalanced:
     strength: float | None
     target_prior: Tensor
     source_prior: Tensor
-    temperature: float
+    temperature: float | None
+    scaling: Scaling | None
     choice: Choice | None
     measured_on: str
     before: Mapping[str, Any]
@@ -99,10 +107,16 @@ class Rebalanced:
             "target_prior": self.target_prior.tolist(),
             "source_prior": self.source_prior.tolist(),
             "temperature": self.temperature,
+            **self._scales(),
             "measured_on": self.measured_on,
             "differences": {name: list(each) for name, each in self.differences.items()},
             "choice": None if self.choice is None else self.choice.to_dict(),
         }
+
+    def _scales(self) -> dict[str, Any]:
+        if self.scaling is None or self.temperature is not None:
+            return {}
+        return {name: part.tolist() for name, part in self.scaling._asdict().items()}
 
     def __str__(self) -> str:
         strength = "" if self.strength is None else f", strength {self.strength:.4g}"
@@ -128,8 +142,10 @@ def rebalance_head(
     by: str = "log_loss",
     folds: int = 5,
     seed: int = 0,
-    calibrate: bool = False,
+    calibrate: bool | str = False,
     test: Features | None = None,
+    learn_from: Features | None = None,
+    refit: Callable[[Tensor, Tensor], nn.Linear] | None = None,
     head: str | Sequence[str] | None = None,
 ) -> Rebalanced:
     """Make the head of a trained classifier fair to rare classes, in place.
@@ -176,10 +192,16 @@ def rebalance_head(
             needs several times the samples to tell a gain from noise.
         folds: Of the cross-fitting.
         seed: Of the division into folds.
-        calibrate: Whether to divide the logits by the temperature that fits the features best under
-            the target prior, by cross-fitting.
+        calibrate: Whether to divide the logits, last, by the temperature that fits the features
+            best under the target prior, by cross-fitting. ``"class"`` or ``"group"``: scales and
+            offsets of their own, see :func:`.fit_vector_scaling`.
         test: Features of test samples, on which before and after are measured. Without them they
             are measured on ``features`` by cross-fitting.
+        learn_from: Further labelled samples that methods learn from, beside ``features``, such as
+            those that the model was trained on; nothing is chosen or measured on them.
+        refit: ``refit(features, labels)`` gives such a head as the model has, fitted on these
+            samples: where the given one was itself fitted on ``features``, which are frozen, so
+            that it too is judged on samples that it has not learned from.
         head: Dotted names of the heads, where `find_head` does not find the right ones.
 
     Returns:
@@ -208,13 +230,20 @@ def rebalance_head(
         >>> done.undo()
     """
     counts = class_counts if isinstance(class_counts, ClassCounts) else ClassCounts(class_counts)
-    labels = _check_samples(model, features, counts, test, head)
+    kind = TEMPERATURE if calibrate is True else calibrate
+    if kind is not False:
+        check_choice("calibrate", kind, SCALINGS)
+    labels = _check_samples(model, features, counts, test, learn_from, head)
     _check_method(method, strength, methods, by)
     state = HeadState(model, head)
     with state.restored_on_error():
         fitted = fold_to_fit(model, features)
         linear = LinearHead.of_model(model, fitted, head)
         problem = _problem(linear, fitted, counts, source_prior, target_prior)
+        if learn_from is not None:
+            problem = _with_others(problem, learn_from)
+        if refit is not None:
+            problem = _with_fold_heads(problem, refit, folds, seed)
         choice, tried = None, _to_try(method, strength, methods, linear, labels, counts)
         if tried:
             keep_best = method != "auto"
@@ -226,19 +255,22 @@ def rebalance_head(
             method, strength = choice.chosen.method, choice.chosen.strength
         new = find_method(method).apply(problem, strength)
         logits, judged = _unseen(problem, method, strength, choice, folds, seed)
-        temperature = 1.0
-        if calibrate:
-            weights = class_weights(labels[judged], problem.target)
-            temperature = best_temperature(logits[judged], labels[judged], weights)
-        old = problem.head
+        truth, after = problem.labels[judged], logits[judged]
+        scaling = None
+        if kind is not False:
+            weights = class_weights(truth, problem.target)
+            scaling = best_scaling(kind, after, truth, weights, counts)
+            after = scaling.apply(after)
+            scales = scaling.scales
+            new = Affine(new.weight * scales[:, None], new.bias * scales + scaling.offsets)
         gave_bias = False
-        if method != NONE or calibrate:
-            gave_bias = linear.write(new.weight / temperature, new.bias / temperature)
+        if method != NONE or scaling is not None:
+            gave_bias = linear.write(*new)
         if test is None:
-            before = old.logits(features.features[judged])
-            found = (before, logits[judged] / temperature, labels[judged], CROSS_FITTED)
+            before, _ = _unseen(problem, NONE, None, None, folds, seed)
+            found = (before[judged], after, truth, CROSS_FITTED)
         else:
-            before = old.logits(test.features)
+            before = problem.head.logits(test.features)
             found = (before, linear.logits(test.features), test.labels, TEST)
         measured = _measure(*found, counts, problem.target)
     if gave_bias:
@@ -248,7 +280,8 @@ def rebalance_head(
         strength,
         problem.target,
         problem.source,
-        temperature,
+        _temperature(kind, scaling),
+        scaling,
         choice,
         found[3],
         *measured,
@@ -261,10 +294,12 @@ def _check_samples(
     features: Features,
     counts: ClassCounts,
     test: Features | None,
+    learn_from: Features | None,
     head: str | Sequence[str] | None,
 ) -> Tensor:
-    """The labels of the features, after a check that all belong together."""
-    for name, each in (("features", features), ("test", test)):
+    """The labels of all samples that are learned from, after a check that all belong together."""
+    given = {"features": features, "test": test, "learn_from": learn_from}
+    for name, each in given.items():
         if each is None:
             continue
         if not isinstance(each, Features):
@@ -275,12 +310,16 @@ def _check_samples(
             expected = f"one count for each of the {each.logits.shape[1]} classes of the model"
             raise invalid("class_counts", expected, len(counts))
         each.head_labels()
-    if test is not None:
-        _refuse_same(features, test)
-    return features.labels
+    for name in ("features", "learn_from"):
+        other = given[name]
+        if test is not None and other is not None:
+            _refuse_same(name, other, test)
+    if learn_from is None:
+        return features.labels
+    return torch.cat([features.labels, learn_from.labels])
 
 
-def _refuse_same(features: Features, test: Features) -> None:
+def _refuse_same(name: str, features: Features, test: Features) -> None:
     """Refuse test samples of which most are among those that the choice is made on."""
     known = {hash(row.tobytes()) for row in features.features.numpy()}
     same = sum(hash(row.tobytes()) in known for row in test.features.numpy())
@@ -288,7 +327,7 @@ def _refuse_same(features: Features, test: Features) -> None:
         hint = "What is chosen on the test set is not measured by it: give the features of"
         hint += " held-out or training samples, and those of the test set as `test`."
         shown = f"{same} of {len(test)} that are among them"
-        raise invalid("test", "of other samples than `features`", shown, hint=hint)
+        raise invalid("test", f"of other samples than `{name}`", shown, hint=hint)
 
 
 def _check_method(method: str, strength: float | None, methods: Sequence[str], by: str) -> None:
@@ -367,12 +406,48 @@ def _problem(
     )
 
 
+def _with_others(problem: Problem, learn_from: Features) -> Problem:
+    """The problem with further samples that are learned from alone."""
+    return replace(
+        problem,
+        features=torch.cat([problem.features, learn_from.features]),
+        labels=torch.cat([problem.labels, learn_from.labels]),
+        others=len(learn_from),
+    )
+
+
+def _with_fold_heads(
+    problem: Problem, refit: Callable[[Tensor, Tensor], nn.Linear], folds: int, seed: int
+) -> Problem:
+    """The problem with the given head as it would be without each fold."""
+    fold = problem_folds(problem, folds, seed)
+    found = []
+    for index in range(int(fold.max()) + 1):
+        kept = fold != index
+        layer = refit(problem.features[kept], problem.labels[kept])
+        if layer.weight.shape != problem.head.weight.shape:
+            expected = f"a function that gives heads of shape {tuple(problem.head.weight.shape)}"
+            raise invalid("refit", expected, tuple(layer.weight.shape))
+        weight = layer.weight.detach().cpu().double()
+        bias = torch.zeros(len(weight), dtype=torch.float64)
+        bias = bias if layer.bias is None else layer.bias.detach().cpu().double()
+        found.append(Affine(weight, bias))
+    return replace(problem, fold_heads=tuple(found))
+
+
+def _temperature(kind: bool | str, scaling: Scaling | None) -> float | None:
+    if scaling is None:
+        return 1.0
+    return 1 / float(scaling.scales[0]) if kind == TEMPERATURE else None
+
+
 def _sizes(labels: Tensor, counts: ClassCounts) -> np.ndarray:
     return torch.bincount(labels, minlength=len(counts)).numpy()
 
 
 def _warn_if_memorised(choice: Choice, problem: Problem, counts: ClassCounts) -> None:
-    trained_on = np.array_equal(_sizes(problem.labels, counts), counts.counts)
+    _, own = problem.judges()
+    trained_on = np.array_equal(_sizes(own, counts), counts.counts) and not problem.fold_heads
     if trained_on and choice.candidates[0].accuracy > _MEMORISED:
         warnings.warn(
             f"the model errs on {1 - choice.candidates[0].accuracy:.1%} of the samples in"
@@ -394,11 +469,13 @@ def _unseen(
     """Logits of the new head for each sample that it did not learn from, and which these are."""
     if choice is not None:
         return choice.logits, choice.judged
-    if not find_method(method).learns:
-        judged = torch.ones(len(problem.labels), dtype=torch.bool)
-        return find_method(method).apply(problem, strength).logits(problem.features), judged
-    fold = stratified_folds(problem.labels, folds, seed)
-    return cross_fitted(problem, method, strength, fold), fold >= 0
+    fold = problem_folds(problem, folds, seed)
+    judged = fold >= 0
+    if not (find_method(method).learns or problem.fold_heads):
+        judged[:] = True  # of classes with a single sample as well
+        judged[len(judged) - problem.others :] = False
+    kept = torch.where(judged & (fold < 0), 0, fold)
+    return cross_fitted(problem, method, strength, kept), judged
 
 
 def _measure(
@@ -421,7 +498,9 @@ def _measure(
         if bool(chosen.any()):
             present, cell = labels[chosen].unique(return_inverse=True)
             share = torch.full((len(present),), 1 / len(present), dtype=torch.float64)
-            differences[name] = Cells(cell, share, {}).mean(gain[chosen], variance_of(gain))
-    whole = Cells(torch.zeros_like(labels), torch.ones(1, dtype=torch.float64), {})
-    differences["accuracy"] = whole.mean(gain)
+            cells = Cells(cell, share, {}, present)
+            differences[name] = cells.mean(gain[chosen], variance_of(gain))
+    one = torch.ones(1, dtype=torch.float64)
+    everything = Cells(torch.zeros_like(labels), one, {}, torch.zeros(len(counts)).long())
+    differences["accuracy"] = everything.mean(gain)
     return found[0], found[1], differences
