@@ -46,7 +46,7 @@ from ldam_plugins.benchmark.report import write_experiment
 from ldam_plugins.benchmark.tables import interval_rows, markdown
 from ldam_plugins.choices import DEFAULT_MAX_MARGIN, DEFAULT_SCALE
 from ldam_plugins.heads.choice import options_for_head
-from ldam_plugins.integrations.timm.images import image_loader
+from ldam_plugins.integrations.timm.images import InputLoader, image_loader
 from ldam_plugins.integrations.transformers.run_callbacks import pretrained_source
 from ldam_plugins.losses import loss_options
 from ldam_plugins.losses.registry import loss_class
@@ -256,7 +256,7 @@ def image_features(data: vision_lt.VisionOptions) -> Iterator[tuple[str, Feature
             workers=data.workers,
             batch_size=data.batch_size,
         )
-        inputs = Inputs(loader, to_input)
+        inputs = InputLoader(loader, to_input)
         names = counts.class_names
         yield (
             part,
@@ -303,19 +303,6 @@ class MeanOfTokens(nn.Module):
         states = self.encoder(**tokens).last_hidden_state
         mask = tokens["attention_mask"].unsqueeze(-1)
         return self.head((states * mask).sum(1) / mask.sum(1))
-
-
-class Inputs:
-    """A loader whose images are turned into what the model gets."""
-
-    def __init__(self, loader: DataLoader, to_input: Callable[[Tensor], Tensor]) -> None:
-        self.loader, self.to_input = loader, to_input
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return ((self.to_input(images), labels) for images, labels in self.loader)
 
 
 RECIPES: dict[

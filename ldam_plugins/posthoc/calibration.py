@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ldam_plugins._validation import check_choice, invalid
+from ldam_plugins.choices import SCALINGS, TEMPERATURE
 from ldam_plugins.counts import ClassCounts, check_label_range
 from ldam_plugins.metrics import ECE_BINS
 from ldam_plugins.metrics.intervals import REPLICATES, generator
@@ -27,9 +28,6 @@ from ldam_plugins.posthoc.methods import best_temperature, class_weights
 
 PRIORS = ("features", "uniform")
 """Class shares under which probabilities are calibrated."""
-TEMPERATURE = "temperature"
-SCALINGS = (TEMPERATURE, "group", "class")
-"""What has a scale of its own: all logits one, the many, medium and few, or each class."""
 _TAILS = (0.025, 0.975)
 _ELEMENTS = 2_000_000_000
 

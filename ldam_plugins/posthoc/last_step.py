@@ -6,24 +6,30 @@ on with is one model whatever machine each runs on.
 
 from __future__ import annotations
 
+import os
+import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.state import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from torch import nn
 
 from ldam_plugins._validation import check_choice, invalid
+from ldam_plugins.choices import AUTOMATIC, NONE, SCALINGS, TEMPERATURE
 from ldam_plugins.counts import ClassCounts
-from ldam_plugins.heads import cosine_heads, fold_cosine_head
-from ldam_plugins.posthoc.calibration import SCALINGS
+from ldam_plugins.heads import cosine_heads, find_head, fold_cosine_head
 from ldam_plugins.posthoc.features import Features
 from ldam_plugins.posthoc.linear_head import HeadState, give_bias
-from ldam_plugins.posthoc.methods import AUTO, AUTOMATIC, METHODS, NONE, find_method, parse_method
+from ldam_plugins.posthoc.methods import AUTO, METHODS, parse_method
 from ldam_plugins.posthoc.rebalance import rebalance_head
+
+_SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP")
 
 
 @dataclass(frozen=True)
@@ -61,22 +67,19 @@ class LastStep:
     def learns(self) -> bool:
         """Whether a method may learn a head from labelled samples."""
         name, _ = parse_method(self.rebalance)
-        return (
-            any(METHODS[each].learns for each in AUTO) if name == AUTOMATIC else METHODS[name].learns
-        )
+        return any(METHODS[each].learns for each in (AUTO if name == AUTOMATIC else (name,)))
 
-    @property
-    def chooses(self) -> bool:
-        """Whether a method or a strength is chosen on labelled samples."""
-        name, strength = parse_method(self.rebalance)
-        return name == AUTOMATIC or (strength is None and find_method(name).strengths(1) != (None,))
+    def check_model(self, model: nn.Module) -> None:
+        """Refuse what would give a bias to a head whose host builds it without one.
 
-    def check_head(self, has_bias: bool) -> None:
-        """Refuse what gives a bias to a head whose host builds it without one.
+        Call it before the training.
 
         Raises:
-            ValueError: it would.
+            ValueError: it would, or no head is found.
         """
+        cosine = cosine_heads(model)
+        heads: list[Any] = [model.get_submodule(name) for name in cosine or find_head(model)]
+        has_bias = any(head.folded_bias if cosine else head.bias is not None for head in heads)
         name, _ = parse_method(self.rebalance)
         without = sorted(each for each, method in METHODS.items() if not method.has_bias)
         if has_bias:
@@ -84,37 +87,36 @@ class LastStep:
         if name not in (NONE, AUTOMATIC, *without):
             hint = f"The head of this model has none, and its host would leave it out: {without}."
             raise invalid("rebalance", "one that needs no bias", self.rebalance, hint=hint)
-        if self.calibrate not in (NONE, "temperature"):
+        if self.calibrate not in (NONE, TEMPERATURE):
             hint = "The head of this model has no bias, and its host would leave one out."
-            raise invalid("calibrate", "temperature", self.calibrate, hint=hint)
+            raise invalid("calibrate", TEMPERATURE, self.calibrate, hint=hint)
 
     def run(
         self,
         model: nn.Module,
         class_counts: ClassCounts,
-        features: Callable[[], Features],
-        *,
-        learn_from: Callable[[], Features] | None = None,
-        test: Callable[[], Features] | None = None,
-        chosen_on: str = "validation",
+        parts: Mapping[str, Callable[[], Features]],
     ) -> Finished:
         """Change the head of ``model`` in place; call it on every process.
 
         Args:
             model: A classifier, not wrapped for parallel training.
             class_counts: Training samples per class.
-            features: Gives what is chosen on, see :func:`.rebalance_head`. Called on every process.
-            learn_from: Likewise, what methods learn from beside.
-            test: Likewise, what before and after are measured on.
-            chosen_on: What ``features`` are of, for the record.
+            parts: What extracts the features of the parts of the data, on every process:
+                ``train``; ``validation``, if a part is held out, on which is then chosen, while
+                methods learn from both; ``test``, where before and after are measured, else by
+                cross-fitting. Those that are not needed are not extracted.
 
         Raises:
             ValueError: as :func:`.rebalance_head`, on every process. The model is then as it was.
         """
         state = HeadState(model)
-        given: dict[str, Any] = {"features": features()}
-        given |= {"learn_from": learn_from()} if learn_from is not None else {}
-        given |= {"test": test()} if test is not None else {}
+        chosen_on = "validation" if "validation" in parts else "train"
+        given: dict[str, Any] = {"features": parts[chosen_on]()}
+        if chosen_on != "train" and self.learns:
+            given["learn_from"] = parts["train"]()
+        if "test" in parts:
+            given["test"] = parts["test"]()
         record = decided_by_first(model, lambda: self._decide(model, class_counts, given))
         record["rebalance"]["chosen_on"] = chosen_on
         return Finished(record, state)
@@ -124,7 +126,7 @@ class LastStep:
     ) -> dict[str, Any]:
         name, strength = parse_method(self.rebalance)
         with warnings.catch_warnings():
-            # Whether that matters is asked beforehand, see `check_head`.
+            # Whether that matters is asked beforehand, see `check_model`.
             warnings.filterwarnings("ignore", message="the head .* had no bias")
             done = rebalance_head(
                 model,
@@ -158,6 +160,41 @@ class Finished:
     def undo(self) -> None:
         """Put the head back as it was, a cosine head as such; call it on every process."""
         self._state.restore()
+
+
+def refuse_sharded(distributed_type: Any = None) -> None:
+    """Refuse a training whose head is not whole on each process.
+
+    Args:
+        distributed_type: Accelerate's; None: what ``accelerate launch`` was asked for.
+
+    Raises:
+        ValueError: FSDP, DeepSpeed, Megatron or tensor parallelism.
+    """
+    asked = [kind for kind in _SHARDED if parse_flag_from_env(f"ACCELERATE_USE_{kind}")]
+    kind = str(getattr(distributed_type, "value", distributed_type))
+    if asked or kind in _SHARDED:
+        hint = "Re-balance the model that it saves: python recipes/rebalance.py RUN, or"
+        hint += " rebalance_head of the loaded model."
+        expected = "left out where the model is sharded or wrapped by its engine"
+        raise invalid("rebalance, calibrate", expected, [*asked, kind][0], hint=hint)
+
+
+@contextmanager
+def scratch_folder(output_dir: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder for features that exceed the memory, in that of a run; on every process.
+
+    It is removed at the end, and what an earlier process left of it at the beginning.
+    """
+    folder, state = Path(output_dir, ".features"), PartialState()
+    if state.is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+    state.wait_for_everyone()
+    try:
+        yield folder
+    finally:
+        if state.is_main_process:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def decided_by_first(model: nn.Module, decide: Callable[[], Any]) -> Any:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldam_plugins._validation import check_choice, check_real, invalid
+from ldam_plugins.choices import AUTOMATIC, NONE
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.heads.choice import options_for_head
 from ldam_plugins.heads.folding import matching_scale
@@ -26,7 +27,6 @@ from ldam_plugins.posthoc.head_fitting import fit_head
 from ldam_plugins.posthoc.linear_head import affine
 from ldam_plugins.schedules import DeferredSchedule
 
-NONE, AUTOMATIC = "none", "auto"
 _ALL_BETA = math.nextafter(1.0, 0.0)
 """Class-balanced weights of this beta are inverse frequencies."""
 _SMALLEST = 1e-12

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ldam_plugins._validation import check_choice, invalid, quoted
+from ldam_plugins.choices import NONE, SCALINGS, TEMPERATURE
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.metrics import long_tail_metrics
 from ldam_plugins.posthoc.calibration import (
-    SCALINGS,
-    TEMPERATURE,
     Scaling,
     best_scaling,
     calibration_error,
@@ -46,7 +45,6 @@ from ldam_plugins.posthoc.linear_head import (
 from ldam_plugins.posthoc.methods import (
     AUTO,
     METHODS,
-    NONE,
     Affine,
     Problem,
     class_weights,

@@ -163,7 +163,9 @@ def test_the_interval_of_a_mean_over_classes():
         _, low, high = Cells(cell, share, {}, torch.arange(3)).mean(values)
         held += low <= 0 <= high
     assert 0.9 < held / 300 < 0.99
-    same = Cells(torch.zeros(20, dtype=torch.int64), torch.ones(1, dtype=torch.float64), {}, torch.zeros(1))
+    same = Cells(
+        torch.zeros(20, dtype=torch.int64), torch.ones(1, dtype=torch.float64), {}, torch.zeros(1)
+    )
     value, low, high = same.mean(torch.tensor([1.0, 3.0] * 10))
     assert value == 2
     assert high - low == pytest.approx(2 * 1.959964 * math.sqrt(20 / 19 / 20), rel=1e-5)
