@@ -137,6 +137,7 @@ class LastStep:
                 by=self.by,
                 seed=self.seed,
                 calibrate=False if self.calibrate == NONE else self.calibrate,
+                allow_same=True,  # the parts are apart: a training must not end by this error
                 **given,
             )
         before = {**done.before}

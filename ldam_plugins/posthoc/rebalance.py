@@ -144,6 +144,7 @@ def rebalance_head(
     test: Features | None = None,
     learn_from: Features | None = None,
     refit: Callable[[Tensor, Tensor], nn.Linear] | None = None,
+    allow_same: bool = False,
     head: str | Sequence[str] | None = None,
 ) -> Rebalanced:
     """Make the head of a trained classifier fair to rare classes, in place.
@@ -200,6 +201,8 @@ def rebalance_head(
         refit: ``refit(features, labels)`` gives such a head as the model has, fitted on these
             samples: where the given one was itself fitted on ``features``, which are frozen, so
             that it too is judged on samples that it has not learned from.
+        allow_same: Whether more than half of ``test`` may occur in the other samples as well, as
+            short texts do that are known to be of other rows.
         head: Dotted names of the heads, where `find_head` does not find the right ones.
 
     Returns:
@@ -232,16 +235,16 @@ def rebalance_head(
     if kind is not False:
         check_choice("calibrate", kind, SCALINGS)
     labels = _check_samples(model, features, counts, test, learn_from, head)
+    if not allow_same:
+        _refuse_same({"features": features, "learn_from": learn_from}, test)
     _check_method(method, strength, methods, by)
     state = HeadState(model, head)
     with state.restored_on_error():
         fitted = fold_to_fit(model, features)
         linear = LinearHead.of_model(model, fitted, head)
         problem = _problem(linear, fitted, counts, source_prior, target_prior)
-        if learn_from is not None:
-            problem = _with_others(problem, learn_from)
-        if refit is not None:
-            problem = _with_fold_heads(problem, refit, folds, seed)
+        problem = _with_others(problem, learn_from)
+        problem = _with_fold_heads(problem, refit, folds, seed)
         choice, tried = None, _to_try(method, strength, methods, linear, labels, counts)
         if tried:
             keep_best = method != "auto"
@@ -308,24 +311,25 @@ def _check_samples(
             expected = f"one count for each of the {each.logits.shape[1]} classes of the model"
             raise invalid("class_counts", expected, len(counts))
         each.head_labels()
-    for name in ("features", "learn_from"):
-        other = given[name]
-        if test is not None and other is not None:
-            _refuse_same(name, other, test)
     if learn_from is None:
         return features.labels
     return torch.cat([features.labels, learn_from.labels])
 
 
-def _refuse_same(name: str, features: Features, test: Features) -> None:
+def _refuse_same(others: Mapping[str, Features | None], test: Features | None) -> None:
     """Refuse test samples of which most are among those that the choice is made on."""
-    known = {hash(row.tobytes()) for row in features.features.numpy()}
-    same = sum(hash(row.tobytes()) in known for row in test.features.numpy())
-    if same > _SAME * len(test):
-        hint = "What is chosen on the test set is not measured by it: give the features of"
-        hint += " held-out or training samples, and those of the test set as `test`."
-        shown = f"{same} of {len(test)} that are among them"
-        raise invalid("test", f"of other samples than `{name}`", shown, hint=hint)
+    if test is None:
+        return
+    for name, features in others.items():
+        if features is None:
+            continue
+        known = {hash(row.tobytes()) for row in features.features.numpy()}
+        same = sum(hash(row.tobytes()) in known for row in test.features.numpy())
+        if same > _SAME * len(test):
+            hint = "What is chosen on the test set is not measured by it: give the features of"
+            hint += " held-out or training samples, and those of the test set as `test`."
+            shown = f"{same} of {len(test)} that are among them"
+            raise invalid("test", f"of other samples than `{name}`", shown, hint=hint)
 
 
 def _check_method(method: str, strength: float | None, methods: Sequence[str], by: str) -> None:
@@ -404,8 +408,10 @@ def _problem(
     )
 
 
-def _with_others(problem: Problem, learn_from: Features) -> Problem:
+def _with_others(problem: Problem, learn_from: Features | None) -> Problem:
     """The problem with further samples that are learned from alone."""
+    if learn_from is None:
+        return problem
     return replace(
         problem,
         features=torch.cat([problem.features, learn_from.features]),
@@ -415,9 +421,11 @@ def _with_others(problem: Problem, learn_from: Features) -> Problem:
 
 
 def _with_fold_heads(
-    problem: Problem, refit: Callable[[Tensor, Tensor], nn.Linear], folds: int, seed: int
+    problem: Problem, refit: Callable[[Tensor, Tensor], nn.Linear] | None, folds: int, seed: int
 ) -> Problem:
     """The problem with the given head as it would be without each fold."""
+    if refit is None:
+        return problem
     fold = problem_folds(problem, folds, seed)
     found = []
     for index in range(int(fold.max()) + 1):
