@@ -175,7 +175,7 @@ def apply_methods(
         options: With ``methods``, ``by``, ``folds`` and ``quiet``.
         **given: For :func:`~ldam_plugins.posthoc.rebalance_head`.
     """
-    for method in tqdm(options.methods, unit="method", disable=options.quiet):
+    for method in tqdm(options.methods, unit="method", disable=getattr(options, "quiet", False)):
         name, strength = parse_method(method)
         began = time.perf_counter()
         with warnings.catch_warnings():
