@@ -63,6 +63,7 @@ from ldam_plugins.posthoc import (
     parse_method,
 )
 from ldam_plugins.posthoc.choice import CRITERIA
+from ldam_plugins.posthoc.feature_files import digest_of_batches
 from ldam_plugins.training import keep_freed_memory, run_metrics
 from ldam_plugins.training.command_line import flag_names
 from ldam_plugins.training.files import to_json
@@ -275,8 +276,15 @@ def rebalanced(
     counts: ClassCounts,
 ) -> Iterator[dict[str, Any]]:
     """The record of the linear classifier of cross-entropy after each method."""
+    fitted: dict[str, nn.Linear] = {}
 
     def fit(features: Tensor, labels: Tensor) -> nn.Linear:
+        key = digest_of_batches([features, labels])  # the folds of all methods are the same
+        if key not in fitted:
+            fitted[key] = solve_anew(features, labels)
+        return fitted[key]
+
+    def solve_anew(features: Tensor, labels: Tensor) -> nn.Linear:
         criterion = create_loss("ce", ClassCounts.from_labels(labels, num_classes=len(counts)))
         decay = options.weight_decay
         return fit_head(features, labels, criterion, head="linear", weight_decay=decay).layer

@@ -19,11 +19,14 @@ from torch import Tensor
 
 from ldam_plugins._validation import check_choice, check_int
 from ldam_plugins.counts import ClassCounts
+from ldam_plugins.posthoc.linear_head import ROWS_AT_ONCE
 from ldam_plugins.posthoc.methods import (
     NONE,
+    Affine,
     Problem,
     best_temperature,
     find_method,
+    rescaling,
 )
 
 LEVEL = 0.95
@@ -171,22 +174,23 @@ def choose(
     cells = pool_classes(problem.labels[judged], class_counts, problem.target)
     names = dict.fromkeys([(NONE, None), *methods])
     rough = replace(problem, tolerance=max(_TOLERANCE, problem.tolerance))
+    base = None if problem.fold_heads else problem.head.logits(problem.features)
     candidates: list[Candidate] = []
     right: list[Tensor] = []
     for name, given in names:
         method = find_method(name)
         grid = method.strengths(len(problem.labels)) if given is None else (given,)
         for strength in grid:
-            logits = cross_fitted(rough, name, strength, fold)[judged]
+            logits = chosen_rows(cross_fitted(rough, name, strength, fold, base), judged)
             scores = _Scores.of(logits, problem.labels[judged], cells)
             if not candidates:
-                base = scores
-            candidates.append(scores.candidate(name, strength, base, cells, by))
+                first = scores
+            candidates.append(scores.candidate(name, strength, first, cells, by))
             right.append(scores.correct)
     best = candidates[_best(candidates, right, cells, by, start=int(keep_best))]
     real = best.gain.is_more_than_noise and best.accuracy_gain.high >= 0
     chosen = best if real or keep_best else candidates[0]
-    logits = cross_fitted(rough, chosen.method, chosen.strength, fold)
+    logits = cross_fitted(rough, chosen.method, chosen.strength, fold, base)
     return Choice(
         by,
         chosen,
@@ -216,7 +220,18 @@ def _best(
     return min(equal, key=lambda place: candidates[place].log_loss)
 
 
-def cross_fitted(problem: Problem, method: str, strength: float | None, fold: Tensor) -> Tensor:
+def chosen_rows(rows: Tensor, chosen: Tensor) -> Tensor:
+    """``rows[chosen]``, without a copy where that is all of them."""
+    return rows if bool(chosen.all()) else rows[chosen]
+
+
+def cross_fitted(
+    problem: Problem,
+    method: str,
+    strength: float | None,
+    fold: Tensor,
+    base: Tensor | None = None,
+) -> Tensor:
     """Logits (N, C) of each sample, from a head that did not learn from it.
 
     Args:
@@ -225,22 +240,34 @@ def cross_fitted(problem: Problem, method: str, strength: float | None, fold: Te
         strength: Its strength.
         fold: Of each sample, see :func:`stratified_folds`. Samples of no fold are learned from
             always, and their logits are of no use.
+        base: Logits (N, C) of the given head, if they are known.
     """
     found = find_method(method)
     judged = fold >= 0
     logits = torch.zeros(len(problem.labels), len(problem.source))
     if not (found.learns or problem.fold_heads):
         head = found.apply(problem, strength)
-        logits[judged] = head.logits(problem.features[judged])
+        _write_logits(logits, problem, head, judged, base)
         return logits
     for index in range(int(fold.max()) + 1):
         held_out = fold == index
         part = problem.rows(~held_out)
         if problem.fold_heads:
             part = replace(part, head=problem.fold_heads[index])
-        head = found.apply(part, strength)
-        logits[held_out] = head.logits(problem.features[held_out])
+        _write_logits(logits, problem, found.apply(part, strength), held_out, base)
     return logits
+
+
+def _write_logits(
+    logits: Tensor, problem: Problem, head: Affine, rows: Tensor, base: Tensor | None
+) -> None:
+    """Write the logits of some rows, bool (N,), of a head."""
+    known = None if base is None else rescaling(problem.head, head)
+    for chosen in rows.nonzero().squeeze(1).split(ROWS_AT_ONCE):
+        if base is None or known is None:
+            logits[chosen] = head.logits(problem.features[chosen])
+        else:
+            logits[chosen] = (base[chosen].double() * known[0] + known[1]).float()
 
 
 def problem_folds(problem: Problem, folds: int, seed: int = 0) -> Tensor:
@@ -369,9 +396,14 @@ class _Scores(NamedTuple):
     @classmethod
     def of(cls, logits: Tensor, labels: Tensor, cells: Cells) -> _Scores:
         scale = 1 / best_temperature(logits, labels, cells.weights(), precision=1e-3)
-        log_p = (logits.double() * scale).log_softmax(dim=1)
-        loss = -log_p.gather(1, labels[:, None]).squeeze(1)
-        return cls(loss, (logits.argmax(dim=1) == labels).double())
+        loss = torch.empty(len(labels), dtype=torch.float64)
+        predicted = torch.empty_like(labels)
+        for start in range(0, len(labels), ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            log_p = (logits[rows].double() * scale).log_softmax(dim=1)
+            loss[rows] = -log_p.gather(1, labels[rows, None]).squeeze(1)
+            predicted[rows] = logits[rows].argmax(dim=1)
+        return cls(loss, (predicted == labels).double())
 
     def candidate(
         self, method: str, strength: float | None, base: _Scores, cells: Cells, by: str

@@ -29,6 +29,7 @@ _CHECKED_ROWS = 2000
 _TOLERANCE = 0.02
 """Share of their size by which logits may differ, as those of bfloat16 do."""
 ROWS_AT_ONCE = 8192
+"""What is computed of features or logits in float64 is computed of so many rows at a time."""
 
 
 class LinearHead:

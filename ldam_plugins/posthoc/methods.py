@@ -24,7 +24,7 @@ from ldam_plugins.heads.folding import matching_scale
 from ldam_plugins.heads.layers import CosineLinear
 from ldam_plugins.losses import create_loss
 from ldam_plugins.posthoc.head_fitting import fit_head
-from ldam_plugins.posthoc.linear_head import affine
+from ldam_plugins.posthoc.linear_head import ROWS_AT_ONCE, affine
 from ldam_plugins.schedules import DeferredSchedule
 
 _ALL_BETA = math.nextafter(1.0, 0.0)
@@ -139,6 +139,20 @@ class Method:
         return Affine(weight, bias + toward(problem.target))
 
 
+def rescaling(old: Affine, new: Affine) -> tuple[Tensor, Tensor] | None:
+    """Scale and offset (C,) that turn the logits of a head into those of another, if any do.
+
+    So the logits of heads that differ in the length of their rows and in the bias alone need no
+    product with the features.
+    """
+    square = old.weight.square().sum(dim=1)
+    scale = (old.weight * new.weight).sum(dim=1) / square.clamp_min(_SMALLEST)
+    rest = (new.weight - scale[:, None] * old.weight).norm(dim=1)
+    if bool((rest > 1e-12 * new.weight.norm(dim=1)).any()):
+        return None
+    return scale, new.bias - scale * old.bias
+
+
 def uniform(prior: Tensor) -> bool:
     """Whether all classes have one share."""
     return bool(torch.allclose(prior, torch.full_like(prior, 1 / len(prior)), rtol=1e-6, atol=0))
@@ -170,8 +184,7 @@ def best_temperature(
 ) -> float:
     """The T with the smallest ``sum_i w_i NLL(softmax(z_i / T), y_i)``.
 
-    The sum is convex in 1 / T. scipy's bounded scalar search finds it in ``log T``, between 1e-3
-    and 1e3.
+    The sum is convex in 1 / T. scipy's L-BFGS-B finds it in ``log T``, between 1e-3 and 1e3.
 
     Args:
         logits: z (N, C).
@@ -180,24 +193,31 @@ def best_temperature(
         precision: Of ``log T``.
     """
     # Imported here, as it takes a third of a second that few who import this room need.
-    from scipy.optimize import minimize_scalar
+    from scipy.optimize import minimize
 
-    wide = logits.double()
-    chosen = wide.gather(1, labels[:, None]).squeeze(1)
-    total, mean_chosen = weights.sum(), (weights @ chosen)
+    total = float(weights.sum())
 
-    def loss(log_t: float) -> float:
-        factor = math.exp(-log_t)
-        return float(weights @ torch.logsumexp(wide * factor, dim=1) - factor * mean_chosen)
+    def loss(log_t: np.ndarray) -> tuple[float, np.ndarray]:
+        factor = math.exp(-float(log_t[0]))
+        value = slope = 0.0
+        for start in range(0, len(logits), ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            wide, own = logits[rows].double(), weights[rows]
+            chosen = wide.gather(1, labels[rows, None]).squeeze(1)
+            log_p = (wide * factor).log_softmax(dim=1)
+            value -= float(own @ log_p.gather(1, labels[rows, None]).squeeze(1))
+            slope += float(own @ ((log_p.exp_() * wide).sum(dim=1) - chosen))
+        return value / total, np.array([-factor * slope / total])
 
-    bounds = (-math.log(1e3), math.log(1e3))
-    found = minimize_scalar(
-        lambda log_t: loss(log_t) / float(total),
-        bounds=bounds,
-        method="bounded",
-        options={"xatol": precision},
+    found = minimize(
+        loss,
+        np.zeros(1),
+        jac=True,
+        method="L-BFGS-B",
+        bounds=[(-math.log(1e3), math.log(1e3))],
+        options={"gtol": 1e-2 * precision, "ftol": 0.0, "maxiter": 100},
     )
-    return math.exp(float(found.x))
+    return math.exp(float(found.x[0]))
 
 
 # The given head, changed
@@ -223,22 +243,24 @@ def _tau_norm(problem: Problem, strength: float) -> Affine:
 
 def _lws(problem: Problem, strength: float) -> Affine:
     """``f_c (w_c x + b_c)``, the scales solved for under weights that balance the classes."""
-    logits = problem.head.logits(problem.features).double()
+    logits = problem.head.logits(problem.features)
     weights = even_weights(problem.labels) * len(problem.labels)
     chosen = problem.labels[:, None]
 
     def objective(vector: np.ndarray) -> tuple[float, np.ndarray]:
         scales = torch.from_numpy(vector)
-        scaled = logits * scales
-        log_p = scaled.log_softmax(dim=1)
-        loss = -(weights @ log_p.gather(1, chosen).squeeze(1))
-        rest = log_p.exp()
-        rest.scatter_add_(1, chosen, torch.full_like(log_p[:, :1], -1.0))
-        gradient = weights @ (rest * logits)
-        value = strength * loss + (scales - 1).square().sum() / 2
-        slope = strength * gradient + scales - 1
+        value = float((scales - 1).square().sum()) / 2
+        slope = scales - 1
+        for start in range(0, len(logits), ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            wide = logits[rows].double()
+            rest = (wide * scales).log_softmax(dim=1)
+            value -= strength * float(weights[rows] @ rest.gather(1, chosen[rows]).squeeze(1))
+            rest = rest.exp_()
+            rest.scatter_add_(1, chosen[rows], torch.full_like(rest[:, :1], -1.0))
+            slope = slope + strength * (weights[rows] @ rest.mul_(wide))
         per = strength * len(logits)
-        return float(value / per), (slope / per).numpy()
+        return value / per, (slope / per).numpy()
 
     from scipy.optimize import minimize
 
@@ -286,9 +308,13 @@ def _regression(
 
 def _class_means(problem: Problem, strength: float) -> Affine:
     """The nearest class mean, in the metric of the shrunk covariance within classes."""
-    means, features = _means(problem), problem.features.double()
-    inner = features - means[problem.labels]
-    covariance = inner.T @ inner / max(1, len(features) - len(means))
+    means, size = _means(problem), problem.features.shape[1]
+    covariance = torch.zeros(size, size, dtype=torch.float64)
+    for start in range(0, len(problem.labels), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        inner = problem.features[rows].double() - means[problem.labels[rows]]
+        covariance.addmm_(inner.T, inner)
+    covariance /= max(1, len(problem.labels) - len(means))
     variance = covariance.diagonal().mean().clamp_min(_SMALLEST)
     shrunk = (1 - strength) * covariance
     shrunk.diagonal().add_(strength * variance)
@@ -305,7 +331,9 @@ def _cosine_means(problem: Problem, strength: None) -> Affine:
 def _means(problem: Problem) -> Tensor:
     counts = torch.bincount(problem.labels, minlength=len(problem.source))
     sums = torch.zeros(len(counts), problem.features.shape[1], dtype=torch.float64)
-    sums.index_add_(0, problem.labels, problem.features.double())
+    for start in range(0, len(problem.labels), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        sums.index_add_(0, problem.labels[rows], problem.features[rows].double())
     return sums / counts[:, None]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ldam_plugins._validation import check_choice, invalid, quoted
 from ldam_plugins.choices import NONE, SCALINGS, TEMPERATURE
 from ldam_plugins.counts import ClassCounts
-from ldam_plugins.metrics import long_tail_metrics
+from ldam_plugins.metrics import MetricAccumulator
 from ldam_plugins.posthoc.calibration import (
     Scaling,
     best_scaling,
@@ -30,12 +30,14 @@ from ldam_plugins.posthoc.choice import (
     Choice,
     Difference,
     choose,
+    chosen_rows,
     cross_fitted,
     problem_folds,
     variance_of,
 )
 from ldam_plugins.posthoc.features import Features
 from ldam_plugins.posthoc.linear_head import (
+    ROWS_AT_ONCE,
     HeadState,
     LinearHead,
     check_features,
@@ -256,7 +258,7 @@ def rebalance_head(
             method, strength = choice.chosen.method, choice.chosen.strength
         new = find_method(method).apply(problem, strength)
         logits, judged = _unseen(problem, method, strength, choice, folds, seed)
-        truth, after = problem.labels[judged], logits[judged]
+        truth, after = problem.labels[judged], chosen_rows(logits, judged)
         scaling = None
         if kind is not False:
             weights = class_weights(truth, problem.target)
@@ -268,12 +270,15 @@ def rebalance_head(
         if method != NONE or scaling is not None:
             gave_bias = linear.write(*new)
         if test is None:
+            on = CROSS_FITTED
             before, _ = _unseen(problem, NONE, None, None, folds, seed)
-            found = (before[judged], after, truth, CROSS_FITTED)
+            old = _measured(chosen_rows(before, judged), truth, counts, problem.target)
+            del before
+            now = _measured(after, truth, counts, problem.target)
         else:
-            before = problem.head.logits(test.features)
-            found = (before, linear.logits(test.features), test.labels, TEST)
-        measured = _measure(*found, counts, problem.target)
+            on, truth = TEST, test.labels
+            old = _measured(problem.head.logits(test.features), truth, counts, problem.target)
+            now = _measured(linear.logits(test.features), truth, counts, problem.target)
     if gave_bias:
         warn_of_new_bias(linear.names[0], stacklevel=3)
     return Rebalanced(
@@ -284,8 +289,10 @@ def rebalance_head(
         _temperature(kind, scaling),
         scaling,
         choice,
-        found[3],
-        *measured,
+        on,
+        old.metrics,
+        now.metrics,
+        _differences(now.correct - old.correct, truth, counts),
         state,
     )
 
@@ -484,19 +491,26 @@ def _unseen(
     return cross_fitted(problem, method, strength, kept), judged
 
 
-def _measure(
-    before: Tensor,
-    after: Tensor,
-    labels: Tensor,
-    measured_on: str,
-    counts: ClassCounts,
-    target: Tensor,
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, Difference]]:
-    found = []
-    for logits in (before, after):
-        metrics = long_tail_metrics(logits, labels, counts, detailed=True)
-        found.append({**metrics, "calibration": calibration_error(logits, labels, prior=target)})
-    gain = (after.argmax(dim=1) == labels).double() - (before.argmax(dim=1) == labels).double()
+class _Measured(NamedTuple):
+    metrics: dict[str, Any]
+    correct: Tensor
+
+
+def _measured(logits: Tensor, labels: Tensor, counts: ClassCounts, target: Tensor) -> _Measured:
+    """Metrics of some logits, and whether each row is right, as 0 or 1."""
+    found = MetricAccumulator(counts)
+    correct = torch.empty(len(labels), dtype=torch.float64)
+    for start in range(0, len(labels), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        found.update(logits[rows], labels[rows])
+        correct[rows] = (logits[rows].argmax(dim=1) == labels[rows]).double()
+    metrics = found.compute(detailed=True)
+    metrics["calibration"] = calibration_error(logits, labels, prior=target)
+    return _Measured(metrics, correct)
+
+
+def _differences(gain: Tensor, labels: Tensor, counts: ClassCounts) -> dict[str, Difference]:
+    """By how much the accuracy of the sets of classes rose, from the gain of each row."""
     sets: dict[str, Sequence[int]] = {"balanced_accuracy": range(len(counts)), **counts.groups()}
     differences = {}
     for name, ids in sets.items():
@@ -509,4 +523,4 @@ def _measure(
     one = torch.ones(1, dtype=torch.float64)
     everything = Cells(torch.zeros_like(labels), one, {}, torch.zeros(len(counts)).long())
     differences["accuracy"] = everything.mean(gain)
-    return found[0], found[1], differences
+    return differences
