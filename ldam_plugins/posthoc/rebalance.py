@@ -9,13 +9,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ldam_plugins._validation import check_choice, invalid, quoted
+from ldam_plugins._validation import check_choice, check_int, invalid, quoted
 from ldam_plugins.choices import NONE, SCALINGS, TEMPERATURE
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.metrics import MetricAccumulator
@@ -147,6 +147,7 @@ def rebalance_head(
     learn_from: Features | None = None,
     refit: Callable[[Tensor, Tensor], nn.Linear] | None = None,
     allow_same: bool = False,
+    max_samples: int | None = None,
     head: str | Sequence[str] | None = None,
 ) -> Rebalanced:
     """Make the head of a trained classifier fair to rare classes, in place.
@@ -205,6 +206,9 @@ def rebalance_head(
             that it too is judged on samples that it has not learned from.
         allow_same: Whether more than half of ``test`` may occur in the other samples as well, as
             short texts do that are known to be of other rows.
+        max_samples: Learn from, choose and measure on at most about so many of ``features``, and as
+            many of ``learn_from``: of each class the same number, or all that it has, so that only
+            large classes lose some. A warning says how many. Default: all.
         head: Dotted names of the heads, where `find_head` does not find the right ones.
 
     Returns:
@@ -219,9 +223,10 @@ def rebalance_head(
             is then as it was.
 
     Warns:
-        UserWarning: a head without a bias gets one; estimated class shares cannot be trusted;
-            ``features`` lack a class, so ``auto`` tries no method that learns from them; or the
-            choice was made on samples that the model knows by heart, which show nothing.
+        UserWarning: samples are left out by ``max_samples``; a head without a bias gets one;
+            estimated class shares cannot be trusted; ``features`` lack a class, so ``auto`` tries
+            no method that learns from them; or the choice was made on samples that the model knows
+            by heart, which show nothing.
 
     Example:
         >>> from ldam_plugins.posthoc import extract_features
@@ -236,7 +241,12 @@ def rebalance_head(
     kind = TEMPERATURE if calibrate is True else calibrate
     if kind is not False:
         check_choice("calibrate", kind, SCALINGS)
-    labels = _check_samples(model, features, counts, test, learn_from, head)
+    _check_samples(model, features, counts, test, learn_from, head)
+    features = _at_most(features, max_samples, seed)
+    learn_from = _at_most(learn_from, max_samples, seed)
+    labels = features.labels
+    if learn_from is not None:
+        labels = torch.cat([labels, learn_from.labels])
     if not allow_same:
         _refuse_same({"features": features, "learn_from": learn_from}, test)
     _check_method(method, strength, methods, by)
@@ -304,8 +314,8 @@ def _check_samples(
     test: Features | None,
     learn_from: Features | None,
     head: str | Sequence[str] | None,
-) -> Tensor:
-    """The labels of all samples that are learned from, after a check that all belong together."""
+) -> None:
+    """Check that all belong together."""
     given = {"features": features, "test": test, "learn_from": learn_from}
     for name, each in given.items():
         if each is None:
@@ -318,9 +328,40 @@ def _check_samples(
             expected = f"one count for each of the {each.logits.shape[1]} classes of the model"
             raise invalid("class_counts", expected, len(counts))
         each.head_labels()
-    if learn_from is None:
-        return features.labels
-    return torch.cat([features.labels, learn_from.labels])
+
+
+@overload
+def _at_most(features: Features, most: int | None, seed: int) -> Features: ...
+@overload
+def _at_most(features: None, most: int | None, seed: int) -> None: ...
+def _at_most(features: Features | None, most: int | None, seed: int) -> Features | None:
+    """The features, of large classes only some: of each as many as make about ``most`` in all."""
+    if features is None or most is None:
+        return features
+    check_int("max_samples", most, low=1)
+    if len(features) <= most:
+        return features
+    labels = features.labels.numpy()
+    sizes = np.bincount(labels)
+    low, cap = 1, int(sizes.max())
+    while low < cap:  # the largest size of a class with which no more are left
+        middle = (low + cap + 1) // 2
+        low, cap = (middle, cap) if np.minimum(sizes, middle).sum() <= most else (low, middle - 1)
+    order = np.random.default_rng(seed).permutation(len(labels))
+    by_class = order[np.argsort(labels[order], kind="stable")]
+    place = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    kept = np.sort(by_class[place < cap])
+    warnings.warn(
+        f"max_samples: {len(kept)} of {len(labels)} samples are used, at most {cap} of a class.",
+        stacklevel=3,
+    )
+    rows = torch.from_numpy(kept)
+    return replace(
+        features,
+        features=features.features[rows],
+        logits=features.logits[rows],
+        labels=features.labels[rows],
+    )
 
 
 def _refuse_same(others: Mapping[str, Features | None], test: Features | None) -> None:
