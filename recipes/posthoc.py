@@ -8,7 +8,8 @@ The words are finished run folders of ``vision_lt.py`` and ``text_lt.py``, such 
 seeds of one setting. The features of each are taken once; every method (``METHOD``, its strength
 chosen by cross-fitting, or ``METHOD:STRENGTH``) then changes the head in seconds, is measured on
 the test set of the run, and is undone. What is chosen is chosen on the held-out part of the run
-(``--val_split``), where it has one, else on its training samples, which a network that knows them
+(``--val_split``), where it has one, while methods that learn a head learn from its training
+samples as well; else on its training samples, which a network that knows them
 by heart says little of: give the strengths then. Nothing is chosen on the test set.
 
 A record is that of the run with the method as its option ``rebalance``. Left in ``--output_dir``:
@@ -32,7 +33,7 @@ import torch
 from rebalance import RebalanceOptions, choose_parts
 from torch import nn
 from tqdm import tqdm
-from trained import Data, Host, load
+from trained import load
 from transformers import HfArgumentParser
 
 from ldam_plugins import ClassCounts
@@ -124,9 +125,27 @@ def records_of_run(options: PosthocOptions, run: str) -> Iterator[dict[str, Any]
     )
     host, data = load(trained, [])
     chosen_on, chosen, test = choose_parts(trained, data)
-    features, tested = extract_both(options, host, data, chosen, test)
+    learned = data.parts["train"].samples if chosen_on == "validation" else None
+    device = default_device()
+
+    def extract(samples: Any) -> Features:
+        return extract_features(
+            host.model,
+            host.make_loader(samples),
+            device=device,
+            class_names=data.counts.class_names,
+            cache_dir=Path(options.output_dir, "features"),  # the next command finds them again
+            progress=not options.quiet,
+        )
+
+    with keep_freed_memory(device):
+        features, tested = extract(chosen), extract(test)
+        learn_from = None if learned is None else extract(learned)
+    host.model.cpu()
     own = json.loads(Path(run, OPTIONS_FILE).read_text(encoding="utf-8"))
-    for made in apply_methods(host.model, features, data.counts, tested, options):
+    for made in apply_methods(
+        host.model, features, data.counts, tested, options, learn_from=learn_from
+    ):
         yield record(
             {**own, "rebalance": made.method},
             made,
@@ -135,26 +154,6 @@ def records_of_run(options: PosthocOptions, run: str) -> Iterator[dict[str, Any]
             chosen_on=chosen_on,
             samples=len(features),
         )
-
-
-def extract_both(
-    options: PosthocOptions, host: Host, data: Data, chosen: Any, test: Any
-) -> tuple[Features, Features]:
-    """The features that methods learn from and are chosen on, and those of the test set."""
-    device, names = default_device(), data.counts.class_names
-    with keep_freed_memory(device):
-        features, tested = (
-            extract_features(
-                host.model,
-                host.make_loader(samples),
-                device=device,
-                class_names=names,
-                progress=not options.quiet,
-            )
-            for samples in (chosen, test)
-        )
-    host.model.cpu()
-    return features, tested
 
 
 def apply_methods(
