@@ -135,7 +135,7 @@ def main(options: FrozenOptions, data: CoreOptions) -> list[dict[str, Any]]:
     methods = posthoc.METHODS if options.methods == ["all"] else options.methods
     options.methods = [*dict.fromkeys(methods)]
     for method in options.methods:
-        parse_method(method)
+        parse_method(method, "methods")
     check_choice("by", options.by, CRITERIA)
     check_int("folds", options.folds, low=2)
     if options.features is None:

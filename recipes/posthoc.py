@@ -87,7 +87,7 @@ class PosthocOptions:
             hint = "Give them first: python recipes/posthoc.py runs/a runs/b."
             raise invalid("runs", "at least one finished run folder", "none", hint=hint)
         for method in self.methods:
-            parse_method(method)
+            parse_method(method, "methods")
         for run in self.runs:
             if not Path(run, OPTIONS_FILE).is_file() or not Path(run, "model").is_dir():
                 expected = "the folder of a finished run of vision_lt.py or text_lt.py"

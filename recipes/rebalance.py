@@ -287,8 +287,8 @@ def estimate_target(
         reasons.append(
             "nothing is held out, so whether the probabilities are calibrated is not known"
         )
-    prior = found.prior.clamp_min(LEAST_SHARE)
-    prior = (prior / prior.sum()).tolist()
+    least = found.prior.clamp_min(LEAST_SHARE)
+    prior = (least / least.sum()).tolist()
     names = [str(name) for name in counts.class_names or range(len(counts))]
     if not options.quiet:
         print(f"class shares of {options.target_data}, {len(logits)} samples:")

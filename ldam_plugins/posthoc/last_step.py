@@ -55,7 +55,7 @@ class LastStep:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        parse_method(self.rebalance)
+        parse_method(self.rebalance, "rebalance")
         check_choice("calibrate", self.calibrate, [NONE, *SCALINGS])
 
     @property

@@ -427,8 +427,12 @@ def find_method(name: str) -> Method:
     return METHODS[check_choice("method", name, METHODS)]
 
 
-def parse_method(word: str) -> tuple[str, float | None]:
+def parse_method(word: str, argument: str = "method") -> tuple[str, float | None]:
     """Method and strength of ``"METHOD"`` or ``"METHOD:STRENGTH"``; ``auto`` is a method as well.
+
+    Args:
+        word: To be read.
+        argument: What errors call it.
 
     Raises:
         ValueError: there is no such method, or it does not take that strength.
@@ -438,14 +442,14 @@ def parse_method(word: str) -> tuple[str, float | None]:
         (('logit_adjustment', 1.0), ('auto', None))
     """
     name, mark, given = word.partition(":")
-    check_choice("method", name, [AUTOMATIC, *METHODS])
+    check_choice(argument, name, [AUTOMATIC, *METHODS])
     if not mark:
         return name, None
     try:
         strength = float(given)
     except ValueError:
         expected = "METHOD or METHOD:STRENGTH, such as logit_adjustment:1"
-        raise invalid("method", expected, word) from None
+        raise invalid(argument, expected, word) from None
     if name == AUTOMATIC:
         hint = "It is chosen; name the method whose strength it is."
         raise invalid("strength", f"left out with {AUTOMATIC!r}", word, hint=hint)

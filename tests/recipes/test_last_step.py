@@ -125,8 +125,8 @@ def test_a_run_that_was_stopped_in_the_step_goes_on(run):
     ("flags", "message"),
     [
         (["--calibrate"], r"`calibrate` must be none without held-out samples.*--val_split 0.1"),
-        (["--rebalance", "taunorm"], r"`method` must be one of .*'taunorm'.*[Dd]id you mean"),
-        (["--rebalance", "tau_norm:x"], r"`method` must be METHOD or METHOD:STRENGTH"),
+        (["--rebalance", "taunorm"], r"`rebalance` must be one of .*'taunorm'.*[Dd]id you mean"),
+        (["--rebalance", "tau_norm:x"], r"`rebalance` must be METHOD or METHOD:STRENGTH"),
         (["--rebalance", "tau_norm:-1"], r"`strength` must be"),
         (["--rebalance", "cosine_means:1"], r"`strength` must be left out: the method has none"),
         (["--rebalance", "auto:1"], r"`strength` must be left out with 'auto'"),

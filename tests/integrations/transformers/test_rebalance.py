@@ -138,7 +138,7 @@ class Wrapped(nn.Module):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: RebalanceCallback("nomethod"), "`method` must be one of"),
+        (lambda: RebalanceCallback("nomethod"), "`rebalance` must be one of"),
         (lambda: RebalanceCallback("tau_norm:-2"), "`strength` must be"),
         (lambda: RebalanceCallback(calibrate="temperature"), "without `held_out`"),
         (lambda: RebalanceCallback(held_out="test"), "`held_out` must be one of"),
