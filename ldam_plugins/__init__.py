@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from ldam_plugins.heads import fold_cosine_head, use_cosine_head
     from ldam_plugins.integrations.hf_evaluate import LongTailMetrics
     from ldam_plugins.integrations.timm import LongTailTask
-    from ldam_plugins.integrations.transformers import DRWCallback
+    from ldam_plugins.integrations.transformers import DRWCallback, RebalanceCallback
     from ldam_plugins.losses import LDAMLoss, create_loss, list_losses
     from ldam_plugins.schedules import DeferredSchedule, Progress
 
@@ -25,6 +25,7 @@ __all__ = [
     "LongTailMetrics",
     "LongTailTask",
     "Progress",
+    "RebalanceCallback",
     "create_loss",
     "fold_cosine_head",
     "list_losses",
@@ -51,6 +52,7 @@ __getattr__, __dir__ = lazy_names(
         "long_tail_indices": "ldam_plugins.data.long_tail",
         "use_cosine_head": "ldam_plugins.heads",
         "DRWCallback": "ldam_plugins.integrations.transformers",
+        "RebalanceCallback": "ldam_plugins.integrations.transformers",
         "LongTailMetrics": "ldam_plugins.integrations.hf_evaluate",
         "LongTailTask": "ldam_plugins.integrations.timm",
     },

@@ -52,3 +52,8 @@ LAST = "last"
 """That no epoch is selected: the last one is the result."""
 METRICS = ("balanced_accuracy", "macro_f1", "nll")
 """Metrics to select an epoch by, keys of :func:`~ldam_plugins.metrics.long_tail_metrics`."""
+NONE, AUTOMATIC = "none", "auto"
+"""That a head is left as it is after training, and that cross-fitting chooses what is done."""
+TEMPERATURE = "temperature"
+SCALINGS = (TEMPERATURE, "group", "class")
+"""What has a scale of its own when logits are calibrated: all one, the groups, or each class."""

@@ -14,6 +14,9 @@ Every loss is solved for on every head and under every schedule. What was traine
 by a loss that does not correct the class prior is also measured with its logits adjusted afterwards
 (``posthoc_tau``). Sampling classes has the expectation of weighting them, so ``rs`` and ``drs``
 would be ``rw`` and ``drw`` here; on a linear head ``drw`` ends where ``rw`` does and is left out.
+With ``--methods`` (``all``, or those of ``posthoc.py``) the linear classifier of cross-entropy is
+re-balanced by each of them, its strength chosen by cross-fitting on the training features, for
+which cross-entropy too is solved anew without each fold: the option ``rebalance`` of the records.
 
 A preset of ``recipes/presets`` may come first; of its options and flags those are used that choose
 the data and the network. Left in ``--output_dir``: the features, ``report.html``, ``results.md``,
@@ -26,12 +29,13 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import posthoc
 import text_lt
 import torch
 import vision_lt
@@ -44,18 +48,26 @@ from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding, HfAr
 from ldam_plugins import ClassCounts, DeferredSchedule, create_loss, list_losses, register
 from ldam_plugins.benchmark.report import write_experiment
 from ldam_plugins.benchmark.tables import interval_rows, markdown
-from ldam_plugins.choices import DEFAULT_MAX_MARGIN, DEFAULT_SCALE
+from ldam_plugins.choices import DEFAULT_MAX_MARGIN, DEFAULT_SCALE, NONE
 from ldam_plugins.heads.choice import options_for_head
-from ldam_plugins.integrations.timm.images import image_loader
+from ldam_plugins.integrations.timm.images import InputLoader, image_loader
 from ldam_plugins.integrations.transformers.run_callbacks import pretrained_source
 from ldam_plugins.losses import loss_options
 from ldam_plugins.losses.registry import loss_class
 from ldam_plugins.metrics.long_tail import long_tail_metrics
-from ldam_plugins.posthoc import Features, adjusted_logits, extract_features, fit_head
+from ldam_plugins.posthoc import (
+    Features,
+    adjusted_logits,
+    extract_features,
+    fit_head,
+    parse_method,
+)
+from ldam_plugins.posthoc.choice import CRITERIA
+from ldam_plugins.posthoc.feature_files import digest_of_batches
 from ldam_plugins.training import keep_freed_memory, run_metrics
 from ldam_plugins.training.command_line import flag_names
 from ldam_plugins.training.files import to_json
-from ldam_plugins.training.options import as_flags, check_choice, invalid, option
+from ldam_plugins.training.options import as_flags, check_choice, check_int, invalid, option
 
 HEADS = ("linear", "cosine")
 SCHEDULES = ("none", "rw", "drw")
@@ -81,6 +93,11 @@ class FrozenOptions:
     weight_decay: float = option(0.01, "of the linear head, on standardised features")
     beta: float = option(0.9999, "beta of the class-balanced weights")
     posthoc_tau: float = option(1.0, "strength of the adjustment afterwards")
+    methods: list[str] = option(
+        [], "what is done to the linear head of cross-entropy: all, METHOD or METHOD:STRENGTH"
+    )
+    by: str = option("log_loss", "what a strength is chosen by, a mean over classes")
+    folds: int = option(5, "folds of that choice")
     seed: int = option(0, "seed of the first directions of a cosine head")
     features: str | None = option(
         None, "output_dir of an earlier run on the same data, whose features are used again"
@@ -115,6 +132,12 @@ def main(options: FrozenOptions, data: CoreOptions) -> list[dict[str, Any]]:
     """Solve for each classifier; returns the record of each."""
     register()
     cells = list(make_cells(options))
+    methods = posthoc.METHODS if options.methods == ["all"] else options.methods
+    options.methods = [*dict.fromkeys(methods)]
+    for method in options.methods:
+        parse_method(method, "methods")
+    check_choice("by", options.by, CRITERIA)
+    check_int("folds", options.folds, low=2)
     if options.features is None:
         extract(options, data)
     train, test = load_features(options.features or options.output_dir, data)
@@ -122,6 +145,8 @@ def main(options: FrozenOptions, data: CoreOptions) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
     for cell in tqdm(cells, unit="classifier"):
         records += solve(options, data, cell, train, test, counts)
+    if options.methods:
+        records += rebalanced(options, data, train, test, counts)
     page = write_experiment(options.output_dir, records, baseline="ce/none")
     print(f"{markdown(interval_rows(records))}\n\n{page}")
     return records
@@ -216,6 +241,7 @@ def solve(
             "beta": options.beta,
             "weight_decay": options.weight_decay,
             "posthoc_tau": tau,
+            "rebalance": NONE,
             "seed": options.seed,
         }
         record = {
@@ -242,6 +268,50 @@ def solve(
         yield json.loads(to_json(record, name="record"))  # numbers as any reader gets them
 
 
+def rebalanced(
+    options: FrozenOptions,
+    data: CoreOptions,
+    train: Features,
+    test: Features,
+    counts: ClassCounts,
+) -> Iterator[dict[str, Any]]:
+    """The record of the linear classifier of cross-entropy after each method."""
+    fitted: dict[str, nn.Linear] = {}
+
+    def fit(features: Tensor, labels: Tensor) -> nn.Linear:
+        key = digest_of_batches([features, labels])  # the folds of all methods are the same
+        if key not in fitted:
+            fitted[key] = solve_anew(features, labels)
+        return fitted[key]
+
+    def solve_anew(features: Tensor, labels: Tensor) -> nn.Linear:
+        criterion = create_loss("ce", ClassCounts.from_labels(labels, num_classes=len(counts)))
+        decay = options.weight_decay
+        return fit_head(features, labels, criterion, head="linear", weight_decay=decay).layer
+
+    model = nn.Sequential(nn.Identity(), fit(train.features, train.labels))
+    with torch.inference_mode():
+        own, tested = (replace(each, logits=model(each.features)) for each in (train, test))
+    given = options.methods
+    # The head as it is stands among the cells already.
+    chosen = replace(options, methods=[each for each in given if each != NONE])
+    for made in posthoc.apply_methods(model, own, counts, tested, chosen, refit=fit):
+        of = {
+            **data_options(data),
+            **{"loss": "ce", "head": "linear", "schedule": "none", "max_margin": None},
+            "scale": None,
+            "beta": options.beta,
+            "weight_decay": options.weight_decay,
+            "posthoc_tau": 0.0,
+            "rebalance": made.method,
+            "seed": options.seed,
+        }
+        name = f"ce_linear_{made.method.replace(':', '-')}"
+        yield posthoc.record(
+            of, made, counts, name=name, chosen_on="train, refitted", samples=len(train)
+        )
+
+
 def image_features(data: vision_lt.VisionOptions) -> Iterator[tuple[str, Features]]:
     """The features of the training and of the test images."""
     train, test, counts = vision_lt.load_data(data, show=True)
@@ -256,7 +326,7 @@ def image_features(data: vision_lt.VisionOptions) -> Iterator[tuple[str, Feature
             workers=data.workers,
             batch_size=data.batch_size,
         )
-        inputs = Inputs(loader, to_input)
+        inputs = InputLoader(loader, to_input)
         names = counts.class_names
         yield (
             part,
@@ -303,19 +373,6 @@ class MeanOfTokens(nn.Module):
         states = self.encoder(**tokens).last_hidden_state
         mask = tokens["attention_mask"].unsqueeze(-1)
         return self.head((states * mask).sum(1) / mask.sum(1))
-
-
-class Inputs:
-    """A loader whose images are turned into what the model gets."""
-
-    def __init__(self, loader: DataLoader, to_input: Callable[[Tensor], Tensor]) -> None:
-        self.loader, self.to_input = loader, to_input
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return ((self.to_input(images), labels) for images, labels in self.loader)
 
 
 RECIPES: dict[

@@ -17,6 +17,7 @@ import numpy as np
 
 from ldam_plugins.choices import (
     AUGMENTATIONS,
+    AUTOMATIC,
     BUNDLED,
     CLASS_ORDERS,
     DEFAULT_MAX_MARGIN,
@@ -29,11 +30,14 @@ from ldam_plugins.choices import (
     LOSSES,
     MANY_ABOVE,
     METRICS,
+    NONE,
     PRECISIONS,
     PROFILES,
+    SCALINGS,
     SCHEDULES,
     SMALL,
     START_UNITS,
+    TEMPERATURE,
 )
 from ldam_plugins.training.command_line import (
     USAGE_ERROR,
@@ -65,6 +69,7 @@ if TYPE_CHECKING:  # what needs torch is imported where it is used: --help is to
     from ldam_plugins.data.notes import DataNotes
     from ldam_plugins.data.splits import Examples
     from ldam_plugins.losses import ClassificationLoss
+    from ldam_plugins.posthoc import Finished, LastStep
     from ldam_plugins.training import SelectionRule
 
 LR_SCHEDULERS = ("cosine", "multistep", "step", "poly", "tanh", "constant")
@@ -119,6 +124,7 @@ GROUPS = {
         *("mixup", "cutmix", "smoothing"),
         *("memory_limit", "workers"),
     ),
+    "last step, before the model is saved": ("rebalance", "calibrate"),
     "evaluation and selection": (
         *("evaluate", "select", "patience", "eval_every", "eval_test_every"),
         *("many", "few"),
@@ -286,6 +292,23 @@ class CoreOptions:
         "stop when so many epochs have brought nothing better by --select, of a deferred schedule "
         "counted from the switch on [train all epochs]",
     )
+    rebalance: str = option(
+        NONE,
+        "what is done to the classifier after the training to be fair to rare classes: auto, "
+        "METHOD or METHOD:STRENGTH of ldam_plugins.posthoc, such as logit_adjustment:1, tau_norm, "
+        "crt, class_means. Chosen on the samples of --val_split, else by cross-fitting on those "
+        "trained on",
+        nargs="?",
+        const=AUTOMATIC,
+    )
+    calibrate: str = option(
+        NONE,
+        "fit the probabilities to the samples of --val_split after the training, and after "
+        "--rebalance: by a temperature [without a word], or a scale for each group or class",
+        nargs="?",
+        const=TEMPERATURE,
+        choices=(NONE, *SCALINGS),
+    )
     eval_every: int = option(
         1, "epochs between evaluations of the held-out samples; the last is always evaluated"
     )
@@ -333,6 +356,7 @@ class CoreOptions:
             raise invalid("few", f"<= many + 1 = {self.many + 1}", self.few, hint=hint)
         self._check_start()
         self._check_selection()
+        self._check_last_step()
         self._check_stream()
         self._check_trained_part()
 
@@ -376,6 +400,38 @@ class CoreOptions:
             expected = "left out where the last epoch is the result"
             hint = f"Say by what an epoch is better: --select {METRICS[0]}."
             raise invalid("patience", expected, self.patience, hint=hint)
+
+    def _check_last_step(self) -> None:
+        if self.calibrate != NONE and not self.holds_out:
+            hint = "Hold a part of the training samples out, --val_split 0.1: on those that it was"
+            hint += " trained on a model is too sure."
+            expected = f"{NONE} without held-out samples"
+            raise invalid("calibrate", expected, self.calibrate, hint=hint)
+        self.make_last_step()
+
+    def make_last_step(self) -> LastStep | None:
+        """What is done to the classifier after the training; None if nothing is."""
+        if (self.rebalance, self.calibrate) == (NONE, NONE):
+            return None
+        from ldam_plugins.posthoc import LastStep
+
+        return LastStep(self.rebalance, self.calibrate, seed=self.seed)
+
+    def check_last_step(self, model: Any) -> None:
+        """Refuse, before the training, what cannot be done to the model after it.
+
+        Args:
+            model: That is trained.
+
+        Raises:
+            ValueError: a sharded model, or a head without a bias that would get one.
+        """
+        step = self.make_last_step()
+        if step is not None:
+            from ldam_plugins.posthoc.last_step import refuse_sharded
+
+            refuse_sharded()
+            step.check_model(model)
 
     def _check_stream(self) -> None:
         """Refuse what needs all samples at once beside --streaming, and its options without it."""
@@ -897,6 +953,14 @@ def print_outcome(options: CoreOptions, metrics: Mapping[str, Any], counts: Clas
     history = read_history(options.output_dir)
     if selection := metrics.get("selection"):
         print(f"\nThe model is that of epoch {selection['epoch'] + 1} of {len(history)}.")
+    if "rebalance" in metrics:
+        from tabulate import tabulate
+
+        from ldam_plugins.reports.rebalance_report import HEADINGS, metric_rows, verdict
+
+        rows = metric_rows(metrics, counts, options.measured_part)
+        print(f"\n{tabulate(rows, HEADINGS, disable_numparse=True)}\n")
+        print("\n".join(verdict(metrics, options.measured_part)))
     print(f"\n{files_left(options.output_dir)}")
     if told := advice(history, stopped_early=len(history) < options.epochs):
         print(told)
@@ -941,6 +1005,21 @@ def split_samples(
         notes.divided.setdefault(TRAIN_PART, examples)
         notes.divided[VALIDATION_PART] = part_of(examples, held_out)
     return kept, held_out
+
+
+def last_step_record(finished: Finished | None, measured: dict[str, Any] | None) -> dict[str, Any]:
+    """What ``metrics.json`` has of the last step; ``measured`` gets its calibration error.
+
+    Args:
+        finished: What the last step has done, if there is one.
+        measured: Metrics of the saved model.
+    """
+    if finished is None:
+        return {}
+    record = {key: finished.record[key] for key in ("rebalance", "before")}
+    if measured is not None:
+        measured["calibration"] = finished.record["after"]["calibration"]
+    return record
 
 
 def keep_split(options: CoreOptions, notes: DataNotes, *, write: bool) -> None:

@@ -4,14 +4,16 @@
     python recipes/rebalance.py path/to/bert --dataset tickets.csv --test_split 0.2
     python recipes/rebalance.py output/train/resnet18 --dataset photos   # of timm's train.py
     python recipes/rebalance.py local-dir:path/to/model --dataset photos --method logit_adjustment
+    python recipes/rebalance.py runs/photos --target_prior estimate --target_data new_photos
 
 MODEL, the first word, is a run folder, a folder that transformers wrote, a folder or file
 (``model_best.pth.tar``) of timm's ``train.py``, or a name of timm (``local-dir:...``,
 ``hf-hub:...``). Its features are taken once, and the head on top is changed by a method of
 ``ldam_plugins.posthoc``: by ``auto`` by the one that cross-fitting finds best, if that is more than
 noise, else by none. What is chosen is chosen on held-out samples (``--val_split``, or those of the
-run), else on training samples; with ``--choose_on 0.5`` on that share of the test set, which is
-then no test set any more. The rest of the test set is measured before and after.
+run; methods that learn a head learn from the training samples as well), else on training samples;
+with ``--choose_on 0.5`` on that share of the test set, which is then no test set any more. The rest
+of the test set is measured before and after.
 
 The options of the data are those of ``vision_lt.py`` and ``text_lt.py``; of a run they are known.
 Left in ``--output_dir``: ``model/`` in the form of its host, which loads it alone, ``metrics.json``
@@ -25,13 +27,14 @@ import tempfile
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from datasets import Dataset
 from trained import (
     Data,
     Host,
@@ -45,10 +48,19 @@ from trained import (
 
 from ldam_plugins import ClassCounts
 from ldam_plugins.data import LabelledImages, SingleSampleWarning, stratified_split
+from ldam_plugins.data.unlabelled import READ, unlabelled_images, unlabelled_texts
 from ldam_plugins.heads import cosine_heads
-from ldam_plugins.posthoc import METHODS, extract_features, rebalance_head
+from ldam_plugins.integrations.transformers.trained_model import TEXTS
+from ldam_plugins.posthoc import (
+    METHODS,
+    Features,
+    estimate_prior,
+    extract_features,
+    implied_prior,
+    rebalance_head,
+)
 from ldam_plugins.posthoc.choice import CRITERIA
-from ldam_plugins.posthoc.methods import NONE
+from ldam_plugins.posthoc.methods import AUTO, NONE
 from ldam_plugins.reports import write_rebalance_report
 from ldam_plugins.reports.console import files_left, header, worded_classes
 from ldam_plugins.reports.rebalance_report import metric_rows, verdict
@@ -67,6 +79,8 @@ from ldam_plugins.training.options import (
 )
 from ldam_plugins.training.run_dir import check_no_run
 
+ESTIMATE = "estimate"
+LEAST_SHARE = 1e-6  # a share of 0 would forbid a class for good
 COMPARED = 64  # test samples by which the saved model is compared with what was measured
 
 
@@ -84,8 +98,14 @@ class RebalanceOptions(TrainedOptions):
     strength: float | None = option(None, "of the method [chosen by cross-fitting]")
     target_prior: str = option(
         "uniform",
-        "class shares that it is to predict under: uniform, train, or shares such as 0.7,0.2,0.1 "
-        "in the order of the classes",
+        "class shares that it is to predict under: uniform, train, shares such as 0.7,0.2,0.1 "
+        "in the order of the classes, or estimate: those of --target_data",
+    )
+    target_data: str | None = option(
+        None,
+        "with --target_prior estimate: data whose class shares are estimated, from what the model "
+        "says of them; their labels, if there are any, are not read. A folder of images (or of "
+        "folders), a table of texts, or what --dataset takes",
     )
     source_prior: str = option(
         "train",
@@ -108,17 +128,20 @@ class RebalanceOptions(TrainedOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.target()
+        if (self.target_prior == ESTIMATE) != (self.target_data is not None):
+            expected = f"given with --target_prior {ESTIMATE}, and left out without"
+            raise invalid("target_data", expected, self.target_data)
         if self.choose_on not in ("auto", "train", "validation"):
             self.test_share()
 
     def target(self) -> str | list[float]:
         """The target prior as a word or as shares."""
-        if self.target_prior in ("uniform", "train"):
+        if self.target_prior in ("uniform", "train", ESTIMATE):
             return self.target_prior
         try:
             return [float(share) for share in self.target_prior.split(",")]
         except ValueError as error:
-            expected = "uniform, train, or shares such as 0.7,0.2,0.1"
+            expected = f"uniform, train, {ESTIMATE}, or shares such as 0.7,0.2,0.1"
             raise invalid("target_prior", expected, self.target_prior) from error
 
     def test_share(self) -> float:
@@ -155,21 +178,32 @@ def main(options: RebalanceOptions, flags: list[str] | None = None) -> dict[str,
         extract_features, host.model, device=device, class_names=names, progress=not options.quiet
     )
     with keep_freed_memory(device):
+        target, estimate = options.target(), None
+        unlabelled = None
+        if target == ESTIMATE:
+            unlabelled = target_logits(options, host, device)
         features = extract(host.make_loader(chosen))
+        learn_from = None
+        if chosen_on == "validation" and learns(options):
+            learn_from = extract(host.make_loader(data.parts["train"].samples))
         tested = extract(host.make_loader(test))
+    if unlabelled is not None:
+        estimate = estimate_target(options, data.counts, unlabelled, features, chosen_on)
+        target = estimate["prior"]
     done = rebalance_head(
         host.model,
         features,
         data.counts,
         options.method,
         strength=options.strength,
-        target_prior=options.target(),
+        target_prior=target,
         source_prior=options.source_prior,
         by=options.by,
         folds=options.folds,
         seed=options.seed,
         calibrate=options.calibrate and chosen_on != "train",
         test=tested,
+        learn_from=learn_from,
     )
     host.model.cpu()
     settings = {**data_settings(data.options), **asdict(options), "choose_on": chosen_on}
@@ -187,7 +221,8 @@ def main(options: RebalanceOptions, flags: list[str] | None = None) -> dict[str,
         options=settings,
         class_counts=data.counts,
         device=device,
-        rebalance=done.to_dict(),
+        rebalance={**done.to_dict(), "chosen_on": chosen_on},
+        **({} if estimate is None else {"target_estimate": estimate}),
         before=before,
         train_seconds=seconds,
         examples_per_second=(len(features) + len(tested)) / seconds,
@@ -198,6 +233,80 @@ def main(options: RebalanceOptions, flags: list[str] | None = None) -> dict[str,
     if not options.quiet:
         print_outcome(options, metrics, data.counts)
     return metrics
+
+
+def learns(options: RebalanceOptions) -> bool:
+    """Whether a method may learn a head from labelled samples."""
+    names = AUTO if options.method == "auto" else (options.method,)
+    return any(METHODS[name].learns for name in names)
+
+
+def target_logits(options: RebalanceOptions, host: Host, device: torch.device) -> torch.Tensor:
+    """The logits of the unlabelled data whose class shares are estimated."""
+    place = str(options.target_data)
+    try:
+        if host.kind == TEXTS:
+            texts = [text for text in unlabelled_texts(place)[1] if text.strip()]
+            samples: Any = Dataset.from_dict({"text": texts, "label": [READ] * len(texts)})
+        else:
+            samples = unlabelled_images(place)
+    except (OSError, ValueError) as error:
+        told = str(error).replace("`dataset`", "`target_data`")
+        raise ValueError(told) from error
+    found = extract_features(
+        host.model, host.make_loader(samples), device=device, progress=not options.quiet
+    )
+    return found.logits[found.labels == READ]  # without images that cannot be read
+
+
+def estimate_target(
+    options: RebalanceOptions,
+    counts: ClassCounts,
+    logits: torch.Tensor,
+    features: Features,
+    chosen_on: str,
+) -> dict[str, Any]:
+    """The class shares of the unlabelled data, and why they cannot be trusted, if so.
+
+    Args:
+        options: What is done.
+        counts: Training samples per class.
+        logits: Of the unlabelled data.
+        features: What the choice is made on.
+        chosen_on: What they are of.
+    """
+    source, temperature = counts.prior(dtype=torch.float64), 1.0
+    if options.source_prior == "implied":
+        source, temperature = astuple(implied_prior(features.logits, features.labels))
+    held_out = None
+    if chosen_on != "train":
+        held_out = (features.logits / temperature, features.labels)
+    found = estimate_prior(logits / temperature, source, held_out=held_out)
+    reasons = [*found.reasons]
+    if held_out is None:
+        reasons.append(
+            "nothing is held out, so whether the probabilities are calibrated is not known"
+        )
+    least = found.prior.clamp_min(LEAST_SHARE)
+    prior = (least / least.sum()).tolist()
+    names = [str(name) for name in counts.class_names or range(len(counts))]
+    if not options.quiet:
+        print(f"class shares of {options.target_data}, {len(logits)} samples:")
+        for name, share, error in zip(names, prior, found.standard_error.tolist(), strict=True):
+            print(f"  {name}: {share:.3f} +- {1.96 * error:.3f}")
+    if reasons:
+        warnings.warn(
+            f"the class shares of {options.target_data} cannot be trusted: {'; '.join(reasons)}.",
+            stacklevel=2,
+        )
+    return {
+        "data": options.target_data,
+        "samples": len(logits),
+        "prior": prior,
+        "standard_error": found.standard_error.tolist(),
+        "is_trusted": not reasons,
+        "reasons": reasons,
+    }
 
 
 def check_head(options: RebalanceOptions, model: Any) -> None:

@@ -35,6 +35,7 @@ from options import (
     RESUME,
     held_out_record,
     keep_split,
+    last_step_record,
     load_validation,
     print_header,
     print_kept,
@@ -77,6 +78,7 @@ from ldam_plugins.integrations.transformers.bilstm import (
 )
 from ldam_plugins.integrations.transformers.fast_attention import use_fast_dropout
 from ldam_plugins.integrations.transformers.layer_decay import LayerDecayTrainer
+from ldam_plugins.integrations.transformers.rebalance import trainer_features
 from ldam_plugins.integrations.transformers.run_callbacks import (
     CheckpointCallback,
     HistoryCallback,
@@ -93,6 +95,8 @@ from ldam_plugins.integrations.transformers.saved_model import describe_saved, m
 from ldam_plugins.integrations.transformers.streaming import StreamingTrainer
 from ldam_plugins.integrations.transformers.tokenizer import train_tokenizer
 from ldam_plugins.losses.base import ClassificationLoss
+from ldam_plugins.posthoc import Finished
+from ldam_plugins.posthoc.last_step import scratch_folder
 from ldam_plugins.reports import write_mistakes, write_report
 from ldam_plugins.training import (
     check_processes,
@@ -149,14 +153,16 @@ def main(options: TextOptions) -> dict[str, Any]:
         )
     criterion = options.make_loss(counts)
     tokenizer, model = make_model(options, train, criterion)
+    options.check_last_step(model)
     with arguments.main_process_first(desc="tokenize"):  # the others read its cache
         train_set = tokenize(options, tokenizer, train)
         eval_set = None if validation is None else tokenize(options, tokenizer, validation)
-        test_set = tokenize(options, tokenizer, test) if options.eval_test_every else None
+        test_set = tokenize(options, tokenizer, test) if reads_test(options) else None
     steps = steps_per_epoch(options, arguments, train_set)
     options.make_schedule().start_step(options.epochs * steps, steps)  # may be past the end
     rule = options.make_selection(steps)
-    callbacks = make_callbacks(options, criterion, test_set, rule)
+    drawn = test_set if options.eval_test_every else None
+    callbacks = make_callbacks(options, criterion, drawn, rule)
     if arguments.process_index == 0:
         # The classes of a run that is resumed must be the same, in the same order.
         claim_output_dir(
@@ -175,6 +181,7 @@ def main(options: TextOptions) -> dict[str, Any]:
     )
     with disk_errors(options.output_dir), keep_freed_memory(arguments.device):
         trainer.train(resume_from_checkpoint=checkpoint)
+        finished = finish(options, trainer, counts, test_set)
         save_model(options, trainer)
     size = arguments.per_device_eval_batch_size
     held_out: dict[str, Any] = {}
@@ -187,6 +194,7 @@ def main(options: TextOptions) -> dict[str, Any]:
     result = None
     if options.measures_test:
         result = measure(options, test, counts, size)
+    held_out |= last_step_record(finished, result or held_out.get("validation"))
     metrics = run_metrics(
         options=asdict(options),
         **notes.record(),
@@ -230,6 +238,31 @@ def save_outputs(
     print_outcome(options, metrics, counts)
 
 
+def reads_test(options: TextOptions) -> bool:
+    """Whether the test texts are read by the model in training, or by the last step."""
+    before = options.make_last_step() is not None and options.measures_test
+    return bool(options.eval_test_every) or before
+
+
+def finish(
+    options: TextOptions, trainer: Trainer, counts: ClassCounts, test_set: Dataset | None
+) -> Finished | None:
+    """Re-balance and calibrate the head of the trained model, if that is asked for."""
+    step = options.make_last_step()
+    if step is None:
+        return None
+    trainer.model = plain_model(options, trainer)
+    sets = {"train": trainer.train_dataset, "validation": trainer.eval_dataset}
+    sets |= {"test": test_set if options.measures_test else None}
+    with scratch_folder(options.output_dir) as folder:
+        parts = {
+            part: partial(trainer_features, trainer, trainer.model, texts, folder / part)
+            for part, texts in sets.items()
+            if texts is not None
+        }
+        return step.run(trainer.model, counts, parts)
+
+
 def save_model(options: TextOptions, trainer: Trainer) -> None:
     """Write the model for its Auto class, and the tokenizer, while the other processes wait."""
     folder = model_folder(options)
@@ -250,10 +283,7 @@ def save_model(options: TextOptions, trainer: Trainer) -> None:
 
 def folded(options: TextOptions, trainer: Trainer) -> PreTrainedModel:
     """The model with its head folded to fit training texts, in float32."""
-    model = trainer.accelerator.unwrap_model(
-        trainer.model, keep_fp32_wrapper=False, keep_torch_compile=False
-    )
-    model = model.merge_and_unload() if options.lora_rank else model
+    model = plain_model(options, trainer)
     if cosine_heads(model):
         texts = trainer.train_dataset
         if options.streaming:
@@ -269,6 +299,14 @@ def folded(options: TextOptions, trainer: Trainer) -> PreTrainedModel:
         batches = (batch.to(trainer.args.device) for batch in islice(loader, 8))
         fold_cosine_head(model, inputs=batches)
     return model
+
+
+def plain_model(options: TextOptions, trainer: Trainer) -> PreTrainedModel:
+    """The model without wrappers, its adapters merged into its weights."""
+    model = trainer.accelerator.unwrap_model(
+        trainer.model, keep_fp32_wrapper=False, keep_torch_compile=False
+    )
+    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
 
 
 def model_folder(options: TextOptions) -> str:

@@ -21,6 +21,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from options import (
     RESUME,
     held_out_record,
     keep_split,
+    last_step_record,
     load_validation,
     print_header,
     print_kept,
@@ -58,6 +60,7 @@ from ldam_plugins.heads.choice import put_head, wants_cosine_head, warn_of_linea
 from ldam_plugins.integrations.timm.adapters import add_adapters, merged
 from ldam_plugins.integrations.timm.images import (
     ImagePipeline,
+    InputLoader,
     image_loader,
     on_device,
     transformed,
@@ -67,6 +70,8 @@ from ldam_plugins.integrations.timm.saved_model import load_model, save_model
 from ldam_plugins.kernels.batch_norm import use_fast_batch_norm
 from ldam_plugins.losses import apply_stage, warn_of_combination
 from ldam_plugins.losses.base import ClassificationLoss
+from ldam_plugins.posthoc import Features, Finished, extract_features
+from ldam_plugins.posthoc.last_step import scratch_folder
 from ldam_plugins.reports import write_mistakes, write_report
 from ldam_plugins.reports.console import RunBar
 from ldam_plugins.samplers import DeferredSampler
@@ -134,6 +139,7 @@ def main(options: VisionOptions) -> dict[str, Any]:
             processes=accelerator.num_processes,
         )
     model = make_model(options, criterion)
+    options.check_last_step(model)
     pipeline = make_pipeline(options, model)
     check_trains_on(
         model,
@@ -157,9 +163,13 @@ def main(options: VisionOptions) -> dict[str, Any]:
         model, selection = fit(
             accelerator, options, model, criterion, pipeline, train_set, parts, notes
         )
-        if accelerator.is_main_process:
-            leave_model(options, merged(model), pipeline, train.class_names)
+        model = merged(model)
+        images = {"train": train, "validation": validation}
+        images |= {"test": test} if options.measures_test else {}
         workers = 0 if isinstance(train_set, InMemoryImages) else options.workers
+        finished = finish(accelerator, options, model, pipeline, counts, images, workers)
+        if accelerator.is_main_process:
+            leave_model(options, model, pipeline, train.class_names)
         held_out: dict[str, Any] = {} if selection is None else {"selection": selection}
         if validation is not None:
             labels = validation if options.streaming else validation.labels
@@ -169,6 +179,7 @@ def main(options: VisionOptions) -> dict[str, Any]:
         result = None
         if options.measures_test:
             result = measure(accelerator, options, counts, test, workers)
+    held_out |= last_step_record(finished, result or held_out.get("validation"))
     metrics = run_metrics(
         options=asdict(options),
         **notes.record(),
@@ -308,6 +319,46 @@ def fit(
         return evaluated, None
     evaluated.load_state_dict(best.module.state_dict())
     return evaluated, best.rule.record(best.scores)
+
+
+def finish(
+    accelerator: Accelerator,
+    options: VisionOptions,
+    model: nn.Module,
+    pipeline: ImagePipeline,
+    counts: ClassCounts,
+    images: dict[str, Any],
+    workers: int,
+) -> Finished | None:
+    """Re-balance and calibrate the head of the trained model, if that is asked for.
+
+    ``images`` are those of ``train``, ``validation`` (None if nothing is held out) and, where it is
+    measured, ``test``.
+    """
+    step = options.make_last_step()
+    if step is None:
+        return None
+    accelerator.free_memory()
+    accelerator.wait_for_everyone()
+    model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    to_input = pipeline.make_input(accelerator.device)
+    with scratch_folder(options.output_dir) as folder:
+
+        def extract(part: str) -> Features:
+            # Of each pair the second one is not augmented.
+            _, plain = pipeline.datasets(images[part], images[part], memory_limit=0)
+            loader = image_loader(plain, workers=workers, batch_size=4 * options.batch_size)
+            return extract_features(
+                model,
+                InputLoader(accelerator.prepare(loader), to_input),
+                class_names=counts.class_names,
+                accelerator=accelerator,
+                memmap_dir=folder / part,
+                progress=not options.quiet,
+            )
+
+        parts = {part: partial(extract, part) for part, of in images.items() if of is not None}
+        return step.run(model, counts, parts)
 
 
 def measure(

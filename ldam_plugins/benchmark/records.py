@@ -99,24 +99,37 @@ def collect_records(
     return [_measured(_record(cell), str(cell)) for cell in cells if cell.name not in leave_out]
 
 
+def new_record(name: str, command: str | None, metrics: Mapping[str, Any]) -> Record:
+    """A record of what :func:`~ldam_plugins.training.run_metrics` gives of a run.
+
+    Args:
+        name: Of the run.
+        command: That made it.
+        metrics: Of it; what records do not keep is left out.
+    """
+    kept = {part: metrics[part] for part in ("test", "validation") if metrics.get(part)}
+    kept = {part: {**found} for part, found in kept.items()}
+    for found in kept.values():
+        found.pop("confusion", None)
+        found["intervals"] = {
+            key: ends
+            for key, ends in found.get("intervals", {}).items()
+            if not key.startswith("per_class")
+        }
+        if not found["intervals"]:
+            del found["intervals"]
+    return {"name": name, "command": command, "mixed_precision": UNKNOWN, **metrics, **kept}
+
+
 def _record(cell: Path) -> Record:
-    record = {"name": cell.name, "command": _command(cell), "mixed_precision": UNKNOWN}
     tuned = cell / TUNED_FILE
     found = {"tuned": json.loads(tuned.read_text(encoding="utf-8"))} if tuned.exists() else {}
-    return {**record, **_without_class_intervals(read_metrics(cell)), **found}
+    return {**new_record(cell.name, _command(cell), read_metrics(cell)), **found}
 
 
 def write_tuned(folder: str | os.PathLike[str], tuned: Mapping[str, Any]) -> None:
     """Write what a search says of a finished run, for its record, beside its metrics."""
     write_atomic(Path(folder, TUNED_FILE), f"{json.dumps(tuned, ensure_ascii=False)}\n".encode())
-
-
-def _without_class_intervals(metrics: dict[str, Any]) -> dict[str, Any]:
-    for part in ("test", "validation"):
-        intervals = (metrics.get(part) or {}).get("intervals", {})
-        for name in [name for name in intervals if name.startswith("per_class")]:
-            del intervals[name]
-    return metrics
 
 
 def _command(cell: Path) -> str | None:

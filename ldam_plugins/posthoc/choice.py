@@ -19,11 +19,14 @@ from torch import Tensor
 
 from ldam_plugins._validation import check_choice, check_int
 from ldam_plugins.counts import ClassCounts
+from ldam_plugins.posthoc.linear_head import ROWS_AT_ONCE
 from ldam_plugins.posthoc.methods import (
     NONE,
+    Affine,
     Problem,
     best_temperature,
     find_method,
+    rescaling,
 )
 
 LEVEL = 0.95
@@ -166,27 +169,28 @@ def choose(
         ValueError: an unknown criterion or method, or fewer than two folds.
     """
     check_choice("by", by, CRITERIA)
-    fold = stratified_folds(problem.labels, check_int("folds", folds, low=2), seed)
+    fold = problem_folds(problem, check_int("folds", folds, low=2), seed)
     judged = fold >= 0
     cells = pool_classes(problem.labels[judged], class_counts, problem.target)
     names = dict.fromkeys([(NONE, None), *methods])
     rough = replace(problem, tolerance=max(_TOLERANCE, problem.tolerance))
+    base = None if problem.fold_heads else problem.head.logits(problem.features)
     candidates: list[Candidate] = []
     right: list[Tensor] = []
     for name, given in names:
         method = find_method(name)
         grid = method.strengths(len(problem.labels)) if given is None else (given,)
         for strength in grid:
-            logits = cross_fitted(rough, name, strength, fold)[judged]
+            logits = chosen_rows(cross_fitted(rough, name, strength, fold, base), judged)
             scores = _Scores.of(logits, problem.labels[judged], cells)
             if not candidates:
-                base = scores
-            candidates.append(scores.candidate(name, strength, base, cells, by))
+                first = scores
+            candidates.append(scores.candidate(name, strength, first, cells, by))
             right.append(scores.correct)
     best = candidates[_best(candidates, right, cells, by, start=int(keep_best))]
     real = best.gain.is_more_than_noise and best.accuracy_gain.high >= 0
     chosen = best if real or keep_best else candidates[0]
-    logits = cross_fitted(rough, chosen.method, chosen.strength, fold)
+    logits = cross_fitted(rough, chosen.method, chosen.strength, fold, base)
     return Choice(
         by,
         chosen,
@@ -216,7 +220,18 @@ def _best(
     return min(equal, key=lambda place: candidates[place].log_loss)
 
 
-def cross_fitted(problem: Problem, method: str, strength: float | None, fold: Tensor) -> Tensor:
+def chosen_rows(rows: Tensor, chosen: Tensor) -> Tensor:
+    """``rows[chosen]``, without a copy where that is all of them."""
+    return rows if bool(chosen.all()) else rows[chosen]
+
+
+def cross_fitted(
+    problem: Problem,
+    method: str,
+    strength: float | None,
+    fold: Tensor,
+    base: Tensor | None = None,
+) -> Tensor:
     """Logits (N, C) of each sample, from a head that did not learn from it.
 
     Args:
@@ -225,19 +240,47 @@ def cross_fitted(problem: Problem, method: str, strength: float | None, fold: Te
         strength: Its strength.
         fold: Of each sample, see :func:`stratified_folds`. Samples of no fold are learned from
             always, and their logits are of no use.
+        base: Logits (N, C) of the given head, if they are known.
     """
     found = find_method(method)
-    if not found.learns:
-        return found.apply(problem, strength).logits(problem.features)
+    judged = fold >= 0
     logits = torch.zeros(len(problem.labels), len(problem.source))
+    if not (found.learns or problem.fold_heads):
+        head = found.apply(problem, strength)
+        _write_logits(logits, problem, head, judged, base)
+        return logits
     for index in range(int(fold.max()) + 1):
         held_out = fold == index
-        head = found.apply(problem.rows(~held_out), strength)
-        logits[held_out] = head.logits(problem.features[held_out])
+        part = problem.rows(~held_out)
+        if problem.fold_heads:
+            part = replace(part, head=problem.fold_heads[index])
+        _write_logits(logits, problem, found.apply(part, strength), held_out, base)
     return logits
 
 
-def stratified_folds(labels: Tensor, folds: int, seed: int = 0) -> Tensor:
+def _write_logits(
+    logits: Tensor, problem: Problem, head: Affine, rows: Tensor, base: Tensor | None
+) -> None:
+    """Write the logits of some rows, bool (N,), of a head."""
+    known = None if base is None else rescaling(problem.head, head)
+    for chosen in rows.nonzero().squeeze(1).split(ROWS_AT_ONCE):
+        if base is None or known is None:
+            logits[chosen] = head.logits(problem.features[chosen])
+        else:
+            logits[chosen] = (base[chosen].double() * known[0] + known[1]).float()
+
+
+def problem_folds(problem: Problem, folds: int, seed: int = 0) -> Tensor:
+    """The fold of each sample, as of :func:`stratified_folds`; the ``others`` are in none."""
+    _, labels = problem.judges()
+    others = problem.labels[len(labels) :]
+    fold = stratified_folds(labels, folds, seed, others=others)
+    return torch.cat([fold, torch.full_like(others, -1)])
+
+
+def stratified_folds(
+    labels: Tensor, folds: int, seed: int = 0, others: Tensor | None = None
+) -> Tensor:
     """The fold of each sample, int64 (N,): each class is spread over the folds evenly.
 
     A class with a single sample is in no fold (-1), so that it is always learned from.
@@ -246,14 +289,17 @@ def stratified_folds(labels: Tensor, folds: int, seed: int = 0) -> Tensor:
         labels: (N,).
         folds: How many.
         seed: Of the order within a class.
+        others: Classes of further samples that are always learned from (M,): a single sample of one
+            of these is in a fold.
     """
     rng = np.random.default_rng(seed)
     found = np.full(len(labels), -1)
     classes = labels.numpy()
+    known = set() if others is None else set(others.unique().tolist())
     start = 0
     for label in np.unique(classes):
         rows = rng.permutation(np.flatnonzero(classes == label))
-        if len(rows) > 1:
+        if len(rows) > 1 or int(label) in known:
             found[rows] = (start + np.arange(len(rows))) % folds
             start += len(rows)  # so that the folds are of one size
     return torch.from_numpy(found)
@@ -267,11 +313,13 @@ class Cells:
         cell: Of each sample, int64 (N,).
         share: What each cell counts in the mean, (K,), the sum is 1.
         pooled: Classes that share a cell, by group.
+        of_class: The cell of each class, (C,).
     """
 
     cell: Tensor
     share: Tensor
     pooled: dict[str, list[int]]
+    of_class: Tensor
 
     def weights(self) -> Tensor:
         """A weight a sample, float64 (N,), with sum 1."""
@@ -336,7 +384,7 @@ def pool_classes(
     if waiting:  # none of them has a sample that is judged: they count with the smallest other
         cell[waiting] = int(sizes[own].argmin()) if len(own) else count - 1
     share = torch.zeros(count, dtype=torch.float64).index_add_(0, cell, target)
-    return Cells(cell[labels], share, pooled)
+    return Cells(cell[labels], share, pooled, cell)
 
 
 class _Scores(NamedTuple):
@@ -348,9 +396,14 @@ class _Scores(NamedTuple):
     @classmethod
     def of(cls, logits: Tensor, labels: Tensor, cells: Cells) -> _Scores:
         scale = 1 / best_temperature(logits, labels, cells.weights(), precision=1e-3)
-        log_p = (logits.double() * scale).log_softmax(dim=1)
-        loss = -log_p.gather(1, labels[:, None]).squeeze(1)
-        return cls(loss, (logits.argmax(dim=1) == labels).double())
+        loss = torch.empty(len(labels), dtype=torch.float64)
+        predicted = torch.empty_like(labels)
+        for start in range(0, len(labels), ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            log_p = (logits[rows].double() * scale).log_softmax(dim=1)
+            loss[rows] = -log_p.gather(1, labels[rows, None]).squeeze(1)
+            predicted[rows] = logits[rows].argmax(dim=1)
+        return cls(loss, (predicted == labels).double())
 
     def candidate(
         self, method: str, strength: float | None, base: _Scores, cells: Cells, by: str

@@ -21,8 +21,10 @@ from ldam_plugins.heads.choice import head_scale, wants_cosine_head
 from ldam_plugins.heads.layers import CosineLinear
 from ldam_plugins.losses.base import ClassificationLoss
 from ldam_plugins.losses.reweighting import apply_stage
+from ldam_plugins.posthoc.linear_head import ROWS_AT_ONCE
 from ldam_plugins.schedules import DeferredSchedule, Progress
 
+_ELEMENTS = 8_000_000
 _MEMORY = 20
 """Past steps from which L-BFGS estimates the curvature."""
 _KINDS = ("none", "rw", "drw")
@@ -141,7 +143,7 @@ class _Problem:
     def start(self) -> np.ndarray:
         raise NotImplementedError
 
-    def logits(self, parameters: Tensor) -> Tensor:
+    def logits(self, parameters: Tensor, inputs: Tensor) -> Tensor:
         raise NotImplementedError
 
     def penalty(self, parameters: Tensor) -> Tensor | float:
@@ -152,10 +154,20 @@ class _Problem:
 
     def value_and_gradient(self, vector: np.ndarray) -> tuple[float, np.ndarray]:
         parameters = torch.from_numpy(vector).requires_grad_()
-        loss = self.criterion(self.logits(parameters), self.target) + self.penalty(parameters)
-        loss.backward()
+        value, denominator = 0.0, self.criterion.denominator(self.target)
+        size = max(64, min(ROWS_AT_ONCE, _ELEMENTS // self.shape[0]))
+        for start in range(0, len(self.target), size):  # memory holds the logits of some rows
+            rows = slice(start, start + size)
+            logits = self.logits(parameters, self.inputs[rows].double())
+            loss = self.criterion(logits, self.target[rows], denominator)
+            loss.backward()
+            value += loss.item()
+        penalty = self.penalty(parameters)
+        if isinstance(penalty, Tensor):
+            penalty.backward()
+            value += penalty.item()
         assert parameters.grad is not None
-        return loss.item(), parameters.grad.numpy()
+        return value, parameters.grad.numpy()
 
 
 class _LinearProblem(_Problem):
@@ -164,20 +176,19 @@ class _LinearProblem(_Problem):
     def __init__(
         self, features: Tensor, target: Tensor, criterion: ClassificationLoss, weight_decay: float
     ) -> None:
-        deviation, mean = torch.std_mean(features.double(), dim=0, correction=0)
+        self.mean, deviation = _moments(features)
         # A feature that never changes tells nothing; it is left where it is.
-        self.deviation, self.mean = deviation.where(deviation > 0, 1.0), mean
-        standardised = (features.double() - mean) / self.deviation
-        super().__init__(standardised, target, criterion)
+        self.deviation = deviation.where(deviation > 0, 1.0)
+        super().__init__(features, target, criterion)
         self.weight_decay = weight_decay
 
     def start(self) -> np.ndarray:
         classes, size = self.shape
         return np.zeros(classes * (size + 1))
 
-    def logits(self, parameters: Tensor) -> Tensor:
+    def logits(self, parameters: Tensor, inputs: Tensor) -> Tensor:
         weight, bias = self._parts(parameters)
-        return F.linear(self.inputs, weight, bias)
+        return F.linear((inputs - self.mean) / self.deviation, weight, bias)
 
     def penalty(self, parameters: Tensor) -> Tensor:
         return self.weight_decay / 2 * self._parts(parameters)[0].square().sum()
@@ -207,15 +218,16 @@ class _CosineProblem(_Problem):
         scale: float,
         seed: int,
     ) -> None:
-        super().__init__(F.normalize(features.double(), dim=1), target, criterion)
+        super().__init__(features, target, criterion)
         self.scale, self.seed = scale, seed
 
     def start(self) -> np.ndarray:
         rows = np.random.default_rng(self.seed).standard_normal(self.shape)
         return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).ravel()
 
-    def logits(self, parameters: Tensor) -> Tensor:
-        return self.scale * F.linear(self.inputs, F.normalize(parameters.view(self.shape), dim=1))
+    def logits(self, parameters: Tensor, inputs: Tensor) -> Tensor:
+        directions = F.normalize(parameters.view(self.shape), dim=1)
+        return self.scale * F.linear(F.normalize(inputs, dim=1), directions)
 
     def penalty(self, parameters: Tensor) -> float:
         return 0.0
@@ -226,6 +238,14 @@ class _CosineProblem(_Problem):
         with torch.no_grad():
             layer.weight.copy_(F.normalize(torch.from_numpy(found).view(self.shape), dim=1))
         return layer
+
+
+def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each feature, float64."""
+    parts = features.split(ROWS_AT_ONCE)
+    mean = torch.stack([part.double().sum(dim=0) for part in parts]).sum(dim=0) / len(features)
+    squares = torch.stack([(part.double() - mean).square().sum(dim=0) for part in parts])
+    return mean, (squares.sum(dim=0) / len(features)).sqrt()
 
 
 def _minimise(problem: _Problem, start: np.ndarray, tolerance: float, iterations: int) -> Any:
@@ -258,7 +278,7 @@ def _checked(features: Tensor, labels: Tensor, classes: int) -> Tensor:
     if features.ndim != 2 or len(features) != len(target) or not len(target):
         expected = f"of shape ({len(target)}, D), one row for each label, and not empty"
         raise invalid("features", expected, tuple(features.shape))
-    if not bool(features.isfinite().all()):
+    if not all(bool(part.isfinite().all()) for part in features.split(ROWS_AT_ONCE)):
         raise invalid("features", "finite", "NaN or infinity")
     check_label_range(target, classes)
     return torch.from_numpy(target.astype(np.int64))

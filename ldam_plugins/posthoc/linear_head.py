@@ -28,7 +28,8 @@ Layer = nn.Linear | nn.Conv2d
 _CHECKED_ROWS = 2000
 _TOLERANCE = 0.02
 """Share of their size by which logits may differ, as those of bfloat16 do."""
-_ROWS_AT_ONCE = 8192
+ROWS_AT_ONCE = 8192
+"""What is computed of features or logits in float64 is computed of so many rows at a time."""
 
 
 class LinearHead:
@@ -224,8 +225,8 @@ def affine(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         bias: b, (C,) float64.
     """
     logits = torch.empty(len(features), len(weight))
-    for start in range(0, len(features), _ROWS_AT_ONCE):
-        rows = slice(start, start + _ROWS_AT_ONCE)
+    for start in range(0, len(features), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
         logits[rows] = torch.addmm(bias, features[rows].double(), weight.T)
     return logits
 

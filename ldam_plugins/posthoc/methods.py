@@ -17,16 +17,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldam_plugins._validation import check_choice, check_real, invalid
+from ldam_plugins.choices import AUTOMATIC, NONE
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.heads.choice import options_for_head
 from ldam_plugins.heads.folding import matching_scale
 from ldam_plugins.heads.layers import CosineLinear
 from ldam_plugins.losses import create_loss
 from ldam_plugins.posthoc.head_fitting import fit_head
-from ldam_plugins.posthoc.linear_head import affine
+from ldam_plugins.posthoc.linear_head import ROWS_AT_ONCE, affine
 from ldam_plugins.schedules import DeferredSchedule
 
-NONE = "none"
 _ALL_BETA = math.nextafter(1.0, 0.0)
 """Class-balanced weights of this beta are inverse frequencies."""
 _SMALLEST = 1e-12
@@ -55,6 +55,10 @@ class Problem:
         target: Those that it is to predict under, likewise.
         tolerance: On the gradient, of what is solved for.
         temperature: Of the given head, in which its logits are log probabilities.
+        others: How many of the samples, the last ones, are learned from alone: what a method reads
+            off the given head's logits, such as their temperature, is not read off them.
+        fold_heads: The given head for each fold of the cross-fitting, where it was itself fitted on
+            the samples; empty: it is the same for all.
     """
 
     head: Affine
@@ -64,14 +68,23 @@ class Problem:
     target: Tensor
     tolerance: float = 1e-5
     temperature: float = 1.0
+    others: int = 0
+    fold_heads: tuple[Affine, ...] = ()
 
     def counts(self) -> ClassCounts:
         """Samples per class; every class must have one."""
         return ClassCounts.from_labels(self.labels, num_classes=len(self.source))
 
     def rows(self, chosen: Tensor) -> Problem:
-        """The same with some of the samples."""
-        return replace(self, features=self.features[chosen], labels=self.labels[chosen])
+        """The same with some of the samples, bool (N,)."""
+        others = int(chosen[len(chosen) - self.others :].sum())
+        features, labels = self.features[chosen], self.labels[chosen]
+        return replace(self, features=features, labels=labels, others=others)
+
+    def judges(self) -> tuple[Tensor, Tensor]:
+        """Features and labels without the last ``others``."""
+        own = len(self.labels) - self.others
+        return self.features[:own], self.labels[:own]
 
 
 @dataclass(frozen=True)
@@ -120,11 +133,24 @@ class Method:
         found = self.solve(problem, strength)
         if self.has_unit or uniform(problem.target):
             return found
-        scale = 1 / best_temperature(
-            found.logits(problem.features), problem.labels, even_weights(problem.labels)
-        )
+        features, labels = problem.judges()
+        scale = 1 / best_temperature(found.logits(features), labels, even_weights(labels))
         weight, bias = found.weight * scale, found.bias * scale
         return Affine(weight, bias + toward(problem.target))
+
+
+def rescaling(old: Affine, new: Affine) -> tuple[Tensor, Tensor] | None:
+    """Scale and offset (C,) that turn the logits of a head into those of another, if any do.
+
+    So the logits of heads that differ in the length of their rows and in the bias alone need no
+    product with the features.
+    """
+    square = old.weight.square().sum(dim=1)
+    scale = (old.weight * new.weight).sum(dim=1) / square.clamp_min(_SMALLEST)
+    rest = (new.weight - scale[:, None] * old.weight).norm(dim=1)
+    if bool((rest > 1e-12 * new.weight.norm(dim=1)).any()):
+        return None
+    return scale, new.bias - scale * old.bias
 
 
 def uniform(prior: Tensor) -> bool:
@@ -158,8 +184,7 @@ def best_temperature(
 ) -> float:
     """The T with the smallest ``sum_i w_i NLL(softmax(z_i / T), y_i)``.
 
-    The sum is convex in 1 / T. scipy's bounded scalar search finds it in ``log T``, between 1e-3
-    and 1e3.
+    The sum is convex in 1 / T. scipy's L-BFGS-B finds it in ``log T``, between 1e-3 and 1e3.
 
     Args:
         logits: z (N, C).
@@ -168,24 +193,31 @@ def best_temperature(
         precision: Of ``log T``.
     """
     # Imported here, as it takes a third of a second that few who import this room need.
-    from scipy.optimize import minimize_scalar
+    from scipy.optimize import minimize
 
-    wide = logits.double()
-    chosen = wide.gather(1, labels[:, None]).squeeze(1)
-    total, mean_chosen = weights.sum(), (weights @ chosen)
+    total = float(weights.sum())
 
-    def loss(log_t: float) -> float:
-        factor = math.exp(-log_t)
-        return float(weights @ torch.logsumexp(wide * factor, dim=1) - factor * mean_chosen)
+    def loss(log_t: np.ndarray) -> tuple[float, np.ndarray]:
+        factor = math.exp(-float(log_t[0]))
+        value = slope = 0.0
+        for start in range(0, len(logits), ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            wide, own = logits[rows].double(), weights[rows]
+            chosen = wide.gather(1, labels[rows, None]).squeeze(1)
+            log_p = (wide * factor).log_softmax(dim=1)
+            value -= float(own @ log_p.gather(1, labels[rows, None]).squeeze(1))
+            slope += float(own @ ((log_p.exp_() * wide).sum(dim=1) - chosen))
+        return value / total, np.array([-factor * slope / total])
 
-    bounds = (-math.log(1e3), math.log(1e3))
-    found = minimize_scalar(
-        lambda log_t: loss(log_t) / float(total),
-        bounds=bounds,
-        method="bounded",
-        options={"xatol": precision},
+    found = minimize(
+        loss,
+        np.zeros(1),
+        jac=True,
+        method="L-BFGS-B",
+        bounds=[(-math.log(1e3), math.log(1e3))],
+        options={"gtol": 1e-2 * precision, "ftol": 0.0, "maxiter": 100},
     )
-    return math.exp(float(found.x))
+    return math.exp(float(found.x[0]))
 
 
 # The given head, changed
@@ -211,22 +243,24 @@ def _tau_norm(problem: Problem, strength: float) -> Affine:
 
 def _lws(problem: Problem, strength: float) -> Affine:
     """``f_c (w_c x + b_c)``, the scales solved for under weights that balance the classes."""
-    logits = problem.head.logits(problem.features).double()
+    logits = problem.head.logits(problem.features)
     weights = even_weights(problem.labels) * len(problem.labels)
     chosen = problem.labels[:, None]
 
     def objective(vector: np.ndarray) -> tuple[float, np.ndarray]:
         scales = torch.from_numpy(vector)
-        scaled = logits * scales
-        log_p = scaled.log_softmax(dim=1)
-        loss = -(weights @ log_p.gather(1, chosen).squeeze(1))
-        rest = log_p.exp()
-        rest.scatter_add_(1, chosen, torch.full_like(log_p[:, :1], -1.0))
-        gradient = weights @ (rest * logits)
-        value = strength * loss + (scales - 1).square().sum() / 2
-        slope = strength * gradient + scales - 1
+        value = float((scales - 1).square().sum()) / 2
+        slope = scales - 1
+        for start in range(0, len(logits), ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            wide = logits[rows].double()
+            rest = (wide * scales).log_softmax(dim=1)
+            value -= strength * float(weights[rows] @ rest.gather(1, chosen[rows]).squeeze(1))
+            rest = rest.exp_()
+            rest.scatter_add_(1, chosen[rows], torch.full_like(rest[:, :1], -1.0))
+            slope = slope + strength * (weights[rows] @ rest.mul_(wide))
         per = strength * len(logits)
-        return float(value / per), (slope / per).numpy()
+        return value / per, (slope / per).numpy()
 
     from scipy.optimize import minimize
 
@@ -274,9 +308,13 @@ def _regression(
 
 def _class_means(problem: Problem, strength: float) -> Affine:
     """The nearest class mean, in the metric of the shrunk covariance within classes."""
-    means, features = _means(problem), problem.features.double()
-    inner = features - means[problem.labels]
-    covariance = inner.T @ inner / max(1, len(features) - len(means))
+    means, size = _means(problem), problem.features.shape[1]
+    covariance = torch.zeros(size, size, dtype=torch.float64)
+    for start in range(0, len(problem.labels), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        inner = problem.features[rows].double() - means[problem.labels[rows]]
+        covariance.addmm_(inner.T, inner)
+    covariance /= max(1, len(problem.labels) - len(means))
     variance = covariance.diagonal().mean().clamp_min(_SMALLEST)
     shrunk = (1 - strength) * covariance
     shrunk.diagonal().add_(strength * variance)
@@ -293,7 +331,9 @@ def _cosine_means(problem: Problem, strength: None) -> Affine:
 def _means(problem: Problem) -> Tensor:
     counts = torch.bincount(problem.labels, minlength=len(problem.source))
     sums = torch.zeros(len(counts), problem.features.shape[1], dtype=torch.float64)
-    sums.index_add_(0, problem.labels, problem.features.double())
+    for start in range(0, len(problem.labels), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        sums.index_add_(0, problem.labels[rows], problem.features[rows].double())
     return sums / counts[:, None]
 
 
@@ -385,3 +425,32 @@ def find_method(name: str) -> Method:
         ValueError: there is none (the nearest are named).
     """
     return METHODS[check_choice("method", name, METHODS)]
+
+
+def parse_method(word: str, argument: str = "method") -> tuple[str, float | None]:
+    """Method and strength of ``"METHOD"`` or ``"METHOD:STRENGTH"``; ``auto`` is a method as well.
+
+    Args:
+        word: To be read.
+        argument: What errors call it.
+
+    Raises:
+        ValueError: there is no such method, or it does not take that strength.
+
+    Example:
+        >>> parse_method("logit_adjustment:1"), parse_method("auto")
+        (('logit_adjustment', 1.0), ('auto', None))
+    """
+    name, mark, given = word.partition(":")
+    check_choice(argument, name, [AUTOMATIC, *METHODS])
+    if not mark:
+        return name, None
+    try:
+        strength = float(given)
+    except ValueError:
+        expected = "METHOD or METHOD:STRENGTH, such as logit_adjustment:1"
+        raise invalid(argument, expected, word) from None
+    if name == AUTOMATIC:
+        hint = "It is chosen; name the method whose strength it is."
+        raise invalid("strength", f"left out with {AUTOMATIC!r}", word, hint=hint)
+    return name, find_method(name).check_strength(strength)

@@ -7,30 +7,37 @@ measured on a test set, or by cross-fitting on those features.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ldam_plugins._validation import check_choice, invalid, quoted
+from ldam_plugins._validation import check_choice, check_int, invalid, quoted
+from ldam_plugins.choices import NONE, SCALINGS, TEMPERATURE
 from ldam_plugins.counts import ClassCounts
-from ldam_plugins.metrics import long_tail_metrics
-from ldam_plugins.posthoc.calibration import calibration_error
+from ldam_plugins.metrics import MetricAccumulator
+from ldam_plugins.posthoc.calibration import (
+    Scaling,
+    best_scaling,
+    calibration_error,
+)
 from ldam_plugins.posthoc.choice import (
     CRITERIA,
     Cells,
     Choice,
     Difference,
     choose,
+    chosen_rows,
     cross_fitted,
-    stratified_folds,
+    problem_folds,
     variance_of,
 )
 from ldam_plugins.posthoc.features import Features
 from ldam_plugins.posthoc.linear_head import (
+    ROWS_AT_ONCE,
     HeadState,
     LinearHead,
     check_features,
@@ -40,10 +47,8 @@ from ldam_plugins.posthoc.linear_head import (
 from ldam_plugins.posthoc.methods import (
     AUTO,
     METHODS,
-    NONE,
     Affine,
     Problem,
-    best_temperature,
     class_weights,
     find_method,
 )
@@ -65,7 +70,9 @@ class Rebalanced:
         strength: Its strength, None for one without.
         target_prior: Class shares that it now predicts under, (C,).
         source_prior: Those that it was taken to have learned, (C,).
-        temperature: By which the logits were divided as well; 1 where ``calibrate`` was not asked.
+        temperature: By which the logits were divided as well; 1 where ``calibrate`` was not asked,
+            None where classes got scales of their own.
+        scaling: What ``calibrate`` did to the logits, if it was asked.
         choice: How method or strength were chosen; None where both were given.
         measured_on: ``"test"`` or ``"cross-fitting"``.
         before: Metrics as of :func:`.long_tail_metrics` with their intervals, and ``calibration``
@@ -79,7 +86,8 @@ class Rebalanced:
     strength: float | None
     target_prior: Tensor
     source_prior: Tensor
-    temperature: float
+    temperature: float | None
+    scaling: Scaling | None
     choice: Choice | None
     measured_on: str
     before: Mapping[str, Any]
@@ -99,10 +107,16 @@ class Rebalanced:
             "target_prior": self.target_prior.tolist(),
             "source_prior": self.source_prior.tolist(),
             "temperature": self.temperature,
+            **self._scales(),
             "measured_on": self.measured_on,
             "differences": {name: list(each) for name, each in self.differences.items()},
             "choice": None if self.choice is None else self.choice.to_dict(),
         }
+
+    def _scales(self) -> dict[str, Any]:
+        if self.scaling is None or self.temperature is not None:
+            return {}
+        return {name: part.tolist() for name, part in self.scaling._asdict().items()}
 
     def __str__(self) -> str:
         strength = "" if self.strength is None else f", strength {self.strength:.4g}"
@@ -128,8 +142,12 @@ def rebalance_head(
     by: str = "log_loss",
     folds: int = 5,
     seed: int = 0,
-    calibrate: bool = False,
+    calibrate: bool | str = False,
     test: Features | None = None,
+    learn_from: Features | None = None,
+    refit: Callable[[Tensor, Tensor], nn.Linear] | None = None,
+    allow_same: bool = False,
+    max_samples: int | None = None,
     head: str | Sequence[str] | None = None,
 ) -> Rebalanced:
     """Make the head of a trained classifier fair to rare classes, in place.
@@ -176,10 +194,21 @@ def rebalance_head(
             needs several times the samples to tell a gain from noise.
         folds: Of the cross-fitting.
         seed: Of the division into folds.
-        calibrate: Whether to divide the logits by the temperature that fits the features best under
-            the target prior, by cross-fitting.
+        calibrate: Whether to divide the logits, last, by the temperature that fits the features
+            best under the target prior, by cross-fitting. ``"class"`` or ``"group"``: scales and
+            offsets of their own, see :func:`.fit_vector_scaling`.
         test: Features of test samples, on which before and after are measured. Without them they
             are measured on ``features`` by cross-fitting.
+        learn_from: Further labelled samples that methods learn from, beside ``features``, such as
+            those that the model was trained on; nothing is chosen or measured on them.
+        refit: ``refit(features, labels)`` gives such a head as the model has, fitted on these
+            samples: where the given one was itself fitted on ``features``, which are frozen, so
+            that it too is judged on samples that it has not learned from.
+        allow_same: Whether more than half of ``test`` may occur in the other samples as well, as
+            short texts do that are known to be of other rows.
+        max_samples: Learn from, choose and measure on at most about so many of ``features``, and as
+            many of ``learn_from``: of each class the same number, or all that it has, so that only
+            large classes lose some. A warning says how many. Default: all.
         head: Dotted names of the heads, where `find_head` does not find the right ones.
 
     Returns:
@@ -194,9 +223,10 @@ def rebalance_head(
             is then as it was.
 
     Warns:
-        UserWarning: a head without a bias gets one; estimated class shares cannot be trusted;
-            ``features`` lack a class, so ``auto`` tries no method that learns from them; or the
-            choice was made on samples that the model knows by heart, which show nothing.
+        UserWarning: samples are left out by ``max_samples``; a head without a bias gets one;
+            estimated class shares cannot be trusted; ``features`` lack a class, so ``auto`` tries
+            no method that learns from them; or the choice was made on samples that the model knows
+            by heart, which show nothing.
 
     Example:
         >>> from ldam_plugins.posthoc import extract_features
@@ -208,13 +238,25 @@ def rebalance_head(
         >>> done.undo()
     """
     counts = class_counts if isinstance(class_counts, ClassCounts) else ClassCounts(class_counts)
-    labels = _check_samples(model, features, counts, test, head)
+    kind = TEMPERATURE if calibrate is True else calibrate
+    if kind is not False:
+        check_choice("calibrate", kind, SCALINGS)
+    _check_samples(model, features, counts, test, learn_from, head)
+    features = _at_most(features, max_samples, seed)
+    learn_from = _at_most(learn_from, max_samples, seed)
+    labels = features.labels
+    if learn_from is not None:
+        labels = torch.cat([labels, learn_from.labels])
+    if not allow_same:
+        _refuse_same({"features": features, "learn_from": learn_from}, test)
     _check_method(method, strength, methods, by)
     state = HeadState(model, head)
     with state.restored_on_error():
         fitted = fold_to_fit(model, features)
         linear = LinearHead.of_model(model, fitted, head)
         problem = _problem(linear, fitted, counts, source_prior, target_prior)
+        problem = _with_others(problem, learn_from)
+        problem = _with_fold_heads(problem, refit, folds, seed)
         choice, tried = None, _to_try(method, strength, methods, linear, labels, counts)
         if tried:
             keep_best = method != "auto"
@@ -226,21 +268,27 @@ def rebalance_head(
             method, strength = choice.chosen.method, choice.chosen.strength
         new = find_method(method).apply(problem, strength)
         logits, judged = _unseen(problem, method, strength, choice, folds, seed)
-        temperature = 1.0
-        if calibrate:
-            weights = class_weights(labels[judged], problem.target)
-            temperature = best_temperature(logits[judged], labels[judged], weights)
-        old = problem.head
+        truth, after = problem.labels[judged], chosen_rows(logits, judged)
+        scaling = None
+        if kind is not False:
+            weights = class_weights(truth, problem.target)
+            scaling = best_scaling(kind, after, truth, weights, counts)
+            after = scaling.apply(after)
+            scales = scaling.scales
+            new = Affine(new.weight * scales[:, None], new.bias * scales + scaling.offsets)
         gave_bias = False
-        if method != NONE or calibrate:
-            gave_bias = linear.write(new.weight / temperature, new.bias / temperature)
+        if method != NONE or scaling is not None:
+            gave_bias = linear.write(*new)
         if test is None:
-            before = old.logits(features.features[judged])
-            found = (before, logits[judged] / temperature, labels[judged], CROSS_FITTED)
+            on = CROSS_FITTED
+            before, _ = _unseen(problem, NONE, None, None, folds, seed)
+            old = _measured(chosen_rows(before, judged), truth, counts, problem.target)
+            del before
+            now = _measured(after, truth, counts, problem.target)
         else:
-            before = old.logits(test.features)
-            found = (before, linear.logits(test.features), test.labels, TEST)
-        measured = _measure(*found, counts, problem.target)
+            on, truth = TEST, test.labels
+            old = _measured(problem.head.logits(test.features), truth, counts, problem.target)
+            now = _measured(linear.logits(test.features), truth, counts, problem.target)
     if gave_bias:
         warn_of_new_bias(linear.names[0], stacklevel=3)
     return Rebalanced(
@@ -248,10 +296,13 @@ def rebalance_head(
         strength,
         problem.target,
         problem.source,
-        temperature,
+        _temperature(kind, scaling),
+        scaling,
         choice,
-        found[3],
-        *measured,
+        on,
+        old.metrics,
+        now.metrics,
+        _differences(now.correct - old.correct, truth, counts),
         state,
     )
 
@@ -261,10 +312,12 @@ def _check_samples(
     features: Features,
     counts: ClassCounts,
     test: Features | None,
+    learn_from: Features | None,
     head: str | Sequence[str] | None,
-) -> Tensor:
-    """The labels of the features, after a check that all belong together."""
-    for name, each in (("features", features), ("test", test)):
+) -> None:
+    """Check that all belong together."""
+    given = {"features": features, "test": test, "learn_from": learn_from}
+    for name, each in given.items():
         if each is None:
             continue
         if not isinstance(each, Features):
@@ -275,20 +328,56 @@ def _check_samples(
             expected = f"one count for each of the {each.logits.shape[1]} classes of the model"
             raise invalid("class_counts", expected, len(counts))
         each.head_labels()
-    if test is not None:
-        _refuse_same(features, test)
-    return features.labels
 
 
-def _refuse_same(features: Features, test: Features) -> None:
+@overload
+def _at_most(features: Features, most: int | None, seed: int) -> Features: ...
+@overload
+def _at_most(features: None, most: int | None, seed: int) -> None: ...
+def _at_most(features: Features | None, most: int | None, seed: int) -> Features | None:
+    """The features, of large classes only some: of each as many as make about ``most`` in all."""
+    if features is None or most is None:
+        return features
+    check_int("max_samples", most, low=1)
+    if len(features) <= most:
+        return features
+    labels = features.labels.numpy()
+    sizes = np.bincount(labels)
+    low, cap = 1, int(sizes.max())
+    while low < cap:  # the largest size of a class with which no more are left
+        middle = (low + cap + 1) // 2
+        low, cap = (middle, cap) if np.minimum(sizes, middle).sum() <= most else (low, middle - 1)
+    order = np.random.default_rng(seed).permutation(len(labels))
+    by_class = order[np.argsort(labels[order], kind="stable")]
+    place = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    kept = np.sort(by_class[place < cap])
+    warnings.warn(
+        f"max_samples: {len(kept)} of {len(labels)} samples are used, at most {cap} of a class.",
+        stacklevel=3,
+    )
+    rows = torch.from_numpy(kept)
+    return replace(
+        features,
+        features=features.features[rows],
+        logits=features.logits[rows],
+        labels=features.labels[rows],
+    )
+
+
+def _refuse_same(others: Mapping[str, Features | None], test: Features | None) -> None:
     """Refuse test samples of which most are among those that the choice is made on."""
-    known = {hash(row.tobytes()) for row in features.features.numpy()}
-    same = sum(hash(row.tobytes()) in known for row in test.features.numpy())
-    if same > _SAME * len(test):
-        hint = "What is chosen on the test set is not measured by it: give the features of"
-        hint += " held-out or training samples, and those of the test set as `test`."
-        shown = f"{same} of {len(test)} that are among them"
-        raise invalid("test", "of other samples than `features`", shown, hint=hint)
+    if test is None:
+        return
+    for name, features in others.items():
+        if features is None:
+            continue
+        known = {hash(row.tobytes()) for row in features.features.numpy()}
+        same = sum(hash(row.tobytes()) in known for row in test.features.numpy())
+        if same > _SAME * len(test):
+            hint = "What is chosen on the test set is not measured by it: give the features of"
+            hint += " held-out or training samples, and those of the test set as `test`."
+            shown = f"{same} of {len(test)} that are among them"
+            raise invalid("test", f"of other samples than `{name}`", shown, hint=hint)
 
 
 def _check_method(method: str, strength: float | None, methods: Sequence[str], by: str) -> None:
@@ -367,12 +456,52 @@ def _problem(
     )
 
 
+def _with_others(problem: Problem, learn_from: Features | None) -> Problem:
+    """The problem with further samples that are learned from alone."""
+    if learn_from is None:
+        return problem
+    return replace(
+        problem,
+        features=torch.cat([problem.features, learn_from.features]),
+        labels=torch.cat([problem.labels, learn_from.labels]),
+        others=len(learn_from),
+    )
+
+
+def _with_fold_heads(
+    problem: Problem, refit: Callable[[Tensor, Tensor], nn.Linear] | None, folds: int, seed: int
+) -> Problem:
+    """The problem with the given head as it would be without each fold."""
+    if refit is None:
+        return problem
+    fold = problem_folds(problem, folds, seed)
+    found = []
+    for index in range(int(fold.max()) + 1):
+        kept = fold != index
+        layer = refit(problem.features[kept], problem.labels[kept])
+        if layer.weight.shape != problem.head.weight.shape:
+            expected = f"a function that gives heads of shape {tuple(problem.head.weight.shape)}"
+            raise invalid("refit", expected, tuple(layer.weight.shape))
+        weight = layer.weight.detach().cpu().double()
+        bias = torch.zeros(len(weight), dtype=torch.float64)
+        bias = bias if layer.bias is None else layer.bias.detach().cpu().double()
+        found.append(Affine(weight, bias))
+    return replace(problem, fold_heads=tuple(found))
+
+
+def _temperature(kind: bool | str, scaling: Scaling | None) -> float | None:
+    if scaling is None:
+        return 1.0
+    return 1 / float(scaling.scales[0]) if kind == TEMPERATURE else None
+
+
 def _sizes(labels: Tensor, counts: ClassCounts) -> np.ndarray:
     return torch.bincount(labels, minlength=len(counts)).numpy()
 
 
 def _warn_if_memorised(choice: Choice, problem: Problem, counts: ClassCounts) -> None:
-    trained_on = np.array_equal(_sizes(problem.labels, counts), counts.counts)
+    _, own = problem.judges()
+    trained_on = np.array_equal(_sizes(own, counts), counts.counts) and not problem.fold_heads
     if trained_on and choice.candidates[0].accuracy > _MEMORISED:
         warnings.warn(
             f"the model errs on {1 - choice.candidates[0].accuracy:.1%} of the samples in"
@@ -394,26 +523,35 @@ def _unseen(
     """Logits of the new head for each sample that it did not learn from, and which these are."""
     if choice is not None:
         return choice.logits, choice.judged
-    if not find_method(method).learns:
-        judged = torch.ones(len(problem.labels), dtype=torch.bool)
-        return find_method(method).apply(problem, strength).logits(problem.features), judged
-    fold = stratified_folds(problem.labels, folds, seed)
-    return cross_fitted(problem, method, strength, fold), fold >= 0
+    fold = problem_folds(problem, folds, seed)
+    judged = fold >= 0
+    if not (find_method(method).learns or problem.fold_heads):
+        judged[:] = True  # of classes with a single sample as well
+        judged[len(judged) - problem.others :] = False
+    kept = torch.where(judged & (fold < 0), 0, fold)
+    return cross_fitted(problem, method, strength, kept), judged
 
 
-def _measure(
-    before: Tensor,
-    after: Tensor,
-    labels: Tensor,
-    measured_on: str,
-    counts: ClassCounts,
-    target: Tensor,
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, Difference]]:
-    found = []
-    for logits in (before, after):
-        metrics = long_tail_metrics(logits, labels, counts, detailed=True)
-        found.append({**metrics, "calibration": calibration_error(logits, labels, prior=target)})
-    gain = (after.argmax(dim=1) == labels).double() - (before.argmax(dim=1) == labels).double()
+class _Measured(NamedTuple):
+    metrics: dict[str, Any]
+    correct: Tensor
+
+
+def _measured(logits: Tensor, labels: Tensor, counts: ClassCounts, target: Tensor) -> _Measured:
+    """Metrics of some logits, and whether each row is right, as 0 or 1."""
+    found = MetricAccumulator(counts)
+    correct = torch.empty(len(labels), dtype=torch.float64)
+    for start in range(0, len(labels), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        found.update(logits[rows], labels[rows])
+        correct[rows] = (logits[rows].argmax(dim=1) == labels[rows]).double()
+    metrics = found.compute(detailed=True)
+    metrics["calibration"] = calibration_error(logits, labels, prior=target)
+    return _Measured(metrics, correct)
+
+
+def _differences(gain: Tensor, labels: Tensor, counts: ClassCounts) -> dict[str, Difference]:
+    """By how much the accuracy of the sets of classes rose, from the gain of each row."""
     sets: dict[str, Sequence[int]] = {"balanced_accuracy": range(len(counts)), **counts.groups()}
     differences = {}
     for name, ids in sets.items():
@@ -421,7 +559,9 @@ def _measure(
         if bool(chosen.any()):
             present, cell = labels[chosen].unique(return_inverse=True)
             share = torch.full((len(present),), 1 / len(present), dtype=torch.float64)
-            differences[name] = Cells(cell, share, {}).mean(gain[chosen], variance_of(gain))
-    whole = Cells(torch.zeros_like(labels), torch.ones(1, dtype=torch.float64), {})
-    differences["accuracy"] = whole.mean(gain)
-    return found[0], found[1], differences
+            cells = Cells(cell, share, {}, present)
+            differences[name] = cells.mean(gain[chosen], variance_of(gain))
+    one = torch.ones(1, dtype=torch.float64)
+    everything = Cells(torch.zeros_like(labels), one, {}, torch.zeros(len(counts)).long())
+    differences["accuracy"] = everything.mean(gain)
+    return differences

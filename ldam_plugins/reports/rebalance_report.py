@@ -16,6 +16,8 @@ from ldam_plugins.training.files import write_atomic
 from ldam_plugins.training.history import read_metrics
 
 CHANGE_FILE, RELIABILITY_FILE = "class_change.png", "reliability.png"
+PARTS = {"test": "test set", "validation": "held-out part"}
+"""What a model may be measured on, in words."""
 _MAX_TABLE_ROWS = 1000
 _BEST = 12
 
@@ -29,17 +31,24 @@ class MetricRow(NamedTuple):
     difference: str
 
 
-def metric_rows(metrics: Mapping[str, Any], counts: ClassCounts) -> list[MetricRow]:
-    """The figures that tell a re-balanced model from what it was.
+HEADINGS = ("", "before", "after", "difference")
+"""Of :class:`MetricRow`."""
+
+
+def metric_rows(
+    metrics: Mapping[str, Any], counts: ClassCounts, part: str = "test"
+) -> list[MetricRow]:
+    """The figures that tell a re-balanced or calibrated model from what it was.
 
     Args:
-        metrics: Of a run of ``recipes/rebalance.py``: ``before``, ``test`` and ``rebalance``.
+        metrics: Of a run: ``before``, ``rebalance`` and ``part``.
         counts: Training samples per class.
+        part: What it was measured on, ``"test"`` or ``"validation"``.
     """
-    return [*_shares(metrics, counts), *_calibration(metrics)]
+    return [*_shares(metrics, counts, part), *_calibration(metrics, part)]
 
 
-def _shares(metrics: Mapping[str, Any], counts: ClassCounts) -> Iterator[MetricRow]:
+def _shares(metrics: Mapping[str, Any], counts: ClassCounts, part: str) -> Iterator[MetricRow]:
     names = {
         "balanced_accuracy": "balanced accuracy",
         **{
@@ -48,11 +57,11 @@ def _shares(metrics: Mapping[str, Any], counts: ClassCounts) -> Iterator[MetricR
                 group_titles(counts).items(), counts.groups().values(), strict=True
             )
         },
-        "accuracy": "accuracy on the test set's own mix",
+        "accuracy": f"accuracy on the {PARTS[part]}'s own mix",
     }
     differences = metrics["rebalance"]["differences"]
     for name, title in names.items():
-        pair = [_share(metrics[part], name) for part in ("before", "test")]
+        pair = [_share(metrics[each], name) for each in ("before", part)]
         if None in pair:
             continue
         old, new = (f"{percent(share)} ({ends(interval)})" for share, interval in pair)
@@ -74,20 +83,20 @@ def points(difference: list[float]) -> str:
     return f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
-def _calibration(metrics: Mapping[str, Any]) -> Iterator[MetricRow]:
+def _calibration(metrics: Mapping[str, Any], part: str) -> Iterator[MetricRow]:
     titles = {
         "nll": "cross-entropy (nll), target mix",
         "ece": "calibration error (ece), target mix",
         "classwise_ece": "class-wise calibration error, target mix",
     }
-    pair = [metrics[part]["calibration"] for part in ("before", "test")]
+    pair = [metrics[each]["calibration"] for each in ("before", part)]
     for name, title in titles.items():
         old, new = (f"{each[name]:.4f} ({ends(each['intervals'][name], 1, 4)})" for each in pair)
         yield MetricRow(title, old, new, f"{pair[1][name] - pair[0][name]:+.4f}")
 
 
-def verdict(metrics: Mapping[str, Any]) -> list[str]:
-    """What was done and what it brought, in sentences."""
+def verdict(metrics: Mapping[str, Any], part: str = "test") -> list[str]:
+    """What was done and what it brought, in sentences; ``part`` as for :func:`metric_rows`."""
     done = metrics["rebalance"]
     strength = "" if done["strength"] is None else f" of strength {done['strength']:.4g}"
     if done["method"] == "none":
@@ -100,17 +109,54 @@ def verdict(metrics: Mapping[str, Any]) -> list[str]:
     sure = "more" if low > 0 or high < 0 else "no more"
     if done["method"] != "none":
         told.append(
-            f"On the test set balanced accuracy changed by {value:+.1f} points ({low:+.1f} to"
+            f"On the {PARTS[part]} balanced accuracy changed by {value:+.1f} points ({low:+.1f} to"
             f" {high:+.1f}), which is {sure} than noise."
         )
     if "many" in done["differences"] and done["method"] != "none":
         told.append(f"The classes with many samples: {points(done['differences']['many'])} points.")
-    if done["temperature"] != 1:
+    if done["temperature"] is None:
+        told.append(
+            "The logits of the classes have scales of their own, which fit the probabilities to the"
+            " target mix of classes."
+        )
+    elif done["temperature"] != 1:
         told.append(
             f"The logits were divided by {done['temperature']:.3g}, which fits the probabilities to"
             " the target mix of classes."
         )
     return told
+
+
+def change_plots(
+    metrics: Mapping[str, Any],
+    counts: ClassCounts,
+    part: str = "test",
+    files: tuple[str, str] = (CHANGE_FILE, RELIABILITY_FILE),
+) -> list[Plot]:
+    """Accuracy of the classes and reliability before and after.
+
+    Args:
+        metrics: As for :func:`metric_rows`.
+        counts: Likewise.
+        part: Likewise.
+        files: Names of the two.
+    """
+    from ldam_plugins.reports.change_plots import class_change, reliability
+
+    before, after = (class_rows(metrics[each], counts) for each in ("before", part))
+    bins = [metrics[each]["calibration"]["bins"] for each in ("before", part)]
+    return [
+        Plot(
+            files[0],
+            "Accuracy of the classes",
+            *(class_change(before, after, dark=dark) for dark in (False, True)),
+        ),
+        Plot(
+            files[1],
+            "Reliability",
+            *(reliability(*bins, dark=dark) for dark in (False, True)),
+        ),
+    ]
 
 
 def write_rebalance_report(output_dir: str | os.PathLike[str]) -> Path:
@@ -125,27 +171,13 @@ def write_rebalance_report(output_dir: str | os.PathLike[str]) -> Path:
     Raises:
         FileNotFoundError: there is no ``metrics.json``.
     """
-    from ldam_plugins.reports.change_plots import class_change, reliability
-
     folder = Path(output_dir)
     metrics = read_metrics(folder)
     counts = ClassCounts(
         metrics["class_counts"], metrics.get("class_names"), **metrics["group_limits"]
     )
     before, after = (class_rows(metrics[part], counts) for part in ("before", "test"))
-    bins = [metrics[part]["calibration"]["bins"] for part in ("before", "test")]
-    plots = [
-        Plot(
-            CHANGE_FILE,
-            "Accuracy of the classes",
-            *(class_change(before, after, dark=dark) for dark in (False, True)),
-        ),
-        Plot(
-            RELIABILITY_FILE,
-            "Reliability",
-            *(reliability(*bins, dark=dark) for dark in (False, True)),
-        ),
-    ]
+    plots = change_plots(metrics, counts)
     for plot in plots:
         write_atomic(folder / plot.file, plot.light)
     rows = list(zip(before, after, strict=True))

@@ -31,6 +31,7 @@ from ldam_plugins.training.history import read_confusion, read_history, read_met
 
 REPORT_FILE, CURVE_FILE, PROFILE_FILE = "report.html", "training_curve.png", "class_profile.png"
 CONFUSION_FILE, RELIABILITY_FILE = "confusion.png", "reliability.png"
+CHANGE_FILES = ("class_change.png", "reliability_change.png")
 _MAX_TABLE_ROWS = 1000
 _NAMED = 20
 _MAX_CONFUSED = 20
@@ -73,7 +74,8 @@ def write_report(output_dir: str | os.PathLike[str]) -> Path:
     plots = _draw(
         history, rows, group_titles(counts), metrics.get("selection"), confusion, predictions
     )
-    for plot in plots:
+    change = _change(metrics, counts, part)
+    for plot in [*plots, *change["change_plots"]]:
         write_atomic(folder / plot.file, plot.light)
     page = render(
         "report.html.jinja",
@@ -84,6 +86,7 @@ def write_report(output_dir: str | os.PathLike[str]) -> Path:
         measured=measured,
         validation=validation,
         plots=plots,
+        **change,
         rows=_shortened(rows),
         left_out=len(rows) - _MAX_TABLE_ROWS,
         percent=percent,
@@ -132,6 +135,19 @@ def _draw(
         ]
         drawn.append(Plot(RELIABILITY_FILE, "How sure, and how often right", *diagrams))
     return drawn
+
+
+def _change(metrics: Mapping[str, Any], counts: ClassCounts, part: str) -> dict[str, Any]:
+    """What the last step of the training has changed: sentences, figures and plots."""
+    if "rebalance" not in metrics or "before" not in metrics:
+        return {"changed": [], "metrics": [], "change_plots": []}
+    from ldam_plugins.reports import rebalance_report
+
+    return {
+        "changed": rebalance_report.verdict(metrics, part),
+        "metrics": rebalance_report.metric_rows(metrics, counts, part),
+        "change_plots": rebalance_report.change_plots(metrics, counts, part, CHANGE_FILES),
+    }
 
 
 def verdict(test: Mapping[str, Any], counts: ClassCounts) -> str:

@@ -34,7 +34,7 @@ RUN_ENTRIES = (OPTIONS_FILE, HISTORY_FILE, "checkpoints", "model", *_RESULTS)
 MISTAKES_FOLDER, MISTAKES_FILE = "mistakes", "mistakes/mistakes.csv"
 OTHER_FILES = (
     *("split.csv", "training_curve.png", "class_profile.png"),
-    *("confusion.png", "reliability.png"),
+    *("confusion.png", "reliability.png", "class_change.png", "reliability_change.png"),
 )
 """What a run writes beside."""
 MAY_CHANGE = (

@@ -7,12 +7,19 @@ import pytest
 import torch
 from frozen import bayes, draw, features_of, gaussians
 from head_models import Net
+from scipy.optimize import minimize
 from torch import nn
 
 from ldam_plugins import ClassCounts, use_cosine_head
 from ldam_plugins.heads import cosine_heads
 from ldam_plugins.metrics import long_tail_metrics
-from ldam_plugins.posthoc import calibration_error, extract_features, fit_temperature
+from ldam_plugins.posthoc import (
+    Features,
+    calibration_error,
+    extract_features,
+    fit_temperature,
+    fit_vector_scaling,
+)
 from ldam_plugins.posthoc.methods import best_temperature
 
 
@@ -162,3 +169,52 @@ def test_bad_input_changes_nothing():
     with pytest.raises(ValueError, match="one for each of 600 rows"):
         calibration_error(features.logits, features.labels[:5])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_scales_of_classes_are_the_optimum_of_the_objective_and_pool_small_classes():
+    generator = torch.Generator().manual_seed(0)
+    counts = ClassCounts([200, 60, 4, 3])
+    labels = torch.repeat_interleave(torch.arange(4), torch.tensor([80, 40, 6, 5]))
+    x = 1.5 * torch.eye(4)[labels] + torch.randn(len(labels), 4, generator=generator)
+    model = nn.Sequential(nn.Identity(), nn.Linear(4, 4))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.eye(4) * torch.tensor([4.0, 1.0, 2.0, 2.0])[:, None])
+        model[1].bias.zero_()
+        before = Features(x, model(x), labels)
+    found = fit_vector_scaling(model, before, counts)
+    scales, offsets = found.scaling
+    # The two small classes share theirs.
+    assert (scales[2], offsets[2]) == (scales[3], offsets[3])
+    assert found.after["nll"] < found.before["nll"]
+    first = 1 / fit_temperature(nn.Sequential(nn.Identity(), _linear(before)), before).temperature
+    cell = torch.tensor([1, 2, 0, 0])
+
+    def objective(v):
+        z = before.logits.double() * first * torch.from_numpy(v[:3])[cell]
+        z = z + torch.from_numpy(v[3:])[cell]
+        ridge = ((v[:3] - 1) ** 2).sum() + (v[3:] ** 2).sum()
+        return float(nn.functional.cross_entropy(z, labels)) + ridge / 2 / len(labels)
+
+    best = minimize(
+        objective,
+        np.r_[np.ones(3), np.zeros(3)],
+        method="Nelder-Mead",
+        options={"xatol": 1e-8, "fatol": 1e-12, "maxiter": 20000, "maxfev": 20000},
+    )
+    expected = first * best.x[:3][cell.numpy()]
+    np.testing.assert_allclose(scales.numpy(), expected, rtol=1e-3)
+    found.undo()
+    assert torch.equal(model(x), before.logits)
+    with pytest.raises(ValueError, match="`per` must be one of"):
+        fit_vector_scaling(model, before, counts, per="sample")
+    with pytest.raises(ValueError, match="`class_counts` must be one count for each of 4"):
+        fit_vector_scaling(model, before, ClassCounts([3, 2]))
+
+
+def _linear(features):
+    layer = nn.Linear(4, 4)
+    with torch.no_grad():
+        weight = torch.linalg.lstsq(features.features, features.logits).solution.T
+        layer.weight.copy_(weight)
+        layer.bias.zero_()
+    return layer

@@ -160,16 +160,18 @@ def test_the_interval_of_a_mean_over_classes():
     cell = torch.repeat_interleave(torch.arange(3), torch.tensor(sizes))
     for _ in range(300):
         values = torch.from_numpy(rng.normal(size=67) * np.array([1.0, 2.0, 0.5])[cell.numpy()])
-        _, low, high = Cells(cell, share, {}).mean(values)
+        _, low, high = Cells(cell, share, {}, torch.arange(3)).mean(values)
         held += low <= 0 <= high
     assert 0.9 < held / 300 < 0.99
-    same = Cells(torch.zeros(20, dtype=torch.int64), torch.ones(1, dtype=torch.float64), {})
+    same = Cells(
+        torch.zeros(20, dtype=torch.int64), torch.ones(1, dtype=torch.float64), {}, torch.zeros(1)
+    )
     value, low, high = same.mean(torch.tensor([1.0, 3.0] * 10))
     assert value == 2
     assert high - low == pytest.approx(2 * 1.959964 * math.sqrt(20 / 19 / 20), rel=1e-5)
     # Two samples that are alike do not say that all are.
     few = torch.tensor([0] * 20 + [1] * 2)
-    two = Cells(few, torch.tensor([0.0, 1.0], dtype=torch.float64), {})
+    two = Cells(few, torch.tensor([0.0, 1.0], dtype=torch.float64), {}, torch.arange(2))
     values = torch.tensor([1.0, 3.0] * 10 + [5.0, 5.0])
     value, low, high = two.mean(values)
     assert value == 5

@@ -1,12 +1,17 @@
 """Features of a model: what its head gets and gives, whatever gives the batches."""
 
+import os
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import timm
 import torch
+from feature_run import samples
 from head_models import Net
+from paths import HELPERS
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -237,3 +242,107 @@ def test_rows_must_match():
         Features(torch.ones(2, 3).long(), torch.ones(2, 3), torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="at least one sample"):
         Features(torch.ones(0, 3), torch.ones(0, 3), torch.zeros(0).long())
+
+
+def same(first, second):
+    """Whether two features hold the same bits."""
+    names = ("features", "logits", "labels")
+    return all(torch.equal(getattr(first, name), getattr(second, name)) for name in names)
+
+
+def test_they_lie_in_files_that_numpy_reads(tmp_path):
+    model, data = samples()
+    folder = tmp_path / "new" / "features"
+    names = tuple("abcde")
+    loader = DataLoader(data, 4)
+    found = extract_features(model, loader, class_names=names, memmap_dir=folder)
+    plain = extract_features(model, loader, class_names=names)
+    assert same(found, plain)
+    assert isinstance(np.load(folder / "features.npy", mmap_mode="r"), np.memmap)
+    assert np.array_equal(np.load(folder / "features.npy"), plain.features.numpy())
+    again = Features.load(folder)
+    assert same(again, plain)
+    assert (again.class_names, again.origin) == (names, plain.origin)
+    again.features.add_(1)  # stays in memory
+    assert same(Features.load(folder), plain)
+    with pytest.raises(ValueError, match="`memmap_dir` must be a folder that is not there yet"):
+        extract_features(model, loader, memmap_dir=folder)
+    (folder / "labels.npy").write_bytes(b"no array")
+    with pytest.raises(ValueError, match="`path` must be a folder of features"):
+        Features.load(folder)
+
+
+def test_no_folder_is_left_of_an_error(tmp_path):
+    model = Net()
+    good = (torch.ones(2, 6), LABELS[:2])
+    bad = (torch.full((2, 6), torch.nan), LABELS[:2])
+    for batches in ([good, bad], [good, (torch.ones(3, 6), LABELS[:2])], []):
+        with pytest.raises(ValueError, match=r"NaN or infinity in row 2|model output|one batch"):
+            extract_features(model, batches, memmap_dir=tmp_path / "features")
+        assert not any(tmp_path.iterdir())
+
+
+def test_the_cache_knows_weights_data_and_precision(tmp_path):
+    model, data = samples()
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+
+    def extract(samples=data, **given):
+        calls.clear()
+        found = extract_features(model, DataLoader(samples, 4), cache_dir=tmp_path / "c", **given)
+        return found, len(calls)
+
+    first, ran = extract()
+    assert ran == 3
+    again, ran = extract()
+    assert ran == 0
+    assert same(first, again)
+    entries = set((tmp_path / "c").iterdir())
+    assert len(entries) == 1
+    moved = TensorDataset(data.tensors[0].flip(0), data.tensors[1])
+    relabelled = TensorDataset(data.tensors[0], data.tensors[1].flip(0))
+    for given in ({"samples": moved}, {"samples": relabelled}, {"autocast": torch.bfloat16}):
+        assert extract(**given)[1] == 3
+    with torch.no_grad():
+        model[0].weight[1, 0] += 1e-3
+    changed, ran = extract()
+    assert ran == 3
+    assert not same(changed, first)
+    assert len([*(tmp_path / "c").iterdir()]) == 5
+    with torch.no_grad():
+        model[0].weight[1, 0] -= 1e-3
+        model[1].running_mean += 1  # a buffer
+    assert extract()[1] == 3
+    assert extract(data_key="v1")[1] == 3
+    assert extract(samples=moved, data_key="v1")[1] == 0  # by the user's word
+    with pytest.raises(ValueError, match="`data_key` must be left out without `cache_dir`"):
+        extract_features(model, DataLoader(data, 4), data_key="v1")
+    with pytest.raises(ValueError, match="`memmap_dir` must be left out beside"):
+        extract_features(model, DataLoader(data, 4), memmap_dir="a", cache_dir="b")
+
+
+def test_autocast_is_that_precision():
+    model, data = samples()
+    lower = extract_features(model, DataLoader(data, 4), autocast=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        around = extract_features(model, DataLoader(data, 4))
+    assert same(lower, around)
+    assert lower.features.dtype == torch.float32
+    assert not same(lower, extract_features(model, DataLoader(data, 4)))
+
+
+def test_two_processes_share_the_work_and_both_have_all(tmp_path):
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+    command += ["--num_processes", "2", "--main_process_port", "0"]
+    command += [str(HELPERS / "feature_run.py"), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    model, data = samples()
+    alone = extract_features(model, DataLoader(data, 2))
+    for name in ("memory", "files", "cache0", "cache1"):
+        for rank in range(2):
+            found = Features.load(tmp_path / f"{name}_{rank}.safetensors")
+            assert same(found, alone), (name, rank)
+    assert len([*(tmp_path / "cache").iterdir()]) == 1
+    assert not [*tmp_path.glob("**/*.partial")]

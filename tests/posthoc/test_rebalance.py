@@ -359,3 +359,82 @@ def test_a_shared_weight_is_refused():
     with pytest.raises(ValueError, match="a weight of its own, got \"that of 'embedding'\""):
         rebalance_head(model, features, COUNTS, "tau_norm", strength=1.0)
     assert torch.equal(model(x), before)
+
+
+def test_what_learns_learns_from_further_samples_and_is_judged_on_the_others(simulated):
+    model, held_out, test = copy.deepcopy(simulated[0]), *simulated[1:]
+    few = [*range(60), *(index for index in range(len(held_out)) if held_out.labels[index] == 4)]
+    small = Features(*(getattr(held_out, n)[few] for n in ("features", "logits", "labels")))
+    with pytest.raises(ValueError, match="`features` must be those of every class"):
+        rebalance_head(model, small, COUNTS, "class_means", strength=0.3)
+    done = rebalance_head(
+        model, small, COUNTS, "class_means", strength=0.3, learn_from=held_out, test=test
+    )
+    both = [torch.cat([getattr(small, n), getattr(held_out, n)]) for n in ("features", "labels")]
+    means = torch.stack([both[0][both[1] == c].double().mean(0) for c in range(5)])
+    # The head of the nearest mean in the metric of both: its own means are the best explained.
+    assert (model(means.float()).argmax(1) == torch.arange(5)).all()
+    done.undo()
+    done = rebalance_head(model, small, COUNTS, "auto", learn_from=held_out)
+    assert done.choice.samples == len(small)
+    assert sum(done.after["per_class_samples"]) == len(small)
+    done.undo()
+    with pytest.raises(ValueError, match="`test` must be of other samples than `learn_from`"):
+        rebalance_head(model, small, COUNTS, "crt", learn_from=test, test=test)
+
+
+def test_a_head_that_was_fitted_on_the_features_is_judged_without_them(simulated):
+    generator = torch.Generator().manual_seed(3)
+    x, y = torch.randn(60, 40, generator=generator), torch.arange(60) % 3
+
+    def fit(features, labels):  # knows its own samples by heart, and nothing else
+        layer = nn.Linear(40, 3)
+        with torch.no_grad():
+            target = nn.functional.one_hot(labels, 3).float()
+            layer.weight.copy_(torch.linalg.lstsq(features, target).solution.T * 9)
+            layer.bias.zero_()
+        return layer
+
+    model = nn.Sequential(nn.Identity(), fit(x, y))
+    found = features_of(model, x, y)
+    counts = ClassCounts([30, 20, 10])
+    by_heart = rebalance_head(model, found, counts, "none")
+    honest = rebalance_head(model, found, counts, "none", refit=fit)
+    assert by_heart.before["balanced_accuracy"] > 0.75
+    assert honest.before["balanced_accuracy"] < 0.6
+    with pytest.raises(ValueError, match="`refit` must be a function that gives heads of shape"):
+        rebalance_head(model, found, counts, "none", refit=lambda f, t: nn.Linear(40, 4))
+
+
+def test_of_large_classes_some_samples_are_used(simulated):
+    model, held_out = copy.deepcopy(simulated[0]), simulated[1]
+    with pytest.warns(UserWarning, match=r"max_samples: (\d+) of \d+ samples are used, at most"):
+        done = rebalance_head(model, held_out, COUNTS, "crt", strength=0.1, max_samples=200)
+    sizes = torch.bincount(held_out.labels)
+    used = torch.tensor(done.after["per_class_samples"])
+    cap = int(used.max())
+    assert torch.equal(used, sizes.clamp_max(cap))
+    assert sizes.clamp_max(cap).sum() <= 200 < sizes.clamp_max(cap + 1).sum()
+
+
+@pytest.mark.parametrize("kind", ["class", "group"])
+def test_scales_of_their_own_come_last(simulated, kind):
+    model, held_out, test = copy.deepcopy(simulated[0]), *simulated[1:]
+    with torch.no_grad():
+        model[1].weight[0] *= 3
+        held_out = features_of(model, held_out.features, held_out.labels)
+        test = features_of(model, test.features, test.labels)
+    plain = rebalance_head(model, held_out, COUNTS, "tau_norm", strength=0.0, test=test)
+    weight, bias = model[1].weight.detach().clone(), model[1].bias.detach().clone()
+    plain.undo()
+    done = rebalance_head(
+        model, held_out, COUNTS, "tau_norm", strength=0.0, test=test, calibrate=kind
+    )
+    scales, offsets = done.scaling
+    assert done.temperature is None
+    assert done.to_dict()["scales"] == scales.tolist()
+    same(model[1].weight.detach(), weight * scales[:, None].float())
+    same(model[1].bias.detach(), bias * scales.float() + offsets.float())
+    assert done.after["calibration"]["nll"] < plain.after["calibration"]["nll"]
+    with pytest.raises(ValueError, match="`calibrate` must be one of"):
+        rebalance_head(model, held_out, COUNTS, calibrate="vector")

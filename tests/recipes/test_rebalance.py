@@ -180,7 +180,7 @@ def test_a_choice_on_held_out_images(photos, tmp_path, capsys):
     assert "balanced accuracy" in printed
     assert metrics["options"]["choose_on"] == "validation"
     assert metrics["rebalance"]["choice"]["samples"] == 58
-    assert metrics["rebalance"]["temperature"] != 1
+    assert metrics["rebalance"]["temperature"] == 1  # all right, and sure of it: nothing to fit
     check_outputs(out, metrics)
 
 
@@ -330,7 +330,7 @@ def test_target_shares_are_in_the_order_of_the_classes(tickets, tmp_path):
         (["--lr", "0.1"], "`arguments` must be options of this recipe or of the data, got '--lr'"),
         (["--choose_on", "1.5"], "`choose_on` must be auto, train, validation, or a share"),
         (["--choose_on", "validation"], "`choose_on` must be another part: nothing is held out"),
-        (["--target_prior", "even"], "`target_prior` must be uniform, train, or shares"),
+        (["--target_prior", "even"], "`target_prior` must be uniform, train, estimate, or shares"),
         (["--target_prior", "0.5,0.5"], r"`target_prior` must be of shape \(3,\)"),
         (["--target_prior", "0.5,0.5,0.5"], "`target_prior` must be probabilities that sum to 1"),
         (["--method", "crt", "--strength", "-1"], "`strength` must be a finite number > 0"),
@@ -396,3 +396,33 @@ def test_a_head_without_a_bias_gets_none(tickets, tmp_path):
     target = torch.tensor([names.index(name) for name in labels])
     found = long_tail_metrics(logits, target, list(COUNTS.values()))
     assert metrics["test"]["per_class_accuracy"] == found["per_class_accuracy"]
+
+
+def test_the_shares_of_unlabelled_images_are_estimated_and_doubted(photos, tmp_path):
+    folder = tmp_path / "resnet"
+    folder.mkdir()
+    train_py_folder(folder)
+    new = tmp_path / "new"
+    new.mkdir()
+    for index, path in enumerate((photos / "test" / "cat").iterdir()):
+        (new / f"{index}.png").write_bytes(path.read_bytes())
+    flags = ["--dataset", str(photos), "--method", "logit_adjustment", "--strength", "1"]
+    flags += ["--target_prior", "estimate", "--target_data", str(new)]
+    with pytest.warns(UserWarning, match=r"class shares of .*new cannot be trusted"):
+        metrics = run(folder, *flags, output=tmp_path / "out")
+    found = read_metrics(tmp_path / "out")["target_estimate"]
+    assert found["samples"] == TESTED
+    assert not found["is_trusted"]
+    assert "nothing is held out" in found["reasons"][-1]
+    assert metrics["rebalance"]["target_prior"] == pytest.approx(found["prior"])
+    for bad, message in (
+        (["--target_prior", "estimate"], "`target_data` must be given with"),
+        (["--target_data", str(new)], "`target_data` must be given with"),
+        (
+            ["--target_prior", "estimate", "--target_data", str(tmp_path / "no")],
+            "`?target_data`?|no",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(folder, *flags[:6], *bad, output=tmp_path / "other")
+    assert not (tmp_path / "other").exists()

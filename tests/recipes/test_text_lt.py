@@ -35,6 +35,7 @@ from ldam_plugins.integrations.transformers.run_callbacks import (
     newest_trainer_checkpoint,
 )
 from ldam_plugins.integrations.transformers.tokenizer import train_tokenizer
+from ldam_plugins.posthoc import last_step
 from ldam_plugins.training.environment import choose_precision
 from ldam_plugins.training.run_dir import LOCK_FILE
 
@@ -699,3 +700,56 @@ def test_a_run_evaluated_on_the_split_leaves_the_test_set_alone(run, monkeypatch
     assert (left["test"], left["held_out"]["samples"]) == (None, 12)
     with pytest.raises(AssertionError, match="the test set was asked"):
         run(*flags, out="other")
+
+
+# The last step
+
+
+@pytest.mark.filterwarnings(PEFT_WARNING)
+@pytest.mark.parametrize("adapted", [False, True])
+def test_the_classifier_is_rebalanced_after_adapters_are_merged(run, bert, adapted):
+    flags = ["--model", bert, "--max_length", 32, "--loss", "ce", "--schedule", "none"]
+    flags += ["--val_split", 0.25, "--select", "nll", "--freeze", "backbone"]
+    flags = [*flags[:-2], "--lora_rank", 2] if adapted else flags
+    _, plain = run(*flags, out="plain")
+    metrics, out = run(*flags, "--rebalance", "logit_adjustment:1")
+    old, new = (load_file(each / "model" / "model.safetensors") for each in (plain, out))
+    assert {name for name in old if not old[name].equal(new[name])} == {"classifier.bias"}
+    counts = np.array(metrics["class_counts"])
+    shift = -np.log(counts / counts.sum()) - np.log(3)
+    moved = (new["classifier.bias"] - old["classifier.bias"]).numpy()
+    np.testing.assert_allclose(moved, shift, atol=1e-6)
+    assert metrics["rebalance"]["chosen_on"] == "validation"
+    assert metrics["test"]["balanced_accuracy"] == pytest.approx(
+        metrics["before"]["balanced_accuracy"]
+        + metrics["rebalance"]["differences"]["balanced_accuracy"][0]
+    )
+
+
+def test_the_last_step_of_a_cosine_head_and_resuming_it(run, monkeypatch):
+    flags = ["--val_split", 0.25, "--rebalance", "class_means", "--calibrate"]
+    whole, left = run(*flags, out="whole")
+    with interrupted_at(last_step, "rebalance_head", call=1):
+        run(*flags, out="broken")
+    resumed, right = run(*flags, "--resume", out="broken")
+    assert resumed["test"] == whole["test"]
+    assert resumed["rebalance"] == whole["rebalance"]
+    old, new = (load_file(each / "model" / "model.safetensors") for each in (left, right))
+    assert all(old[name].equal(new[name]) for name in old)
+    assert whole["rebalance"]["temperature"] != 1
+
+
+def test_a_head_without_a_bias_refuses_before_the_training_what_needs_one(run, folder, tmp_path):
+    path = str(tmp_path / "gpt2")
+    tokenizer = train_tokenizer(load_texts(folder)[0]["text"], max_length=32)
+    config = transformers.GPT2Config(
+        vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=32
+    )
+    transformers.GPT2ForSequenceClassification(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    flags = ["--model", path, "--max_length", 32, "--loss", "ce", "--schedule", "none"]
+    with pytest.raises(ValueError, match=r"`rebalance` must be one that needs no bias"):
+        run(*flags, "--rebalance", "crt")
+    with pytest.raises(ValueError, match=r"`calibrate` must be temperature"):
+        run(*flags, "--calibrate", "class", "--val_split", 0.25)
+    assert not (tmp_path / "run").exists()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -204,6 +204,24 @@ def image_loader(images: Dataset, *, workers: int = 0, **order: Any) -> DataLoad
         order = {"sampler": images.rows, **order}
     pin = torch.accelerator.is_available()
     return DataLoader(images, num_workers=workers, pin_memory=pin, **order)
+
+
+class InputLoader:
+    """A loader whose images are turned into what the model gets.
+
+    Args:
+        loader: Of batches (images, labels).
+        to_input: As of :meth:`ImagePipeline.make_input`.
+    """
+
+    def __init__(self, loader: DataLoader, to_input: Callable[[Tensor], Tensor]) -> None:
+        self.loader, self.to_input = loader, to_input
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return ((self.to_input(images), labels) for images, labels in self.loader)
 
 
 def on_device(images: Dataset, device: torch.device) -> Dataset:

@@ -7,12 +7,14 @@ from ldam_plugins.integrations.transformers.bilstm import (
 )
 from ldam_plugins.integrations.transformers.callback import DRWCallback
 from ldam_plugins.integrations.transformers.fast_attention import use_fast_dropout
+from ldam_plugins.integrations.transformers.rebalance import RebalanceCallback
 from ldam_plugins.integrations.transformers.streaming import StreamingTrainer
 
 __all__ = [
     "BiLSTMConfig",
     "BiLSTMForSequenceClassification",
     "DRWCallback",
+    "RebalanceCallback",
     "StreamingTrainer",
     "register",
     "use_fast_dropout",
