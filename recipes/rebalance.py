@@ -26,7 +26,7 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, astuple, dataclass
 from functools import partial
 from pathlib import Path
@@ -243,20 +243,30 @@ def learns(options: RebalanceOptions) -> bool:
 
 def target_logits(options: RebalanceOptions, host: Host, device: torch.device) -> torch.Tensor:
     """The logits of the unlabelled data whose class shares are estimated."""
-    place = str(options.target_data)
+    place, logits = str(options.target_data), []
     try:
-        if host.kind == TEXTS:
-            texts = [text for text in unlabelled_texts(place)[1] if text.strip()]
-            samples: Any = Dataset.from_dict({"text": texts, "label": [READ] * len(texts)})
-        else:
-            samples = unlabelled_images(place)
+        for samples in target_samples(host, place):
+            found = extract_features(
+                host.model, host.make_loader(samples), device=device, progress=not options.quiet
+            )
+            logits.append(found.logits[found.labels == READ])  # without images that are unreadable
     except (OSError, ValueError) as error:
         told = str(error).replace("`dataset`", "`target_data`")
         raise ValueError(told) from error
-    found = extract_features(
-        host.model, host.make_loader(samples), device=device, progress=not options.quiet
-    )
-    return found.logits[found.labels == READ]  # without images that cannot be read
+    if not sum(map(len, logits)):
+        raise invalid("target_data", "data with at least one sample that can be read", place)
+    return torch.cat(logits)
+
+
+def target_samples(host: Host, place: str) -> Iterator[Any]:
+    """The unlabelled samples, in parts; of texts those that are not empty."""
+    if host.kind != TEXTS:
+        yield from unlabelled_images(place)
+        return
+    for part in unlabelled_texts(place):
+        texts = [text for text in part.texts() if text and text.strip()]
+        if texts:
+            yield Dataset.from_dict({"text": texts, "label": [READ] * len(texts)})
 
 
 def estimate_target(
