@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from ldam_plugins.posthoc.linear_head import (
     fold_to_fit,
     warn_of_new_bias,
 )
-from ldam_plugins.posthoc.methods import best_temperature, class_weights
+from ldam_plugins.posthoc.methods import all_right, best_temperature, class_weights
 
 PRIORS = ("features", "uniform")
 """Class shares under which probabilities are calibrated."""
@@ -94,8 +95,8 @@ def fit_temperature(
 ) -> Calibrated:
     """Divide the logits by the T that makes the probabilities fit best, in the last layer.
 
-    T minimises ``sum_i w_i NLL(softmax(z_i / T), y_i)``, by scipy's bounded scalar search between
-    1e-3 and 1e3; the predictions stay. Weight and bias of the head are divided by it, so that what
+    T minimises ``sum_i w_i NLL(softmax(z_i / T), y_i)`` between 1e-3 and 1e3, by scipy's L-BFGS-B;
+    the predictions stay. Weight and bias of the head are divided by it, so that what
     is saved of the model needs nothing of this package. A cosine head is folded first, see
     :func:`.fold_cosine_head`.
 
@@ -113,6 +114,9 @@ def fit_temperature(
         TypeError: the head does not hold its weights as floats.
         ValueError: features of another model or with labels it has no logit for; a head that is not
             found, sharded, or shares its weights. Nothing is changed then.
+
+    Warns:
+        UserWarning: all samples are right. There is no best temperature then; it stays 1.
 
     Source: Guo et al., ICML 2017, arXiv 1706.04599.
 
@@ -218,8 +222,17 @@ def best_scaling(
         labels: (N,).
         weights: Of the samples, (N,) float64, with sum 1.
         counts: Training samples per class; a temperature needs none.
+
+    Warns:
+        UserWarning: all samples are right, so that there is no best temperature, and it is 1.
     """
     classes = logits.shape[1]
+    if all_right(logits, labels):
+        warnings.warn(
+            f"all {len(labels)} samples that the temperature is fitted to are classified right, "
+            "which tells nothing of how often others are wrong: it stays 1. Give more samples.",
+            stacklevel=2,
+        )
     first = 1 / best_temperature(logits, labels, weights)
     start = Scaling(
         torch.full((classes,), first, dtype=torch.float64),

@@ -179,12 +179,25 @@ def even_weights(labels: Tensor) -> Tensor:
     return class_weights(labels, torch.full((classes,), 1 / classes, dtype=torch.float64))
 
 
+def all_right(logits: Tensor, labels: Tensor) -> bool:
+    """Whether each sample's own logit is above its others.
+
+    Args:
+        logits: z (N, C).
+        labels: y (N,).
+    """
+    own = logits.gather(1, labels[:, None])
+    return bool(((logits >= own).sum(dim=1) == 1).all())
+
+
 def best_temperature(
     logits: Tensor, labels: Tensor, weights: Tensor, *, precision: float = 1e-6
 ) -> float:
     """The T with the smallest ``sum_i w_i NLL(softmax(z_i / T), y_i)``.
 
-    The sum is convex in 1 / T. scipy's L-BFGS-B finds it in ``log T``, between 1e-3 and 1e3.
+    The sum is convex in 1 / T. scipy's L-BFGS-B finds it in ``log T``, between 1e-3 and 1e3. Where
+    all samples are right there is no smallest one, the lower T the better: they tell nothing of how
+    often others are wrong, and T is 1.
 
     Args:
         logits: z (N, C).
@@ -195,6 +208,8 @@ def best_temperature(
     # Imported here, as it takes a third of a second that few who import this room need.
     from scipy.optimize import minimize
 
+    if all_right(logits, labels):
+        return 1.0
     total = float(weights.sum())
 
     def loss(log_t: np.ndarray) -> tuple[float, np.ndarray]:

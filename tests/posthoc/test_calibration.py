@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from frozen import bayes, draw, features_of, gaussians
 from head_models import Net
 from scipy.optimize import minimize
@@ -218,3 +219,19 @@ def _linear(features):
         layer.weight.copy_(weight)
         layer.bias.zero_()
     return layer
+
+
+def test_samples_that_are_all_right_do_not_make_a_model_sure():
+    """Without an error there is no best temperature: the lower, the better, on these alone."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) % 3
+    logits = 4 * F.one_hot(labels, 3) + torch.rand(60, 3, generator=generator)
+    few = Features(logits, logits, labels)
+    model = nn.Linear(3, 3)
+    with torch.no_grad():
+        model.weight.copy_(torch.eye(3))
+        model.bias.zero_()
+    with pytest.warns(UserWarning, match="all 60 samples .* it stays 1"):
+        assert fit_temperature(model, few).temperature == 1
+    labels[0] = 1  # one that is wrong
+    assert fit_temperature(model, Features(logits, logits, labels)).temperature > 0.1
