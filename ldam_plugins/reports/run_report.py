@@ -25,6 +25,7 @@ from ldam_plugins.reports.class_table import (
 )
 from ldam_plugins.reports.html import Plot, render
 from ldam_plugins.reports.mistakes import read_mistakes, read_predictions
+from ldam_plugins.reports.model_card import complete_card
 from ldam_plugins.schedules import DeferredSchedule
 from ldam_plugins.training.files import write_atomic
 from ldam_plugins.training.history import read_confusion, read_history, read_metrics
@@ -39,11 +40,12 @@ _MAX_CONFUSED = 20
 def write_report(output_dir: str | os.PathLike[str]) -> Path:
     """Write ``report.html`` with its plots inside, and the same plots as PNG.
 
-    A pure function of ``metrics.json`` and ``history.csv`` in ``output_dir``, so it can be run
-    again at any time. Figures on held-out training samples (``validation`` in the metrics) stand
-    below those on the test set, and in their place where ``test`` is None. The page needs no
-    network and no script, and follows the reader's light or dark setting. Without an epoch in the
-    history there is no training curve, nor of a model that was evaluated alone.
+    A pure function of what the run wrote into ``output_dir``, so it can be run again at any time.
+    Figures on held-out training samples (``validation`` in the metrics) stand below those on the
+    test set, and in their place where ``test`` is None. The page needs no network and no script,
+    and follows the reader's light or dark setting. Without an epoch in the history there is no
+    training curve, nor of a model that was evaluated alone. The card of the model, if there is one
+    in ``model/``, is completed (:func:`~ldam_plugins.reports.model_card.complete_card`).
 
     Returns:
         The path of the page.
@@ -93,12 +95,14 @@ def write_report(output_dir: str | os.PathLike[str]) -> Path:
         confused=_confused(confusion, counts),
         by_group=_by_group(test.get("by_group", {})),
         mistakes=read_mistakes(folder),
-        said=_said(metrics.get("data", {})),
+        said=data_notes(metrics.get("data", {})),
         how="How it was measured" if evaluated else "How it was trained",
         options=metrics["options"],
         machine={**_images(metrics.get("images")), **_machine(metrics)},
+        command=metrics.get("command"),
     )
     write_atomic(folder / REPORT_FILE, page)
+    complete_card(folder)
     return folder / REPORT_FILE
 
 
@@ -158,11 +162,11 @@ def verdict(test: Mapping[str, Any], counts: ClassCounts) -> str:
     return text
 
 
-def _said(data: Mapping[str, Any]) -> list[str]:
-    """What a run noted of its data."""
-    columns = [f"{argument}: {name!r}" for argument, name in data.get("columns", {}).items()]
+def data_notes(data: Mapping[str, Any]) -> list[str]:
+    """What a run noted of its data, ``data`` of its metrics, in sentences."""
+    columns = [f"{argument}: {name!r}." for argument, name in data.get("columns", {}).items()]
     left_out = [f"Left out: {count} {what}." for what, count in data.get("left_out", {}).items()]
-    return [*columns, *left_out]
+    return [*columns, *data.get("said", left_out)]
 
 
 def _confused(
