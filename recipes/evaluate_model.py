@@ -8,7 +8,8 @@ MODEL, the first word, is a run folder, a folder that transformers wrote, a fold
 (``model_best.pth.tar``) of timm's ``train.py``, or a name of timm (``local-dir:...``,
 ``hf-hub:...``). The options of the data are those of ``vision_lt.py`` and ``text_lt.py``; of a run
 they are known, and without ``--dataset`` it is measured again on its own test set. Classes are
-matched by name, whatever their order.
+matched by name, whatever their order. ``--baseline runs/erm`` compares it in the
+report with another run on the same samples, as ``recipes/compare.py`` does.
 
 Left in ``--output_dir``: ``metrics.json``, ``predictions.csv``, ``confusion.csv``, ``mistakes/``
 and ``report.html``, as a training leaves them, for ``recipes/compare.py`` too.
@@ -53,6 +54,9 @@ class EvaluateOptions(TrainedOptions):
 
     part: str = option(
         "test", "samples that it is measured on", choices=("test", "validation", "train")
+    )
+    baseline: str | None = option(
+        None, "a run, or a CSV of predictions of the same samples, that it is compared with"
     )
 
 
@@ -110,7 +114,7 @@ def main(options: EvaluateOptions, flags: list[str] | None = None) -> dict[str, 
     write_mistakes(
         output_dir, part.samples.image if is_images else lambda row: part.samples[row]["text"]
     )
-    write_report(output_dir)
+    write_report(output_dir, baseline=options.baseline)
     if not options.quiet:
         print(per_class_table(result, data.counts))
         print(f"\nreport: {output_dir / 'report.html'}, figures: {output_dir / 'metrics.json'}")

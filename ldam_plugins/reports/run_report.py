@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from ldam_plugins.counts import ClassCounts
@@ -23,6 +24,12 @@ from ldam_plugins.reports.class_table import (
     printable,
     summary,
 )
+from ldam_plugins.reports.comparison import (
+    CLASSES_FILE,
+    read_baseline,
+    worded_parts,
+    write_baseline,
+)
 from ldam_plugins.reports.html import Plot, render
 from ldam_plugins.reports.mistakes import read_mistakes, read_predictions
 from ldam_plugins.reports.model_card import complete_card
@@ -32,13 +39,16 @@ from ldam_plugins.training.history import read_confusion, read_history, read_met
 
 REPORT_FILE, CURVE_FILE, PROFILE_FILE = "report.html", "training_curve.png", "class_profile.png"
 CONFUSION_FILE, RELIABILITY_FILE = "confusion.png", "reliability.png"
+BINS_FILE = "reliability.csv"
 _MAX_TABLE_ROWS = 1000
 _NAMED = 20
 _MAX_CONFUSED = 20
 
 
-def write_report(output_dir: str | os.PathLike[str]) -> Path:
-    """Write ``report.html`` with its plots inside, and the same plots as PNG.
+def write_report(
+    output_dir: str | os.PathLike[str], *, baseline: str | os.PathLike[str] | None = None
+) -> Path:
+    """Write ``report.html`` with its plots inside, the same plots as PNG, and its tables as CSV.
 
     A pure function of what the run wrote into ``output_dir``, so it can be run again at any time.
     Figures on held-out training samples (``validation`` in the metrics) stand below those on the
@@ -47,12 +57,19 @@ def write_report(output_dir: str | os.PathLike[str]) -> Path:
     training curve, nor of a model that was evaluated alone. The card of the model, if there is one
     in ``model/``, is completed (:func:`~ldam_plugins.reports.model_card.complete_card`).
 
+    Args:
+        output_dir: Folder of the run.
+        baseline: A run, or a CSV of predictions, that it is compared with on the same samples; kept
+            as ``baseline.csv``, which later reports of the run show, too.
+
     Returns:
         The path of the page.
 
     Raises:
-        FileNotFoundError: one of the two files is missing.
-        ValueError: a file does not hold what a run writes.
+        FileNotFoundError: ``metrics.json``, ``history.csv`` or the predictions of the baseline are
+            missing.
+        ValueError: a file does not hold what a run writes, or the baseline not what it can be
+            compared with.
     """
     folder = Path(output_dir)
     metrics = read_metrics(folder)
@@ -72,6 +89,9 @@ def write_report(output_dir: str | os.PathLike[str]) -> Path:
         part, test, validation = "validation", metrics["validation"], None
     rows, confusion = class_rows(test, counts), read_confusion(folder, counts, part)
     predictions = read_predictions(folder, part)
+    _write_tables(folder, rows, predictions)
+    if baseline is not None:
+        write_baseline(folder, baseline, part)
     plots = _draw(
         history, rows, group_titles(counts), metrics.get("selection"), confusion, predictions
     )
@@ -84,6 +104,7 @@ def write_report(output_dir: str | os.PathLike[str]) -> Path:
         verdict=verdict(test, counts),
         summary=summary(test, counts),
         measured=measured,
+        baseline=_baseline(folder),
         validation=validation,
         plots=plots,
         rows=_shortened(rows),
@@ -104,6 +125,45 @@ def write_report(output_dir: str | os.PathLike[str]) -> Path:
     write_atomic(folder / REPORT_FILE, page)
     complete_card(folder)
     return folder / REPORT_FILE
+
+
+def _write_tables(folder: Path, rows: Sequence[ClassRow], predictions: pd.DataFrame | None) -> None:
+    """What the page shows of the classes and of the confidence, as CSV."""
+    from ldam_plugins.reports.plots import reliability_bins
+
+    tables = {CLASSES_FILE: pd.DataFrame(_class_records(rows))}
+    if predictions is not None:
+        confidence = predictions["probability"].to_numpy()
+        count, right = reliability_bins(confidence, _right(predictions), ECE_BINS)
+        edges = [index / ECE_BINS for index in range(ECE_BINS + 1)]
+        columns = {"above": edges[:-1], "up_to": edges[1:], "samples": count, "right": right}
+        tables[BINS_FILE] = pd.DataFrame(columns)
+    for file, table in tables.items():
+        csv = table.to_csv(index=False, float_format="%.7g", lineterminator="\n")
+        write_atomic(folder / file, csv.encode("utf-8", "backslashreplace"))
+
+
+def _class_records(rows: Sequence[ClassRow]) -> Iterator[dict[str, Any]]:
+    """A class a record; of each interval its ends."""
+    for row in rows:
+        record = {"class": row.name, "training_samples": row.samples, "group": row.group}
+        record["test_samples"] = row.tested
+        for name in ("accuracy", "precision", "f1"):
+            low, high = getattr(row, f"{name}_interval") or (None, None)
+            record |= {name: getattr(row, name), f"{name}_low": low, f"{name}_high": high}
+        yield record
+
+
+def _right(predictions: pd.DataFrame) -> np.ndarray:
+    return (predictions["label"] == predictions["predicted"]).to_numpy()
+
+
+def _baseline(folder: Path) -> dict[str, Any] | None:
+    """The run against another one, if it was compared."""
+    found = read_baseline(folder)
+    if found is None:
+        return None
+    return {"name": found.name, "verdict": found.verdict, "rows": worded_parts(found)}
 
 
 def _draw(
@@ -130,7 +190,7 @@ def _draw(
         drawn.append(Plot(CONFUSION_FILE, "Confusion matrix, samples", *matrices))
     if predictions is not None:
         confidence = predictions["probability"].to_numpy()
-        right = (predictions["label"] == predictions["predicted"]).to_numpy()
+        right = _right(predictions)
         diagrams = [
             plots.reliability(confidence, right, bins=ECE_BINS, dark=dark) for dark in (False, True)
         ]
