@@ -41,7 +41,7 @@ def test_the_first_page_leads_to_all_modules(pages):
         assert f'href="{path}.html"' in pages["ldam_plugins.html"], name
 
 
-def test_modules_that_readme_imports_from_are_PUBLIC:
+def test_modules_that_readme_imports_from_are_public():
     text = "".join((ROOT / file).read_text() for file in ("README.md", "recipes/README.md"))
     imported = set(re.findall(r"^from (ldam_plugins\S*) import", text, re.MULTILINE))
     assert len(imported) > 3
