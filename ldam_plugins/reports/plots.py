@@ -258,12 +258,13 @@ def _draw_confusion(
     figure = Figure(figsize=(WIDTH, max(side, 4.0)))
     axis = figure.subplots()
     colors = "Blues_r" if dark else "Blues"
+    size = max(6.5, 11 - len(rows) / 4)  # points: as large as the cells allow
     axis.imshow(np.ma.masked_where(matrix == 0, shares), cmap=colors, vmin=0, vmax=1)
     for row, column in np.argwhere(matrix):
         light = (shares[row, column] > 0.5) != dark
         color = "#ffffff" if light else "#000000"
         axis.text(
-            column, row, matrix[row, column], ha="center", va="center", color=color, fontsize=6.5
+            column, row, matrix[row, column], ha="center", va="center", color=color, fontsize=size
         )
     names = [_label(row) for row in rows]
     axis.set_xticks(range(len(rows)), names, rotation=90, parse_math=False, fontsize=8)
