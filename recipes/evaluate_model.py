@@ -11,7 +11,8 @@ they are known, and without ``--dataset`` it is measured again on its own test s
 matched by name, whatever their order. Data that have no parts (one folder of class folders, one
 table) are all measured; data measured with a run may lack some of its classes, and many, medium and
 few are told by the samples that it was trained on. Several processes (``torchrun``, ``accelerate
-launch``) share the samples.
+launch``) share the samples. ``--baseline runs/erm`` compares it in the report
+with another run on the same samples, as ``recipes/compare.py`` does.
 
 Left in ``--output_dir``: ``metrics.json``, ``predictions.csv``, ``confusion.csv``, ``mistakes/``
 and ``report.html``, as a training leaves them, for ``recipes/compare.py`` too.
@@ -66,6 +67,9 @@ class EvaluateOptions(SharedOptions):
 
     part: str = option(
         "test", "samples that it is measured on", choices=("test", "validation", "train")
+    )
+    baseline: str | None = option(
+        None, "a run, or a CSV of predictions of the same samples, that it is compared with"
     )
 
 
@@ -150,7 +154,7 @@ def save_outputs(
     write_mistakes(
         output_dir, part.samples.image if is_images else lambda row: part.samples[row]["text"]
     )
-    write_report(output_dir)
+    write_report(output_dir, baseline=options.baseline)
     if not options.quiet:
         print(per_class_table(metrics["test"], counts))
         print(f"\nreport: {output_dir / 'report.html'}, figures: {output_dir / 'metrics.json'}")

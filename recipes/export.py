@@ -1,7 +1,8 @@
-"""Write a trained image or text classifier as ONNX, and check it against torch on real samples.
+"""Hand a trained image or text classifier on: as ONNX, checked against torch, or to a hub.
 
     python recipes/export.py runs/photos --output photos.onnx
     python recipes/export.py path/to/bert --dataset tickets.csv --test_split 0.2 --output bert.onnx
+    python recipes/export.py runs/photos --push_to_hub --hub_model_id me/photos
 
 MODEL, the first word, is a run folder, a folder that transformers wrote, what timm's ``train.py``
 left, or a name of timm, as for ``recipes/evaluate.py``. The options of the data are those of
@@ -9,6 +10,10 @@ left, or a name of timm, as for ``recipes/evaluate.py``. The options of the data
 (pixels, or token ids and mask), of any number of samples and any length of text, and gives
 ``logits``; its metadata hold the names of the classes, and of images how they are prepared. Without
 ``pip install onnx onnxscript onnxruntime`` it stops. A BiLSTM has no such form and is refused.
+
+``--push_to_hub`` sends the saved model as it lies there, with its card, to the hub of
+``HF_ENDPOINT`` under the token of ``hf auth login`` or ``HF_TOKEN``; ONNX is then written only
+where ``--output`` is given. timm loads it as ``hf-hub:me/photos``, transformers as ``me/photos``.
 """
 
 from __future__ import annotations
@@ -24,11 +29,13 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from trained import Host, TrainedOptions, command_line, load
+from trained import Host, TrainedOptions, command_line, find_host, load
 
+from ldam_plugins.integrations.hub import Sent, send_model
 from ldam_plugins.integrations.transformers.bilstm import BiLSTMForSequenceClassification
 from ldam_plugins.integrations.transformers.trained_model import TEXTS
 from ldam_plugins.metrics.predictions import probabilities
+from ldam_plugins.reports.model_card import CARD_FILE, TO_BE_WRITTEN
 from ldam_plugins.training.options import COUNT, Limits, invalid, option
 
 OPSET = 20
@@ -38,15 +45,28 @@ TOLERANCE = 1e-5
 
 @dataclass
 class ExportOptions(TrainedOptions):
-    """Which model is exported. Further flags are those of the recipes that choose the data."""
+    """Which model goes where. Further flags are those of the recipes that choose the data."""
 
     LIMITS: ClassVar[dict[str, Limits]] = TrainedOptions.LIMITS | {"compared": COUNT}
 
-    output: str = option("model.onnx", "file that is written")
+    output: str | None = option(
+        None, "file that is written [model.onnx, unless it is sent to a hub]"
+    )
     compared: int = option(64, "test samples by which it is compared with torch")
+    push_to_hub: bool = option(False, "send the saved model with its card to a hub")
+    hub_model_id: str | None = option(
+        None, "owner/name there, or name alone [the name of the run's folder]"
+    )
+    hub_private_repo: bool = option(False, "make it private, if it is new there")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("hub_model_id", "hub_private_repo"):
+            if getattr(self, name) and not self.push_to_hub:
+                raise invalid(name, "given with --push_to_hub", getattr(self, name))
+        if self.output is None and self.push_to_hub:
+            return
+        self.output = self.output or "model.onnx"
         if Path(self.output).suffix.lower() != ".onnx":
             raise invalid("output", "a file that ends in .onnx", self.output)
         if Path(self.output).exists() and not self.overwrite:
@@ -76,8 +96,50 @@ class Logits(nn.Module):
 PIXELS = "pixels"
 
 
-def main(options: ExportOptions, flags: list[str] | None = None) -> float:
-    """Export a model; returns the largest difference of a probability from torch's."""
+def main(options: ExportOptions, flags: list[str] | None = None) -> float | Sent | None:
+    """Export a model, or send it to a hub.
+
+    Args:
+        options: Which model goes where.
+        flags: Options of the data.
+
+    Returns:
+        The largest difference of a probability from torch's; for a model that is sent, what was.
+    """
+    difference = None if options.output is None else write_onnx(options, flags or [])
+    return push(options) if options.push_to_hub else difference
+
+
+def push(options: ExportOptions) -> Sent:
+    """Send a model to a hub, if it loads."""
+    folder = saved_folder(options.model)
+    find_host(options)
+    name = Path(options.model.removeprefix("local-dir:")).resolve().name
+    sent = send_model(
+        folder, options.hub_model_id or name, private=options.hub_private_repo or None
+    )
+    if not options.quiet:
+        print(f"{sent.url}: {', '.join(sent.files)}, {sent.size / 2**20:.1f} MB.")
+        card = folder / CARD_FILE
+        if card.is_file() and TO_BE_WRITTEN in card.read_text(encoding="utf-8"):
+            print(f'{CARD_FILE} has parts that only you can write: "{TO_BE_WRITTEN} ...".')
+    return sent
+
+
+def saved_folder(model: str) -> Path:
+    """The folder of a model that its host loads, of a run or by itself."""
+    folder = Path(model.removeprefix("local-dir:"))
+    for place in (folder / "model", folder):
+        if (place / "config.json").is_file():
+            return place
+    hint = "What timm's train.py leaves becomes such a folder by timm.models.save_for_hf."
+    expected = "a run, or a folder that timm or transformers load, to be sent to a hub"
+    raise invalid("model", expected, model, hint=hint)
+
+
+def write_onnx(options: ExportOptions, flags: list[str]) -> float:
+    """Write a model as ONNX; returns the largest difference of a probability from torch's."""
+    output = Path(str(options.output))
     try:
         import onnx
         import onnxruntime
@@ -85,7 +147,7 @@ def main(options: ExportOptions, flags: list[str] | None = None) -> float:
     except ImportError as error:
         hint = "Run `pip install onnx onnxscript onnxruntime`."
         raise ImportError(f"{error.name} is needed to write ONNX. {hint}") from error
-    host, data = load(options, flags or [])
+    host, data = load(options, flags)
     batches = inputs_of(host, data.parts["test"].samples, options)
     model = Logits(host.model.cpu().float(), tuple(batches[0])).eval()
     with tempfile.TemporaryDirectory() as scratch:
@@ -99,12 +161,12 @@ def main(options: ExportOptions, flags: list[str] | None = None) -> float:
         if not difference <= TOLERANCE:
             expected = f"a model that ONNX computes to {TOLERANCE:g} in probabilities"
             raise invalid("model", expected, f"one that is {difference:.2g} off")
-        Path(options.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(options.output).write_bytes(file.read_bytes())
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_bytes(file.read_bytes())
     if not options.quiet:
         rows = sum(len(next(iter(batch.values()))) for batch in batches)
-        size = Path(options.output).stat().st_size / 2**20
-        print(f"{options.output}: {size:.1f} MB, inputs {', '.join(batches[0])}, output logits.")
+        size = output.stat().st_size / 2**20
+        print(f"{output}: {size:.1f} MB, inputs {', '.join(batches[0])}, output logits.")
         print(f"Its probabilities of {rows} test samples are torch's to {difference:.1e}.")
     return difference
 

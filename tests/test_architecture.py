@@ -11,7 +11,7 @@ from paths import PACKAGE, RECIPES, ROOT
 
 RECIPES = sorted(RECIPES.glob("*.py"))
 # The rooms of the package, low to high: each may import those before it and itself.
-ROOMS = ["_lazy", "_validation", "_tensor_checks", "choices", "_call_stack"]
+ROOMS = ["_index_page", "_lazy", "_validation", "_tensor_checks", "choices", "_call_stack"]
 ROOMS += ["counts", "schedules", "kernels", "losses", "heads", "metrics"]
 ROOMS += [
     "data",

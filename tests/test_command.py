@@ -38,7 +38,7 @@ def test_every_package_and_file_of_the_recipes_is_shipped():
     assert set(setup["packages"]) == found | {"ldam_plugins.recipes"}
     assert setup["package-dir"] == {"ldam_plugins.recipes": "recipes"}
     shipped = setup["package-data"]["ldam_plugins.recipes"]
-    yaml = {path.relative_to(RECIPES).as_posix() for path in RECIPES.rglob("*.yaml")}
-    assert yaml == {
+    files = [*RECIPES.rglob("*.yaml"), *RECIPES.rglob("README.md")]
+    assert {path.relative_to(RECIPES).as_posix() for path in files} == {
         p.relative_to(RECIPES).as_posix() for glob in shipped for p in RECIPES.glob(glob)
     }

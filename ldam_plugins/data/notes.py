@@ -41,7 +41,7 @@ class DataNotes:
 
     def record(self) -> dict[str, Any]:
         """What ``metrics.json`` says of it; empty if there is nothing to say."""
-        found = {"columns": self.columns, "left_out": self.left_out}
+        found = {"columns": self.columns, "left_out": self.left_out, "said": self.said}
         data = {name: value for name, value in found.items() if value}
         return {"data": data} if data else {}
 

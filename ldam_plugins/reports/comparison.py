@@ -26,7 +26,7 @@ from ldam_plugins.training.history import read_metrics
 from ldam_plugins.training.run_dir import METRICS_FILE, PREDICTION_FILES
 
 PAGE_FILE, PARTS_FILE = "report.html", "comparison.csv"
-CLASSES_FILE, CHANGED_FILE = "classes.csv", "changed.csv"
+CLASSES_FILE, CHANGED_FILE, BASELINE_FILE = "classes.csv", "changed.csv", "baseline.csv"
 BALANCED, ALL_SAMPLES = "all classes, each once", "all samples, each once"
 _MAX_CLASSES = 1000
 _EXAMPLE, _LABEL, _PREDICTED = "example", "label", "predicted"
@@ -90,7 +90,7 @@ class Comparison(NamedTuple):
     """A classifier against the first one.
 
     Args:
-        name: The classifier's.
+        name: The classifier's; of a baseline the first one's.
         parts: The difference in each part of the classes: :data:`BALANCED`, :data:`ALL_SAMPLES`,
             and many, medium and few where the training samples are known.
         classes: The difference in each class, by name, most training samples first.
@@ -288,6 +288,42 @@ def write_comparison(
     )
     write_atomic(folder / PAGE_FILE, page)
     return folder / PAGE_FILE
+
+
+def write_baseline(
+    output_dir: str | os.PathLike[str],
+    baseline: str | os.PathLike[str],
+    part: str = "test",
+) -> Comparison:
+    """Compare a run with another one on the same samples, for its report: ``baseline.csv``.
+
+    Args:
+        output_dir: Folder of the run.
+        baseline: The other, as for :func:`read_classifier`.
+        part: Likewise.
+
+    Raises:
+        FileNotFoundError: one of them has no predictions.
+        ValueError: they differ in examples, labels or classes.
+    """
+    first = read_classifier(baseline, part)
+    _, (found,) = compare([first, read_classifier(output_dir, part)])
+    found = found._replace(name=first.name)
+    table = pd.DataFrame(part_rows([found]))
+    content = table.to_csv(index=False, lineterminator="\n").encode()
+    write_atomic(Path(output_dir) / BASELINE_FILE, content)
+    return found
+
+
+def read_baseline(output_dir: str | os.PathLike[str]) -> Comparison | None:
+    """What :func:`write_baseline` found, by the name of the baseline; None if there is none."""
+    file = Path(output_dir) / BASELINE_FILE
+    if not file.exists():
+        return None
+    rows = pd.read_csv(file, dtype={"classifier": str}).to_dict("records")
+    fields = PairedDifference._fields
+    parts = {row["part"]: PairedDifference(*(row[name] for name in fields)) for row in rows}
+    return Comparison(str(rows[0]["classifier"]), parts, {})
 
 
 def worded_parts(found: Comparison) -> list[dict[str, str]]:

@@ -20,10 +20,14 @@ class Plot(NamedTuple):
 
 
 def render(template: str, **values: Any) -> bytes:
-    """A page from a template of the package; every value is escaped, a missing one an error."""
+    """A page from a template of the package; a missing value is an error.
+
+    In HTML every value is escaped.
+    """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("ldam_plugins.reports"),
-        autoescape=True,
+        autoescape=jinja2.select_autoescape(["html.jinja"], default=False),
+        keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined,
     )
     colors = {dark: PAGE[dark] | GROUPS[dark] for dark in (False, True)}

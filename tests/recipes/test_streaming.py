@@ -10,9 +10,9 @@ import options as recipe_options
 import pytest
 import text_lt
 import vision_lt
+from dataset_hub import hub_of
 from datasets import ClassLabel, Dataset, Features, Image
 from hf_samples import text_hub
-from hub_server import hub_of
 from PIL import Image as Pillow
 
 KINDS = {"vision": (vision_lt, vision_lt.VisionOptions), "text": (text_lt, text_lt.TextOptions)}

@@ -8,11 +8,13 @@ from html.parser import HTMLParser
 import matplotlib as mpl
 import matplotlib.image
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 from matplotlib.figure import Figure
 
 from ldam_plugins import ClassCounts
-from ldam_plugins.metrics import long_tail_metrics
+from ldam_plugins.metrics import Predictions, long_tail_metrics
 from ldam_plugins.reports import plots, write_report
 from ldam_plugins.reports import run_report as reports
 from ldam_plugins.reports.class_table import ClassRow, class_rows
@@ -82,7 +84,7 @@ def test_report_and_plots_of_a_run(tmp_path):
     options = {"schedule": "drw", "start": "0.8", "epochs": 4, "seed": 7, "train_list": None}
     make_run(tmp_path, counts, history(), **options)
     assert write_report(tmp_path) == tmp_path / "report.html"
-    files = {"report.html", "training_curve.png", "class_profile.png"}
+    files = {"report.html", "training_curve.png", "class_profile.png", "classes.csv"}
     left = {path.name for path in tmp_path.iterdir()} - {LOCK_FILE, HOLDER_FILE}
     assert left == files | {"history.csv", "metrics.json"}
     page = read_page(tmp_path)
@@ -160,7 +162,7 @@ def test_page_of_very_many_classes_shows_both_ends(tmp_path):
     write_metrics(tmp_path, metrics)
     write_report(tmp_path)
     text = (tmp_path / "report.html").read_text()
-    shown = re.findall(r'<td class="name">(\d+)</td>', text)
+    shown = re.findall(r'<td class="name half">(\d+)</td>', text)
     assert shown == [str(row) for row in (*range(500), *range(classes - 500, classes))]
     assert "7142 more classes" in text
     assert len(text) < 2_000_000
@@ -366,6 +368,76 @@ def test_page_of_a_detailed_run(tmp_path):
     assert "<left>" in page.words[at:]
     assert page.tags.count("img") == 3
     assert matplotlib.image.imread(tmp_path / "confusion.png").ndim == 3
+
+
+def test_what_the_page_shows_is_in_tables_beside_it(tmp_path):
+    counts = ClassCounts([500, 50, 5], class_names=["cat", "NA", "lynx"])
+    make_run(tmp_path, counts, history())
+    metrics = read_metrics(tmp_path)
+    labels = np.repeat(range(3), [30, 25, 19])
+    logits = np.eye(3)[labels] * 2
+    logits[:5] = [0, 1, 0]
+    test = long_tail_metrics(logits, labels, counts, detailed=True)
+    found = Predictions(3)
+    found.update(range(len(labels)), torch.tensor(logits), labels)
+    test["predictions"] = found.columns([f"{row}.jpg" for row in range(len(labels))])
+    write_metrics(tmp_path, {**metrics, "test": test})
+    write_report(tmp_path)
+    classes = pd.read_csv(tmp_path / "classes.csv", keep_default_na=False)
+    assert classes["class"].tolist() == ["cat", "NA", "lynx"]
+    assert classes["accuracy"].tolist() == pytest.approx(test["per_class_accuracy"])
+    low, high = test["intervals"]["per_class_f1"][1]
+    assert (classes["f1_low"][1], classes["f1_high"][1]) == pytest.approx((low, high))
+    bins = pd.read_csv(tmp_path / "reliability.csv")
+    seen = bins[bins["samples"] > 0]
+    assert seen["samples"].tolist() == [5, 69]
+    assert seen["right"].tolist() == [0, 1]
+    # e^2 / (e^2 + 2) is 0.79, e / (e + 2) is 0.58
+    assert ((seen["above"] < [0.576, 0.787]) & (seen["up_to"] >= [0.576, 0.787])).all()
+
+
+def test_a_baseline_is_told_of_and_kept(tmp_path):
+    counts = ClassCounts([500, 50, 5], class_names=["cat", "fox", "lynx"])
+    labels = np.repeat(range(3), 20)
+    for name, wrong in (("erm", slice(40, 60)), ("ldam", slice(0, 1))):
+        (tmp_path / name).mkdir()
+        make_run(tmp_path / name, counts, history())
+        logits = np.eye(3)[labels]
+        logits[wrong] = [0, 1, 0]
+        found = Predictions(3)
+        found.update(range(len(labels)), torch.tensor(logits), labels)
+        metrics = read_metrics(tmp_path / name)
+        columns = {"predictions": found.columns([f"{row}.jpg" for row in range(len(labels))])}
+        write_metrics(tmp_path / name, {**metrics, "test": metrics["test"] | columns})
+    write_report(tmp_path / "ldam", baseline=tmp_path / "erm")
+    write_report(tmp_path / "ldam")
+    text = " ".join(read_page(tmp_path / "ldam").words)
+    assert f"Against {tmp_path / 'erm'}" in text
+    assert "Better: +31.7 points of balanced accuracy" in text
+    rows = pd.read_csv(tmp_path / "ldam" / "baseline.csv").set_index("part")
+    assert rows.loc["few (< 20)", ["gained", "lost", "difference"]].tolist() == [20, 0, 1.0]
+    assert rows.loc["many (> 100)", ["gained", "lost"]].tolist() == [0, 1]
+    write_report(tmp_path / "erm")
+    assert "Against" not in " ".join(read_page(tmp_path / "erm").words)
+    with pytest.raises(FileNotFoundError, match="There are no predictions in"):
+        write_report(tmp_path / "erm", baseline=tmp_path / "nothing")
+
+
+def test_rows_that_become_blocks_on_a_phone_name_every_value(tmp_path):
+    counts = ClassCounts([500, 5], class_names=["cat", "lynx"])
+    make_run(tmp_path, counts, history())
+    test = long_tail_metrics(np.eye(2), [0, 1], counts, detailed=True)
+    write_metrics(tmp_path, {**read_metrics(tmp_path), "test": test})
+    write_report(tmp_path)
+    (table,) = re.findall(r'<table class="dense stack">(.*?)</table>', text_of(tmp_path), re.DOTALL)
+    cells = re.findall(r"<td [^>]*>", table)
+    assert len(cells) == 2 * 10
+    unnamed = [cell for cell in cells if "data-label" not in cell]
+    assert {*unnamed} == {'<td class="name half">', '<td class="group">'}
+
+
+def text_of(folder):
+    return (folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_confusion_plot_has_a_cell_a_pair_in_the_order_of_the_rows(monkeypatch):

@@ -15,6 +15,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 from ldam_plugins.heads import cosine_heads, fold_cosine_head
+from ldam_plugins.reports.model_card import write_card
 from ldam_plugins.training.files import disk_errors, write_atomic
 
 CLASSES_FILE = "classes.txt"
@@ -95,13 +96,30 @@ def save_model(
         readme = _readme(model, class_names, title, pretrained, licence)
         write_atomic(folder / "config.json", json.dumps(config, indent=2).encode())
         write_atomic(folder / CLASSES_FILE, "".join(f"{c}\n" for c in class_names).encode())
-        write_atomic(folder / "README.md", readme.encode())
+        write_card(
+            folder,
+            readme,
+            library="timm",
+            task="image-classification",
+            base_model=_hub_id(pretrained, published),
+        )
 
 
 def load_model(folder: str | os.PathLike[str]) -> tuple[nn.Module, Callable[..., Any]]:
     """The model of :func:`save_model` and its transform of images, both by timm alone."""
     model = timm.create_model(f"local-dir:{os.fspath(folder)}", pretrained=True)
     return model, create_transform(**resolve_data_config({}, model=model))
+
+
+def _hub_id(pretrained: str | None, published: Mapping[str, Any]) -> str | None:
+    """Where on the hub the weights are from that a model was trained on from, if they are."""
+    if pretrained is None:
+        return None
+    kind, _, hub_id = pretrained.partition(":")
+    if kind in ("hf-hub", "hf_hub"):
+        return hub_id
+    is_timms = pretrained.partition(".")[0] == published["architecture"]
+    return published.get("hf_hub_id") if is_timms else None
 
 
 def _readme(

@@ -20,7 +20,8 @@ from ldam_plugins._validation import invalid
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.heads import cosine_heads, find_head, fold_cosine_head
 from ldam_plugins.integrations.transformers.layer_decay import layer_depths
-from ldam_plugins.training.files import disk_errors, write_atomic
+from ldam_plugins.reports.model_card import write_card
+from ldam_plugins.training.files import disk_errors
 
 _README = """\
 # {title}
@@ -106,7 +107,13 @@ class ImageClassifier(nn.Module):
         with disk_errors(Path(folder).parent):
             self.model.save_pretrained(folder)
             self.pixels.processor.save_pretrained(folder)
-            write_atomic(Path(folder, "README.md"), readme.encode())
+            write_card(
+                folder,
+                readme,
+                library="transformers",
+                task="image-classification",
+                base_model=pretrained,
+            )
 
 
 class Pixels:

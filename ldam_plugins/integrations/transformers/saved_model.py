@@ -24,7 +24,7 @@ from ldam_plugins._validation import invalid
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.data.streams import StreamedTexts
 from ldam_plugins.metrics import MetricAccumulator, Predictions
-from ldam_plugins.training.files import write_atomic
+from ldam_plugins.reports.model_card import write_card
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -46,7 +46,7 @@ It loads without that package:
 ```python
 from transformers import pipeline
 
-classify = pipeline("text-classification", model="{folder}"{trust})
+classify = pipeline("text-classification", model="PATH/OF/THIS/FOLDER"{trust})
 classify(["a text", "another"], truncation=True)
 ```
 {own_code}
@@ -127,12 +127,17 @@ def describe_saved(
     text = _README.format(
         name=type(model).__name__,
         classes=model.config.num_labels,
-        folder=Path(folder).name,
         trust=", trust_remote_code=True" if own_code else "",
         own_code=_OWN_CODE if own_code else "",
         length=tokenizer.model_max_length,
     )
-    write_atomic(Path(folder, "README.md"), text.encode())
+    write_card(
+        folder,
+        text,
+        library="transformers",
+        task="text-classification",
+        base_model=model.name_or_path,
+    )
 
 
 def _check_classes(id2label: Mapping[int, str], class_counts: ClassCounts) -> None:

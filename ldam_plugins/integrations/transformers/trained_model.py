@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from ldam_plugins._validation import invalid
-from ldam_plugins.training.files import write_atomic
+from ldam_plugins.reports.model_card import write_card
 
 TEXTS, IMAGES = "texts", "images"
 _KINDS: Mapping[str, tuple[str, Any, Any]] = {
@@ -80,7 +80,13 @@ class TrainedModel:
             trust=", trust_remote_code=True" if own_code else "",
             call='(["a text"], truncation=True)' if task == "text" else '("IMAGE")',
         )
-        write_atomic(Path(folder, "README.md"), readme.encode())
+        write_card(
+            folder,
+            readme,
+            library="transformers",
+            task=f"{task}-classification",
+            base_model=source,
+        )
 
     def collate_images(self, batch: list[tuple[Any, int]]) -> dict[str, Any]:
         """Pairs of RGB images and classes as the model's input, with ``labels``."""
