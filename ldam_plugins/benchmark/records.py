@@ -118,7 +118,9 @@ def new_record(name: str, command: str | None, metrics: Mapping[str, Any]) -> Re
         }
         if not found["intervals"]:
             del found["intervals"]
-    return {"name": name, "command": command, "mixed_precision": UNKNOWN, **metrics, **kept}
+    # The command in the metrics is that of the process: with --resume, and where its files are.
+    rest = {key: value for key, value in metrics.items() if key != "command"}
+    return {"name": name, "command": command, "mixed_precision": UNKNOWN, **rest, **kept}
 
 
 def _record(cell: Path) -> Record:

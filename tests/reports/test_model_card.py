@@ -67,7 +67,7 @@ def test_text_says_data_results_recipe_and_limits(tmp_path):
     assert "- Never right in the class lynx." in text
     assert "| seed | 0 |" in text
     assert "cao2019ldam" in text
-    assert re.search(r"```bash\n\S.*pytest", text), "the command of this process"
+    assert re.search(r"```bash\n\S+", text), "the command of this process"
     assert text.count("To be written by who") == 2
 
 
