@@ -8,7 +8,8 @@ MODEL, the first word, is a run folder, a folder that transformers wrote, a fold
 (``model_best.pth.tar``) of timm's ``train.py``, or a name of timm (``local-dir:...``,
 ``hf-hub:...``). ``--dataset`` is a folder of images, whose subfolders count, too, one image, or a
 table (CSV, TSV, JSON Lines, parquet) that names image files; of texts such a table, a ``.txt`` file
-with one a line, or a folder of them. Labels are not needed; ``recipes/evaluate.py`` uses them.
+with one a line, or a folder of them; or a hub id or a folder of parquet, of whose splits
+``--split`` names one. Labels are not needed; ``recipes/evaluate.py`` uses them.
 
 A row an example: its name, the likeliest class with its probability, the next likeliest
 (``--top``), and ``error`` where an image cannot be read or a text is missing. Rows are written as
@@ -63,7 +64,8 @@ class PredictOptions(SharedOptions):
 
     LIMITS: ClassVar[dict[str, Limits]] = SharedOptions.LIMITS | {"top": COUNT, "rows": COUNT}
 
-    dataset: str = option("", "folder or file of what is classified")
+    dataset: str = option("", "folder, file or hub id of what is classified")
+    split: str | None = option(None, "split of a hub id or of a folder of parquet [the only one]")
     output: str = option("predictions.csv", "table that is written, .csv or .parquet")
     top: int = option(5, "likeliest classes that are written, fewer if there are not so many")
     image_column: str | None = option(
@@ -172,6 +174,7 @@ def find_samples(options: PredictOptions, host: Host) -> Iterator[tuple[list[str
     given: Any = {
         "encoding": options.encoding,
         "delimiter": options.delimiter,
+        "split": options.split,
         "rows": options.rows,
     }
     if host.kind == TEXTS:

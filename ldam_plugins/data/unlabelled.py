@@ -16,7 +16,7 @@ import numpy as np
 from ldam_plugins._validation import invalid
 from ldam_plugins.data.images import LabelledImages
 from ldam_plugins.data.notes import DataNotes
-from ldam_plugins.data.readers.base import FileSource, ImageRequest, TextRequest
+from ldam_plugins.data.readers.base import FileSource, ImageRequest, ImageSource, TextRequest
 from ldam_plugins.data.readers.class_names import is_missing
 from ldam_plugins.data.readers.file_index import FileIndex
 from ldam_plugins.data.readers.paths import files_below, is_image_name
@@ -28,6 +28,12 @@ from ldam_plugins.data.readers.tables import (
     pick_column,
     read_table,
     text_candidates,
+)
+from ldam_plugins.data.readers.unlabelled_splits import (
+    is_split_up,
+    is_text_name,
+    open_split_of_images,
+    open_split_of_texts,
 )
 
 _Part = TypeVar("_Part")
@@ -47,7 +53,7 @@ class UnlabelledImages(LabelledImages):
         examples: The name of each image.
     """
 
-    def __init__(self, source: FileSource, examples: list[str]) -> None:
+    def __init__(self, source: ImageSource, examples: list[str]) -> None:
         super().__init__(source, np.zeros(len(source), dtype=np.int64), ("read", "unread"))
         self.names = examples
 
@@ -101,22 +107,32 @@ def unlabelled_images(
     image_column: str | None = None,
     encoding: str | None = None,
     delimiter: str | None = None,
+    split: str | None = None,
     rows: int = _LOOKED_AT,
 ) -> Iterator[UnlabelledImages]:
-    """All images of a folder, of a table that names files, or one image; in parts.
+    """All images of a folder, of a table that names files, of a split, or one image; in parts.
 
     Args:
         path: A folder, whose subfolders count, too; a CSV, TSV, JSON Lines or parquet file with a
             column of file names, which are looked for in its folder and below; or an image. A table
-            is read as a whole. A file that it names and that is not there cannot be decoded.
+            is read as a whole. A file that it names and that is not there cannot be decoded. Or a
+            hub id, a folder or file of parquet that holds images, or ``digits``.
         image_column: Column of the names. Default: the one that names files that are there.
         encoding: Of a table that is not UTF-8.
         delimiter: Of a CSV file. Default: whichever gives even rows.
+        split: Of a data set that has several.
         rows: Images of a part.
 
     Raises:
-        ValueError: there is no image.
+        ValueError: there is no image, or several splits of which none is named.
     """
+    if is_split_up(path, images=True):
+        _, source = open_split_of_images(path, split, image_column)
+        found = UnlabelledImages(source, [source.describe(row) for row in range(len(source))])
+        for some in batched(range(len(source)), rows):
+            yield found.subset(some)
+        return
+    _refuse_split(path, split)
     place = Path(path).expanduser()
     if place.is_dir():
         folder, parts = place, batched(((name, name) for name in files_below(place, "")), rows)
@@ -136,8 +152,8 @@ def unlabelled_images(
         names = ["" if is_missing(name) else str(name) for name in table.columns[column]]
         files = files_of(table, column, index, "", request)
         # Where there is no file, reading the name as it stands tells so.
-        found = ((name, file or name) for name, file in zip(names, files, strict=True))
-        folder, parts = place.parent, batched(found, rows)
+        pairs = ((name, file or name) for name, file in zip(names, files, strict=True))
+        folder, parts = place.parent, batched(pairs, rows)
     for part in _some(parts, "a folder with images", path):
         yield UnlabelledImages(FileSource(folder, [f for _, f in part]), [n for n, _ in part])
 
@@ -148,27 +164,38 @@ def unlabelled_texts(
     text_column: str | None = None,
     encoding: str | None = None,
     delimiter: str | None = None,
+    split: str | None = None,
     rows: int = _LOOKED_AT,
 ) -> Iterator[UnlabelledTexts]:
-    """The texts of a table, of a file with one a line, or of a folder of ``.txt`` files; in parts.
+    """The texts of a table, of a file with one a line, of a folder or of a split; in parts.
 
     Rows of a table are called by their column ``id`` if no two of the first 4096 are equal there,
     else by their number. A text that is missing is empty.
 
     Args:
-        path: A CSV, TSV, JSON Lines or parquet file; a ``.txt`` file; or a folder.
+        path: A CSV, TSV, JSON Lines or parquet file; a ``.txt`` file, or a folder of them; a hub
+            id, a folder of parquet files, or ``stdlib_docstrings``.
         text_column: Column of the texts. Default: ``text``, else the only one that holds words.
         encoding: Of files that are not UTF-8.
         delimiter: Of a CSV file. Default: whichever gives even rows.
+        split: Of a data set that has several.
         rows: Texts of a part.
 
     Raises:
-        ValueError: there are none, or the column is not certain.
+        ValueError: there are none, the column is not certain, or there are several splits of which
+            none is named.
     """
+    if is_split_up(path, images=False):
+        name, texts = open_split_of_texts(path, split, text_column)
+        for part in batched(enumerate(texts), rows):
+            names = [f"row {row} of split {name}" for row, _ in part]
+            yield UnlabelledTexts(names, [text or "" for _, text in part])
+        return
+    _refuse_split(path, split)
     place = Path(path).expanduser()
     found: Iterator[UnlabelledTexts]
     if place.is_dir():
-        files = files_below(place, "", lambda name: name.lower().endswith(".txt"))
+        files = files_below(place, "", is_text_name)
         found = (UnlabelledTexts(names, place, encoding) for names in batched(files, rows))
     elif place.suffix.lower() == ".txt" and place.is_file():
         found = _lines(place, encoding, rows)
@@ -178,6 +205,12 @@ def unlabelled_texts(
         )
         found = _rows(_table_file(place), request, rows)
     yield from _some(found, "a folder with .txt files, or a table", path)
+
+
+def _refuse_split(path: str, split: str | None) -> None:
+    """Refuse the name of a split where there are none."""
+    if split is not None:
+        raise invalid("split", f"left out for {path!r}, which has none", split)
 
 
 def _some(parts: Iterator[_Part], expected: str, path: str) -> Iterator[_Part]:

@@ -1,6 +1,8 @@
 """Examples without labels, in parts."""
 
 import pytest
+from datasets import Dataset, Features, Image, Value
+from hf_samples import text_hub
 from image_sets import png, write
 
 from ldam_plugins.data.unlabelled import UNREAD, unlabelled_images, unlabelled_texts
@@ -41,3 +43,43 @@ def test_images_in_parts(tmp_path):
     parts = [*unlabelled_images(str(tmp_path), rows=2)]
     assert [part.names for part in parts] == [["0.png", "1.png"], ["2.png", "3.png"], ["4.png"]]
     assert [parts[1][row][1] == UNREAD for row in range(2)] == [False, True]
+
+
+def test_a_split_of_a_folder_of_parquet(tmp_path):
+    """Texts and images that lie in tables, whose labels are not looked at; beside files, files."""
+    hub = text_hub(tmp_path / "hub")
+    with pytest.raises(ValueError, match=r"`split` must be one of 'train', 'test', got None"):
+        texts_of(hub)
+    found = texts_of(hub, split="test")
+    assert [name for name, _ in found] == [f"row {row} of split test" for row in range(18)]
+    assert found[0][1].startswith("iron")
+    (hub / "a.txt").write_text("a")
+    assert texts_of(hub) == [("a.txt", "a")]
+    files = [{"bytes": png("test", row), "path": None} for row in range(3)]
+    table = Dataset.from_dict({"img": [*files, {"bytes": b"", "path": None}]})
+    path = tmp_path / "images.parquet"
+    table.cast(Features({"img": Image()})).to_parquet(path)
+    parts = [*unlabelled_images(str(path), rows=3)]
+    assert [len(part) for part in parts] == [3, 1]
+    assert parts[1].names == ["row 3 of split train"]
+    assert parts[0][2][0].tobytes() == parts[0].source.read(2).tobytes()
+    assert parts[1][0][1] == UNREAD
+    with pytest.raises(ValueError, match=r"`split` must be one of 'train', got 'trian'"):
+        next(unlabelled_images(str(path), split="trian"))
+    plain = Dataset.from_dict({"name": ["a.png"]}, features=Features({"name": Value("string")}))
+    plain.to_parquet(tmp_path / "names.parquet")
+    with pytest.raises(ValueError, match=r"`split` must be left out for .*names\.parquet"):
+        next(unlabelled_images(str(tmp_path / "names.parquet"), split="train"))
+
+
+def test_an_embedded_set_is_known_by_its_name():
+    first = next(unlabelled_images("digits", split="test", rows=7))
+    assert len(first) == 7
+    assert first.names[0] == "row 0 of split test of digits"
+    (name, text), *_ = zip(
+        *(part := next(unlabelled_texts("stdlib_docstrings", split="test", rows=2)))[:2],
+        strict=True,
+    )
+    assert name == "row 0 of split test"
+    assert text
+    assert len(part.names) == 2

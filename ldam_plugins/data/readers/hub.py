@@ -33,7 +33,8 @@ from ldam_plugins.data.readers.class_names import is_missing, number_labels
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+"""What a name of a data set of the hub looks like."""
 _IMAGE_LABELS = ("label", "fine_label")
 """Which of several class columns is meant (CIFAR-100 has fine and coarse ones)."""
 _TEXT_LABELS = ("label", "labels")
@@ -47,12 +48,29 @@ def _holds_image_tables(request: ImageRequest) -> bool:
     if request.root.is_file():
         return request.root.suffix.lower() == _PARQUET
     if not request.is_folder:
-        return _HUB_ID.fullmatch(request.dataset) is not None
+        return HUB_ID.fullmatch(request.dataset) is not None
     root = request.root
-    if (root / "dataset_dict.json").is_file() or _holds(root, "*.parquet", "*/*.parquet"):
+    if holds_parquet(root):
         return True
     # Deep in a folder of class folders a table is one file among others.
     return not (root / request.train_split).is_dir() and _holds(root, "*/*/*.parquet")
+
+
+def holds_parquet(root: Path) -> bool:
+    """Whether a folder is laid out as the hub lays a data set out, or was saved by ``datasets``."""
+    saved = (root / "dataset_dict.json").is_file()
+    return saved or _holds(root, "*.parquet", "*/*.parquet")
+
+
+def holds_images(file: Path) -> bool:
+    """Whether a parquet file has a column of encoded images, not of names of files."""
+    from datasets import Features, Image
+    from pyarrow import parquet, types
+
+    schema = parquet.read_schema(file)
+    if any(isinstance(feature, Image) for feature in Features.from_arrow_schema(schema).values()):
+        return True
+    return any(types.is_binary(field.type) or types.is_large_binary(field.type) for field in schema)
 
 
 def _holds(root: Path, *patterns: str) -> bool:
@@ -70,7 +88,7 @@ def _read_images(request: ImageRequest) -> tuple[ImageRows, ImageRows | None]:
         check_columns(table.features, split, image_column=image, label_column=label)
         pick_image(image, table.features)
         rows, labels, names = read_labels(table, label, split, request, names)
-        source = TableSource(table, image, split, _roots(request))
+        source = TableSource(table, image, split, roots(request))
         parts.append(ImageRows(source, labels, names, rows, _read_groups(table, rows, request)))
     return parts[0], parts[1] if len(parts) > 1 else None
 
@@ -199,7 +217,7 @@ def _rows_of(argument: str, asked: str | None, tables: Mapping[str, Any], reques
     return table.select(range(rows.from_, rows.to))
 
 
-def _roots(request: Request) -> list[str]:
+def roots(request: Request) -> list[str]:
     """Where the files may be that rows name by a path: the data set's folder and the caches."""
     from datasets.config import HF_DATASETS_CACHE
     from huggingface_hub.constants import HF_HUB_CACHE
