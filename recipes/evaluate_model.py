@@ -37,6 +37,7 @@ from trained import (
     data_settings,
     join_processes,
     load,
+    rows_of,
 )
 
 from ldam_plugins import ClassCounts
@@ -130,7 +131,7 @@ def measure(
     with keep_freed_memory(processes.device):
         for start in tqdm(own, unit=f"{starts.step} samples", disable=options.quiet):
             rows = np.arange(start, min(start + starts.step, len(part.labels)))
-            some = part.samples.subset(rows) if is_images else part.samples.select(rows)
+            some = rows_of(part.samples, rows)
             found = extract_features(host.model, host.make_loader(some), device=processes.device)
             groups = None if examples.groups is None else examples.groups[rows]
             metrics.update(found.logits, found.labels, groups)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import io
 import math
 import shlex
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -25,7 +24,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 import yaml
-from transformers import AutoTokenizer, HfArgumentParser
+from options import parse_with_first_word
+from transformers import AutoTokenizer
 
 from ldam_plugins.data import Audit, audit_images, audit_texts, load_images, load_texts
 from ldam_plugins.data.audit import NEAR_DISTANCE, NEAR_SIMILARITY
@@ -299,13 +299,7 @@ def as_words(flags: Mapping[str, Any]) -> str:
 
 def parse(arguments: Sequence[str] | None = None) -> InspectOptions:
     """Options from the command line, whose first word may be the data set."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    if words and not words[0].startswith("-"):
-        words.insert(0, "--dataset")
-    (options,) = HfArgumentParser(InspectOptions, allow_abbrev=False).parse_args_into_dataclasses(
-        words
-    )
-    return options
+    return parse_with_first_word(InspectOptions, "--dataset", arguments)
 
 
 if __name__ == "__main__":

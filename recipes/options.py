@@ -96,6 +96,7 @@ RESUME: dict[str, bool | str] = {"no": False, "yes": True, "auto": "auto"}
 
 logger = logging.getLogger(__name__)
 Options = TypeVar("Options", bound="CoreOptions")
+_Parsed = TypeVar("_Parsed")
 
 GROUPS = {
     "data": (
@@ -937,6 +938,26 @@ def print_header(
         "folder": options.output_dir,
     }
     print(header(facts), flush=True)
+
+
+def parse_with_first_word(
+    kind: type[_Parsed], flag: str, arguments: Sequence[str] | None = None
+) -> _Parsed:
+    """Options of a recipe whose first words may stand without their flag.
+
+    Args:
+        kind: The dataclass of the options.
+        flag: That of the first words, such as ``--dataset``.
+        arguments: The words. Default: those of the process.
+    """
+    from transformers import HfArgumentParser
+
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words and not words[0].startswith("-"):
+        words.insert(0, flag)
+    (options,) = HfArgumentParser(kind, allow_abbrev=False).parse_args_into_dataclasses(words)
+    found: _Parsed = options
+    return found
 
 
 def print_outcome(options: CoreOptions, metrics: Mapping[str, Any], counts: ClassCounts) -> None:

@@ -30,11 +30,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from options import parse_with_first_word
 from rebalance import RebalanceOptions, choose_parts
 from torch import nn
 from tqdm import tqdm
 from trained import load
-from transformers import HfArgumentParser
 
 from ldam_plugins import ClassCounts
 from ldam_plugins.benchmark.records import new_record
@@ -242,13 +242,7 @@ def chosen_of(done: Rebalanced) -> dict[str, Any]:
 
 def parse(arguments: Sequence[str] | None = None) -> PosthocOptions:
     """The options, the runs first."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    if words and not words[0].startswith("-"):
-        words.insert(0, "--runs")
-    (options,) = HfArgumentParser(PosthocOptions, allow_abbrev=False).parse_args_into_dataclasses(
-        words
-    )
-    return options
+    return parse_with_first_word(PosthocOptions, "--runs", arguments)
 
 
 if __name__ == "__main__":

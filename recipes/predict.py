@@ -133,7 +133,7 @@ def main(options: PredictOptions, flags: list[str] | None = None) -> Path:
         every = (names for names, _ in find_samples(options, host))
         sizes = table.begin(options.makes(), every, anew=options.overwrite)
     processes.wait_for_everyone()
-    done = sum(size for index, size in enumerate(sizes) if table.is_done(index))
+    done = sum(sizes[index] for index in table.done()) if sizes else 0
     quiet = options.quiet or not processes.is_main_process
     if thresholds is not None and not quiet:
         print(f"{thresholds.worded()} --thresholds none leaves them out.")
@@ -149,7 +149,8 @@ def main(options: PredictOptions, flags: list[str] | None = None) -> Path:
                 index,
                 ((n, *values, error) for n, (error, values) in zip(names, found, strict=True)),
             )
-            bar.update(sum(s for i, s in enumerate(sizes) if table.is_done(i)) - bar.n)
+            if sizes:  # the first process counts what all have done
+                bar.update(sum(sizes[each] for each in table.done()) - bar.n)
     processes.wait_for_everyone()
     if processes.is_main_process:
         unread = [row[0] for row in table.rows(len(sizes)) if row[-1]]

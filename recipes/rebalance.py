@@ -41,13 +41,15 @@ from trained import (
     TrainedOptions,
     command_line,
     data_settings,
+    divide_test,
     head_layer,
     labels_of,
     load,
+    rows_of,
+    share_of_test,
 )
 
 from ldam_plugins import ClassCounts
-from ldam_plugins.data import LabelledImages, SingleSampleWarning, stratified_split
 from ldam_plugins.data.unlabelled import READ, unlabelled_images, unlabelled_texts
 from ldam_plugins.heads import cosine_heads
 from ldam_plugins.integrations.transformers.trained_model import TEXTS
@@ -146,14 +148,7 @@ class RebalanceOptions(TrainedOptions):
 
     def test_share(self) -> float:
         """The share of the test set that the choice is made on."""
-        try:
-            share = float(self.choose_on)
-        except ValueError:
-            share = 0.0
-        if not 0 < share < 1:
-            expected = "auto, train, validation, or a share of the test set in (0, 1)"
-            raise invalid("choose_on", expected, self.choose_on)
-        return share
+        return share_of_test(self.choose_on, "auto", "train", "validation")
 
 
 def main(options: RebalanceOptions, flags: list[str] | None = None) -> dict[str, Any]:
@@ -342,18 +337,13 @@ def choose_parts(options: RebalanceOptions, data: Data) -> tuple[str, Any, Any]:
         raise invalid("choose_on", "another part: nothing is held out", word, hint=hint)
     if word in parts:
         return word, parts[word].samples, test.samples
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SingleSampleWarning)
-        kept, held_out = stratified_split(test.labels, options.test_share(), seed=options.seed)
-    pick = "subset" if isinstance(test.samples, LabelledImages) else "select"
-    chosen, measured = (getattr(test.samples, pick)(rows) for rows in (held_out, kept))
+    chosen, measured = divide_test(test, options.test_share(), options.seed)
     return f"{word} of test", chosen, measured
 
 
 def check_saved(host: Host, folder: Path, test: Any) -> None:
     """Check that what lies in the folder gives the logits that were measured."""
-    pick = "subset" if isinstance(test, LabelledImages) else "select"
-    some = getattr(test, pick)(np.arange(min(COMPARED, len(labels_of(test)))))
+    some = rows_of(test, np.arange(min(COMPARED, len(labels_of(test)))))
     own, loaded = (
         extract_features(model.cpu(), host.make_loader(some)).logits
         for model in (host.model, host.load(folder))

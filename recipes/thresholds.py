@@ -21,16 +21,24 @@ itself; the model is as it was, and whoever else loads it does not see it.
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from tabulate import tabulate
-from trained import Data, Host, TrainedOptions, beside_model, command_line, load, model_files
+from trained import (
+    Data,
+    Host,
+    TrainedOptions,
+    beside_model,
+    command_line,
+    divide_test,
+    load,
+    model_files,
+    share_of_test,
+)
 
-from ldam_plugins.data import LabelledImages, SingleSampleWarning, stratified_split
 from ldam_plugins.metrics.predictions import probabilities
 from ldam_plugins.posthoc import extract_features
 from ldam_plugins.posthoc.thresholds import (
@@ -102,14 +110,7 @@ class ThresholdOptions(TrainedOptions):
 
     def share(self) -> float:
         """The share of the test set that the choice is made on."""
-        try:
-            share = float(self.choose_on)
-        except ValueError:
-            share = 0.0
-        if not 0 < share < 1:
-            expected = "auto, validation, or a share of the test set in (0, 1)"
-            raise invalid("choose_on", expected, self.choose_on)
-        return share
+        return share_of_test(self.choose_on, "auto", "validation")
 
 
 class Scored(NamedTuple):
@@ -174,13 +175,7 @@ def choose_parts(options: ThresholdOptions, data: Data) -> tuple[str, Any, Any]:
     """Where the choice is made, its samples, and those that are measured, if there are any."""
     parts = {name: part.samples for name, part in data.parts.items()}
     if options.choose_on not in ("auto", "validation"):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SingleSampleWarning)
-            kept, held_out = stratified_split(
-                data.parts["test"].labels, options.share(), seed=options.seed
-            )
-        pick = "subset" if isinstance(parts["test"], LabelledImages) else "select"
-        first, second = (getattr(parts["test"], pick)(rows) for rows in (held_out, kept))
+        first, second = divide_test(data.parts["test"], options.share(), options.seed)
         return f"{options.choose_on} of test", first, second
     if options.choose_on == "auto" and list(parts) == ["test"]:
         return "all", parts["test"], None

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
@@ -29,7 +30,7 @@ from transformers import DataCollatorWithPadding, HfArgumentParser
 from transformers.utils.logging import disable_progress_bar
 
 from ldam_plugins import ClassCounts, register
-from ldam_plugins.data import LabelledImages
+from ldam_plugins.data import LabelledImages, SingleSampleWarning, stratified_split
 from ldam_plugins.data.notes import DataNotes
 from ldam_plugins.data.readers import read_images, read_texts
 from ldam_plugins.data.readers.base import (
@@ -454,6 +455,36 @@ def in_classes(samples: Any, names: Sequence[str]) -> Any:
         return LabelledImages(samples.source, labels, names, rows=rows, groups=groups)
     groups = samples["group"][:] if "group" in samples.column_names else None
     return text_table(samples["text"][:], labels, names, groups)
+
+
+def rows_of(samples: Any, rows: np.ndarray) -> Any:
+    """Some of the images or texts, in the order of ``rows``."""
+    return samples.subset(rows) if isinstance(samples, LabelledImages) else samples.select(rows)
+
+
+def share_of_test(choose_on: str, *words: str) -> float:
+    """The share of the test set that a choice is made on.
+
+    Args:
+        choose_on: As given.
+        *words: What else may be given.
+    """
+    try:
+        share = float(choose_on)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        expected = f"{', '.join(words)}, or a share of the test set in (0, 1)"
+        raise invalid("choose_on", expected, choose_on)
+    return share
+
+
+def divide_test(test: Part, share: float, seed: int) -> tuple[Any, Any]:
+    """That share of the test samples, stratified, and the others."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SingleSampleWarning)
+        kept, held_out = stratified_split(test.labels, share, seed=seed)
+    return rows_of(test.samples, held_out), rows_of(test.samples, kept)
 
 
 def labels_of(samples: Any) -> np.ndarray:

@@ -94,6 +94,10 @@ class PartFiles:
         """Whether a part, 0-based, is there."""
         return self._file(index).exists()
 
+    def done(self) -> list[int]:
+        """The parts that are there, by one look into the folder."""
+        return sorted(int(file.stem) for file in self.folder.glob("[0-9]*.csv"))
+
     def write(self, index: int, rows: Iterable[Sequence[Any]]) -> None:
         """Write a part, whole or not at all."""
         text = io.StringIO()

@@ -91,8 +91,7 @@ def test_a_text_model_of_any_length(tickets, tmp_path):
     np.testing.assert_allclose(found, expected.numpy(), atol=1e-5)
 
 
-def test_a_bilstm_is_refused_by_name(tickets, tmp_path):
-    root, tokenizer = tickets
+def bilstm_of(tokenizer):
     config = BiLSTMConfig(
         vocab_size=len(tokenizer),
         embedding_size=8,
@@ -100,7 +99,12 @@ def test_a_bilstm_is_refused_by_name(tickets, tmp_path):
         id2label=dict(enumerate(NAMES)),
         label2id={name: index for index, name in enumerate(NAMES)},
     )
-    BiLSTMForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    return BiLSTMForSequenceClassification(config)
+
+
+def test_a_bilstm_is_refused_by_name(tickets, tmp_path):
+    root, tokenizer = tickets
+    bilstm_of(tokenizer).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match=r"BiLSTMForSequenceClassification.*packed sequences"):
         exported(tmp_path / "model", "--dataset", root, output=tmp_path / "model.onnx")
@@ -145,14 +149,7 @@ def test_a_text_model_on_a_hub_loads_by_transformers_alone(tickets, tmp_path, mo
     from transformers import pipeline
 
     _, tokenizer = tickets
-    config = BiLSTMConfig(
-        vocab_size=len(tokenizer),
-        embedding_size=8,
-        hidden_size=8,
-        id2label=dict(enumerate(NAMES)),
-        label2id={name: index for index, name in enumerate(NAMES)},
-    )
-    model = BiLSTMForSequenceClassification(config).eval()
+    model = bilstm_of(tokenizer).eval()
     for each in (model, tokenizer):
         each.save_pretrained(tmp_path / "bilstm")
     describe_saved(tmp_path / "bilstm", model, tokenizer)
