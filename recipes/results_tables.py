@@ -13,8 +13,9 @@ In a document what is between ``<!-- results: EXPERIMENT [KIND [BASELINE]] [OPTI
 and ``<!-- end -->`` is made anew, from the runs whose options have one of the values. Kinds are
 ``range`` (the default), ``intervals``, ``matrix`` (of the balanced error), ``matrices`` (of the
 train-prior error as well), ``grid`` (one table, a row a head and loss), ``compare`` (with a
-baseline as of the benchmark) and ``parts`` (head, margin and deferral, of this experiment and of
-others that are named after it), and the plots
+baseline as of the benchmark), ``parts`` (head, margin and deferral, of this experiment and of
+others that are named after it) and ``regret`` (what the choice of options that is named after it
+gives away to the best on each data set), and the plots
 ``errors``, ``curves`` and ``heat_map``, which are of all runs. After
 ``<!-- timings: FILE [SECTION ...] -->`` come sections of a file that ``recipes/speed.py`` left
 under ``recipes/timings``, after ``<!-- probes: FILE [SCHEDULE ...] -->`` the means of a file
@@ -51,6 +52,7 @@ from ldam_plugins.benchmark.tables import (
     matrix_heads,
     matrix_rows,
     range_rows,
+    regret_rows,
     spread,
 )
 from ldam_plugins.benchmark.timings import ratio_matrix, ratio_rows
@@ -110,7 +112,7 @@ def content(experiment: str, words: Sequence[str] = (), folder: Path = RESULTS) 
     """
     filters = [word for word in words if re.fullmatch(r"\w+=[^=]+", word)]
     kind, *baseline = [word for word in words if word not in filters] or ["range"]
-    check_choice("kind", kind, [*TABLES, "compare", "parts", *PLOTS])
+    check_choice("kind", kind, [*TABLES, "compare", "parts", "regret", *PLOTS])
     if len(baseline) > (kind == "compare") and kind != "parts":
         raise invalid("words", f"those of {kind!r}", words)
     if kind in PLOTS:
@@ -119,6 +121,9 @@ def content(experiment: str, words: Sequence[str] = (), folder: Path = RESULTS) 
     if kind == "parts":
         named = {name: chosen_records(name, filters) for name in [experiment, *baseline]}
         return markdown(decomposition_rows(named))
+    if kind == "regret":
+        choice = dict(word.split("=") for word in filters)
+        return markdown(regret_rows(read_records(records_path(experiment)), choice))
     records = chosen_records(experiment, filters)
     if kind == "compare":
         rows = comparison_rows(records, *baseline)

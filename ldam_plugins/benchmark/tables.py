@@ -15,6 +15,7 @@ from ldam_plugins.benchmark.captions import Caption, pair_caption, row_caption
 from ldam_plugins.benchmark.comparisons import comparisons
 from ldam_plugins.benchmark.decomposition import decompositions
 from ldam_plugins.benchmark.records import UNKNOWN, Record, errors_of, test_metrics
+from ldam_plugins.benchmark.regret import regrets
 from ldam_plugins.benchmark.settings import (
     ABSENT,
     by_setting,
@@ -309,6 +310,32 @@ def decomposition_rows(experiments: Mapping[str, Sequence[Record]]) -> list[Row]
         for name, records in experiments.items()
         for found in decompositions(records)
     ]
+
+
+def regret_rows(records: Sequence[Record], choice: Mapping[str, str]) -> list[Row]:
+    """One row for each of :func:`.regrets`, and one of their mean and the most."""
+    found = regrets(records, choice)
+    best = f"best of {max(each.tried for each in found)} %"
+    rows = [
+        {
+            "set": each.dataset,
+            "training samples": str(each.samples),
+            "classes": str(each.classes),
+            "balanced error %": _points(each.error),
+            best: _points(each.best_error),
+            "the best has": ", ".join(f"{name} {value}" for name, value in each.best.items()),
+            "more error, points": _points(each.points),
+        }
+        for each in found
+    ]
+    points = [each.points for each in found]
+    last = dict.fromkeys(rows[0], "") | {
+        "set": f"mean of {len(found)}",
+        "balanced error %": _points(float(np.mean([each.error for each in found]))),
+        best: _points(float(np.mean([each.best_error for each in found]))),
+        "more error, points": f"{np.mean(points):.1f} (at most {max(points):.1f})",
+    }
+    return [*rows, last]
 
 
 def markdown(rows: Sequence[Row]) -> str:
