@@ -45,9 +45,9 @@ def test_rows_end_with_the_mean_and_the_most():
 
 
 def test_bad_choices():
-    with pytest.raises(ValueError, match="`choice` must be of options that vary: .*lr.*'beta'"):
+    with pytest.raises(ValueError, match=r"`choice` must be of options that vary: .*lr.*'beta'"):
         regrets(grid(ERRORS), {"beta": "0.9"})
-    with pytest.raises(ValueError, match="run once on runs.photos, of 4 .*lr 0.0005: 2 times"):
+    with pytest.raises(ValueError, match=r"run once on runs.photos, of 4 .*lr 0.0005: 2 times"):
         regrets(grid(ERRORS), {"lr": "0.0005"})
     with pytest.raises(ValueError, match="lr 3, epochs 10: 0 times"):
         regrets(grid(ERRORS), {"lr": "3", "epochs": "10"})
