@@ -25,6 +25,7 @@ RECIPES = {
     "thresholds": ("thresholds", "choose from where on a trained model answers, or abstains"),
     "export": ("export", "write a trained model as ONNX"),
     "rebalance": ("rebalance", "make a trained model fair to rare classes, without training"),
+    "posthoc": ("posthoc", "what every way to rebalance brings to trained runs, side by side"),
     "compare": ("compare", "two or more models on the same test samples"),
     "benchmark": ("benchmark", "many runs side by side"),
     "probe": ("linear_probe", "how good the features are, epoch by epoch"),

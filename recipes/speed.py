@@ -1,13 +1,13 @@
 """Time the package against what one would use instead, side by side in one run.
 
-    python recipes/speed.py                                     # all but processes, vision, text
+    python recipes/speed.py                                     # all but the trainings
     python recipes/speed.py --only vision --steps 90            # a whole epoch of CIFAR-10-LT
     python recipes/speed.py --only text --text_dataset stanfordnlp/imdb
     python recipes/speed.py --only loss head --json speed.json
 
-One row a comparison: median seconds of ours and of the peer, and their ratio (below 1: ours is
-faster) as median with least and largest over the repeats. The contenders of a row take turns, so
-what else the machine does meets them alike. Sections:
+One row a comparison: median seconds (memory: megabytes) of ours and of the peer, and their ratio
+(below 1: ours takes less) as median with least and largest over the repeats. The contenders of a
+row take turns, so what else the machine does meets them alike. Sections:
 
 * loss: LDAM forward and backward against ``nn.CrossEntropyLoss`` on 256 rows of logits;
 * head: chunked cosine head and LDAM against the plain one, gradients of weight and features;
@@ -16,8 +16,10 @@ what else the machine does meets them alike. Sections:
 * processes: a training of ``vision_lt.py`` by two processes against one, a thread each;
 * vision: training steps of ``vision_lt.py`` against a DataLoader with two workers and PIL
   transforms in float32, and against timm's create_loader and ClassificationTask;
+* fine_tuning: the same of a pretrained model on photographs, against the first of these;
 * text: ``text_lt.py``, as it is and without dropout of attention, against a plain Trainer with
-  padding to the full length in float32.
+  padding to the full length in float32;
+* memory: most memory of the trainings of vision, fine_tuning and text, with loader workers.
 """
 
 from __future__ import annotations
@@ -50,7 +52,9 @@ SECTIONS: dict[str, Callable[[SpeedOptions], Iterator[Row]]] = {
     "scaling": speed_parts.scaling,
     "processes": speed_training.processes,
     "vision": speed_training.vision,
+    "fine_tuning": speed_training.fine_tuning,
     "text": speed_training.text,
+    "memory": speed_training.memory,
 }
 
 

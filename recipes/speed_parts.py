@@ -229,11 +229,12 @@ def image_batch(options: SpeedOptions, size: int) -> Row:
     )
 
 
-def usual_transform(size: int) -> Any:
-    """What training scripts for CIFAR do to an image."""
+def usual_transform(size: int, padding: int = 4, *, resize: bool = False) -> Any:
+    """What training scripts for small images do to one; photographs are resized first."""
     return transforms.Compose(
         [
-            transforms.RandomCrop(size, padding=4, pad_if_needed=True),
+            *([transforms.Resize((size, size))] if resize else []),
+            transforms.RandomCrop(size, padding=padding, pad_if_needed=True),
             transforms.RandomHorizontalFlip(),
             transforms.ToTensor(),
             transforms.Normalize((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),

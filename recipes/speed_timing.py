@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import statistics
+import subprocess
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,17 +27,26 @@ QUICK = ["loss", "head", "counts", "sampler", "metrics", "import", "scaling"]
 class SpeedOptions:
     """What is timed, and how large it gets."""
 
-    only: list[str] = option(QUICK, "sections to run: those above, processes, vision, text")
+    only: list[str] = option(
+        QUICK,
+        "sections to run: those above, processes, vision, fine_tuning, text, memory",
+    )
     repeats: int = option(7, "turns of each contender")
     seconds: float = option(0.1, "least seconds of a turn of the small things")
     max_classes: int = option(1_000_000, "classes the loss and the head grow to")
     max_logits: int = option(32_000_000, "entries of the largest (N, C) logits")
     max_rows: int = option(10_000_000, "rows that counts and sampler grow to")
     max_image: int = option(224, "pixels a side that images grow to")
-    steps: int = option(30, "training steps of a turn of vision and text")
+    steps: int = option(30, "training steps of a turn of vision, fine_tuning and text")
     epochs: int = option(100, "epochs of processes")
     dataset: str = option("uoft-cs/cifar10", "images of vision, cut to the long tail of the paper")
     compile: bool = option(True, "compile ours in vision, as --compile of vision_lt.py")
+    photos: str = option("digits", "images of fine_tuning")
+    photo_model: str = option("efficientnet_lite0_imagenet", "pretrained model of fine_tuning")
+    photo_size: int = option(128, "pixels a side of fine_tuning")
+    memory_of: list[str] = option(
+        ["vision", "fine_tuning", "text"], "sections as large as which memory trains"
+    )
     text_dataset: str = option("stanfordnlp/imdb", "texts of text")
     text_model: str = option("minilm", "model of text")
     max_length: int = option(256, "tokens a text is cut or padded to")
@@ -61,18 +72,25 @@ def compare(
     return summary(what, peer_name, seconds, note)
 
 
-def summary(what: str, peer: str, seconds: list[tuple[float, float]], note: str = "") -> Row:
-    """The row of a comparison from the seconds of ours and of the peer in each turn."""
-    ratios = [mine / theirs for mine, theirs in seconds]
+def summary(
+    what: str,
+    peer: str,
+    turns: list[tuple[float, float]],
+    note: str = "",
+    *,
+    unit: str = "seconds",
+) -> Row:
+    """The row of a comparison, from what ours and the peer took of the unit in each turn."""
+    ratios = [mine / theirs for mine, theirs in turns]
     return {
         "what": what,
         "peer": peer,
-        "ours_seconds": statistics.median(mine for mine, _ in seconds),
-        "peer_seconds": statistics.median(theirs for _, theirs in seconds),
+        f"ours_{unit}": statistics.median(mine for mine, _ in turns),
+        f"peer_{unit}": statistics.median(theirs for _, theirs in turns),
         "ratio_median": statistics.median(ratios),
         "ratio_min": min(ratios),
         "ratio_max": max(ratios),
-        "seconds": seconds,
+        unit: turns,
         "note": note,
     }
 
@@ -113,3 +131,22 @@ def peak_memory(run: Contender) -> float:
     done.set()
     thread.join()
     return max(0, peak[0] - before) / 1e6
+
+
+def peak_of_tree(process: subprocess.Popen[str]) -> float:
+    """Most memory of a process and its children until it ends, in MB.
+
+    Memory that several share is divided among them (the proportional set size of Linux), elsewhere
+    it counts for each.
+    """
+    peak, root = 0, psutil.Process(process.pid)
+    while process.poll() is None:
+        total = 0
+        with suppress(psutil.NoSuchProcess):
+            for each in (root, *root.children(recursive=True)):
+                with suppress(psutil.NoSuchProcess, psutil.ZombieProcess, psutil.AccessDenied):
+                    sizes = each.memory_full_info()
+                    total += getattr(sizes, "pss", sizes.rss)
+        peak = max(peak, total)
+        time.sleep(0.05)
+    return peak / 1e6

@@ -1,4 +1,4 @@
-"""Sections of ``speed.py`` that time training: processes, vision, text."""
+"""Sections of ``speed.py`` on whole trainings: processes, vision, fine_tuning, text, memory."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, replace
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from options import parse_options
 from speed_parts import usual_transform
-from speed_timing import Contender, Row, SpeedOptions, compare, summary
+from speed_timing import Contender, Row, SpeedOptions, compare, peak_of_tree, summary
 from text_lt import TextOptions, make_arguments, make_trainer, tokenize
 from text_lt import load_data as load_texts
 from text_lt import make_model as make_text_model
@@ -74,18 +74,119 @@ def seconds_of_processes(options: SpeedOptions, count: int) -> float:
 
 
 def vision(options: SpeedOptions) -> Iterator[Row]:
-    """Training steps, data included."""
-    flags = ["cifar10_lt", "--dataset", options.dataset, "--batch_size", str(options.batch_size)]
-    preset = parse_options(VisionOptions, flags, default="cifar10_lt")
-    accelerator = make_accelerator(preset)
-    ours = vision_steps(accelerator, replace(preset, compile=options.compile), options.steps)
+    """Training steps from scratch, data included."""
     peers = {"usual loop": usual_steps, "timm loader and task": timm_steps}
+    yield from steps_beside(options, from_scratch(options), peers)
+
+
+def fine_tuning(options: SpeedOptions) -> Iterator[Row]:
+    """Training steps of a pretrained model on photographs, data included."""
+    yield from steps_beside(options, fine_tuned(options), {"usual loop": usual_steps})
+
+
+def from_scratch(options: SpeedOptions) -> VisionOptions:
+    """The paper's run."""
+    flags = ["cifar10_lt", "--dataset", options.dataset, "--batch_size", str(options.batch_size)]
+    return parse_options(VisionOptions, flags, default="")
+
+
+def fine_tuned(options: SpeedOptions) -> VisionOptions:
+    """A run on photographs, all of each seen, moved and mirrored."""
+    flags = ["--dataset", options.photos, "--model", options.photo_model, "--batch_size", "32"]
+    flags += ["--image_size", str(options.photo_size), "--augment", "crop_flip", "--padding", "8"]
+    return parse_options(VisionOptions, [*flags, "--crop_mode", "squash"], default="")
+
+
+def steps_beside(
+    options: SpeedOptions, preset: VisionOptions, peers: Mapping[str, Callable[..., Contender]]
+) -> Iterator[Row]:
+    """Training steps of ours against those of each peer."""
+    accelerator = make_accelerator(preset)
+    compiles = options.compile and not preset.is_pretrained
+    ours = vision_steps(accelerator, replace(preset, compile=compiles), options.steps)
     for name, peer in peers.items():
         theirs = peer(accelerator, preset, options.steps)
         ours()  # compiles, and starts the workers of the other
         theirs()
         what = f"{options.steps} steps of {preset.model}, batch {preset.batch_size}"
         yield compare(options, what, ours, theirs, name, once=True)
+
+
+def memory(options: SpeedOptions) -> Iterator[Row]:
+    """Most memory of trainings as large as those of vision, fine_tuning and text.
+
+    Each is a process of its own, and what its loader's workers have counts with it.
+    """
+    for name, (ours, theirs, what, peer) in MEMORY.items():
+        if name in options.memory_of:
+            turns = [
+                (megabytes_of(options, ours), megabytes_of(options, theirs))
+                for _ in range(options.repeats)
+            ]
+            yield summary(f"{options.steps} steps of {what}", peer, turns, unit="megabytes")
+
+
+def megabytes_of(options: SpeedOptions, contender: str) -> float:
+    """Most memory of a new process that runs a function of this module, its children's with it."""
+    line = "import json, sys, speed_training as s; "
+    line += f"s.{contender}(s.SpeedOptions(**json.load(sys.stdin)))"
+    command, folder = [sys.executable, "-c", line], Path(__file__).parent
+    with tempfile.TemporaryFile("w+") as log:
+        with subprocess.Popen(
+            command, cwd=folder, stdin=subprocess.PIPE, stdout=log, stderr=log, text=True
+        ) as process:
+            assert process.stdin is not None
+            json.dump(asdict(options), process.stdin)
+            process.stdin.close()
+            peak = peak_of_tree(process)
+        if process.returncode:
+            log.seek(0)
+            raise RuntimeError(f"{contender} failed: {log.read()[-2000:]}")
+    return peak
+
+
+def ours_from_scratch(options: SpeedOptions) -> None:
+    """Steps of ``vision_lt.py``, in this process."""
+    preset = replace(from_scratch(options), compile=options.compile)
+    vision_steps(make_accelerator(preset), preset, options.steps)()
+
+
+def usual_from_scratch(options: SpeedOptions) -> None:
+    """The same of the usual loop."""
+    preset = from_scratch(options)
+    usual_steps(make_accelerator(preset), preset, options.steps)()
+
+
+def ours_fine_tuned(options: SpeedOptions) -> None:
+    """Steps of ``vision_lt.py`` on a pretrained model, in this process."""
+    preset = fine_tuned(options)
+    vision_steps(make_accelerator(preset), preset, options.steps)()
+
+
+def usual_fine_tuned(options: SpeedOptions) -> None:
+    """The same of the usual loop."""
+    preset = fine_tuned(options)
+    usual_steps(make_accelerator(preset), preset, options.steps)()
+
+
+def ours_text(options: SpeedOptions) -> None:
+    """An epoch of ``text_lt.py`` on some texts, in this process."""
+    with tempfile.TemporaryDirectory() as folder:
+        text_seconds(*texts_of(options, folder))
+
+
+def padded_text(options: SpeedOptions) -> None:
+    """The same of a plain Trainer on texts padded to the full length."""
+    with tempfile.TemporaryDirectory() as folder:
+        padded_seconds(*texts_of(options, folder))
+
+
+MEMORY = {
+    "vision": ("ours_from_scratch", "usual_from_scratch", "vision", "usual loop"),
+    "fine_tuning": ("ours_fine_tuned", "usual_fine_tuned", "fine_tuning", "usual loop"),
+    "text": ("ours_text", "padded_text", "text", "Trainer, padding='max_length', float32"),
+}
+"""The section that a training is as large as: ours and theirs, what they are, and the peer."""
 
 
 def vision_steps(accelerator: Accelerator, options: VisionOptions, steps: int) -> Contender:
@@ -126,7 +227,8 @@ def usual_steps(accelerator: Accelerator, options: VisionOptions, steps: int) ->
     images, _, class_counts = load_data(options, show=False)
     criterion = options.make_loss(class_counts).to(accelerator.device)
     model = make_model(options, criterion).to(memory_format=torch.contiguous_format)
-    images.transform = usual_transform(make_pipeline(options, model).config["input_size"][-1])
+    size = make_pipeline(options, model).config["input_size"][-1]
+    images.transform = usual_transform(size, options.padding, resize=options.is_pretrained)
     loader = DataLoader(
         images,
         options.batch_size,
@@ -190,14 +292,8 @@ def endless(loader: Any) -> Iterator[Any]:
 
 def text(options: SpeedOptions) -> Iterator[Row]:
     """Examples of one Trainer against those of another; set-up is not timed."""
-    flags = [f"--dataset={options.text_dataset}", f"--max_length={options.max_length}"]
-    flags += [f"--model={options.text_model}", f"--batch_size={options.text_batch_size}"]
-    preset = parse_options(TextOptions, [*flags, "--epochs=1"], default="imdb_lt")
-    examples = options.steps * preset.batch_size
-    train, _, class_counts = load_texts(preset)
-    train = train.shuffle(seed=0).select(range(min(examples, len(train))))
     with tempfile.TemporaryDirectory() as folder:
-        preset = replace(preset, output_dir=folder)
+        preset, train, class_counts = texts_of(options, folder)
         kinds = {"": preset}
         if preset.model != "bilstm":
             kinds[", no dropout of attention"] = replace(preset, attention_dropout=0.0)
@@ -212,6 +308,17 @@ def text(options: SpeedOptions) -> Iterator[Row]:
     for index, kind in enumerate(kinds):
         seconds = [(ours[index], theirs) for ours, theirs in turns]
         yield summary(what + kind, "Trainer, padding='max_length', float32", seconds)
+
+
+def texts_of(options: SpeedOptions, folder: str) -> tuple[TextOptions, Any, ClassCounts]:
+    """The options of a training on texts, so many texts, and how many of a class there are."""
+    flags = [f"--dataset={options.text_dataset}", f"--max_length={options.max_length}"]
+    flags += [f"--model={options.text_model}", f"--batch_size={options.text_batch_size}"]
+    flags += ["--epochs=1", f"--output_dir={folder}"]
+    preset = parse_options(TextOptions, flags, default="imdb_lt")
+    train, _, class_counts = load_texts(preset)
+    size = min(options.steps * preset.batch_size, len(train))
+    return preset, train.shuffle(seed=0).select(range(size)), class_counts
 
 
 def text_seconds(options: TextOptions, train: Any, class_counts: ClassCounts) -> float:

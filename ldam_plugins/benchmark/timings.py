@@ -11,14 +11,14 @@ from ldam_plugins.benchmark.tables import Row
 
 
 def ratio_rows(timings: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """One row a timing: seconds, and their ratio."""
+    """One row a timing: seconds, or megabytes of a section on memory, and their ratio."""
     return [
         {
             "section": timing["section"],
             "what": timing["what"],
             "peer": timing["peer"],
-            "ours": f"{timing['ours_seconds']:.3g} s",
-            "theirs": f"{timing['peer_seconds']:.3g} s",
+            "ours": _amount(timing, "ours"),
+            "theirs": _amount(timing, "peer"),
             "ratio": _ratio(timing),
             "note": timing["note"],
         }
@@ -34,6 +34,12 @@ def ratio_matrix(timings: Sequence[Mapping[str, Any]]) -> list[Row]:
         cells[place, what] = _ratio(timing)
     matrix = pd.Series(cells).unstack(fill_value="", sort=False)
     return matrix.rename_axis(index="").reset_index().to_dict("records")
+
+
+def _amount(timing: Mapping[str, Any], whose: str) -> str:
+    if f"{whose}_megabytes" in timing:
+        return f"{timing[f'{whose}_megabytes']:.0f} MB"
+    return f"{timing[f'{whose}_seconds']:.3g} s"
 
 
 def _ratio(timing: Mapping[str, Any]) -> str:

@@ -1,6 +1,7 @@
 import json
 import math
 import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -24,11 +25,11 @@ TINY = {
 }
 
 
-def whole(row):
-    numbers = [row[key] for key in ("ours_seconds", "peer_seconds", "ratio_median")]
+def whole(row, unit="seconds"):
+    numbers = [row[key] for key in (f"ours_{unit}", f"peer_{unit}", "ratio_median")]
     assert all(math.isfinite(number) and number > 0 for number in numbers)
     assert row["ratio_min"] <= row["ratio_median"] <= row["ratio_max"]
-    assert len(row["seconds"]) == 1
+    assert len(row[unit]) == 1
     assert row["what"]
     assert row["peer"]
 
@@ -70,6 +71,51 @@ def test_training(tmp_path, monkeypatch):
     for row in rows:
         whole(row)
     assert [row["section"] for row in rows] == ["processes", "vision", "vision", "text"]
+
+
+def test_fine_tuning():
+    more = {"photo_model": "resnet10t", "photo_size": 16, "compile": False}
+    (row,) = speed.main(speed_timing.SpeedOptions(**TINY, **more, only=["fine_tuning"]))
+    whole(row)
+    assert row["what"] == "2 steps of resnet10t, batch 32"
+
+
+def test_memory(monkeypatch, capsys):
+    asked = []
+
+    def megabytes(options, contender):
+        asked.append(contender)
+        return 300.0 if contender.startswith("ours") else 200.0
+
+    monkeypatch.setattr(speed_training, "megabytes_of", megabytes)
+    rows = speed.main(speed_timing.SpeedOptions(**TINY, only=["memory"]))
+    for row in rows:
+        whole(row, "megabytes")
+        assert row["ratio_median"] == 1.5
+    assert len(asked) == len(set(asked)) == 6
+    assert all(callable(getattr(speed_training, name)) for name in asked)
+    assert "300 MB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("contender", ["ours_text", "padded_text"])
+def test_trainings_whose_memory_is_measured(contender):
+    more = {"text_dataset": "stdlib_docstrings", "text_model": "bilstm", "max_length": 16}
+    getattr(speed_training, contender)(speed_timing.SpeedOptions(**TINY, **more))
+
+
+def test_memory_of_a_process_counts_its_children():
+    hold = "block = bytearray(b'x') * (100 << 20)"
+    child = f"import time; {hold}; time.sleep(0.5)"
+    parent = f"import subprocess; {hold}; subprocess.run([{sys.executable!r}, '-c', {child!r}])"
+    with subprocess.Popen([sys.executable, "-c", parent], text=True) as process:
+        found = speed_timing.peak_of_tree(process)
+    assert 205 < found < 260
+
+
+def test_memory_of_a_process_that_fails(monkeypatch):
+    monkeypatch.setattr(speed_training, "__file__", "/speed_training.py")  # not to be found there
+    with pytest.raises(RuntimeError, match=r"ours_text failed: (?s:.)*speed_training"):
+        speed_training.megabytes_of(speed_timing.SpeedOptions(), "ours_text")
 
 
 def test_unknown_section():
