@@ -17,7 +17,7 @@ from ldam_plugins.data.image_operations import OPERATIONS, SIGNED, apply_operati
 _PLACES = {name: place for place, name in enumerate(OPERATIONS)}
 _DRAWN = len(OPERATIONS) - 1  # RandAugment and TrivialAugment do not invert
 
-_CIFAR10 = (
+CIFAR10_PAIRS = (
     (("Invert", 0.1, 0), ("Contrast", 0.2, 6)),
     (("Rotate", 0.7, 2), ("TranslateX", 0.3, 9)),
     (("Sharpness", 0.8, 1), ("Sharpness", 0.9, 3)),
@@ -44,7 +44,10 @@ _CIFAR10 = (
     (("Equalize", 0.8, 0), ("Invert", 0.1, 0)),
     (("TranslateY", 0.7, 9), ("AutoContrast", 0.9, 0)),
 )
-"""Pairs of operations, each with its probability and its level (0 where it takes none)."""
+"""Pairs of operations, each with its probability and its level (0 where it takes none).
+
+Source: Cubuk et al., CVPR 2019, arXiv 1805.09501, appendix.
+"""
 
 
 @dataclass(frozen=True)
@@ -235,12 +238,12 @@ class AutoAugment(Policy):
 
     def __init__(self) -> None:
         self.strength = Strength(bins=10)
-        names, shares, levels = np.array(_CIFAR10, dtype=object).transpose(2, 0, 1).tolist()
+        names, shares, levels = np.array(CIFAR10_PAIRS, dtype=object).transpose(2, 0, 1).tolist()
         self._operation = torch.tensor([[_PLACES[name] for name in pair] for pair in names])
         self._probability, self._level = torch.tensor(shares), torch.tensor(levels)
 
     def _draw(self, rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        pair = torch.randint(len(_CIFAR10), (rows,), generator=generator)
+        pair = torch.randint(len(CIFAR10_PAIRS), (rows,), generator=generator)
         applied = torch.rand(rows, 2, generator=generator) < self._probability[pair]
         operation = self._operation[pair].where(applied, _PLACES["Identity"])
         return operation, self._level[pair]

@@ -14,6 +14,7 @@ from torchvision.transforms import AutoAugmentPolicy, autoaugment
 from ldam_plugins.choices import NONE
 from ldam_plugins.choices import POLICIES as WORDS
 from ldam_plugins.data.augment_policies import (
+    CIFAR10_PAIRS,
     POLICIES,
     AutoAugment,
     PolicyDraws,
@@ -21,7 +22,7 @@ from ldam_plugins.data.augment_policies import (
     TrivialAugmentWide,
     create_policy,
 )
-from ldam_plugins.data.image_operations import OPERATIONS
+from ldam_plugins.data.image_operations import OPERATIONS, SIGNED
 
 PAIRS = {
     "RandAugment": (RandAugment(), transforms.RandAugment()),
@@ -102,6 +103,26 @@ def test_the_distribution_is_that_of_torchvision(name, rows, monkeypatch):
     values = [batch.double().flatten(1) for batch in (changed, changed_by_theirs)]
     for moment in (lambda x: x.mean(1), lambda x: x.std(1), lambda x: (x == 0).double().mean(1)):
         assert stats.ttest_ind(*map(moment, values)).pvalue > 1e-3
+
+
+def test_the_pairs_of_auto_augment_are_those_of_torchvision():
+    theirs = transforms.AutoAugment(AutoAugmentPolicy.CIFAR10).policies
+    assert [[(name, p, level or 0) for name, p, level in pair] for pair in theirs] == [
+        [*pair] for pair in CIFAR10_PAIRS
+    ]
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_steps_have_the_magnitudes_of_torchvision(name):
+    ours, theirs = PAIRS[name]
+    bins = ours.strength.bins
+    size = () if isinstance(ours, TrivialAugmentWide) else ((48, 33),)
+    space = theirs._augmentation_space(bins, *size)
+    for operation, row in zip(OPERATIONS, ours.strength.magnitudes(48, 33), strict=True):
+        if operation in space:
+            magnitudes, signed = space[operation]
+            assert torch.equal(row, magnitudes.float().expand(bins))
+            assert signed == (operation in SIGNED)
 
 
 @EACH
