@@ -41,6 +41,8 @@ PRECISIONS = ("auto", "no", "bf16", "fp16")
 """Words for mixed precision."""
 AUGMENTATIONS = ("auto", "crop_flip", "timm")
 """Words for the augmentation of images."""
+POLICIES = ("none", "randaugment", "autoaugment", "trivialaugment")
+"""Words for the policy of automatic augmentation."""
 SMALL = 64
 """Longest side of the images to which the augmentation ``"auto"`` applies ``"crop_flip"``."""
 BUNDLED = {

@@ -31,6 +31,7 @@ from ldam_plugins.choices import (
     MANY_ABOVE,
     METRICS,
     NONE,
+    POLICIES,
     PRECISIONS,
     PROFILES,
     SCALINGS,
@@ -122,6 +123,7 @@ GROUPS = {
     ),
     "images and augmentation": (
         *("augment", "padding", "hflip", "crop_scale", "color_jitter", "crop_pct", "crop_mode"),
+        *("aug", "cutout", "erasing"),
         *("mixup", "cutmix", "smoothing"),
         *("memory_limit", "workers"),
     ),
@@ -571,6 +573,8 @@ class VisionOptions(CoreOptions):
         "hflip": SHARE,
         "crop_scale": {"low": 0, "high": 1, "low_open": True},
         "color_jitter": NOT_NEGATIVE,
+        "cutout": COUNT_OR_0,
+        "erasing": SHARE,
         "workers": COUNT_OR_0,
         "momentum": SHARE_BELOW_1,
         "weight_decay": NOT_NEGATIVE,
@@ -627,8 +631,17 @@ class VisionOptions(CoreOptions):
         [], "least and largest share of the area that the crops of --augment timm keep [0.08 1]"
     )
     color_jitter: float | None = option(
-        None, "largest change of colours by --augment timm, as a share [0.4]"
+        None, "largest change of colours by --augment timm, as a share [0.4; beside --aug: 0]"
     )
+    aug: str = option(
+        NONE,
+        "policy of random operations after --augment: RandAugment, AutoAugment of CIFAR-10 or "
+        "TrivialAugment on whole batches; beside --augment timm the first two are timm's, "
+        "AutoAugment of ImageNet",
+        choices=POLICIES,
+    )
+    cutout: int = option(0, "side of the square that Cutout sets to the mean colour; 0: none")
+    erasing: float = option(0.0, "probability that Random Erasing sets a box to the mean colour")
     memory_limit: int = option(
         2**31,
         "bytes of decoded images a process may hold in memory, of training and test together [2 "

@@ -13,6 +13,7 @@ row take turns, so what else the machine does meets them alike. Sections:
 * head: chunked cosine head and LDAM against the plain one, gradients of weight and features;
 * counts, sampler, metrics, import: small things, against NumPy, torch, scikit-learn, torch alone;
 * scaling: counts, sampler and image batches as they grow;
+* augmentation: each policy and eraser on a batch, against a training step, and image by image;
 * processes: a training of ``vision_lt.py`` by two processes against one, a thread each;
 * vision: training steps of ``vision_lt.py`` against a DataLoader with two workers and PIL
   transforms in float32, and against timm's create_loader and ClassificationTask;
@@ -50,6 +51,7 @@ SECTIONS: dict[str, Callable[[SpeedOptions], Iterator[Row]]] = {
     "metrics": speed_parts.metrics,
     "import": speed_parts.start_up,
     "scaling": speed_parts.scaling,
+    "augmentation": speed_parts.augmentation,
     "processes": speed_training.processes,
     "vision": speed_training.vision,
     "fine_tuning": speed_training.fine_tuning,

@@ -1,4 +1,4 @@
-"""Sections of ``speed.py`` that time single parts: loss, head, counts, sampler, metrics, import."""
+"""Sections of ``speed.py`` that time single parts: loss, head, counts, images, import and more."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ import torch
 from PIL import Image
 from sklearn.metrics import confusion_matrix
 from speed_timing import DEVICE, Contender, Row, SpeedOptions, compare, peak_memory
+from timm import create_model
 from torch import Tensor, nn
 from torchvision import transforms
 
 from ldam_plugins import ClassCounts, DeferredSchedule, LDAMLoss, use_cosine_head
 from ldam_plugins.data.augment import RandomCropFlip, normalize
+from ldam_plugins.data.augment_policies import AutoAugment, RandAugment, TrivialAugmentWide
+from ldam_plugins.data.erasing import Cutout, RandomErasing
 from ldam_plugins.metrics import MetricAccumulator
 from ldam_plugins.samplers import DeferredSampler
 
@@ -227,6 +230,37 @@ def image_batch(options: SpeedOptions, size: int) -> Row:
         lambda: torch.stack([one(image) for image in images]),
         "torchvision on PIL images",
     )
+
+
+def augmentation(options: SpeedOptions) -> Iterator[Row]:
+    """Each augmentation of a batch of 32 x 32, against a training step and torchvision."""
+    pixels = torch.randint(256, (options.batch_size, 3, 32, 32), dtype=torch.uint8)
+    batch, usual, generator = pixels.to(DEVICE), (0.5,) * 3, torch.Generator()
+    values = normalize(batch, usual, usual, memory_format=torch.channels_last)
+    cifar10 = transforms.AutoAugmentPolicy.CIFAR10
+    contenders: dict[str, tuple[Any, Tensor, Any, Tensor]] = {
+        "RandAugment": (RandAugment(), batch, transforms.RandAugment(), pixels),
+        "AutoAugment": (AutoAugment(), batch, transforms.AutoAugment(cifar10), pixels),
+        "TrivialAugment": (TrivialAugmentWide(), batch, transforms.TrivialAugmentWide(), pixels),
+        "Random Erasing": (RandomErasing(), values, transforms.RandomErasing(), values),
+        "Cutout": (Cutout(16), values, None, values),
+    }
+    step = resnet_step(values)
+    for name, (ours, given, theirs, single) in contenders.items():
+        run = partial(ours, given, generator)
+        what = f"{name}, {len(batch)} images of 32 x 32"
+        yield compare(options, what, run, step, "cifar_resnet32, both passes", once=True)
+        if theirs is not None:
+            one_by_one = lambda one=theirs, of=single: torch.stack([one(x) for x in of])  # noqa: E731
+            yield compare(options, what, run, one_by_one, "torchvision, image by image")
+
+
+def resnet_step(images: Tensor) -> Contender:
+    """Forward and backward pass of a CIFAR ResNet-32 in training, without its optimizer."""
+    model = create_model("cifar_resnet32").to(images.device, memory_format=torch.channels_last)
+    labels = torch.randint(10, (len(images),), device=images.device)
+    criterion, parameters = LDAMLoss([500] * 10).to(images.device), [*model.parameters()]
+    return lambda: torch.autograd.grad(criterion(model(images), labels), parameters)
 
 
 def usual_transform(size: int, padding: int = 4, *, resize: bool = False) -> Any:

@@ -21,6 +21,7 @@ Row = dict[str, Any]
 Contender = Callable[[], Any]
 DEVICE = default_device()
 QUICK = ["loss", "head", "counts", "sampler", "metrics", "import", "scaling"]
+QUICK += ["augmentation"]
 
 
 @dataclass

@@ -607,6 +607,9 @@ def make_pipeline(options: VisionOptions, model: nn.Module) -> ImagePipeline:
         hflip=options.hflip,
         crop_scale=options.crop_scale or None,
         color_jitter=options.color_jitter,
+        policy=options.aug,
+        cutout=options.cutout,
+        erasing=options.erasing,
     )
 
 

@@ -105,8 +105,7 @@ class RandomCropFlip:
         Raises:
             ValueError: ``generator`` is not on the CPU.
         """
-        if generator.device.type != "cpu":
-            raise invalid("generator", "on the CPU", str(generator.device))
+        check_generator(generator)
         places = 2 * self.padding + 1
         top = torch.randint(places, (rows,), generator=generator)
         left = torch.randint(places, (rows,), generator=generator)
@@ -170,6 +169,16 @@ def check_images(name: str, images: Tensor) -> None:
         raise invalid(name, "a uint8 tensor", images.dtype, error=TypeError)
     if images.ndim != 4:
         raise invalid(name, "of shape (N, C, H, W)", tuple(images.shape))
+
+
+def check_generator(generator: torch.Generator) -> None:
+    """Check that random numbers are drawn on the CPU: they are then the same for every device.
+
+    Raises:
+        ValueError: ``generator`` is on another device.
+    """
+    if generator.device.type != "cpu":
+        raise invalid("generator", "on the CPU", str(generator.device))
 
 
 def _per_channel(name: str, values: Sequence[float] | Tensor, images: Tensor) -> Tensor:

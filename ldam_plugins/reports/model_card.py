@@ -43,6 +43,7 @@ _SETTINGS = (
     *("model", "loss", "head", "schedule", "start", "max_margin", "scale", "tau", "gamma"),
     *("epochs", "batch_size", "lr", "opt", "weight_decay", "seed", "method", "strength"),
     *("target_prior", "freeze", "lora_rank", "image_size", "max_length", "augment"),
+    *("aug", "cutout", "erasing"),
 )
 _TASKS = {"image-classification": "images", "text-classification": "texts"}
 

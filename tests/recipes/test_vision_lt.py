@@ -79,7 +79,22 @@ def test_leaves_what_is_promised(run, capsys):
     assert "balanced error" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags", [(), ("--ema_decay", 0.5, "--schedule", "drs", "--mixup", 0.2)])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (),
+        ("--ema_decay", 0.5, "--schedule", "drs", "--mixup", 0.2),
+        ("--aug", "randaugment", "--cutout", 8),
+        ("--aug", "trivialaugment", "--erasing", 0.5, "--accumulation", 2),
+        pytest.param(("--aug", "autoaugment"), marks=pytest.mark.exhaustive),
+        ("--augment", "timm", "--aug", "randaugment", "--workers", 1),
+        pytest.param(
+            ("--augment", "timm", "--aug", "autoaugment", "--workers", 0),
+            marks=pytest.mark.exhaustive,
+        ),
+    ],
+    ids=lambda flags: " ".join(map(str, flags[:4])),
+)
 def test_resumed_run_equals_the_undisturbed_one(run, flags):
     flags = ("--epochs", 3, *flags)
     undisturbed, whole = run(*flags, folder="whole")

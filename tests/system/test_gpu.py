@@ -12,6 +12,8 @@ from hypothesis import given
 from kill_run import TEXT, VISION, finish, kill_after, killed_at, result
 
 from ldam_plugins import list_losses
+from ldam_plugins.data.augment_policies import POLICIES, create_policy
+from ldam_plugins.data.erasing import Cutout, RandomErasing
 
 pytestmark = pytest.mark.gpu
 ON_GPU = {"ACCELERATE_USE_CPU": "false"}
@@ -54,6 +56,32 @@ def test_loss_is_that_of_exact_arithmetic(name, dtype, problem):
         exact, size = exact_row(name, counts, z, y, margin) if y >= 0 else (0, 0)
         w = weight[y].item() if y >= 0 else 0
         assert abs(row - w * exact) <= RELATIVE[dtype] * (1 + size) * w
+
+
+@pytest.mark.parametrize("name", list(POLICIES))
+def test_policies_give_the_same_pixels_as_on_a_cpu(name):
+    images = torch.randint(256, (512, 3, 32, 32), dtype=torch.uint8)
+    draws = create_policy(name).draw(512, torch.Generator().manual_seed(0))
+    assert torch.equal(draws.apply(images.cuda()).cpu(), draws.apply(images))
+
+
+@pytest.mark.parametrize("eraser", [Cutout(16), RandomErasing()], ids=["cutout", "erasing"])
+def test_the_same_boxes_are_erased_as_on_a_cpu(eraser):
+    images = torch.randn(512, 3, 32, 32)
+    draws = eraser.draw(512, (32, 32), torch.Generator().manual_seed(0))
+    assert torch.equal(draws.apply(images.cuda()).cpu(), draws.apply(images))
+
+
+def test_augmentation_does_not_wait_for_the_gpu():
+    images = torch.randint(256, (128, 3, 32, 32), dtype=torch.uint8).cuda()
+    policies = [create_policy(name) for name in POLICIES]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for policy in policies:
+            changed = policy(images, torch.Generator().manual_seed(0))
+            RandomErasing()(changed.float(), torch.Generator().manual_seed(0))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("recipe", ["vision", "text"])

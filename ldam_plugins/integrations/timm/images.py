@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -14,14 +15,18 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ldam_plugins._validation import check_choice, invalid
-from ldam_plugins.choices import AUGMENTATIONS, SMALL
+from ldam_plugins.choices import AUGMENTATIONS, NONE, POLICIES, SMALL
 from ldam_plugins.data import LabelledImages
 from ldam_plugins.data.augment import RandomCropFlip, normalize
+from ldam_plugins.data.augment_policies import create_policy
+from ldam_plugins.data.erasing import Cutout, Eraser, RandomErasing
 from ldam_plugins.data.in_memory import InMemoryImages
 from ldam_plugins.data.streams import StreamedImages
 
 Images = LabelledImages | StreamedImages
 _Images = TypeVar("_Images", bound=Images)
+_OF_TIMM = {"randaugment": "rand-m9-n2", "autoaugment": "original"}
+"""The policies that timm has for single images, by its words; ``"original"`` is ImageNet's."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,13 @@ class ImagePipeline:
             keeps.
         color_jitter: Largest change of brightness, contrast and saturation by ``"timm"``, as a
             share; 0 for none.
+        policy: Random operations after that, one of :data:`~ldam_plugins.choices.POLICIES`.
+            ``"randaugment"`` and ``"autoaugment"`` are applied to whole batches, AutoAugment as
+            found on CIFAR-10; beside ``"timm"`` they are timm's own, image by image, AutoAugment as
+            found on ImageNet. ``"trivialaugment"``, which timm lacks, is applied to batches always.
+        cutout: Side of the square that is erased, in pixels; 0 for none.
+        erasing: Probability that a random box is erased. It and the square are set to the mean
+            colour, after everything else.
         pixels: What resizes and crops images that are not augmented, in place of timm: an image to
             the uint8 tensor of its pixels. That of a model which brings its own.
     """
@@ -52,6 +64,9 @@ class ImagePipeline:
     hflip: float = 0.5
     crop_scale: tuple[float, float] = (0.08, 1.0)
     color_jitter: float = 0.4
+    policy: str = NONE
+    cutout: int = 0
+    erasing: float = 0.0
     pixels: Callable[[Any], Tensor] | None = None
 
     @classmethod
@@ -67,6 +82,9 @@ class ImagePipeline:
         hflip: float = 0.5,
         crop_scale: Sequence[float] | None = None,
         color_jitter: float | None = None,
+        policy: str = NONE,
+        cutout: int = 0,
+        erasing: float = 0.0,
     ) -> ImagePipeline:
         """The pipeline of a model of timm, or of one that has ``pixels`` and timm's config.
 
@@ -81,10 +99,15 @@ class ImagePipeline:
             padding: As in :class:`ImagePipeline`.
             hflip: As in :class:`ImagePipeline`.
             crop_scale: As in :class:`ImagePipeline`; ``"timm"`` only.
-            color_jitter: As in :class:`ImagePipeline`; ``"timm"`` only.
+            color_jitter: As in :class:`ImagePipeline`; ``"timm"`` only. By default 0.4, beside a
+                policy 0: timm does without it beside its own.
+            policy: As in :class:`ImagePipeline`.
+            cutout: As in :class:`ImagePipeline`.
+            erasing: As in :class:`ImagePipeline`.
 
         Raises:
-            ValueError: an unknown augmentation, or an option of another one.
+            ValueError: an unknown augmentation or policy, an option of another one, a policy for
+                images that are not RGB, or a square larger than the image.
         """
         given: dict[str, Any] = {"crop_pct": crop_pct, "crop_mode": crop_mode}
         if image_size is not None:
@@ -99,12 +122,29 @@ class ImagePipeline:
             of_timm["crop_scale"] = (float(low), float(high))
         if color_jitter is not None:
             of_timm["color_jitter"] = color_jitter
+        elif augmentation == "timm" and policy != NONE:
+            of_timm["color_jitter"] = 0.0
         if augmentation != "timm":
             for name, value in of_timm.items():
                 hint = "--augment timm has it; crop_flip has --padding."
                 raise invalid(name, f"left out with augmentation {augmentation}", value, hint=hint)
+        if augmentation == "timm" and policy in _OF_TIMM and color_jitter:
+            expected = f"left out beside the policy {policy} of timm"
+            hint = "It changes the colours itself; trivialaugment goes with both."
+            raise invalid("color_jitter", expected, color_jitter, hint=hint)
+        _check_policy(policy, cutout, config["input_size"])
         pixels = getattr(model, "pixels", None)
-        return cls(config, augmentation, padding, hflip, pixels=pixels, **of_timm)
+        return cls(
+            config,
+            augmentation,
+            padding,
+            hflip,
+            policy=policy,
+            cutout=cutout,
+            erasing=erasing,
+            pixels=pixels,
+            **of_timm,
+        )
 
     def datasets(
         self,
@@ -133,6 +173,7 @@ class ImagePipeline:
                 hflip=self.hflip,
                 scale=self.crop_scale,
                 color_jitter=self.color_jitter,
+                auto_augment=_OF_TIMM.get(self.policy),
                 normalize=False,
                 **self.config,
             )
@@ -147,15 +188,29 @@ class ImagePipeline:
     def make_input(self, device: torch.device) -> Callable[..., Tensor]:
         """``to_input(images, generator=None)``: a batch of a loader as the model's input.
 
-        With a generator (on the CPU) the batch is augmented, if the loader has not done it.
+        With a generator (on the CPU) the batch is augmented by what the loader has not done: moved
+        and mirrored, changed by the policy, and after its normalisation boxes are erased.
         """
         mean, std = (torch.tensor(self.config[name], device=device) for name in ("mean", "std"))
-        augment = RandomCropFlip(self.padding, self.hflip)
+        to_float = partial(normalize, mean=mean, std=std, memory_format=torch.channels_last)
+        steps: list[Callable[[Tensor, torch.Generator], Tensor]] = []
+        if self.augmentation == "crop_flip":
+            steps.append(RandomCropFlip(self.padding, self.hflip))
+        if self.policy != NONE and not (self.augmentation == "timm" and self.policy in _OF_TIMM):
+            steps.append(create_policy(self.policy))
+        erasers: list[Eraser] = [Cutout(self.cutout)] if self.cutout else []
+        if self.erasing:
+            erasers.append(RandomErasing(self.erasing))
 
         def to_input(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-            if self.augmentation == "crop_flip" and generator is not None:
-                images = augment(images, generator)
-            return normalize(images, mean, std, memory_format=torch.channels_last)
+            if generator is None:
+                return to_float(images)
+            for step in steps:
+                images = step(images, generator)
+            values = to_float(images)
+            for erase in erasers:
+                values = erase(values, generator)
+            return values
 
         return to_input
 
@@ -165,6 +220,10 @@ class ImagePipeline:
         if self.augmentation == "timm":
             own = {"crop_scale": self.crop_scale, "color_jitter": self.color_jitter}
         augmentation = {"kind": self.augmentation, "hflip": self.hflip, **own}
+        chosen = {"policy": self.policy, "cutout": self.cutout, "erasing": self.erasing}
+        if self.augmentation == "timm":
+            chosen["policy"] = _OF_TIMM.get(self.policy, self.policy)
+        augmentation |= {name: value for name, value in chosen.items() if value not in (NONE, 0)}
         evaluation = dict(self.config)
         if self.pixels is not None:
             evaluation |= {"crop_pct": None, "crop_mode": None, "processor": repr(self.pixels)}
@@ -180,6 +239,18 @@ def choose_augmentation(augmentation: str, input_size: tuple[int, ...]) -> str:
     check_choice("augmentation", augmentation, AUGMENTATIONS)
     small = max(input_size[1:]) <= SMALL
     return ("crop_flip" if small else "timm") if augmentation == "auto" else augmentation
+
+
+def _check_policy(policy: str, cutout: int, input_size: tuple[int, ...]) -> None:
+    """Refuse, before the training, what cannot be done to images of (channels, height, width)."""
+    check_choice("policy", policy, POLICIES)
+    channels, *sides = input_size
+    if policy != NONE and channels != 3:
+        hint = f"The model takes images of {channels} channels; leave --aug out for it."
+        raise invalid("policy", f"{NONE!r} for images that are not RGB", policy, hint=hint)
+    if cutout > min(sides):
+        expected = f"at most {min(sides)}, the shorter side of the images"
+        raise invalid("cutout", expected, cutout, hint="On CIFAR-10 it is usually 16.")
 
 
 def transformed(images: _Images, transform: Callable[..., Any] | None) -> _Images:

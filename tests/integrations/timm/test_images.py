@@ -9,6 +9,9 @@ from timm.data import create_transform
 from vision_runs import picture_folder
 
 from ldam_plugins.data import LabelledImages, load_images
+from ldam_plugins.data.augment import RandomCropFlip, normalize
+from ldam_plugins.data.augment_policies import create_policy
+from ldam_plugins.data.erasing import Cutout, RandomErasing
 from ldam_plugins.data.in_memory import InMemoryImages
 from ldam_plugins.integrations.timm import CifarResNet
 from ldam_plugins.integrations.timm.images import (
@@ -97,6 +100,76 @@ def test_options_of_another_augmentation_are_refused(given):
     (name,) = given
     with pytest.raises(ValueError, match=f"`{name}` must be left out with augmentation crop_flip"):
         pipeline(augmentation="crop_flip", **given)
+
+
+POLICIES = ("randaugment", "autoaugment", "trivialaugment")
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_batches_are_moved_then_changed_then_erased(pictures, policy):
+    """In the order in which training scripts for CIFAR do it, from one stream of draws."""
+    options = {"policy": policy, "cutout": 6, "erasing": 0.5}
+    held, train, test = seen(pictures, 2**31, **options)
+    drawn = torch.Generator().manual_seed(0)
+    expected = create_policy(policy)(RandomCropFlip()(held.pixels, drawn), drawn)
+    config = pipeline().config
+    expected = normalize(expected, config["mean"], config["std"])
+    expected = RandomErasing(0.5)(Cutout(6)(expected, drawn), drawn)
+    assert torch.equal(train, expected)
+    _, train_of_files, test_of_files = seen(pictures, 0, **options)
+    assert torch.equal(train_of_files, train)
+    _, plain, plain_test = seen(pictures, 2**31)
+    assert not torch.equal(plain, train)
+    assert torch.equal(test, plain_test)
+    assert torch.equal(test_of_files, plain_test)
+    record = pipeline(**options).record()["augmentation"]
+    assert {name: record[name] for name in options} == options
+    assert not {*options} & {*pipeline().record()["augmentation"]}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_beside_timm_the_policy_is_timms_if_it_has_one(pictures, policy):
+    prepared = pipeline(augmentation="timm", policy=policy, cutout=4)
+    train, test = prepared.datasets(*pictures)
+    names = [type(step).__name__ for step in train.transform.transforms]
+    kind = {"randaugment": "RandAugment", "autoaugment": "AutoAugment"}.get(policy)
+    assert [name for name in names if name.endswith("Augment")] == ([kind] if kind else [])
+    assert "ColorJitter" not in names or policy == "trivialaugment"
+    assert not any(name.endswith("Augment") for name in map(str, test.transform.transforms))
+    images = torch.randint(1, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    found = prepared.make_input(torch.device("cpu"))(images, torch.Generator().manual_seed(0))
+    drawn = torch.Generator().manual_seed(0)
+    expected = images if kind else create_policy(policy)(images, drawn)
+    expected = normalize(expected, prepared.config["mean"], prepared.config["std"])
+    assert torch.equal(found, Cutout(4)(expected, drawn))
+    record = prepared.record()["augmentation"]
+    words = {"randaugment": "rand-m9-n2", "autoaugment": "original"}
+    assert record["policy"] == words.get(policy, policy)
+    assert (record["color_jitter"], record["cutout"]) == (0.0, 4)
+
+
+def test_colours_are_jittered_beside_a_policy_where_they_can_be(pictures):
+    options = {"augmentation": "timm", "color_jitter": 0.2}
+    prepared = pipeline(policy="trivialaugment", **options)
+    train, _ = prepared.datasets(*pictures)
+    (jitter,) = [step for step in train.transform.transforms if "ColorJitter" in str(step)]
+    assert jitter.brightness == (0.8, 1.2)
+    assert prepared.record()["augmentation"]["color_jitter"] == 0.2
+    with pytest.raises(ValueError, match=r"`color_jitter` must be left out .* autoaugment of timm"):
+        pipeline(policy="autoaugment", **options)
+
+
+def test_policies_and_squares_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match=r"`policy` must be one of .*Did you mean 'randaugment'"):
+        pipeline(policy="randaug")
+    with pytest.raises(ValueError, match=r"`cutout` must be at most 32, the shorter side .*got 33"):
+        pipeline(cutout=33)
+    model = CifarResNet(1)
+    model.pretrained_cfg = {"input_size": (1, 32, 32)}
+    message = r"`policy` must be 'none' for images that are not RGB, got 'randaugment'\. .*--aug"
+    with pytest.raises(ValueError, match=message):
+        ImagePipeline.of_model(model, policy="randaugment")
+    assert ImagePipeline.of_model(model).policy == "none"
 
 
 def test_augmentation_follows_the_size_of_the_images():
