@@ -69,7 +69,7 @@ def train_epoch(accelerator, name, weighted, soft, rows, micro):
     net, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     criterion = criterion.to(accelerator.device)
     options = vision_lt.VisionOptions(batch_size=size, smoothing=0.1 if soft else 0.0)
-    mix = vision_lt.make_target(options, 4)
+    mix = vision_lt.make_target(options, COUNTS)
     batches = unpadded_batches(accelerator, loader, batch_size=size, samples=rows)
     update = TrainStep(accelerator, net, criterion, optimizer)
     for group in micro_batches(batches, micro):

@@ -375,7 +375,7 @@ def test_sampler_and_loop_count_the_same_steps(mixup, size, accumulation):
     images = InMemoryImages(torch.zeros(1200, 3, 2, 2, dtype=torch.uint8), torch.arange(1200) % 10)
     schedule = options.make_schedule()
     sampler = vision_lt.make_sampler(accelerator, options, schedule, images, 10)
-    order = {"sampler": sampler, "drop_last": vision_lt.mixes(options)}
+    order = {"sampler": sampler, "drop_last": options.mixes}
     loader = image_loader(images, batch_size=size, **order)
     steps = len(list(micro_batches(accelerator.prepare(loader), accumulation)))
     assert sampler.steps_per_epoch == steps
