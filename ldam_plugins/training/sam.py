@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -103,21 +103,34 @@ def moved_uphill(model: nn.Module, rho: float) -> Iterator[None]:
         model: Its gradients are those of the whole batch, on every process.
         rho: Length of the move.
     """
-    moved: list[Tensor] = [each for each in model.parameters() if each.grad is not None]
+    moved = [parameter for parameter in model.parameters() if parameter.grad is not None]
     gradients = [parameter.grad for parameter in moved if parameter.grad is not None]
     with torch.no_grad():
-        weights = [parameter.clone() for parameter in moved]
-        buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        norm = _whole(torch.nn.utils.get_total_norm(gradients))
         factor = rho / norm.clamp_min(torch.finfo(norm.dtype).tiny)
-        torch._foreach_add_(moved, list(torch._foreach_mul(gradients, factor)))
+        weights = [_own(parameter) for parameter in moved]
+        weights_before = [weight.clone() for weight in weights]
+        buffers_before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+        steps = torch._foreach_mul([_own(gradient) for gradient in gradients], factor)
+        torch._foreach_add_(weights, list(steps))
         for parameter in moved:
             parameter.grad = None
     try:
         yield
     finally:
         with torch.no_grad():
-            torch._foreach_copy_(moved, weights)
-            for buffer, before in buffers:
+            torch._foreach_copy_(weights, weights_before)
+            for buffer, before in buffers_before:
                 buffer.copy_(before)
+
+
+def _own(tensor: Any) -> Tensor:
+    """The part of a tensor that this process holds, in the same memory: all but where sharded."""
+    own: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return own
+
+
+def _whole(tensor: Any) -> Tensor:
+    """A tensor of which each process may hold its share."""
+    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return whole

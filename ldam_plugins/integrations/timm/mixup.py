@@ -61,6 +61,7 @@ class Remix:
         self.kappa = check_real("kappa", kappa, low=1)
         self.tau = check_real("tau", tau, low=0, high=1)
         self.class_counts = class_counts
+        self._counts = torch.tensor(class_counts.counts, dtype=torch.float64)
         self._mixup, self._cutmix = mixup, cutmix
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,8 +90,8 @@ class Remix:
             labels: Classes of the first images, (N,).
             others: Classes of the second ones, (N,).
         """
-        counts = torch.as_tensor(self.class_counts.counts, device=labels.device)
-        own, other = counts[labels].double(), counts[others].double()
+        self._counts = self._counts.to(labels.device)
+        own, other = self._counts[labels], self._counts[others]
         to_other = (own >= self.kappa * other) & (shares < self.tau)
         to_own = (other >= self.kappa * own) & (1 - shares < self.tau)
         return shares.masked_fill(to_other, 0.0).masked_fill(to_own, 1.0)
