@@ -89,7 +89,8 @@ def cases():
         for weighted in (False, True):
             for soft in (False, True):
                 yield name, weighted, soft, 0.0
-        yield name, True, False, 0.3
+        if name in ("ce", "ldam"):  # the steps know nothing of the loss
+            yield name, True, False, 0.3
 
 
 def precisions(case):

@@ -86,8 +86,8 @@ def test_whole_matrix(processes, tmp_path, capsys):
             assert difference <= BOUNDS[dtype], key
             worst[dtype] = max(worst[dtype], difference)
             compared += 1
-    # Accumulations times losses, stages and targets, and one with sharpness-aware steps; of whole
-    # batches 2 losses in float32 as well.
-    assert compared == 2 * 3 * ((8 + 2) * 5 + 8 * 5 * 2)
+    # Accumulations times losses, stages and targets; of 2 losses with sharpness-aware steps too,
+    # and of whole batches in float32 as well.
+    assert compared == 2 * 3 * (6 * 4 + 2 * 5 * 2 + (8 * 4 + 2) * 2)
     with capsys.disabled():
         print(f"\n{processes} processes, {compared} runs, largest difference {worst}")

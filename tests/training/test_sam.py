@@ -3,6 +3,7 @@
 import copy
 import random
 from contextlib import suppress
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 from ldam_plugins import ClassCounts, Progress, create_loss, use_cosine_head
 from ldam_plugins.training import SharpnessAware, TrainStep
 from ldam_plugins.training.environment import note_random_state
-from ldam_plugins.training.sam import moved_uphill
+from ldam_plugins.training.sam import check_gathers_norm, moved_uphill
 
 COUNTS = ClassCounts([400, 60, 9, 2])
 RHO = 0.3
@@ -200,6 +201,10 @@ REFUSED = {
         lambda: step_of(Closure),
         "`optimizer` must be one that steps by the gradient it is left, got 'Closure'. Closure "
         "calls the model itself: use another, such as SGD or AdamW",
+    ),
+    "flat shards": (
+        lambda: check_gathers_norm(SimpleNamespace(distributed_type="FSDP", is_fsdp2=False)),
+        "`fsdp_version` must be 2 for sharpness-aware steps, got 1. Write `fsdp_version: 2`",
     ),
     "second order": (lambda: step_of(SecondOrder), "SecondOrder takes second derivatives: use"),
 }
