@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
 from ldam_plugins import ClassCounts, Progress, create_loss, use_cosine_head
@@ -118,6 +119,29 @@ def test_the_loss_is_that_at_the_weights_as_they_were():
         seeded()
         losses.append(make_step(make_model())([batch()], rho=rho))
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(("scale", "size"), [(None, 1), (512.0, 1), (2.0**120, 1e6)])
+def test_losses_may_be_scaled_and_an_overflow_skips_the_step(scale, size):
+    """As Accelerate's fp16 does on a GPU: the norm of the move is that of scaled gradients."""
+    ends = []
+    for factor in (None, scale):
+        accelerator, model = Accelerator(cpu=True), nn.Linear(6, 4, bias=False)
+        nn.init.ones_(model.weight)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        if factor is not None:
+            accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=factor)
+            optimizer = AcceleratedOptimizer(optimizer, scaler=accelerator.scaler)
+        step = TrainStep(accelerator, model, create_loss("ce", COUNTS), optimizer)
+        images, target = batch()
+        step([(size * images.float(), target)], rho=RHO)
+        ends.append(model.weight.detach().clone())
+    if size > 1:
+        assert torch.equal(ends[1], torch.ones(4, 6))
+        assert optimizer.step_was_skipped
+    else:
+        torch.testing.assert_close(ends[1], ends[0])
+        assert not torch.equal(ends[0], torch.ones(4, 6))
 
 
 def test_weights_come_back_to_the_bit_even_after_an_error():

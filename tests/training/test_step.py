@@ -104,11 +104,12 @@ def captures(monkeypatch):
     class Capture:
         def __init__(self, accelerator, net, criterion, parts, pool):
             self.arguments, self.pool = (accelerator, net, criterion), pool or f"pool {len(log)}"
+            self.loss = torch.zeros(())
             log.append(("capture", [len(images) for images, _ in parts], pool))
 
         def __call__(self, parts):
             log.append(("replay", [len(images) for images, _ in parts]))
-            return add_gradients(*self.arguments, parts)
+            return self.loss.copy_(add_gradients(*self.arguments, parts))
 
     @contextlib.contextmanager
     def stream():
