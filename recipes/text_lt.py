@@ -92,6 +92,7 @@ from ldam_plugins.integrations.transformers.run_callbacks import (
     selection_scores,
 )
 from ldam_plugins.integrations.transformers.saved_model import describe_saved, measure_saved
+from ldam_plugins.integrations.transformers.sharpness_aware import SharpnessAwareTrainer
 from ldam_plugins.integrations.transformers.streaming import StreamingTrainer
 from ldam_plugins.integrations.transformers.tokenizer import train_tokenizer
 from ldam_plugins.losses.base import ClassificationLoss
@@ -117,10 +118,6 @@ from ldam_plugins.training.selection import SelectionRule
 
 # Names of the dropout of attention in the configurations of transformers.
 ATTENTION_DROPOUTS = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")
-
-
-class LayerDecayStreamingTrainer(LayerDecayTrainer, StreamingTrainer):
-    """A Trainer of streamed texts with a learning rate for each depth of the model."""
 
 
 @folders_held()
@@ -585,6 +582,7 @@ def make_callbacks(
         head=options.head,
         scale=options.scale,
         mixup=options.mixup,
+        mix_until=1.0 if options.mix_until is None else options.make_moment("mix_until").at,
     )
     progress = ProgressCallback(schedule, show=not options.quiet)
     return [drw, history, progress, *selection, checkpoints]
@@ -603,11 +601,16 @@ def make_trainer(
     """A Trainer; the callbacks bring the loss, the schedule and the history."""
     if options.fast_dropout and arguments.device.type == "cpu":
         use_fast_dropout(model)
-    kind: Any = StreamingTrainer if options.streaming else Trainer
+    more: dict[type[Trainer], dict[str, Any]] = {}
+    if options.sam:
+        more[SharpnessAwareTrainer] = {"sam": options.make_sam()}
     if options.layer_decay is not None:
-        kind = LayerDecayStreamingTrainer if options.streaming else LayerDecayTrainer
-        kind = partial(kind, layer_decay=options.layer_decay)
+        more[LayerDecayTrainer] = {"layer_decay": options.layer_decay}
+    if options.streaming:
+        more[StreamingTrainer] = {}
+    kind: Any = type("RecipeTrainer", tuple(more), {}) if more else Trainer
     trainer: Trainer = kind(
+        **{name: value for given in more.values() for name, value in given.items()},
         model=model,
         args=arguments,
         train_dataset=train_set,

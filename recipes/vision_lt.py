@@ -65,6 +65,7 @@ from ldam_plugins.integrations.timm.images import (
     on_device,
     transformed,
 )
+from ldam_plugins.integrations.timm.mixup import Remix
 from ldam_plugins.integrations.timm.models import check_trains_on, create_classifier
 from ldam_plugins.integrations.timm.saved_model import load_model, save_model
 from ldam_plugins.kernels.batch_norm import use_fast_batch_norm
@@ -147,7 +148,7 @@ def main(options: VisionOptions) -> dict[str, Any]:
         name=options.model,
         samples=len(train),
         batch_size=options.batch_size,
-        fills_batches=accelerator.num_processes > 1 or mixes(options),
+        fills_batches=accelerator.num_processes > 1 or options.mixes,
     )
     if options.lora_rank:
         size = pipeline.config["input_size"]
@@ -227,7 +228,7 @@ def fit(
         workers=options.workers,
         batch_size=batch_size,
         sampler=sampler,
-        drop_last=mixes(options),
+        drop_last=options.mixes,
     )
     eval_loaders = [
         image_loader(
@@ -238,7 +239,7 @@ def fit(
         for images in eval_sets.values()
     ]
     to_input = pipeline.make_input(accelerator.device)
-    mix = make_target(options, len(counts))
+    sam, mix, plain = options.make_sam(), make_mixing(options, counts), make_target(options, counts)
     optimizer, lr_scheduler = make_optimizer(options, model, accelerator.device)
     ema = make_average(accelerator, options, model)
     evaluated = model if ema is None else ema.module
@@ -285,7 +286,9 @@ def fit(
         for step, group in enumerate(micro_batches(batches, options.accumulation), epoch * steps):
             progress = Progress(step, options.epochs * steps, steps)
             stage = apply_stage(criterion, schedule, progress, stage)
-            total += train_step([mix(to_input(x, generator), labels) for x, labels in group])
+            make = mix if options.mixes_at(progress) else plain
+            parts = [make(to_input(x, generator), labels) for x, labels in group]
+            total += train_step(parts, rho=sam.rho_at(progress))
             if ema is not None:
                 ema.update(model)
             bar.step()
@@ -626,19 +629,17 @@ def compiled(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     return net
 
 
-def mixes(options: VisionOptions) -> bool:
-    """Whether images are mixed. timm mixes pairs, so only whole batches are then trained on."""
-    return bool(options.mixup or options.cutmix)
-
-
 def steps_per_epoch(accelerator: Accelerator, options: VisionOptions, samples: int) -> int:
     """Optimizer steps of an epoch, in which the sampler and the schedule count.
+
+    timm mixes pairs of images, so where any are mixed only whole batches are trained on, also when
+    the mixing has ended: all epochs have the same number of steps.
 
     Raises:
         ValueError: there is not one.
     """
     batches = epoch_batches(
-        samples, options.batch_size, accelerator.num_processes, drop_last=mixes(options)
+        samples, options.batch_size, accelerator.num_processes, drop_last=options.mixes
     )
     hint = f"Choose a smaller --batch_size; there are {samples} training images."
     check_int("whole batches an epoch", batches, low=1, hint=hint)
@@ -717,17 +718,25 @@ def make_average(
     return ModelEmaV3(model.to(accelerator.device), decay=options.ema_decay)
 
 
-def make_target(options: VisionOptions, classes: int) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Timm's Mixup, CutMix and label smoothing: (images, labels) -> (images, target)."""
-    if mixes(options):
-        if options.batch_size % 2:
-            expected = "even for --mixup and --cutmix, which mix pairs of images"
-            raise invalid("batch_size", expected, options.batch_size)
-        return Mixup(
-            options.mixup, options.cutmix, label_smoothing=options.smoothing, num_classes=classes
-        )
+def make_mixing(options: VisionOptions, counts: ClassCounts) -> Callable[..., Any]:
+    """Timm's Mixup and CutMix: (images, labels) -> (images, target); those as they are if none."""
+    if not options.mixes:
+        return make_target(options, counts)
+    if options.batch_size % 2:
+        expected = "even for --mixup and --cutmix, which mix pairs of images"
+        raise invalid("batch_size", expected, options.batch_size)
+    alphas = options.mixup, options.cutmix
+    if options.mixup_prior == "remix":
+        return Remix(counts, *alphas, smoothing=options.smoothing)
+    return Mixup(*alphas, label_smoothing=options.smoothing, num_classes=len(counts))
+
+
+def make_target(
+    options: VisionOptions, counts: ClassCounts
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Timm's label smoothing: (images, labels) -> (images, target)."""
     if options.smoothing:
-        return lambda x, y: (x, mixup_target(y, classes, smoothing=options.smoothing))
+        return lambda x, y: (x, mixup_target(y, len(counts), smoothing=options.smoothing))
     return lambda x, y: (x, y)
 
 

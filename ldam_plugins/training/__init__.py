@@ -102,6 +102,7 @@ if TYPE_CHECKING:
     )
     from ldam_plugins.training.preemption import PREEMPTED, defer_sigterm, until_preempted
     from ldam_plugins.training.run_dir import claim_output_dir, folders_held
+    from ldam_plugins.training.sam import SharpnessAware
     from ldam_plugins.training.selection import BestModel, SelectionRule, first_candidate
     from ldam_plugins.training.step import TrainStep, micro_batches
 
@@ -110,6 +111,7 @@ __all__ = [
     "BestModel",
     "HistoryWriter",
     "SelectionRule",
+    "SharpnessAware",
     "TrainStep",
     "any_process",
     "begin_run",
@@ -183,6 +185,7 @@ _HOMES = {
     ),
     "preemption": ("PREEMPTED", "defer_sigterm", "until_preempted"),
     "run_dir": ("claim_output_dir", "folders_held"),
+    "sam": ("SharpnessAware",),
     "selection": ("BestModel", "SelectionRule", "first_candidate"),
     "step": ("TrainStep", "micro_batches"),
 }

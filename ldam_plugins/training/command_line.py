@@ -47,13 +47,17 @@ def parse_flags(kind: type[_Options], flags: Sequence[str], **parser: Any) -> _O
         **parser: As for :func:`make_parser`.
 
     Raises:
-        ValueError: a flag that there is not (the nearest are named), or a bad value.
+        ValueError: a flag that there is not (the nearest are named, or that it is among the groups,
+            which another dataclass shares), or a bad value.
     """
     known = [f"--{field.name}" for field in fields(kind)]  # type: ignore[arg-type]
     found, unknown = make_parser(kind, **parser).parse_known_args([*map(_underscored, flags)])
     if unknown:
-        near = get_close_matches(unknown[0].split("=")[0], known, n=3)
+        flag = unknown[0].split("=")[0]
+        near = get_close_matches(flag, known, n=3)
         hint = f"Did you mean {' or '.join(near)}?" if near else "--help lists all."
+        if flag[2:] in (name for names in (parser.get("groups") or {}).values() for name in names):
+            hint = "Another recipe has it. --help lists those of this one."
         raise ValueError(f"There is no option {unknown[0]!r}. {hint}")
     return kind(**vars(found))
 

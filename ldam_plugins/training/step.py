@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -13,7 +14,10 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
+from ldam_plugins._validation import invalid
 from ldam_plugins.losses.base import ClassificationLoss
+from ldam_plugins.training.environment import note_random_state
+from ldam_plugins.training.sam import check_gathers_norm, moved_uphill
 
 Batch = tuple[Tensor, Tensor]
 Shapes = tuple[tuple[torch.Size, torch.Size, torch.dtype], ...]
@@ -32,6 +36,11 @@ class TrainStep:
     A compiled model is compiled for the shape of the first batch only. Other shapes, such as that
     of the last batch of an epoch, run eagerly: they are not worth another compilation.
 
+    With ``rho`` the step is sharpness-aware, see :class:`.SharpnessAware`: the gradient of the
+    whole batch moves the weights, a second pass over it leaves the gradient that is cut
+    (``clip_grad``) and given to the optimizer. An overflow of float16 in either pass skips the
+    step, as in a plain one.
+
     Args:
         accelerator: What prepared the model.
         net: The prepared model.
@@ -40,6 +49,9 @@ class TrainStep:
         clip_grad: Largest norm of the gradient; None: no limit.
         replay: On one GPU, capture the forward and the backward pass once as a CUDA graph and
             replay it from then on: the kernels of small steps take less time than their launches.
+
+    Raises:
+        ValueError: the optimizer computes gradients of its own (L-BFGS, AdaHessian).
     """
 
     def __init__(
@@ -52,6 +64,7 @@ class TrainStep:
         clip_grad: float | None = None,
         replay: bool = False,
     ) -> None:
+        _check_first_order(getattr(optimizer, "optimizer", optimizer))  # Accelerate wraps it
         self.accelerator = accelerator
         self.net = net
         self.criterion = criterion
@@ -59,41 +72,57 @@ class TrainStep:
         self.clip_grad = clip_grad
         alone = accelerator.distributed_type == DistributedType.NO
         self._replays = replay and alone and accelerator.device.type == "cuda"
-        self._whole: Shapes = ()
+        self._whole: list[tuple[torch.Size, int]] = []
         self._seen: Counter[Shapes] = Counter()
         self._passes: dict[Shapes, CapturedPass] = {}
 
-    def __call__(self, batches: list[Batch]) -> Tensor:
+    def __call__(self, batches: list[Batch], *, rho: float = 0.0) -> Tensor:
         """Step the optimizer once; call it on every process.
 
         Args:
             batches: Micro-batches (inputs, target) of this process. Inputs beyond the last target
                 are left out: Accelerate repeats samples to fill up a batch.
+            rho: Length of the move uphill, :meth:`.SharpnessAware.rho_at`; 0: a plain step.
 
         Returns:
-            The mean loss of the whole batch.
+            The mean loss of the whole batch at the weights as they were.
 
         Raises:
             RuntimeError: ``replay`` is asked for and something cannot be captured.
+            ValueError: ``rho`` under FSDP1.
         """
-        shapes = tuple((images.shape, target.shape, target.dtype) for images, target in batches)
-        self._whole = self._whole or shapes
-        if shapes == self._whole:
-            loss = self._gradients(shapes, batches)
+        # The model does not see whether targets are soft, which changes where mixing ends.
+        rows = [(images.shape, len(target)) for images, target in batches]
+        self._whole = self._whole or rows
+        if rows == self._whole:
+            loss = self._gradients(batches, rho)
         else:
             with torch.compiler.set_stance("force_eager"):
-                loss = self._gradients(shapes, batches)
+                loss = self._gradients(batches, rho)
         if self.clip_grad is not None:
             self.accelerator.clip_grad_norm_(self.net.parameters(), self.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return self.accelerator.reduce(loss, "mean")
 
-    def _gradients(self, shapes: Shapes, batches: list[Batch]) -> Tensor:
+    def _gradients(self, batches: list[Batch], rho: float) -> Tensor:
+        """Add the gradients at the weights, or at those moved uphill by ``rho``."""
+        if not rho:
+            return self._pass(batches)
+        check_gathers_norm(self.accelerator)
+        rewind = note_random_state(self.accelerator.device)
+        loss = self._pass(batches).clone()  # the next replay writes over it
+        rewind()
+        with moved_uphill(self.net, rho):
+            self._pass(batches)
+        return loss
+
+    def _pass(self, batches: list[Batch]) -> Tensor:
         """Add the gradients, by a CUDA graph if that is asked for and warmed up."""
         trained = self.accelerator, self.net, self.criterion
         if not self._replays:
             return add_gradients(*trained, batches)
+        shapes = tuple((images.shape, target.shape, target.dtype) for images, target in batches)
         self._seen[shapes] += 1
         if self._seen[shapes] <= WARM_UP:
             with _side_stream():
@@ -103,6 +132,17 @@ class TrainStep:
             pool = next((known.pool for known in self._passes.values()), None)
             self._passes[shapes] = CapturedPass(*trained, batches, pool)
         return self._passes[shapes](batches)
+
+
+def _check_first_order(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer that a gradient per step is not enough for."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    needs_closure = closure is not None and closure.default is closure.empty
+    if needs_closure or getattr(optimizer, "is_second_order", False):
+        what = "calls the model itself" if needs_closure else "takes second derivatives"
+        hint = f"{type(optimizer).__name__} {what}: use another, such as SGD or AdamW."
+        expected = "one that steps by the gradient it is left"
+        raise invalid("optimizer", expected, type(optimizer).__name__, hint=hint)
 
 
 def micro_batches(batches: Iterable[Any], size: int) -> Iterator[list[Any]]:

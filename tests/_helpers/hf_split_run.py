@@ -5,6 +5,7 @@
 
 import sys
 import tempfile
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -17,8 +18,9 @@ from transformers import Trainer, TrainerCallback, default_data_collator
 
 from ldam_plugins import LongTailMetrics, list_losses, use_cosine_head
 from ldam_plugins.data import stream_texts
-from ldam_plugins.integrations.transformers import DRWCallback
+from ldam_plugins.integrations.transformers import DRWCallback, SharpnessAwareTrainer
 from ldam_plugins.integrations.transformers.streaming import StreamingTrainer
+from ldam_plugins.training import SharpnessAware
 
 COUNTS = [45, 15, 4]
 BOUNDS = {torch.float32: 1e-6, torch.float64: 1e-12}
@@ -78,6 +80,8 @@ def runs(folder, processes):
         found[loss, "whole"] = run(folder, loss=loss, size=64 // processes)
         found[loss, "parts"] = run(folder, loss=loss, size=8, parts=8 // processes)
     found["ldam", "chunked"] = run(folder, size=8, parts=8 // processes, chunked=True)
+    found["ldam", "uphill"] = run(folder, size=64 // processes, kind=uphill(0.3))
+    found["ldam", "uphill, parts"] = run(folder, size=8, parts=8 // processes, kind=uphill(0.3))
     sampled = {"schedule": "drs", "start": 1, "size": 16 // processes, "max_steps": 11}
     saving = {"save_strategy": "steps", "save_steps": 1}
     found["drs", "straight"] = run(folder, **sampled, **saving)
@@ -88,6 +92,11 @@ def runs(folder, processes):
         found["stream", step] = streamed(folder, processes, step)
     found["refused"] = [refusal(folder, kind) for kind in (Drops, CallsBare, CountsItsPart)]
     return found
+
+
+def uphill(rho):
+    """A Trainer with sharpness-aware steps, if ``rho`` is not 0."""
+    return partial(SharpnessAwareTrainer, sam=SharpnessAware(rho)) if rho else Trainer
 
 
 def streamed(folder, processes, step):
@@ -226,23 +235,25 @@ def soft_labels(rows):
 
 
 def cases(whole):
-    """Loss, soft targets, precision and counts; 24 samples an update, the last one has fewer."""
+    """Loss, soft targets, precision, counts and rho; 24 samples an update, fewer in the last."""
     for loss in list_losses() if whole else ("ce", "ldam"):
         for soft in (False, True):
             for dtype in (torch.float64, torch.float32)[: 2 if loss in ("ce", "ldam") else 1]:
                 for counts in ((26, 8, 3), (18, 5, 2)) if whole else ((26, 8, 3),):  # 37 and 25
-                    yield loss, soft, dtype, counts
+                    yield loss, soft, dtype, counts, 0.0
+    yield "ldam", False, torch.float64, (26, 8, 3), 0.3
 
 
 def epochs(folder, case, parts, processes):
     """Parameters after every update of an epoch before the switch and one after it."""
-    loss, soft, dtype, counts = case
+    loss, soft, dtype, counts, rho = case
     noted = Parameters()
     trainer = make_trainer(
         folder,
         make_model().to(dtype),
         make_data(counts=counts),
         [DRWCallback(loss=loss, class_counts=counts, start=1, beta=0.99), noted],
+        kind=uphill(rho),
         data_collator=soft_labels if soft else default_data_collator,
         per_device_train_batch_size=24 // processes // parts,
         gradient_accumulation_steps=parts,

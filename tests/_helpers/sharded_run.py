@@ -23,6 +23,7 @@ from ldam_plugins.training.step import TrainStep
 
 COUNTS = ClassCounts([400, 60, 9, 2, 1])
 UPDATES = 6
+RUNS = {"ce": ("ce", 0.0), "ldam": ("ldam", 0.0), "ldam, SAM": ("ldam", 0.3)}
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -42,8 +43,9 @@ def make_model(shard):
     return model
 
 
-def train(accelerator, name, micro, shard):
+def train(accelerator, run, micro, shard):
     """The model after three updates before the switch and three after it."""
+    name, rho = RUNS[run]
     model, criterion = make_model(shard), create_loss(name, COUNTS)
     schedule = DeferredSchedule("drw", start=0.5, beta=0.99)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -57,7 +59,7 @@ def train(accelerator, name, micro, shard):
         mine = list(parts)[accelerator.process_index :: accelerator.num_processes]
         progress = Progress(step, UPDATES, UPDATES // 2)
         criterion.weight.copy_(schedule.class_weights(COUNTS, progress))
-        update(mine)
+        update(mine, rho=rho)
     return model
 
 
@@ -125,7 +127,7 @@ def of_wrappers(rank):
 def main(path):
     accelerator = Accelerator(cpu=True)
     found = {}
-    for name in ("ce", "ldam"):
+    for name in RUNS:
         for micro in (1, 4):
             model = train(accelerator, name, micro, shard=True)
             found[name, micro] = get_model_state_dict(model, options=WHOLE)

@@ -29,8 +29,8 @@ def data(soft, rows=64):
     return images, nn.functional.one_hot(target, 4).double() * 0.9 + 0.025 if soft else target
 
 
-def train(accelerator, name, weighted, soft, micro, dtype):
-    """Parameters after three updates of SGD."""
+def train(accelerator, name, weighted, soft, rho, micro, dtype):
+    """Parameters after three updates of SGD, and their moving average."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).to(dtype)
     criterion = create_loss(name, COUNTS).to(dtype)
@@ -41,6 +41,7 @@ def train(accelerator, name, weighted, soft, micro, dtype):
     criterion = criterion.to(accelerator.device)
     images, target = (part.to(accelerator.device) for part in data(soft))
     target = target.to(dtype) if soft else target
+    average = vision_lt.ModelEmaV3(model, decay=0.5)
     update = TrainStep(accelerator, net, criterion, optimizer)
     for batch, aims in zip(images.to(dtype), target, strict=True):
         parts = zip(
@@ -49,12 +50,14 @@ def train(accelerator, name, weighted, soft, micro, dtype):
             strict=True,
         )
         mine = list(parts)[accelerator.process_index :: accelerator.num_processes]
-        update(mine)
+        update(mine, rho=rho)
+        average.update(model)
     accelerator.free_memory()
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
+    ends = (*model.parameters(), *average.module.parameters())
+    return torch.cat([p.detach().flatten() for p in ends])
 
 
-def train_epoch(accelerator, name, weighted, soft, rows, micro):
+def train_epoch(accelerator, name, weighted, soft, rho, rows, micro):
     """Parameters after an epoch of the recipe's loop on samples that divide by nothing."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).double()
@@ -69,22 +72,25 @@ def train_epoch(accelerator, name, weighted, soft, rows, micro):
     net, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     criterion = criterion.to(accelerator.device)
     options = vision_lt.VisionOptions(batch_size=size, smoothing=0.1 if soft else 0.0)
-    mix = vision_lt.make_target(options, 4)
+    mix = vision_lt.make_target(options, COUNTS)
     batches = unpadded_batches(accelerator, loader, batch_size=size, samples=rows)
     update = TrainStep(accelerator, net, criterion, optimizer)
     for group in micro_batches(batches, micro):
         parts = [mix(x, y) for x, y in group]
         parts = [(x, y.double() if soft else y) for x, y in parts]
-        update(parts)
+        update(parts, rho=rho)
     accelerator.free_memory()
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 def cases():
+    """Loss, class weights, soft targets, and how far sharpness-aware steps look."""
     for name in list_losses():
         for weighted in (False, True):
             for soft in (False, True):
-                yield name, weighted, soft
+                yield name, weighted, soft, 0.0
+        if name in ("ce", "ldam"):  # the steps know nothing of the loss
+            yield name, True, False, 0.3
 
 
 def precisions(case):
@@ -94,10 +100,10 @@ def precisions(case):
 
 def epochs(whole):
     """Cases of an epoch whose last update has 13 samples of 24 (37 rows) or only 1 (25)."""
-    for name, weighted, soft in cases():
-        if whole or (weighted and name in ("ce", "ldam")):
+    for case in cases():
+        if whole or (case[1] and case[0] in ("ce", "ldam")):
             for rows in (37, 25) if whole else (37,):
-                yield name, weighted, soft, rows
+                yield *case, rows
 
 
 def everything(micros, whole=False):

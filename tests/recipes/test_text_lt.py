@@ -276,7 +276,10 @@ def weights(out):
     return load_file(Path(newest_trainer_checkpoint(out / "checkpoints")) / "model.safetensors")
 
 
-@pytest.mark.parametrize("more", [(), ("--schedule", "drs"), ("--mixup", 1)], ids=str)
+COMPOSED = ("--sam", 0.1, "--sam_start", 1, "--sam_every", 2, "--mixup", 1, "--mix_until", 0.8)
+
+
+@pytest.mark.parametrize("more", [(), ("--schedule", "drs"), ("--mixup", 1), COMPOSED], ids=str)
 def test_resumed_run_equals_the_undisturbed_one(run, more):
     flags = ("--epochs", 3, "--eval_test_every", 1, *more)
     undisturbed, whole = run(*flags, out="whole")
@@ -313,6 +316,7 @@ def test_checkpoint_that_was_cut_off_is_passed_over(tmp_path):
         ("--loss", "ce", "--schedule", "rs", "--profile", "exp", "--ratio", "3"),
         ("--accumulation", "2", "--mixed_precision", "bf16", "--clip_grad", "0"),
         ("--mixup", "0.4", "--loss", "hinge", "--schedule", "drw"),
+        ("--sam", "0.1", "--accumulation", "2", "--loss", "ce", "--mixed_precision", "bf16"),
     ],
     ids=lambda flags: flags[1],
 )

@@ -79,11 +79,17 @@ def test_leaves_what_is_promised(run, capsys):
     assert "balanced error" in capsys.readouterr().out
 
 
+# Three steps an epoch: sharpness-aware from the second one on, mixed up to the last but one.
+COMPOSED = ("--sam", 0.05, "--sam_start", 1, "--sam_every", 2, "--cutmix", 1, "--mixup", 1)
+COMPOSED += ("--mixup_prior", "remix", "--mix_until", 0.8, "--ema_decay", 0.5)
+
+
 @pytest.mark.parametrize(
     "flags",
     [
         (),
         ("--ema_decay", 0.5, "--schedule", "drs", "--mixup", 0.2),
+        COMPOSED,
         ("--aug", "randaugment", "--cutout", 8),
         ("--aug", "trivialaugment", "--erasing", 0.5, "--accumulation", 2),
         pytest.param(("--aug", "autoaugment"), marks=pytest.mark.exhaustive),
@@ -164,6 +170,14 @@ def test_the_scale_of_a_preset_is_that_of_its_cosine_head(tmp_path):
     assert chosen("--head", "linear", "--scale", 10) == (10, 10)
     path.write_text("dataset: digits\nloss: ldam\nhead: linear\nscale: 4\n")
     assert chosen() == (4, 4)
+
+
+def test_what_is_tied_to_the_length_of_the_training():
+    steady = ("--sched", "constant", "--start", 60)
+    assert parsed(*steady, "--sam", 0.1, "--sam_start", 3).may_grow() == {"epochs": None}
+    for late in (("--sam", 0.1, "--sam_start", 0.5), ("--mixup", 1, "--mix_until", 0.5)):
+        (why,) = parsed(*steady, *late).may_grow().values()
+        assert why.startswith(f"{late[2]} 0.5 is a share of the training, so its epochs so far")
 
 
 def test_presets_parse_and_can_be_overridden():
@@ -390,11 +404,32 @@ def test_sampler_and_loop_count_the_same_steps(mixup, size, accumulation):
     images = InMemoryImages(torch.zeros(1200, 3, 2, 2, dtype=torch.uint8), torch.arange(1200) % 10)
     schedule = options.make_schedule()
     sampler = vision_lt.make_sampler(accelerator, options, schedule, images, 10)
-    order = {"sampler": sampler, "drop_last": vision_lt.mixes(options)}
+    order = {"sampler": sampler, "drop_last": options.mixes}
     loader = image_loader(images, batch_size=size, **order)
     steps = len(list(micro_batches(accelerator.prepare(loader), accumulation)))
     assert sampler.steps_per_epoch == steps
     assert vision_lt.steps_per_epoch(accelerator, options, 1200) == steps
+
+
+def test_steps_are_of_the_kinds_that_options_say(run, monkeypatch):
+    noted, make = [], vision_lt.make_train_step
+
+    def noting(*arguments):
+        step, criterion = make(*arguments), arguments[3]
+
+        def train_step(parts, *, rho):
+            soft = {target.is_floating_point() for _, target in parts}
+            noted.append((soft, rho, bool((criterion.weight != 1).any())))
+            return step(parts, rho=rho)
+
+        return train_step
+
+    monkeypatch.setattr(vision_lt, "make_train_step", noting)
+    run(*COMPOSED, "--epochs", 3, "--start", 2, "--batch_size", 64, "--accumulation", 2)
+    mixed = [({True}, 0.0, False)] * 4 + [({True}, 0.05, False), ({True}, 0.0, False)] * 2
+    # Weighted from step 8 on, of which mixing ends at 0.8 * 12 = 9.6.
+    late = [({True}, 0.05, True), ({True}, 0.0, True), ({False}, 0.05, True), ({False}, 0.0, True)]
+    assert noted == mixed + late
 
 
 def test_an_epoch_without_a_whole_batch_is_refused():

@@ -99,14 +99,25 @@ def test_text_run_preempted_inside_epochs(schedule, processes, texts, tmp_path):
     check_same(tmp_path / "broken", tmp_path / "whole")
 
 
+LATE = ["--sam_start=1", "--sam_every=2", "--mixup=1", "--mix_until=0.6"]
 MATRIX = {
     "none": ("vision", ["--schedule", "none"], 1),
     "drw, average, mixup": ("vision", ["--ema_decay", 0.5, "--mixup", 0.2], 1),
     "drs": ("vision", ["--schedule", "drs"], 1),
     "drw, 2 processes": ("vision", ["--ema_decay", 0.5], 2),
+    "all that comes late, 2 processes": (
+        "vision",
+        [*LATE, "--sam=0.05", "--cutmix=1", "--mixup_prior=remix", "--ema_decay=0.5"],
+        2,
+    ),
     "files and workers": ("images", [], 1),
     "text none": ("text", ["--schedule", "none", "--loss", "ce"], 1),
     "text drw": ("text", [], 1),
+    "text drw, all that comes late": (
+        "text",
+        [*LATE, "--sam=0.1"],
+        1,
+    ),
     "text drs": ("text", ["--schedule", "drs"], 1),
     "text drw, 2 processes": ("text", [], 2),
 }
@@ -115,7 +126,7 @@ MATRIX = {
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("case", MATRIX)
 def test_killed_at_random_moments(case, texts, images, tmp_path):
-    """Three kills a case, 27 in all, each somewhere in the last 70 % of a whole run's time."""
+    """Three kills a case, 33 in all, each somewhere in the last 70 % of a whole run's time."""
     kind, more, processes = MATRIX[case]
     recipe = "text" if kind == "text" else "vision"
     flags = [*TEXT, "--dataset", texts] if kind == "text" else list(VISION)

@@ -20,11 +20,11 @@ def found(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole():
     accelerator = Accelerator(cpu=True)
-    return {name: sharded_run.train(accelerator, name, 1, shard=False) for name in ("ce", "ldam")}
+    return {name: sharded_run.train(accelerator, name, 1, shard=False) for name in sharded_run.RUNS}
 
 
 @pytest.mark.parametrize("micro", [1, 4])
-@pytest.mark.parametrize("name", ["ce", "ldam"])
+@pytest.mark.parametrize("name", sharded_run.RUNS)
 def test_updates_are_those_of_one_process(name, micro, found, whole):
     expected, got = whole[name].state_dict(), found[name, micro]
     assert got.keys() == expected.keys()

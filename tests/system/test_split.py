@@ -42,8 +42,12 @@ def test_update_does_not_depend_on_the_cut(alone, together, case):
 
 def test_the_updates_moved_the_parameters(alone):
     assert not torch.equal(
-        alone[("ldam", False, False, 1, torch.float64)],
-        alone[("ldam", True, False, 1, torch.float64)],
+        alone[("ldam", False, False, 0.0, 1, torch.float64)],
+        alone[("ldam", True, False, 0.0, 1, torch.float64)],
+    )
+    assert not torch.equal(
+        alone[("ldam", True, False, 0.0, 1, torch.float64)],
+        alone[("ldam", True, False, 0.3, 1, torch.float64)],
     )
 
 
@@ -76,13 +80,14 @@ def test_whole_matrix(processes, tmp_path, capsys):
     for key, found in [*alone.items(), *together.items()]:
         if isinstance(key, tuple):
             epoch = key[0] == "epoch"
-            reference = alone[(*key[:-1], 1) if epoch else (*key[:3], 1, key[4])]
-            dtype = torch.float64 if epoch else key[4]
+            reference = alone[(*key[:-1], 1) if epoch else (*key[:4], 1, key[5])]
+            dtype = torch.float64 if epoch else key[5]
             difference = ((found - reference).norm() / reference.norm()).item()
             assert difference <= BOUNDS[dtype], key
             worst[dtype] = max(worst[dtype], difference)
             compared += 1
-    # Accumulations times losses, stages and targets; of whole batches 2 in float32 as well.
-    assert compared == 2 * 3 * ((8 + 2) * 4 + 8 * 4 * 2)
+    # Accumulations times losses, stages and targets; of 2 losses with sharpness-aware steps too,
+    # and of whole batches in float32 as well.
+    assert compared == 2 * 3 * (6 * 4 + 2 * 5 * 2 + (8 * 4 + 2) * 2)
     with capsys.disabled():
         print(f"\n{processes} processes, {compared} runs, largest difference {worst}")

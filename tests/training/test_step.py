@@ -67,6 +67,22 @@ def test_whole_batches_alone_are_compiled(compilations):
     assert torch.equal(training.parameters(), plain.parameters())
 
 
+def test_whole_batches_are_compiled_whatever_their_targets():
+    torch.compiler.reset()
+    ran = []
+
+    def backend(graph, inputs):
+        return lambda *given: ran.append(1) or graph.forward(*given)
+
+    training = Training()
+    train_step = training.train_step(torch.compile(training.model, backend=backend, dynamic=False))
+    ((images, target),) = batches(12)
+    for aims in (nn.functional.one_hot(target, 4).float(), target):  # as where mixing ends
+        train_step([(images, aims)])
+    assert len(ran) == 2
+    torch.compiler.reset()
+
+
 def test_micro_batches_are_grouped_by_step():
     assert list(micro_batches(iter("abcde"), 2)) == [["a", "b"], ["c", "d"], ["e"]]
     assert list(micro_batches([], 2)) == []
@@ -88,11 +104,12 @@ def captures(monkeypatch):
     class Capture:
         def __init__(self, accelerator, net, criterion, parts, pool):
             self.arguments, self.pool = (accelerator, net, criterion), pool or f"pool {len(log)}"
+            self.loss = torch.zeros(())
             log.append(("capture", [len(images) for images, _ in parts], pool))
 
         def __call__(self, parts):
             log.append(("replay", [len(images) for images, _ in parts]))
-            return add_gradients(*self.arguments, parts)
+            return self.loss.copy_(add_gradients(*self.arguments, parts))
 
     @contextlib.contextmanager
     def stream():
@@ -102,6 +119,18 @@ def captures(monkeypatch):
     monkeypatch.setattr(step_module, "CapturedPass", Capture)
     monkeypatch.setattr(step_module, "_side_stream", stream)
     return log
+
+
+def test_both_passes_of_a_step_are_replayed(captures):
+    training, plain = Training(), Training()
+    train_step, plainly = training.train_step(replay=True), plain.train_step()
+    train_step._replays = True
+    for step in range(4):
+        parts = batches(12, seed=step)
+        assert train_step(parts, rho=0.3) == plainly(parts, rho=0.3)
+    replays = [("replay", [12])] * 4
+    assert captures == ["warm-up"] * 3 + [("capture", [12], None), replays[0], *replays]
+    assert torch.equal(training.parameters(), plain.parameters())
 
 
 def test_a_pass_is_captured_for_each_shape_after_three_steps(captures):
@@ -122,8 +151,9 @@ def test_a_pass_is_captured_for_each_shape_after_three_steps(captures):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("rho", [0.0, 0.1])
 @pytest.mark.parametrize("name", ["ce", "focal", "ldam", "ldam_hinge", "logit_adjusted"])
-def test_replayed_steps_are_those_of_a_plain_run(name):
+def test_replayed_steps_are_those_of_a_plain_run(name, rho):
     accelerator = Accelerator()
     found = []
     for replay in (False, True):
@@ -143,7 +173,7 @@ def test_replayed_steps_are_those_of_a_plain_run(name):
             if step == 16:
                 criterion.weight.copy_(COUNTS.weights(0.99))
             parts = [(images.to(accelerator.device), target.to(accelerator.device))]
-            losses.append(train_step(parts).item())
+            losses.append(train_step(parts, rho=rho).item())
         assert len(train_step._passes) == (2 if replay else 0)
         state = torch.cat([value.flatten().double() for value in model.state_dict().values()])
         found.append((state, torch.tensor(losses)))

@@ -8,6 +8,7 @@ from ldam_plugins.integrations.transformers.bilstm import (
 from ldam_plugins.integrations.transformers.callback import DRWCallback
 from ldam_plugins.integrations.transformers.fast_attention import use_fast_dropout
 from ldam_plugins.integrations.transformers.rebalance import RebalanceCallback
+from ldam_plugins.integrations.transformers.sharpness_aware import SharpnessAwareTrainer
 from ldam_plugins.integrations.transformers.streaming import StreamingTrainer
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "BiLSTMForSequenceClassification",
     "DRWCallback",
     "RebalanceCallback",
+    "SharpnessAwareTrainer",
     "StreamingTrainer",
     "register",
     "use_fast_dropout",

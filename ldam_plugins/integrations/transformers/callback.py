@@ -48,7 +48,7 @@ from ldam_plugins.losses.base import ClassificationLoss
 from ldam_plugins.losses.registry import create_loss, loss_options
 from ldam_plugins.losses.reweighting import warn_of_combination
 from ldam_plugins.losses.trainer_checks import check_ignored
-from ldam_plugins.schedules import DeferredSchedule
+from ldam_plugins.schedules import DeferredSchedule, Moment
 
 logger = logging.get_logger(__name__)
 
@@ -103,6 +103,7 @@ class DRWCallback(TrainerCallback):
         seed: Seed of re-sampling. Default: the Trainer's ``data_seed``, else its ``seed``.
         mixup: Alpha of Mixup of the features that the head gets, see :class:`.FeatureMixup`;
             0: no Mixup.
+        mix_until: When the mixing ends, written as ``start`` is. Default: with the training.
         **options: Options of the loss, such as ``max_margin`` (LDAM) or ``gamma`` (focal).
 
     Raises:
@@ -131,6 +132,7 @@ class DRWCallback(TrainerCallback):
         cosine_head: bool | None = None,
         seed: int | None = None,
         mixup: float = 0.0,
+        mix_until: float | int = 1.0,
         **options: Any,
     ) -> None:
         if class_counts is not None and not isinstance(class_counts, ClassCounts):
@@ -138,6 +140,9 @@ class DRWCallback(TrainerCallback):
         self.schedule = _schedule(schedule, start, beta)
         self.seed = None if seed is None else check_int("seed", seed, low=0)
         self.mixup = check_real("mixup", mixup, low=0)
+        self._mix_until = Moment(mix_until, name="mix_until")
+        if not mixup and mix_until != 1.0:
+            raise invalid("mix_until", "left out without mixup", mix_until)
         self.class_counts = class_counts
         self.criterion = criterion
         self._given = criterion
@@ -248,6 +253,7 @@ class DRWCallback(TrainerCallback):
             labels=labels,
             seed=data_seed if self.seed is None else self.seed,
             mixup=FeatureMixup(trainer, self.mixup) if self.mixup else None,
+            mix_until=self._mix_until,
         )
         if state.is_world_process_zero:
             difference = labels.difference(self.criterion.class_counts)

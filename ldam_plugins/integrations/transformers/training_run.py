@@ -31,8 +31,10 @@ from ldam_plugins.losses.base import ClassificationLoss
 from ldam_plugins.losses.model_outputs import find_logits, one_label_a_row
 from ldam_plugins.losses.reweighting import apply_stage
 from ldam_plugins.samplers import DeferredSampler
-from ldam_plugins.schedules import DeferredSchedule, Progress
+from ldam_plugins.schedules import DeferredSchedule, Moment, Progress
 from ldam_plugins.training.distributed import num_unpadded_rows
+
+_NEVER = Moment(1.0)
 
 logger = logging.get_logger(__name__)
 
@@ -56,10 +58,12 @@ class TrainingRun:
         labels: Labels of the training set, read only if examples are re-sampled.
         seed: Seed of re-sampling.
         mixup: Mixup of the features inside the model; None: no Mixup.
+        mix_until: When the mixing ends.
 
     Raises:
-        ValueError: ``start`` is past the end, or an epoch while the length of one is not known;
-            or examples are to be re-sampled and cannot be, or have a sampler of the user's own.
+        ValueError: ``start`` or ``mix_until`` is past the end, or an epoch while the length of one
+            is not known; or examples are to be re-sampled and cannot be, or have a sampler of the
+            user's own.
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class TrainingRun:
         labels: TrainingLabels,
         seed: int,
         mixup: FeatureMixup | None = None,
+        mix_until: Moment = _NEVER,
     ) -> None:
         self.criterion = criterion
         self.schedule = schedule
@@ -85,6 +90,8 @@ class TrainingRun:
         self._total_steps = total_steps
         self._steps_per_epoch = steps_per_epoch(trainer.args, train_dataloader, total_steps)
         self._check_start(total_steps, train_dataloader)
+        hint = "Use a smaller one, or leave it out to mix to the end."
+        self._mix_until = mix_until.step(total_steps, self._steps_per_epoch, hint=hint)
         restore_sampler(train_dataloader)
         self._last_round = _last_round(train_dataloader)
         self._sampler: DeferredSampler | None = None
@@ -150,6 +157,8 @@ class TrainingRun:
     def begin_step(self, state: TrainerState) -> None:
         """Fill in the class weights of the coming optimizer step; log the stage if it is new."""
         progress = Progress(state.global_step, self._total_steps, self._steps_per_epoch)
+        if progress.step >= self._mix_until:
+            self.mixup = None
         if self._sampler is not None:
             progress = self._sampler.progress  # sampling changes between epochs only
         stage = apply_stage(self.criterion, self.schedule, progress)

@@ -43,12 +43,13 @@ def test_labels_are_read_once_for_all_processes(alone, ranks):
     assert [found["labels"]["loaded"] for found in (alone, *ranks)] == [15, 15, 0]
 
 
-@pytest.mark.parametrize(
-    ("loss", "cut"),
-    [("ce", "whole"), ("ce", "parts"), ("ldam", "whole"), ("ldam", "parts"), ("ldam", "chunked")],
-)
+CUTS = [("ce", "whole"), ("ce", "parts"), ("ldam", "whole"), ("ldam", "parts"), ("ldam", "chunked")]
+CUTS += [("ldam", "uphill"), ("ldam", "uphill, parts")]
+
+
+@pytest.mark.parametrize(("loss", "cut"), CUTS)
 def test_the_update_does_not_depend_on_the_split(loss, cut, alone, ranks):
-    one = alone[loss, "whole"]
+    one = alone[loss, "uphill" if "uphill" in cut else "whole"]
     for found in (alone[loss, cut], ranks[0][loss, cut], ranks[1][loss, cut]):
         assert len(found["losses"]) == 2  # before and after the switch
         assert found["losses"] == pytest.approx(one["losses"], rel=1e-6)
@@ -152,7 +153,7 @@ def test_whole_matrix(tmp_path, capsys):
                 worst[case[2]] = max(worst[case[2]], apart)
                 compared += 1
     # Processes of all three launches, accumulations, targets and counts; losses and precisions.
-    assert compared == (1 + 2 + 3) * 3 * 2 * 2 * (8 + 2)
+    assert compared == (1 + 2 + 3) * 3 * (2 * 2 * (8 + 2) + 1)  # and one uphill
     with capsys.disabled():
         print(f"\n{compared} runs of 4 updates, largest difference {worst}")
 

@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback
 from ldam_plugins import use_cosine_head
 from ldam_plugins.heads.guard import HeadGuard
 from ldam_plugins.integrations.transformers import DRWCallback
+from ldam_plugins.integrations.transformers.checks import calling_trainer
 
 ONE_BATCH = {"max_steps": 1, "per_device_train_batch_size": sum(COUNTS), "optim": "sgd"}
 ONE_BATCH |= {"max_grad_norm": 0.0}
@@ -213,3 +214,25 @@ def test_a_model_that_goes_round_its_head_is_refused(tmp_path):
 def test_bad_alpha(mixup):
     with pytest.raises(ValueError, match=r"`mixup` must be a finite number >= 0"):
         DRWCallback(mixup=mixup)
+
+
+def test_mixing_ends_where_it_is_told_to(tmp_path):
+    """The later steps are those of a training without it, which draws no partners."""
+    noted = []
+
+    class Targets(DRWCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            super().on_pre_optimizer_step(args, state, control, **kwargs)
+            noted.append(calling_trainer(self).compute_loss_func.__self__.mixup is not None)
+
+    options = {"max_steps": 9, "per_device_train_batch_size": 8}  # three steps an epoch
+    make_trainer(tmp_path, callbacks=[Targets(mixup=1.0, mix_until=2)], **options).train()
+    assert noted == [True] * 6 + [False] * 3
+    noted.clear()
+    make_trainer(tmp_path, callbacks=[Targets(mixup=1.0, mix_until=0.5)], **options).train()
+    assert noted == [True] * 5 + [False] * 4
+    late = make_trainer(tmp_path, callbacks=[DRWCallback(mixup=1.0, mix_until=3)], **options)
+    with pytest.raises(ValueError, match=r"`mix_until` must be before the end .* at epoch 3"):
+        late.train()
+    with pytest.raises(ValueError, match=r"`mix_until` must be left out without mixup, got 0\.5"):
+        DRWCallback(mix_until=0.5)
