@@ -148,7 +148,6 @@ def main(options: TextOptions) -> dict[str, Any]:
             held_out=0 if validation is None else len(validation),
             test=len(test) if options.measures_test else 0,
             device=arguments.device,
-            precision=choose_precision(options.mixed_precision),
             processes=arguments.world_size,
         )
     criterion = options.make_loss(counts)

@@ -26,6 +26,7 @@ USAGE_ERROR, INTERRUPTED = 2, 130
 _Options = TypeVar("_Options")
 _OURS = (Path(__file__).parents[1],)
 _WORDS = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
+_WORDS |= {"on": True, "off": False}
 _METAVARS = {int: "N", float: "X", str: "TEXT", bool: "yes|no"}
 
 
@@ -92,7 +93,10 @@ def _add(part: Any, field: Any, hint: Any) -> None:
     more |= {"nargs": more.get("nargs", "*")} if is_list else {}
     choices = field.metadata.get("choices")
     if choices is not None:
-        more |= {"type": _chooser(field.name, choices), "metavar": "|".join(map(str, choices))}
+        chosen = _chooser(field.name, choices)
+        more |= {"type": chosen, "metavar": "|".join(map(str, choices))}
+        if bool in get_args(hint):  # yes, no, or another word
+            more["type"] = lambda word: _truth(word) if word.lower() in _WORDS else chosen(word)
     elif kind is bool:
         more |= {"type": _truth, "nargs": "?", "const": True, "metavar": _METAVARS[bool]}
     else:

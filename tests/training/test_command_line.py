@@ -139,7 +139,8 @@ def test_the_help_and_a_misspelt_flag_need_no_torch():
 
 
 def test_ctrl_c_leaves_a_run_to_resume_and_a_second_run_says_what_to_type(tmp_path):
-    flags = ["--epochs", 4000, "--output_dir", tmp_path, "--eval_test_every", 0, "--traceback"]
+    flags = ["--epochs", 4000, "--output_dir", tmp_path, "--eval_test_every", 0]
+    flags += ["--auto_tune", "off", "--traceback"]
     process = recipe_process(*flags[:-1], start_new_session=True)
     until = time.monotonic() + 300
     while not list(tmp_path.glob("checkpoints/epoch_*")) and time.monotonic() < until:
