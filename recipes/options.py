@@ -43,6 +43,7 @@ from ldam_plugins.training.command_line import (
     USAGE_ERROR,
     flag_names,
     is_first_process,
+    or_refused,
     parse_flags,
     say_errors_briefly,
 )
@@ -858,12 +859,25 @@ def about(kind: type[Any], default: str) -> dict[str, str]:
     presets = ", ".join(sorted(own))
     return {
         "usage": "%(prog)s [PRESET] [--option value ...]",
-        "description": (kind.__doc__ or "").split("\n")[0]
-        + " Written with underscores or dashes; [default].",
+        **described(kind),
         "epilog": f"PRESET: {presets}, or a YAML or JSON file of options; without one and without "
         f"--dataset it is {default}. Exit codes: 0 done, 1 an error, {USAGE_ERROR} a command line "
         "that is refused, 130 Ctrl-C, 143 SIGTERM after the state was saved.",
     }
+
+
+def described(kind: type[Any]) -> dict[str, str]:
+    """What ``--help`` says before the options: the first line of their dataclass."""
+    line = (kind.__doc__ or "").split("\n")[0]
+    return {"description": f"{line} Written with underscores or dashes; [default]."}
+
+
+def flags_alone(kind: type[_Parsed]) -> _Parsed:
+    """The options of this process's command line, of a recipe that takes nothing but flags.
+
+    What is refused ends the process with a line.
+    """
+    return or_refused(lambda: parse_flags(kind, sys.argv[1:], **described(kind)))
 
 
 def command_line(kind: type[Options], *, default: str) -> Options:
@@ -1021,14 +1035,10 @@ def parse_with_first_word(
         flag: That of the first words, such as ``--dataset``.
         arguments: The words. Default: those of the process.
     """
-    from transformers import HfArgumentParser
-
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words and not words[0].startswith("-"):
         words.insert(0, flag)
-    (options,) = HfArgumentParser(kind, allow_abbrev=False).parse_args_into_dataclasses(words)
-    found: _Parsed = options
-    return found
+    return parse_flags(kind, words, **described(kind))
 
 
 def print_outcome(options: CoreOptions, metrics: Mapping[str, Any], counts: ClassCounts) -> None:

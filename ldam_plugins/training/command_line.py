@@ -59,6 +59,24 @@ def parse_flags(kind: type[_Options], flags: Sequence[str], **parser: Any) -> _O
     return kind(**vars(found))
 
 
+def parse_known_flags(
+    kind: type[_Options], flags: Sequence[str], **parser: Any
+) -> tuple[_Options, list[str]]:
+    """As :func:`parse_flags`, and the words that are no flags of the dataclass, for another one."""
+    found, rest = make_parser(kind, **parser).parse_known_args([*map(_underscored, flags)])
+    return kind(**vars(found)), rest
+
+
+def or_refused(parse: Callable[[], _Options]) -> _Options:
+    """What ``parse`` gives; where it refuses the command line the process ends with a line."""
+    try:
+        return parse()
+    except (TypeError, ValueError) as error:
+        if is_first_process():
+            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        raise SystemExit(USAGE_ERROR) from None
+
+
 def make_parser(
     kind: type[Any], *, groups: Mapping[str, Sequence[str]] | None = None, **about: Any
 ) -> OptionParser:

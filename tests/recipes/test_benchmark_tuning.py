@@ -1,7 +1,6 @@
 """Tuning in the benchmark with real runs, made in this process."""
 
 import json
-import sys
 from unittest.mock import patch
 
 import benchmark
@@ -11,6 +10,7 @@ import text_lt
 import vision_lt
 from accelerate.state import AcceleratorState
 from options import parse_options
+from study_options import TablesOptions
 from untouchable import without_test_set
 
 from ldam_plugins.benchmark.local import Outcome, ended_before
@@ -127,10 +127,8 @@ def test_methods_are_tuned_without_the_test_set_and_go_on_where_they_stopped(
     assert {record["name"]: record["tuned"] for record in records} == chosen
     write_records(tmp_path / "results.jsonl", records)
     monkeypatch.setattr(results_tables, "RESULTS", tmp_path)
-    monkeypatch.setattr(
-        sys, "argv", ["results_tables.py", "--add", "own", str(tmp_path / "results.jsonl")]
-    )
-    results_tables.main()
+    options = TablesOptions(add=["own", str(tmp_path / "results.jsonl")])
+    results_tables.main(options)
     assert {r["name"]: r["tuned"] for r in read_records(tmp_path / "own.jsonl")} == chosen
 
 

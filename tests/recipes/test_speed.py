@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import speed
-import speed_timing
 import speed_training
+import study_options
 from forked import run_forked
 from paths import RECIPES
 
@@ -35,10 +35,10 @@ def whole(row):
 
 def test_small_sections(tmp_path, capsys):
     file = tmp_path / "speed.json"
-    rows = speed.main(speed_timing.SpeedOptions(**TINY, json=str(file)))
+    rows = speed.main(study_options.SpeedOptions(**TINY, json=str(file)))
     for row in rows:
         whole(row)
-    assert [*dict.fromkeys(row["section"] for row in rows)] == speed_timing.QUICK
+    assert [*dict.fromkeys(row["section"] for row in rows)] == study_options.QUICK
     kept = json.loads(file.read_text())
     assert kept["rows"] == json.loads(json.dumps(rows))
     assert kept["options"]["repeats"] == 1
@@ -66,7 +66,7 @@ def test_training(tmp_path, monkeypatch):
     monkeypatch.setattr(speed_training, "subprocess", run_two_forked(tmp_path / "log"))
     more = {"compile": False, "dataset": "digits", "text_dataset": "stdlib_docstrings"}
     only = {"only": ["processes", "vision", "text"], "text_model": "bilstm", "max_length": 16}
-    rows = speed.main(speed_timing.SpeedOptions(**TINY, **more, **only))
+    rows = speed.main(study_options.SpeedOptions(**TINY, **more, **only))
     for row in rows:
         whole(row)
     assert [row["section"] for row in rows] == ["processes", "vision", "vision", "text"]
@@ -74,4 +74,4 @@ def test_training(tmp_path, monkeypatch):
 
 def test_unknown_section():
     with pytest.raises(ValueError, match=r"`only` must be one of .*Did you mean 'vision'"):
-        speed.main(speed_timing.SpeedOptions(only=["vison"]))
+        speed.main(study_options.SpeedOptions(only=["vison"]))
