@@ -66,6 +66,7 @@ from ldam_plugins import (
     LongTailMetrics,
     fold_cosine_head,
     long_tail_indices,
+    reports,
 )
 from ldam_plugins.data.notes import DataNotes
 from ldam_plugins.data.streams import stream_texts
@@ -97,7 +98,6 @@ from ldam_plugins.integrations.transformers.tokenizer import train_tokenizer
 from ldam_plugins.losses.base import ClassificationLoss
 from ldam_plugins.posthoc import Finished
 from ldam_plugins.posthoc.last_step import scratch_folder
-from ldam_plugins.reports import write_mistakes, write_report
 from ldam_plugins.training import (
     check_processes,
     choose_precision,
@@ -232,8 +232,10 @@ def save_outputs(
     times = training_times(options.output_dir, counts.total)
     write_metrics(options.output_dir, metrics | times)
     if measured is not None and not options.streaming:
-        write_mistakes(options.output_dir, lambda row: measured[row]["text"], options.measured_part)
-    write_report(options.output_dir)
+        reports.write_mistakes(
+            options.output_dir, lambda row: measured[row]["text"], options.measured_part
+        )
+    reports.write_report(options.output_dir)
     print_outcome(options, metrics, counts)
 
 

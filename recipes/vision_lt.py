@@ -52,7 +52,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from ldam_plugins import ClassCounts, register
+from ldam_plugins import ClassCounts, reports
 from ldam_plugins.data import LabelledImages, load_images, long_tail_indices
 from ldam_plugins.data.in_memory import InMemoryImages
 from ldam_plugins.data.notes import DataNotes
@@ -74,7 +74,6 @@ from ldam_plugins.losses import apply_stage, warn_of_combination
 from ldam_plugins.losses.base import ClassificationLoss
 from ldam_plugins.posthoc import Features, Finished, extract_features
 from ldam_plugins.posthoc.last_step import scratch_folder
-from ldam_plugins.reports import write_mistakes, write_report
 from ldam_plugins.reports.console import RunBar
 from ldam_plugins.samplers import DeferredSampler
 from ldam_plugins.schedules import DeferredSchedule, Progress
@@ -110,7 +109,6 @@ from ldam_plugins.training.options import (
 @folders_held()
 def main(options: VisionOptions) -> dict[str, Any]:
     """Train and evaluate once; returns what its files of results hold."""
-    register()
     state = join_processes(options)
     set_seed(options.seed)
     options.check_model()
@@ -429,8 +427,8 @@ def save_outputs(
     times = training_times(options.output_dir, counts.total)
     write_metrics(options.output_dir, metrics | times)
     if measured is not None and not options.streaming:
-        write_mistakes(options.output_dir, measured.image, options.measured_part)
-    write_report(options.output_dir)
+        reports.write_mistakes(options.output_dir, measured.image, options.measured_part)
+    reports.write_report(options.output_dir)
     print_outcome(options, metrics, counts)
 
 

@@ -15,6 +15,7 @@ from untouchable import without_test_set
 
 from ldam_plugins.benchmark.local import Outcome, ended_before
 from ldam_plugins.benchmark.records import read_records, write_records
+from ldam_plugins.reports import run_report
 
 RECIPES = {
     "vision_lt.py": (vision_lt, vision_lt.VisionOptions, "load_images"),
@@ -48,7 +49,7 @@ def ran(monkeypatch):
         words = [*task.arguments, "--output_dir", str(task.folder), "--resume", "auto"]
         AcceleratorState._reset_state(reset_partial_state=True)
         guarded = without_test_set(load) if "trial" in task.name else load
-        with patch.object(recipe, loader, guarded), patch.object(recipe, "write_report"):
+        with patch.object(recipe, loader, guarded), patch.object(run_report, "write_report"):
             try:
                 recipe.main(parse_options(kind, words, default="digits_lt"))
             except ValueError as error:
