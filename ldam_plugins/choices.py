@@ -61,3 +61,19 @@ NONE, AUTOMATIC = "none", "auto"
 TEMPERATURE = "temperature"
 SCALINGS = (TEMPERATURE, "group", "class")
 """What has a scale of its own when logits are calibrated: all one, the groups, or each class."""
+POSTHOC_METHODS = (
+    *(NONE, "logit_adjustment", "tau_norm", "lws", "crt", "class_means", "cosine_means"),
+    *("ce", "ldam", "ldam_hinge", "uniform_margin", "hinge"),
+    *("focal", "logit_adjusted", "vector_scaling"),
+)
+"""What can be done to the head of a trained model."""
+CRITERIA = ("log_loss", "accuracy")
+"""What it is chosen by: the mean over the classes of either."""
+THRESHOLDS_FILE = "thresholds.json"
+"""Beside the weights of a model: from where on it answers."""
+NEAR_DISTANCE = 6
+"""Bits of 64 in which the hashes of near duplicates differ at most."""
+NEAR_SIMILARITY = 0.8
+"""Share of the shingles of two near duplicates that both have, at least."""
+SEARCHED = ("lr", "scale", "max_margin", "tau", "gamma", "beta")
+"""Options that a benchmark tunes unless told."""

@@ -42,20 +42,27 @@ as PNG, and ``results.jsonl`` with the record of each run a line, which
 
 from __future__ import annotations
 
+from study_options import RECIPES, BenchmarkOptions
+from study_options import parse_benchmark as parse
+
+from ldam_plugins.training.command_line import or_refused
+
+if __name__ == "__main__":  # --help and a misspelt flag are answered before torch is imported
+    chosen = or_refused(parse)
+
 import shlex
 import sys
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from options import CoreOptions, as_flags, option, parse_options, read_file
+from options import CoreOptions, parse_options
 from tqdm import tqdm
-from transformers import HfArgumentParser
 
 from ldam_plugins import ClassCounts
 from ldam_plugins.benchmark.captions import row_caption
@@ -80,71 +87,8 @@ from ldam_plugins.benchmark.tuning import (
 from ldam_plugins.training.options import SEED, check_int, check_real, invalid
 
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} runs in {elapsed}"
-GRIDS = Path(__file__).parent / "grids"
-RECIPES = {
-    "vision": ("vision_lt", "VisionOptions", "digits_lt"),
-    "text": ("text_lt", "TextOptions", "stdlib_lt"),
-}
-"""Module, options and the preset where neither one nor a data set is given."""
 OF_METHODS = {"loss", "head", "schedule", "start", "start_unit", "output_dir", *SEARCHED}
 """Options that do not say which samples a run is trained on."""
-
-
-@dataclass
-class BenchmarkOptions:
-    """What is compared, and where it runs."""
-
-    recipe: str = option("vision", "recipe of all cells", choices=tuple(RECIPES))
-    preset: str = option(
-        "", "preset of the recipe that all cells begin with [the recipe's, if no dataset is set]"
-    )
-    methods: list[str] = option([], "method, loss/schedule, or either with :option=value")
-    losses: list[str] = option([], "losses, each with each of --schedules, beside --methods")
-    schedules: list[str] = option([], "schedules, each with each of --losses")
-    profiles: list[str] = option([], "long-tail profiles [the preset's, else none]")
-    ratios: list[float] = option([], "imbalance ratios [the preset's]")
-    seeds: list[int] = option([0], "seeds of the training")
-    tune: int = option(
-        0,
-        "trials that each method's own settings are chosen from, on held-out training samples",
-    )
-    tune_options: list[str] = option(
-        [],
-        f"what is tuned: lr, lr=1e-4:1e-2 or scale=10,20,30 [{', '.join(SEARCHED)}: around the "
-        "values as given, where the method takes them]",
-    )
-    tune_split: float = option(0.2, "share of each class's training samples that scores the trials")
-    tune_seed: int = option(0, "seed of the search and of the training of its trials")
-    set: list[str] = option([], "option=value for all cells", action="extend")
-    vary: list[str] = option([], "option=a,b,c: cells for each value", action="extend")
-    output_dir: str = option("runs/benchmark", "folder of the grid")
-    baseline: str = option("erm", "what others are compared with: erm, */none, ldam_drw:start=80")
-    jobs: int = option(1, "cells at once")
-    launcher: str = option("local", "where cells run", choices=("local", "slurm"))
-    slurm: list[str] = option([], "of submitit: timeout_min=60 partition=gpu ...", action="extend")
-    dry_run: bool = option(False, "print the command of each cell and stop")
-    report_only: bool = option(False, "run nothing; report on the cells that are finished")
-
-
-def parse(arguments: list[str] | None = None) -> BenchmarkOptions:
-    """Options from flags, or from a grid file followed by flags.
-
-    Without a grid and a preset the methods are those of ``digits_quick``; its preset is of digits
-    and says nothing to data that ``--set dataset=`` names, or to texts.
-    """
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    parser = HfArgumentParser(BenchmarkOptions, allow_abbrev=False)
-    entries: dict[str, Any] = {}
-    if arguments and not arguments[0].startswith("-"):
-        entries = read_file(BenchmarkOptions, arguments.pop(0), GRIDS)
-    elif not any(argument.split("=")[0] == "--preset" for argument in arguments):
-        entries = read_file(BenchmarkOptions, "digits_quick", GRIDS)
-        (given,) = parser.parse_args_into_dataclasses(arguments)
-        own_data = any(entry.startswith("dataset=") for entry in [*given.set, *given.vary])
-        if own_data or given.recipe != "vision":
-            entries = {"methods": entries["methods"]}
-    (options,) = parser.parse_args_into_dataclasses([*as_flags(entries), *arguments])
-    return options
 
 
 def main(options: BenchmarkOptions) -> list[Outcome]:
@@ -389,4 +333,4 @@ def launch(
 
 
 if __name__ == "__main__":
-    sys.exit(any(outcome.status == "failed" for outcome in main(parse())))
+    sys.exit(any(outcome.status == "failed" for outcome in main(chosen)))

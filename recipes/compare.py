@@ -16,8 +16,12 @@ it, too: that is what the seeds of ``recipes/benchmark.py`` tell.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
+from trained_options import CompareOptions, parse_compare
+
+from ldam_plugins.training.command_line import or_refused, say_errors_briefly
+
+if __name__ == "__main__":  # --help and a misspelt flag are answered before torch is imported
+    chosen = or_refused(parse_compare)
 
 from tabulate import tabulate
 
@@ -29,24 +33,15 @@ from ldam_plugins.reports.comparison import (
     worded_parts,
     write_comparison,
 )
-from ldam_plugins.training.command_line import say_errors_briefly
 
 SHOWN = 10
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(options: CompareOptions) -> None:
     """Compare, print and write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("classifiers", nargs="+", metavar="RUN", help="folder of a run, or CSV")
-    parser.add_argument("--part", default="test", help="of runs: test, or validation")
-    parser.add_argument("--output_dir", "--output-dir", type=Path, default=Path("runs/comparison"))
-    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
-    given = parser.parse_args(arguments)
-    if not given.traceback:
+    if not options.traceback:
         say_errors_briefly()
-    classifiers = [read_classifier(path, given.part) for path in given.classifiers]
+    classifiers = [read_classifier(path, options.part) for path in options.classifiers]
     table, comparisons = compare(classifiers)
     for found in comparisons:
         print(f"\n{found.name} against {classifiers[0].name}. {found.verdict}\n")
@@ -56,9 +51,9 @@ def main(arguments: list[str] | None = None) -> None:
         if rows:
             print(f"\nClasses that change most, {min(SHOWN, len(rows))} of {len(rows)}:\n")
             print(tabulate(rows[:SHOWN], headers="keys", disable_numparse=True))
-    page = write_comparison(given.output_dir, classifiers[0], table, comparisons)
+    page = write_comparison(options.output_dir, classifiers[0], table, comparisons)
     print(f"\nThe same as a page, with all tables beside it: {page}")
 
 
 if __name__ == "__main__":
-    main()
+    main(chosen)

@@ -11,9 +11,12 @@ from importlib import import_module
 from pathlib import Path
 
 if __name__ == "__main__":
-    from evaluate_model import EvaluateOptions, command_line, main
+    from trained_options import EvaluateOptions, command_line
 
-    main(*command_line(EvaluateOptions))
+    chosen = command_line(EvaluateOptions)  # --help is answered before torch is imported
+    from evaluate_model import main
+
+    main(*chosen)
 else:
     here = Path(__file__).resolve().parent
     path, own = sys.path, sys.modules.pop(__name__)

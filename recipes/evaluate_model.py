@@ -20,10 +20,15 @@ and ``report.html``, as a training leaves them, for ``recipes/compare.py`` too.
 
 from __future__ import annotations
 
+from trained_options import EvaluateOptions, command_line
+
+if __name__ == "__main__":  # --help and a misspelt flag are answered before torch is imported
+    chosen = command_line(EvaluateOptions)
+
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from accelerate import PartialState
@@ -32,8 +37,6 @@ from tqdm import tqdm
 from trained import (
     Host,
     Part,
-    SharedOptions,
-    command_line,
     data_settings,
     join_processes,
     load,
@@ -53,25 +56,11 @@ from ldam_plugins.training import (
     run_metrics,
     write_metrics,
 )
-from ldam_plugins.training.options import check_choice, option
+from ldam_plugins.training.options import check_choice
 from ldam_plugins.training.run_dir import check_no_run
 
 BATCHES = 16
 """Batches that a process takes at a time."""
-
-
-@dataclass
-class EvaluateOptions(SharedOptions):
-    """Which model is measured. Further flags are those of the recipes that choose the data."""
-
-    FOLDER: ClassVar[str] = "evaluated"
-
-    part: str = option(
-        "test", "samples that it is measured on", choices=("test", "validation", "train")
-    )
-    baseline: str | None = option(
-        None, "a run, or a CSV of predictions of the same samples, that it is compared with"
-    )
 
 
 def main(options: EvaluateOptions, flags: list[str] | None = None) -> dict[str, Any]:
@@ -162,4 +151,4 @@ def save_outputs(
 
 
 if __name__ == "__main__":
-    main(*command_line(EvaluateOptions))
+    main(*chosen)

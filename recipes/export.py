@@ -18,60 +18,33 @@ where ``--output`` is given. timm loads it as ``hf-hub:me/photos``, transformers
 
 from __future__ import annotations
 
+from trained_options import ExportOptions, command_line
+
+if __name__ == "__main__":  # --help and a misspelt flag are answered before torch is imported
+    chosen = command_line(ExportOptions)
+
 import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from trained import Host, TrainedOptions, command_line, find_host, load
+from trained import Host, find_host, load
 
 from ldam_plugins.integrations.hub import Sent, send_model
 from ldam_plugins.integrations.transformers.bilstm import BiLSTMForSequenceClassification
 from ldam_plugins.integrations.transformers.trained_model import TEXTS
 from ldam_plugins.metrics.predictions import probabilities
 from ldam_plugins.reports.model_card import CARD_FILE, TO_BE_WRITTEN
-from ldam_plugins.training.options import COUNT, Limits, invalid, option
+from ldam_plugins.training.options import invalid
 
 OPSET = 20
 TOLERANCE = 1e-5
 """Largest difference of a probability from torch's."""
-
-
-@dataclass
-class ExportOptions(TrainedOptions):
-    """Which model goes where. Further flags are those of the recipes that choose the data."""
-
-    LIMITS: ClassVar[dict[str, Limits]] = TrainedOptions.LIMITS | {"compared": COUNT}
-
-    output: str | None = option(
-        None, "file that is written [model.onnx, unless it is sent to a hub]"
-    )
-    compared: int = option(64, "test samples by which it is compared with torch")
-    push_to_hub: bool = option(False, "send the saved model with its card to a hub")
-    hub_model_id: str | None = option(
-        None, "owner/name there, or name alone [the name of the run's folder]"
-    )
-    hub_private_repo: bool = option(False, "make it private, if it is new there")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("hub_model_id", "hub_private_repo"):
-            if getattr(self, name) and not self.push_to_hub:
-                raise invalid(name, "given with --push_to_hub", getattr(self, name))
-        if self.output is None and self.push_to_hub:
-            return
-        self.output = self.output or "model.onnx"
-        if Path(self.output).suffix.lower() != ".onnx":
-            raise invalid("output", "a file that ends in .onnx", self.output)
-        if Path(self.output).exists() and not self.overwrite:
-            hint = "Choose another one, or --overwrite it."
-            raise invalid("output", "a file that is not there", self.output, hint=hint)
 
 
 class Logits(nn.Module):
@@ -235,4 +208,4 @@ def metadata(host: Host, class_names: Any) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    main(*command_line(ExportOptions))
+    main(*chosen)

@@ -25,11 +25,20 @@ the data and the network. Left in ``--output_dir``: the features, ``report.html`
 
 from __future__ import annotations
 
+from study_options import DATA_OPTIONS, FROZEN_HEADS, FROZEN_SCHEDULES, FrozenOptions
+from study_options import parse_frozen as parse
+from trained_options import APPLIED
+
+from ldam_plugins.training.command_line import or_refused
+
+if __name__ == "__main__":  # --help and a misspelt flag are answered before torch is imported
+    chosen = or_refused(parse)
+
 import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -39,16 +48,16 @@ import posthoc
 import text_lt
 import torch
 import vision_lt
-from options import GROUPS, CoreOptions, parse_options
+from options import CoreOptions
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding, HfArgumentParser
+from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding
 
 from ldam_plugins import ClassCounts, DeferredSchedule, create_loss, list_losses, register
 from ldam_plugins.benchmark.report import write_experiment
 from ldam_plugins.benchmark.tables import interval_rows, markdown
-from ldam_plugins.choices import DEFAULT_MAX_MARGIN, DEFAULT_SCALE, NONE
+from ldam_plugins.choices import NONE
 from ldam_plugins.heads.choice import options_for_head
 from ldam_plugins.integrations.timm.images import InputLoader, image_loader
 from ldam_plugins.integrations.transformers.run_callbacks import pretrained_source
@@ -65,74 +74,15 @@ from ldam_plugins.posthoc import (
 from ldam_plugins.posthoc.choice import CRITERIA
 from ldam_plugins.posthoc.feature_files import digest_of_batches
 from ldam_plugins.training import keep_freed_memory, run_metrics
-from ldam_plugins.training.command_line import flag_names
 from ldam_plugins.training.files import to_json
-from ldam_plugins.training.options import as_flags, check_choice, check_int, invalid, option
-
-HEADS = ("linear", "cosine")
-SCHEDULES = ("none", "rw", "drw")
-LOSSES = ("ce", "logit_adjusted", "ldam", "focal", "vector_scaling")
-
-DATA_OPTIONS = {*GROUPS["data"], "model", "image_size", "crop_pct", "crop_mode", "max_length"}
-DATA_OPTIONS |= {"batch_size", "workers"}
-DATA_OPTIONS -= {"val_split"}  # nothing is held out: there is nothing to choose
-DATA_OPTIONS -= {"streaming", "class_counts", "shuffle_buffer"}  # features are in memory anyway
-"""Options of the recipes that choose the data or the network."""
-
-
-@dataclass
-class FrozenOptions:
-    """What is compared. Further flags are those of the recipe that choose data and network."""
-
-    recipe: str = option("vision", "recipe whose data it is", choices=("vision", "text"))
-    losses: list[str] = option(list(LOSSES), f"of {', '.join(list_losses())}")
-    heads: list[str] = option(list(HEADS), "of linear, cosine")
-    schedules: list[str] = option(list(SCHEDULES), "of none, rw, drw")
-    max_margins: list[float] = option([0.1, 0.3, DEFAULT_MAX_MARGIN], "margins of the rarest class")
-    scale: float = option(DEFAULT_SCALE, "scale of the cosine head")
-    weight_decay: float = option(0.01, "of the linear head, on standardised features")
-    beta: float = option(0.9999, "beta of the class-balanced weights")
-    posthoc_tau: float = option(1.0, "strength of the adjustment afterwards")
-    methods: list[str] = option(
-        [], "what is done to the linear head of cross-entropy: all, METHOD or METHOD:STRENGTH"
-    )
-    by: str = option("log_loss", "what a strength is chosen by, a mean over classes")
-    folds: int = option(5, "folds of that choice")
-    seed: int = option(0, "seed of the first directions of a cosine head")
-    features: str | None = option(
-        None, "output_dir of an earlier run on the same data, whose features are used again"
-    )
-    output_dir: str = option("runs/frozen_features", "folder of the results")
-
-
-def parse(arguments: list[str] | None = None) -> tuple[FrozenOptions, CoreOptions]:
-    """The options of the comparison, and those of the recipe that choose data and network."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    preset = [arguments.pop(0)] if arguments and not arguments[0].startswith("-") else []
-    parser = HfArgumentParser(FrozenOptions, allow_abbrev=False)
-    options, rest = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
-    if rest and not rest[0].startswith("-"):  # after `--recipe text`
-        preset = [rest.pop(0)]
-    for flag in rest:
-        if flag_names([flag]) - DATA_OPTIONS:
-            hint = "The network is not trained here, so options of its training have no effect."
-            raise invalid("arguments", "options of the data or the network", flag, hint=hint)
-    kind, defaults, _ = RECIPES[options.recipe]
-    if not preset and "dataset" not in flag_names(rest):
-        raise invalid("dataset", "given, or a preset first", None)
-    own = ["--output_dir", options.output_dir, "--loss", "ce", "--schedule", "none"]
-    chosen = parse_options(kind, [*preset, *own, *rest], default="")
-    if getattr(chosen, "is_of_transformers", False):  # its image processor says how it is cropped
-        defaults = {k: v for k, v in defaults.items() if k not in ("crop_mode", "crop_pct")}
-    data = parse_options(kind, [*preset, *as_flags(defaults), *own, *rest], default="")
-    return options, data
+from ldam_plugins.training.options import check_choice, check_int, invalid
 
 
 def main(options: FrozenOptions, data: CoreOptions) -> list[dict[str, Any]]:
     """Solve for each classifier; returns the record of each."""
     register()
     cells = list(make_cells(options))
-    methods = posthoc.METHODS if options.methods == ["all"] else options.methods
+    methods = APPLIED if options.methods == ["all"] else options.methods
     options.methods = [*dict.fromkeys(methods)]
     for method in options.methods:
         parse_method(method, "methods")
@@ -154,7 +104,7 @@ def main(options: FrozenOptions, data: CoreOptions) -> list[dict[str, Any]]:
 
 def extract(options: FrozenOptions, data: CoreOptions) -> None:
     """Keep the features of the training and of the test set in a file each."""
-    _, _, get_features = RECIPES[options.recipe]
+    get_features = FEATURES[options.recipe]
     with keep_freed_memory("cpu"):
         for part, features in get_features(data):
             features.save(features_file(options.output_dir, part))
@@ -192,7 +142,11 @@ def data_options(data: CoreOptions) -> dict[str, Any]:
 
 def make_cells(options: FrozenOptions) -> Iterator[dict[str, Any]]:
     """Loss, head, schedule and options of the loss of each classifier."""
-    for name, known in (("losses", list_losses()), ("heads", HEADS), ("schedules", SCHEDULES)):
+    for name, known in (
+        ("losses", list_losses()),
+        ("heads", FROZEN_HEADS),
+        ("schedules", FROZEN_SCHEDULES),
+    ):
         for value in getattr(options, name):
             check_choice(name, value, known)
     chosen = (dict.fromkeys(each) for each in (options.losses, options.heads, options.schedules))
@@ -375,26 +329,11 @@ class MeanOfTokens(nn.Module):
         return self.head((states * mask).sum(1) / mask.sum(1))
 
 
-RECIPES: dict[
-    str, tuple[type[Any], dict[str, Any], Callable[[Any], Iterator[tuple[str, Features]]]]
-] = {
-    "vision": (
-        vision_lt.VisionOptions,
-        {
-            "model": "efficientnet_lite0_imagenet",
-            "pretrained": True,
-            "image_size": 128,
-            "crop_mode": "squash",
-            "crop_pct": 1.0,
-            "augment": "crop_flip",
-            "batch_size": 64,
-            "workers": 0,
-        },
-        image_features,
-    ),
-    "text": (text_lt.TextOptions, {"model": "minilm", "batch_size": 64}, text_features),
+FEATURES: dict[str, Callable[[Any], Iterator[tuple[str, Features]]]] = {
+    "vision": image_features,
+    "text": text_features,
 }
 
 
 if __name__ == "__main__":
-    main(*parse())
+    main(*chosen)

@@ -13,42 +13,38 @@ of ``recipes/advice.yaml``.
 
 from __future__ import annotations
 
+from study_options import LOADING, InspectOptions
+from study_options import parse_inspect as parse
+
+from ldam_plugins.training.command_line import or_refused
+
+if __name__ == "__main__":  # --help and a misspelt flag are answered before torch is imported
+    chosen = or_refused(parse)
+
 import io
 import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import yaml
-from options import parse_with_first_word
 from transformers import AutoTokenizer
 
 from ldam_plugins.data import Audit, audit_images, audit_texts, load_images, load_texts
-from ldam_plugins.data.audit import NEAR_DISTANCE, NEAR_SIMILARITY
 from ldam_plugins.data.audit_tables import TRAIN
 from ldam_plugins.data.notes import DataNotes
 from ldam_plugins.integrations.transformers.run_callbacks import pretrained_source
 from ldam_plugins.integrations.transformers.tokenizer import train_tokenizer
 from ldam_plugins.reports import audit_text, write_audit
 from ldam_plugins.reports.audit_report import Advice
-from ldam_plugins.training.options import COUNT, SEED, Limits, check_limits, invalid, option
+from ldam_plugins.training.options import invalid
 
 ADVICE = Path(__file__).parent / "advice.yaml"
 EVIDENCE = "recipes/results/README.md"
-REGIMES = ("pretrained", "scratch", "frozen")
-SHARED = (
-    *("label_column", "train_split", "test_split", "split_file", "group_column"),
-    *("encoding", "delimiter", "skip_empty", "subset_seed"),
-)
-LOADING = {
-    "images": ("image_column", "train_list", "test_list", *SHARED),
-    "texts": ("text_column", *SHARED),
-}
-"""The options that go to ``load_images`` and ``load_texts``, and into the command to paste."""
 LOADERS: dict[str, Callable[..., tuple[Any, Any]]] = {"images": load_images, "texts": load_texts}
 TEST_SHARE = "0.2"
 KNOWN = {"digits": "images", "stdlib_docstrings": "texts"}
@@ -56,69 +52,6 @@ NO_LIMITS = (0, math.inf)
 MOST_EPOCHS = 4
 """Times the epochs of the table, at most."""
 PREVIEW = 128  # pixels of a side
-
-
-@dataclass
-class InspectOptions:
-    """What is looked at, and how."""
-
-    LIMITS: ClassVar[dict[str, Limits]] = {
-        "near_distance": {"low": 0, "high": 16},
-        "near_similarity": {"low": 0.5, "high": 1},
-        "max_length": COUNT,
-        "subset_seed": SEED,
-    }
-
-    dataset: str = option(
-        "", "hub id, local folder, or embedded set; may come first without a flag"
-    )
-    kind: str = option("auto", "what it holds", choices=("auto", "images", "texts"))
-    image_column: str | None = option(None, "image column of a hub dataset [by its type]")
-    text_column: str | None = option(None, "text column of the dataset [by name or type]")
-    label_column: str | None = option(None, "label column of the dataset [by name or type]")
-    train_split: str = option("train", "split to train on")
-    test_split: str | None = option(
-        None,
-        "split or folder to test on, or the share of each class that is held out to test on, as "
-        "the recipes would [test, else validation]",
-    )
-    split_file: str | None = option(None, "split.csv of an earlier run, whose parts are looked at")
-    group_column: str | None = option(
-        None, "column of a table that tells what belongs together (patient, camera, author)"
-    )
-    encoding: str | None = option(None, "encoding of text files, such as cp1252 [utf-8]")
-    delimiter: str | None = option(
-        None, "what separates the fields of a CSV file [what gives even rows]"
-    )
-    subset_seed: int = option(0, "seed of the choice of samples by --test_split")
-    train_list: str | None = option(None, "list or JSON file of the training images")
-    test_list: str | None = option(None, "list or JSON file of the test images")
-    skip_empty: bool = option(False, "leave out rows without a text, file or label, and count them")
-    near_distance: int = option(
-        NEAR_DISTANCE, "bits of 64 in which the hashes of nearly equal images differ at most"
-    )
-    near_similarity: float = option(
-        NEAR_SIMILARITY, "share of their runs of 5 signs that nearly equal texts have in common"
-    )
-    regime: str = option("pretrained", "how you will train, for the advice", choices=REGIMES)
-    model: str | None = option(
-        None, "model to train, for the advice and for the tokenizer of texts [the advised one]"
-    )
-    max_length: int | None = option(
-        None, "tokens a text is cut to [256; advised: the 95th percentile of the lengths]"
-    )
-    output_dir: str = option("runs/inspect", "folder of the page and the lists")
-
-    def __post_init__(self) -> None:
-        check_limits(self, self.LIMITS)
-        if not self.dataset.strip():
-            raise invalid("dataset", "a data set to look at", self.dataset, hint="Give it first.")
-
-    def loading(self, kind: str) -> dict[str, Any]:
-        """The options that were given of those that say what is loaded."""
-        defaults = {each.name: each.default for each in fields(self)}
-        given = {name: getattr(self, name) for name in LOADING[kind]}
-        return {name: value for name, value in given.items() if value != defaults[name]}
 
 
 def main(options: InspectOptions) -> Audit:
@@ -297,10 +230,5 @@ def as_words(flags: Mapping[str, Any]) -> str:
     return " ".join(words)
 
 
-def parse(arguments: Sequence[str] | None = None) -> InspectOptions:
-    """Options from the command line, whose first word may be the data set."""
-    return parse_with_first_word(InspectOptions, "--dataset", arguments)
-
-
 if __name__ == "__main__":
-    main(parse())
+    main(chosen)

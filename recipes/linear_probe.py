@@ -14,6 +14,12 @@ on those of the run (``--fit_on long_tail``), and evaluated on the test set.
 
 from __future__ import annotations
 
+from options import CoreOptions, flags_alone
+from study_options import ProbeOptions
+
+if __name__ == "__main__":  # --help and a misspelt flag are answered before torch is imported
+    chosen = flags_alone(ProbeOptions)
+
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,13 +29,12 @@ import numpy as np
 import pandas as pd
 import text_lt
 import vision_lt
-from options import CoreOptions
 from safetensors.torch import load_file
 from tabulate import tabulate
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import DataCollatorWithPadding, HfArgumentParser
+from transformers import DataCollatorWithPadding
 
 from ldam_plugins import ClassCounts, DeferredSchedule, register
 from ldam_plugins.integrations.timm.images import image_loader
@@ -37,20 +42,9 @@ from ldam_plugins.integrations.transformers.run_callbacks import trainer_checkpo
 from ldam_plugins.metrics import head_inputs, linear_probe
 from ldam_plugins.training import default_device, read_metrics, write_atomic
 from ldam_plugins.training.checkpoints import checkpoints
-from ldam_plugins.training.options import invalid, option
+from ldam_plugins.training.options import invalid
 
 COLUMNS = ("top1_error", "balanced_accuracy", "many", "medium", "few")
-
-
-@dataclass
-class ProbeOptions:
-    """What is probed."""
-
-    runs: list[str] = option([], "folders of finished runs")
-    recipe: str = option("vision", "recipe that made them", choices=("vision", "text"))
-    epochs: list[int] = option([], "epochs of training to probe after [around the switch, last]")
-    fit_on: str = option("all", "training samples of the probe", choices=("all", "long_tail"))
-    output: str = option("runs/probe.csv", "CSV with a row a run and epoch")
 
 
 @dataclass
@@ -180,5 +174,4 @@ RECIPES: dict[str, tuple[type[Any], Callable[[Any, str], Subject]]] = {
 
 
 if __name__ == "__main__":
-    (parsed,) = HfArgumentParser(ProbeOptions).parse_args_into_dataclasses()
-    main(parsed)
+    main(chosen)

@@ -45,6 +45,7 @@ from ldam_plugins.training.command_line import (
     USAGE_ERROR,
     flag_names,
     is_first_process,
+    or_refused,
     parse_flags,
     say_errors_briefly,
 )
@@ -64,7 +65,7 @@ from ldam_plugins.training.options import (
     option,
     read_preset,
 )
-from ldam_plugins.training.run_dir import check_no_run
+from ldam_plugins.training.run_dir import AUTO_TUNE_FILE, check_no_run
 
 if TYPE_CHECKING:  # what needs torch is imported where it is used: --help is to answer at once
     from ldam_plugins import ClassCounts, DeferredSchedule
@@ -74,6 +75,7 @@ if TYPE_CHECKING:  # what needs torch is imported where it is used: --help is to
     from ldam_plugins.posthoc import Finished, LastStep
     from ldam_plugins.schedules import Moment, Progress
     from ldam_plugins.training import SelectionRule, SharpnessAware
+    from ldam_plugins.training.auto_tune import Tuned
 
 LR_SCHEDULERS = ("cosine", "multistep", "step", "poly", "tanh", "constant")
 CROP_MODES = ("center", "squash", "border")
@@ -96,6 +98,9 @@ NOT_STREAMED = {
 """Options that need all of the data at once or at hand, each with what to say beside a stream."""
 RESUME: dict[str, bool | str] = {"no": False, "yes": True, "auto": "auto"}
 """``--resume`` as the argument of :func:`~ldam_plugins.training.claim_output_dir`."""
+COMPILE = {"choices": ("yes", "no", "auto"), "nargs": "?", "const": True}
+AUTO_TUNE = {"on": "on", "yes": "on", "off": "off", "no": "off"}
+""" The words of ``--auto_tune``; a preset's ``off`` is YAML's ``no``."""
 
 logger = logging.getLogger(__name__)
 Options = TypeVar("Options", bound="CoreOptions")
@@ -137,7 +142,7 @@ GROUPS = {
     ),
     "run": (
         *("output_dir", "overwrite", "resume", "keep_checkpoints", "report_to", "quiet"),
-        *("traceback", "mixed_precision", "compile", "num_processes"),
+        *("traceback", "mixed_precision", "auto_tune", "compile", "num_processes"),
     ),
 }
 """Options by their titles in ``--help``; those of one recipe only are not in that of the other."""
@@ -296,7 +301,16 @@ class CoreOptions:
     few: int = option(FEW_BELOW, "classes with fewer training samples are the few of the results")
     seed: int = option(0, "seed of the training")
     mixed_precision: str = option(
-        "auto", "auto: bf16 where the hardware has it", choices=PRECISIONS
+        "auto",
+        "auto: what a measurement on this machine says, where --auto_tune makes one, else bf16 "
+        "where the hardware multiplies matrices in it",
+        choices=PRECISIONS,
+    )
+    auto_tune: str = option(
+        "on",
+        "on: on a CPU, time a few seconds of this model and batch to choose the precision, where "
+        "the run is longer than a minute; off: choose by rule; a .json file: the choice of other "
+        "runs, or where it is kept for them. A resumed run keeps its own",
     )
     output_dir: str = option("", "folder of the run")
     select: str = option(
@@ -361,6 +375,9 @@ class CoreOptions:
         if self.split_file is not None and self.val_split is not None:
             hint = f"What is held out is read from {self.split_file}."
             raise invalid("val_split", "left out beside --split_file", self.val_split, hint=hint)
+        self.auto_tune = AUTO_TUNE.get(self.auto_tune, self.auto_tune)
+        if self.auto_tune not in AUTO_TUNE and not self.auto_tune.endswith(".json"):
+            raise invalid("auto_tune", "on, off or a .json file", self.auto_tune)
         if not self.output_dir.strip():
             expected = "the folder of the run"
             raise invalid("output_dir", expected, self.output_dir, hint="Give --output_dir.")
@@ -738,8 +755,11 @@ class VisionOptions(CoreOptions):
     smoothing: float = option(0.0, "label smoothing")
     ema_decay: float = option(0.0, "decay of the weight average that is evaluated; 0: none")
     clip_grad: float | None = option(None, "largest gradient norm")
-    compile: bool = option(
-        False, "compile the model; on one GPU, replay its passes as a CUDA graph"
+    compile: bool | str = option(
+        False,
+        "compile the model; on one GPU, replay its passes as a CUDA graph. auto: on a CPU, where "
+        "the run is long enough to save more than the compilation takes",
+        **COMPILE,
     )
 
     BUNDLED_MODEL: ClassVar[str] = "efficientnet_lite0_imagenet"
@@ -842,7 +862,12 @@ class TextOptions(CoreOptions):
     clip_grad: float = option(1.0, "largest gradient norm; 0: no limit")
     mixup: float = option(0.0, "alpha of Mixup of the features that the classifier gets")
     lr_schedule: str = option("linear", "learning rate schedule of transformers")
-    compile: bool = option(False, "compile the model")
+    compile: bool | str = option(
+        False,
+        "compile the model; auto: on a CPU, where the run is long enough to save more than the "
+        "compilation takes",
+        **COMPILE,
+    )
     fast_dropout: bool = option(True, "draw dropout from fewer random bits on a CPU")
 
     BUNDLED_MODEL: ClassVar[str] = "minilm"
@@ -935,12 +960,25 @@ def about(kind: type[Any], default: str) -> dict[str, str]:
     presets = ", ".join(sorted(own))
     return {
         "usage": "%(prog)s [PRESET] [--option value ...]",
-        "description": (kind.__doc__ or "").split("\n")[0]
-        + " Written with underscores or dashes; [default].",
+        **described(kind),
         "epilog": f"PRESET: {presets}, or a YAML or JSON file of options; without one and without "
         f"--dataset it is {default}. Exit codes: 0 done, 1 an error, {USAGE_ERROR} a command line "
         "that is refused, 130 Ctrl-C, 143 SIGTERM after the state was saved.",
     }
+
+
+def described(kind: type[Any]) -> dict[str, str]:
+    """What ``--help`` says before the options: the first line of their dataclass."""
+    line = (kind.__doc__ or "").split("\n")[0]
+    return {"description": f"{line} Written with underscores or dashes; [default]."}
+
+
+def flags_alone(kind: type[_Parsed]) -> _Parsed:
+    """The options of this process's command line, of a recipe that takes nothing but flags.
+
+    What is refused ends the process with a line.
+    """
+    return or_refused(lambda: parse_flags(kind, sys.argv[1:], **described(kind)))
 
 
 def command_line(kind: type[Options], *, default: str) -> Options:
@@ -1017,10 +1055,9 @@ def print_header(
     held_out: int,
     test: int,
     device: Any,
-    precision: str,
     processes: int,
 ) -> None:
-    """Print what is trained, on what and where, before the first batch."""
+    """Print what is trained, on what and where, before the model is made."""
     from ldam_plugins.reports.console import header, worded_classes, worded_machine
     from ldam_plugins.training import device_name
 
@@ -1035,10 +1072,58 @@ def print_header(
         "training": f"loss {options.loss}, schedule {schedule}, {options.epochs} epochs, batch "
         f"size {options.batch_size}, learning rate {options.lr:g}",
         **({"unless told": ", ".join(options.by_model)} if options.by_model else {}),
-        "machine": worded_machine(device_name(device), precision, processes),
+        "machine": worded_machine(device_name(device), options.mixed_precision, processes),
         "folder": options.output_dir,
     }
     print(header(facts), flush=True)
+
+
+def tuned_for(
+    options: CoreOptions,
+    model: Any,
+    criterion: ClassificationLoss,
+    make_batches: Callable[[], Sequence[Any]],
+    *,
+    compile: bool | str,
+    alone: bool,
+    **more: Any,
+) -> Tuned:
+    """How the model is trained fastest here; printed, once the first process has found it.
+
+    Args:
+        options: Options of the recipe.
+        model: That is to be trained.
+        criterion: Its loss.
+        make_batches: As for :func:`~ldam_plugins.training.auto_tune.auto_tune`.
+        compile: That of the options.
+        alone: Whether each process holds the whole model, so that a copy of it can be timed.
+        **more: Further arguments of ``auto_tune``: ``device``, ``passes``, ``compiled``.
+    """
+    from functools import partial
+
+    from ldam_plugins.training.auto_tune import auto_tune, by_rule, settle
+
+    asked: dict[str, Any] = {"precision": options.mixed_precision, "compile": compile}
+    rule = by_rule(**asked, why="--auto_tune off" if alone else "by rule for a sharded model")
+    measure = partial(auto_tune, model, criterion, make_batches, **asked, **more)
+    measured = alone and options.auto_tune != "off"
+    shared = options.auto_tune if measured and options.auto_tune not in AUTO_TUNE else None
+    tuned = settle(
+        options.output_dir,
+        measure if measured else lambda: rule,
+        rule,
+        resume=RESUME[options.resume] is not False,
+        shared=shared,
+    )
+    if is_first_process() and not options.quiet:
+        print(f"speed: {tuned.line()}", flush=True)
+    return tuned
+
+
+def keep_tuned(options: CoreOptions, tuned: Tuned, *, write: bool) -> None:
+    """Keep with a run what was chosen for it, for when it is resumed."""
+    if write:
+        tuned.save(Path(options.output_dir, AUTO_TUNE_FILE))
 
 
 def parse_with_first_word(
@@ -1051,14 +1136,10 @@ def parse_with_first_word(
         flag: That of the first words, such as ``--dataset``.
         arguments: The words. Default: those of the process.
     """
-    from transformers import HfArgumentParser
-
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words and not words[0].startswith("-"):
         words.insert(0, flag)
-    (options,) = HfArgumentParser(kind, allow_abbrev=False).parse_args_into_dataclasses(words)
-    found: _Parsed = options
-    return found
+    return parse_flags(kind, words, **described(kind))
 
 
 def print_outcome(options: CoreOptions, metrics: Mapping[str, Any], counts: ClassCounts) -> None:

@@ -20,18 +20,24 @@ folders are left as they are.
 
 from __future__ import annotations
 
+from trained_options import PosthocOptions, RebalanceOptions
+from trained_options import parse_posthoc as parse
+
+from ldam_plugins.training.command_line import or_refused
+
+if __name__ == "__main__":  # --help and a misspelt flag are answered before torch is imported
+    chosen = or_refused(parse)
+
 import json
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from options import parse_with_first_word
-from rebalance import RebalanceOptions, choose_parts
+from rebalance import choose_parts
 from torch import nn
 from tqdm import tqdm
 from trained import load
@@ -47,51 +53,9 @@ from ldam_plugins.posthoc import (
     parse_method,
     rebalance_head,
 )
-from ldam_plugins.posthoc.choice import CRITERIA
 from ldam_plugins.training import default_device, keep_freed_memory, run_metrics
-from ldam_plugins.training.command_line import USAGE_ERROR
 from ldam_plugins.training.files import to_json
-from ldam_plugins.training.options import COUNT, COUNT_OR_0, check_limits, invalid, option
 from ldam_plugins.training.run_dir import OPTIONS_FILE
-
-METHODS = (
-    *("none", "logit_adjustment:1", "logit_adjustment", "tau_norm:1", "tau_norm"),
-    *("lws", "class_means", "cosine_means", "crt", "auto"),
-)
-"""Unless told."""
-
-
-@dataclass
-class PosthocOptions:
-    """What is done to which runs."""
-
-    runs: list[str] = option([], "finished run folders; may come first without a flag")
-    methods: list[str] = option(list(METHODS), "method, or method:strength")
-    choose_on: str = option(
-        "auto", "validation or train [validation, if the run held samples out, else train]"
-    )
-    by: str = option("log_loss", "what is chosen by, as a mean over classes", choices=CRITERIA)
-    folds: int = option(5, "folds of the cross-fitting")
-    batch_size: int = option(64, "samples of a forward pass")
-    workers: int = option(0, "loader processes for images")
-    output_dir: str = option("runs/posthoc", "folder of the results")
-    quiet: bool = option(False, "print warnings and errors only")
-
-    def __post_init__(self) -> None:
-        limits = {"folds": {"low": 2}, "batch_size": COUNT, "workers": COUNT_OR_0}
-        check_limits(self, limits)
-        if self.choose_on not in ("auto", "train", "validation"):
-            expected = "auto, train or validation"
-            raise invalid("choose_on", expected, self.choose_on)
-        if not self.runs:
-            hint = "Give them first: python recipes/posthoc.py runs/a runs/b."
-            raise invalid("runs", "at least one finished run folder", "none", hint=hint)
-        for method in self.methods:
-            parse_method(method, "methods")
-        for run in self.runs:
-            if not Path(run, OPTIONS_FILE).is_file() or not Path(run, "model").is_dir():
-                expected = "the folder of a finished run of vision_lt.py or text_lt.py"
-                raise invalid("runs", expected, run)
 
 
 class Made(NamedTuple):
@@ -240,15 +204,5 @@ def chosen_of(done: Rebalanced) -> dict[str, Any]:
     return found
 
 
-def parse(arguments: Sequence[str] | None = None) -> PosthocOptions:
-    """The options, the runs first."""
-    return parse_with_first_word(PosthocOptions, "--runs", arguments)
-
-
 if __name__ == "__main__":
-    try:
-        parsed = parse()
-    except (TypeError, ValueError) as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        raise SystemExit(USAGE_ERROR) from None
-    main(parsed)
+    main(chosen)

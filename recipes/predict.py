@@ -24,10 +24,14 @@ and ``abstained`` is yes (in parquet true). ``--thresholds none`` leaves them ou
 
 from __future__ import annotations
 
+from trained_options import PredictOptions, command_line
+
+if __name__ == "__main__":  # --help and a misspelt flag are answered before torch is imported
+    chosen = command_line(PredictOptions)
+
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,9 +39,6 @@ from datasets import Dataset, disable_progress_bars
 from tqdm import tqdm
 from trained import (
     Host,
-    SharedOptions,
-    beside_model,
-    command_line,
     find_host,
     head_layer,
     join_processes,
@@ -49,71 +50,12 @@ from ldam_plugins.integrations.transformers.trained_model import TEXTS
 from ldam_plugins.metrics import Predictions
 from ldam_plugins.metrics.predictions import probabilities
 from ldam_plugins.posthoc import extract_features
-from ldam_plugins.posthoc.thresholds import THRESHOLDS_FILE, Thresholds, weights_digest
+from ldam_plugins.posthoc.thresholds import Thresholds, weights_digest
 from ldam_plugins.training import keep_freed_memory
-from ldam_plugins.training.options import COUNT, Limits, invalid, option
-from ldam_plugins.training.part_files import TABLE_FORMATS, PartFiles, file_stamps
+from ldam_plugins.training.options import invalid
+from ldam_plugins.training.part_files import PartFiles
 
-MODEL_FILES = (".safetensors", ".bin", ".json", ".pth", ".tar")
 SHOWN = 5
-
-
-@dataclass
-class PredictOptions(SharedOptions):
-    """Which model classifies what."""
-
-    LIMITS: ClassVar[dict[str, Limits]] = SharedOptions.LIMITS | {"top": COUNT, "rows": COUNT}
-
-    dataset: str = option("", "folder, file or hub id of what is classified")
-    split: str | None = option(None, "split of a hub id or of a folder of parquet [the only one]")
-    output: str = option("predictions.csv", "table that is written, .csv or .parquet")
-    top: int = option(5, "likeliest classes that are written, fewer if there are not so many")
-    image_column: str | None = option(
-        None, "column of a table that names the images [by its content]"
-    )
-    text_column: str | None = option(None, "column of the texts [by name or content]")
-    encoding: str | None = option(None, "encoding of text files, such as cp1252 [utf-8]")
-    delimiter: str | None = option(
-        None, "what separates the fields of a CSV file [what gives even rows]"
-    )
-    thresholds: str = option(
-        "auto",
-        f"{THRESHOLDS_FILE} of recipes/thresholds.py: auto (the one beside the model, if there "
-        "is one), none, or a file",
-    )
-    rows: int = option(4096, "rows that are read, classified and written at a time")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.dataset.strip():
-            raise invalid("dataset", "what is to be classified", self.dataset)
-        if Path(self.output).suffix.lower() not in TABLE_FORMATS:
-            raise invalid(
-                "output", f"a file that ends in {' or '.join(TABLE_FORMATS)}", self.output
-            )
-        if Path(self.output).exists() and not self.overwrite:
-            hint = "Choose another one, or --overwrite it."
-            raise invalid("output", "a file that is not there", self.output, hint=hint)
-
-    def thresholds_file(self) -> Path | None:
-        """The thresholds that are used."""
-        if self.thresholds == "auto":
-            found = beside_model(self, THRESHOLDS_FILE)
-            return found if found is not None and found.exists() else None
-        return None if self.thresholds == "none" else Path(self.thresholds)
-
-    def makes(self) -> dict[str, Any]:
-        """What the rows depend on."""
-        without_effect = {"output", "output_dir", "overwrite", "quiet", "traceback", "workers"}
-        without_effect |= {"num_processes"}
-        folder = Path(self.model.removeprefix("local-dir:"))
-        thresholds = self.thresholds_file()
-        return {
-            **{k: v for k, v in asdict(self).items() if k not in without_effect},
-            "content of thresholds": file_stamps(*([thresholds] if thresholds else [])),
-            "content of model": file_stamps(folder, folder / "model", suffixes=MODEL_FILES),
-            "content of dataset": [] if Path(self.dataset).is_dir() else file_stamps(self.dataset),
-        }
 
 
 def main(options: PredictOptions, flags: list[str] | None = None) -> Path:
@@ -275,4 +217,4 @@ def answers(
 
 
 if __name__ == "__main__":
-    main(*command_line(PredictOptions))
+    main(*chosen)

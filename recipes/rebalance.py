@@ -22,15 +22,20 @@ and ``report.html``.
 
 from __future__ import annotations
 
+from trained_options import ESTIMATE, RebalanceOptions, command_line
+
+if __name__ == "__main__":  # --help and a misspelt flag are answered before torch is imported
+    chosen = command_line(RebalanceOptions)
+
 import shutil
 import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,15 +43,12 @@ from datasets import Dataset
 from trained import (
     Data,
     Host,
-    TrainedOptions,
-    command_line,
     data_settings,
     divide_test,
     head_layer,
     labels_of,
     load,
     rows_of,
-    share_of_test,
 )
 
 from ldam_plugins import ClassCounts
@@ -61,7 +63,6 @@ from ldam_plugins.posthoc import (
     implied_prior,
     rebalance_head,
 )
-from ldam_plugins.posthoc.choice import CRITERIA
 from ldam_plugins.posthoc.methods import AUTO, NONE
 from ldam_plugins.reports import write_rebalance_report
 from ldam_plugins.reports.console import files_left, header, worded_classes
@@ -74,81 +75,12 @@ from ldam_plugins.training import (
     write_metrics,
 )
 from ldam_plugins.training.options import (
-    SEED,
-    Limits,
     invalid,
-    option,
 )
 from ldam_plugins.training.run_dir import check_no_run
 
-ESTIMATE = "estimate"
 LEAST_SHARE = 1e-6  # a share of 0 would forbid a class for good
 COMPARED = 64  # test samples by which the saved model is compared with what was measured
-
-
-@dataclass
-class RebalanceOptions(TrainedOptions):
-    """What is done to which model. Further flags are those of the recipes that choose the data."""
-
-    LIMITS: ClassVar[dict[str, Limits]] = TrainedOptions.LIMITS | {
-        "folds": {"low": 2},
-        "seed": SEED,
-    }
-    FOLDER: ClassVar[str] = "rebalanced"
-
-    method: str = option("auto", "what is done to the head", choices=("auto", *METHODS))
-    strength: float | None = option(None, "of the method [chosen by cross-fitting]")
-    target_prior: str = option(
-        "uniform",
-        "class shares that it is to predict under: uniform, train, shares such as 0.7,0.2,0.1 "
-        "in the order of the classes, or estimate: those of --target_data",
-    )
-    target_data: str | None = option(
-        None,
-        "with --target_prior estimate: data whose class shares are estimated, from what the model "
-        "says of them; their labels, if there are any, are not read. A folder of images (or of "
-        "folders), a table of texts, or what --dataset takes",
-    )
-    source_prior: str = option(
-        "train",
-        "class shares that the model has learned: those of training, or implied by its logits, as "
-        "after training with class weights or margins",
-        choices=("train", "implied"),
-    )
-    choose_on: str = option(
-        "auto",
-        "what the choice is made on: validation, train, or a share of the test set, such as 0.5, "
-        "which is then not measured [validation, if there is one, else train]",
-    )
-    by: str = option("log_loss", "what is chosen by, as a mean over classes", choices=CRITERIA)
-    folds: int = option(5, "folds of the cross-fitting")
-    calibrate: bool = option(
-        True, "divide the logits by the temperature that fits the held-out samples"
-    )
-    seed: int = option(0, "seed of the folds and of a share of the test set")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.target()
-        if (self.target_prior == ESTIMATE) != (self.target_data is not None):
-            expected = f"given with --target_prior {ESTIMATE}, and left out without"
-            raise invalid("target_data", expected, self.target_data)
-        if self.choose_on not in ("auto", "train", "validation"):
-            self.test_share()
-
-    def target(self) -> str | list[float]:
-        """The target prior as a word or as shares."""
-        if self.target_prior in ("uniform", "train", ESTIMATE):
-            return self.target_prior
-        try:
-            return [float(share) for share in self.target_prior.split(",")]
-        except ValueError as error:
-            expected = f"uniform, train, {ESTIMATE}, or shares such as 0.7,0.2,0.1"
-            raise invalid("target_prior", expected, self.target_prior) from error
-
-    def test_share(self) -> float:
-        """The share of the test set that the choice is made on."""
-        return share_of_test(self.choose_on, "auto", "train", "validation")
 
 
 def main(options: RebalanceOptions, flags: list[str] | None = None) -> dict[str, Any]:
@@ -381,4 +313,4 @@ def print_outcome(
 
 
 if __name__ == "__main__":
-    main(*command_line(RebalanceOptions))
+    main(*chosen)

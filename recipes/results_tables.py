@@ -24,7 +24,12 @@ that ``recipes/linear_probe.py`` left under ``recipes/probes``.
 
 from __future__ import annotations
 
-import argparse
+from options import flags_alone
+from study_options import TablesOptions
+
+if __name__ == "__main__":  # --help and a misspelt flag are answered before torch is imported
+    chosen = flags_alone(TablesOptions)
+
 import json
 import os
 import re
@@ -204,25 +209,14 @@ def plots_of(text: str) -> list[tuple[str, str]]:
     return [(match[3], match[4].strip()) for match in found if match[4].strip() in PLOTS]
 
 
-def main() -> None:
+def main(options: TablesOptions) -> None:
     """Print the tables, add records, or write the tables and plots of the documents."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--add",
-        nargs=2,
-        metavar=("NAME", "FILE"),
-        help="put the records of a file into an experiment",
-    )
-    parser.add_argument("--write", action="store_true", help="write into the documents")
-    given = parser.parse_args()
-    if given.add:
-        name, file = given.add
+    if options.add:
+        name, file = options.add
         add_records(records_path(name), read_records(file))
-    if given.write:
+    if options.write:
         write_documents()
-    elif not given.add:
+    elif not options.add:
         for name in experiments():
             print(f"{name}\n\n{content(name, ['intervals'])}\n")
 
@@ -245,4 +239,4 @@ def write_documents() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(chosen)

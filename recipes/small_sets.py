@@ -18,7 +18,12 @@ reviews of IMDB the first 50 words.
 
 from __future__ import annotations
 
-import argparse
+from options import flags_alone
+from study_options import SetsOptions
+
+if __name__ == "__main__":  # --help and a misspelt flag are answered before torch is imported
+    chosen = flags_alone(SetsOptions)
+
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -182,19 +187,13 @@ KINDS: tuple[tuple[str, tuple[Cut, ...], Callable[..., Any], Any], ...] = (
 )
 
 
-def main() -> None:
+def main(options: SetsOptions) -> None:
     """Cut all sets."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, required=True, help="folder of the sources")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/small_sets"))
-    given = parser.parse_args()
     for kind, cuts, source, content in KINDS:
         for cut in cuts:
-            parts, names = source(cut.source, given.data)
-            write(cut, given.output_dir / kind, parts, names, content)
+            parts, names = source(cut.source, Path(options.data))
+            write(cut, Path(options.output_dir, kind), parts, names, content)
 
 
 if __name__ == "__main__":
-    main()
+    main(chosen)

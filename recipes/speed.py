@@ -25,6 +25,13 @@ row take turns, so what else the machine does meets them alike. Sections:
 
 from __future__ import annotations
 
+from options import flags_alone
+from study_options import SpeedOptions
+
+if __name__ == "__main__":  # --help and a misspelt flag are answered before torch is imported
+    chosen = flags_alone(SpeedOptions)
+
+
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -34,8 +41,7 @@ from pathlib import Path
 import speed_parts
 import speed_training
 import torch
-from speed_timing import DEVICE, Row, SpeedOptions
-from transformers import HfArgumentParser
+from speed_timing import DEVICE, Row
 
 from ldam_plugins import register
 from ldam_plugins.benchmark.tables import markdown
@@ -87,4 +93,4 @@ def main(options: SpeedOptions) -> list[Row]:
 
 
 if __name__ == "__main__":
-    main(*HfArgumentParser(SpeedOptions, allow_abbrev=False).parse_args_into_dataclasses())
+    main(chosen)

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from PIL import Image
 from sklearn.metrics import confusion_matrix
-from speed_timing import DEVICE, Contender, Row, SpeedOptions, compare, peak_memory
+from speed_timing import DEVICE, Contender, Row, compare, peak_memory
+from study_options import SpeedOptions
 from timm import create_model
 from torch import Tensor, nn
 from torchvision import transforms

@@ -11,6 +11,13 @@ memory that the process held beside those files. Printed, and written to ``--out
 
 from __future__ import annotations
 
+from options import flags_alone
+from study_options import SpeedPosthocOptions
+
+if __name__ == "__main__":  # --help and a misspelt flag are answered before torch is imported
+    chosen = flags_alone(SpeedPosthocOptions)
+
+
 import json
 import tempfile
 import threading
@@ -18,7 +25,6 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,42 +33,17 @@ import psutil
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import HfArgumentParser
 
 from ldam_plugins import ClassCounts
 from ldam_plugins.benchmark.tables import markdown
 from ldam_plugins.posthoc import Features, extract_features, parse_method, rebalance_head
 from ldam_plugins.training import device_name, run_versions
 from ldam_plugins.training.files import to_json
-from ldam_plugins.training.options import COUNT, check_limits, option
 
 RATIO, DISTANCE, ROWS = 100.0, 4.0, 8192
 
 
-@dataclass
-class SpeedOptions:
-    """What is measured."""
-
-    samples: int = option(1_000_000, "samples")
-    features: int = option(512, "length of a feature")
-    classes: int = option(1000, "classes")
-    methods: list[str] = option(
-        ["logit_adjustment:1", "tau_norm:1", "class_means:0.3", "lws:0.0001"],
-        "METHOD, METHOD:STRENGTH or auto",
-    )
-    max_samples: int | None = option(None, "as of rebalance_head [all]")
-    folder: str | None = option(
-        None, "folder for the files, which are removed [that of the system]"
-    )
-    output: str | None = option(None, "file for the rows, which are added to those in it")
-
-    def __post_init__(self) -> None:
-        check_limits(self, dict.fromkeys(("samples", "features", "classes"), COUNT))
-        for method in self.methods:
-            parse_method(method)
-
-
-def main(options: SpeedOptions) -> list[dict[str, Any]]:
+def main(options: SpeedPosthocOptions) -> list[dict[str, Any]]:
     """Measure each method."""
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
@@ -100,7 +81,7 @@ def main(options: SpeedOptions) -> list[dict[str, Any]]:
     return rows
 
 
-def simulate(options: SpeedOptions, folder: Path) -> tuple[nn.Module, Features, ClassCounts]:
+def simulate(options: SpeedPosthocOptions, folder: Path) -> tuple[nn.Module, Features, ClassCounts]:
     """A head, and features in files."""
     generator = torch.Generator().manual_seed(0)
     shares = RATIO ** (-np.arange(options.classes) / max(1, options.classes - 1))
@@ -153,4 +134,4 @@ def keep(path: Path, row: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(*HfArgumentParser(SpeedOptions).parse_args_into_dataclasses())
+    main(chosen)

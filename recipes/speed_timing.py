@@ -8,53 +8,17 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import psutil
 import torch
+from study_options import SpeedOptions
 
 from ldam_plugins.training import default_device
-from ldam_plugins.training.options import option
 
 Row = dict[str, Any]
 Contender = Callable[[], Any]
 DEVICE = default_device()
-QUICK = ["loss", "head", "counts", "sampler", "metrics", "import", "scaling"]
-QUICK += ["augmentation"]
-
-
-@dataclass
-class SpeedOptions:
-    """What is timed, and how large it gets."""
-
-    only: list[str] = option(
-        QUICK,
-        "sections to run: those above, processes, vision, fine_tuning, text, memory",
-    )
-    repeats: int = option(7, "turns of each contender")
-    seconds: float = option(0.1, "least seconds of a turn of the small things")
-    max_classes: int = option(1_000_000, "classes the loss and the head grow to")
-    max_logits: int = option(32_000_000, "entries of the largest (N, C) logits")
-    max_rows: int = option(10_000_000, "rows that counts and sampler grow to")
-    max_image: int = option(224, "pixels a side that images grow to")
-    steps: int = option(30, "training steps of a turn of vision, fine_tuning and text")
-    epochs: int = option(100, "epochs of processes")
-    dataset: str = option("uoft-cs/cifar10", "images of vision, cut to the long tail of the paper")
-    compile: bool = option(True, "compile ours in vision, as --compile of vision_lt.py")
-    photos: str = option("digits", "images of fine_tuning")
-    photo_model: str = option("efficientnet_lite0_imagenet", "pretrained model of fine_tuning")
-    photo_size: int = option(128, "pixels a side of fine_tuning")
-    memory_of: list[str] = option(
-        ["vision", "fine_tuning", "text"], "sections as large as which memory trains"
-    )
-    text_dataset: str = option("stanfordnlp/imdb", "texts of text")
-    text_model: str = option("minilm", "model of text")
-    max_length: int = option(256, "tokens a text is cut or padded to")
-    batch_size: int = option(128, "images a step")
-    text_batch_size: int = option(32, "texts a step")
-    threads: int = option(0, "threads of torch; 0: as torch decides")
-    json: str | None = option(None, "file for the rows, with versions and device")
 
 
 def compare(

@@ -18,7 +18,8 @@ import torch
 from accelerate import Accelerator
 from options import parse_options
 from speed_parts import usual_transform
-from speed_timing import Contender, Row, SpeedOptions, compare, peak_of_tree, summary
+from speed_timing import Contender, Row, compare, peak_of_tree, summary
+from study_options import SpeedOptions
 from text_lt import TextOptions, make_arguments, make_trainer, tokenize
 from text_lt import load_data as load_texts
 from text_lt import make_model as make_text_model

@@ -66,6 +66,7 @@ from ldam_plugins import (
     LongTailMetrics,
     fold_cosine_head,
     long_tail_indices,
+    reports,
 )
 from ldam_plugins.data.notes import DataNotes
 from ldam_plugins.data.streams import stream_texts
@@ -98,7 +99,6 @@ from ldam_plugins.integrations.transformers.tokenizer import train_tokenizer
 from ldam_plugins.losses.base import ClassificationLoss
 from ldam_plugins.posthoc import Finished
 from ldam_plugins.posthoc.last_step import scratch_folder
-from ldam_plugins.reports import write_mistakes, write_report
 from ldam_plugins.training import (
     check_processes,
     choose_precision,
@@ -145,7 +145,6 @@ def main(options: TextOptions) -> dict[str, Any]:
             held_out=0 if validation is None else len(validation),
             test=len(test) if options.measures_test else 0,
             device=arguments.device,
-            precision=choose_precision(options.mixed_precision),
             processes=arguments.world_size,
         )
     criterion = options.make_loss(counts)
@@ -230,8 +229,10 @@ def save_outputs(
     times = training_times(options.output_dir, counts.total)
     write_metrics(options.output_dir, metrics | times)
     if measured is not None and not options.streaming:
-        write_mistakes(options.output_dir, lambda row: measured[row]["text"], options.measured_part)
-    write_report(options.output_dir)
+        reports.write_mistakes(
+            options.output_dir, lambda row: measured[row]["text"], options.measured_part
+        )
+    reports.write_report(options.output_dir)
     print_outcome(options, metrics, counts)
 
 

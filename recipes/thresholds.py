@@ -21,28 +21,29 @@ itself; the model is as it was, and whoever else loads it does not see it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from trained_options import ThresholdOptions, command_line
+
+if __name__ == "__main__":  # --help and a misspelt flag are answered before torch is imported
+    chosen = command_line(ThresholdOptions)
+
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tabulate import tabulate
 from trained import (
     Data,
     Host,
-    TrainedOptions,
     beside_model,
-    command_line,
     divide_test,
     load,
     model_files,
-    share_of_test,
 )
 
+from ldam_plugins.choices import THRESHOLDS_FILE
 from ldam_plugins.metrics.predictions import probabilities
 from ldam_plugins.posthoc import extract_features
 from ldam_plugins.posthoc.thresholds import (
-    THRESHOLDS_FILE,
     Thresholds,
     choose_abstention,
     choose_threshold,
@@ -52,65 +53,7 @@ from ldam_plugins.posthoc.thresholds import (
     weights_digest,
 )
 from ldam_plugins.training import default_device, keep_freed_memory
-from ldam_plugins.training.options import Limits, check_choice, invalid, option
-
-AIMS = "f1, precision=0.9, recall=0.8 or cost=1:20 (a false positive : a false negative)"
-
-
-@dataclass
-class ThresholdOptions(TrainedOptions):
-    """What is chosen for which model. Further flags are those that choose the data."""
-
-    LIMITS: ClassVar[dict[str, Limits]] = TrainedOptions.LIMITS | {
-        "confidence": {"low": 0, "high": 1, "low_open": True, "high_open": True},
-    }
-
-    threshold_for: str | None = option(None, f"of two classes: {AIMS}")
-    positive: str | None = option(None, "class that --threshold_for is about [the rarer one]")
-    risk: float | None = option(
-        None, "share of wrong answers that is allowed; surer samples are answered, others not"
-    )
-    confidence: float = option(0.95, "how sure it is that --risk holds for samples to come")
-    choose_on: str = option(
-        "auto",
-        "validation, or a share of the test set, such as 0.5, which is then not measured "
-        "[validation; data without parts: all]",
-    )
-    seed: int = option(0, "of the choice of a share")
-    output: str | None = option(None, f"file that is written [{THRESHOLDS_FILE} beside the model]")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.aim()
-        if self.threshold_for is None and self.risk is None:
-            hint = "Or give --risk 0.05, or both."
-            raise invalid("threshold_for", AIMS, None, hint=hint)
-        if self.risk is not None and not 0 < self.risk < 1:
-            raise invalid("risk", "in (0, 1)", self.risk)
-        if self.choose_on not in ("auto", "validation"):
-            self.share()
-
-    def aim(self) -> dict[str, Any]:
-        """What the threshold of two classes is chosen for, as ``choose_threshold`` takes it."""
-        if self.threshold_for is None:
-            return {}
-        name, _, value = self.threshold_for.partition("=")
-        try:
-            if name == "f1" and not value:
-                return {"aim": name}
-            if name in ("precision", "recall") and 0 < float(value) <= 1:
-                return {"aim": name, "at_least": float(value)}
-            if name == "cost":
-                false_positive, false_negative = map(float, value.split(":"))
-                if min(false_positive, false_negative) >= 0 < max(false_positive, false_negative):
-                    return {"aim": name, "costs": (false_positive, false_negative)}
-        except ValueError:
-            pass
-        raise invalid("threshold_for", AIMS, self.threshold_for)
-
-    def share(self) -> float:
-        """The share of the test set that the choice is made on."""
-        return share_of_test(self.choose_on, "auto", "validation")
+from ldam_plugins.training.options import check_choice, invalid
 
 
 class Scored(NamedTuple):
@@ -274,4 +217,4 @@ def worded_share(value: float | None, interval: list[float] | None) -> str:
 
 
 if __name__ == "__main__":
-    main(*command_line(ThresholdOptions))
+    main(*chosen)

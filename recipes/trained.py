@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import text_lt
@@ -26,7 +25,8 @@ from accelerate import PartialState
 from options import GROUPS, CoreOptions, parse_options
 from timm.data import create_transform
 from torch.utils.data import DataLoader
-from transformers import DataCollatorWithPadding, HfArgumentParser
+from trained_options import SharedOptions, TrainedOptions
+from transformers import DataCollatorWithPadding
 from transformers.utils.logging import disable_progress_bar
 
 from ldam_plugins import ClassCounts, register
@@ -46,62 +46,18 @@ from ldam_plugins.integrations.timm import saved_model, trained_model
 from ldam_plugins.integrations.timm.images import image_loader, transformed
 from ldam_plugins.integrations.transformers import trained_model as hf_trained_model
 from ldam_plugins.training import check_processes, read_metrics
-from ldam_plugins.training.command_line import USAGE_ERROR, flag_names, say_errors_briefly
+from ldam_plugins.training.command_line import flag_names
 from ldam_plugins.training.options import (
-    COUNT,
-    COUNT_OR_0,
-    Limits,
     as_flags,
-    check_limits,
     invalid,
-    option,
 )
 from ldam_plugins.training.run_dir import OPTIONS_FILE
 
-_Options = TypeVar("_Options", bound="TrainedOptions")
 DATA_OPTIONS = {*GROUPS["data"], "many", "few"}
 """Options of the recipes that say what the data are."""
 PATHS = ("dataset", "train_list", "test_list")
 TRAINED_ON = 0.1  # share of test samples known from training that is too much
 LONGEST = 512  # tokens of a text, of a tokenizer that knows no limit
-
-
-@dataclass
-class TrainedOptions:
-    """Which model is used, and how. Further flags are those of the recipes that choose the data."""
-
-    LIMITS: ClassVar[dict[str, Limits]] = {
-        "batch_size": COUNT,
-        "workers": COUNT_OR_0,
-        "max_length": COUNT,
-    }
-    FOLDER: ClassVar[str] = "used"
-
-    model: str = option("", "the trained model; may come first without a flag")
-    batch_size: int = option(64, "samples of a forward pass")
-    workers: int = option(0, "loader processes for images")
-    max_length: int | None = option(None, "tokens a text is cut to [the tokenizer's own]")
-    output_dir: str | None = option(None, "folder of the result [runs/..., by the model's name]")
-    overwrite: bool = option(False, "delete the run in --output_dir first")
-    quiet: bool = option(False, "print warnings and errors only")
-    traceback: bool = option(False, "show where in the code an error arose")
-
-    def __post_init__(self) -> None:
-        check_limits(self, self.LIMITS)
-        if not self.model.strip():
-            raise invalid("model", "the trained model", self.model, hint="Give it first.")
-        if self.output_dir is None:
-            name = self.model.removeprefix("local-dir:").rstrip("/").rpartition("/")[2]
-            self.output_dir = str(Path("runs", self.FOLDER, name.split(":")[-1]))
-
-
-@dataclass
-class SharedOptions(TrainedOptions):
-    """Those of a recipe whose samples several processes share."""
-
-    LIMITS: ClassVar[dict[str, Limits]] = TrainedOptions.LIMITS | {"num_processes": COUNT}
-
-    num_processes: int | None = option(None, "stop unless this many processes run")
 
 
 def join_processes(options: SharedOptions) -> PartialState:
@@ -462,23 +418,6 @@ def rows_of(samples: Any, rows: np.ndarray) -> Any:
     return samples.subset(rows) if isinstance(samples, LabelledImages) else samples.select(rows)
 
 
-def share_of_test(choose_on: str, *words: str) -> float:
-    """The share of the test set that a choice is made on.
-
-    Args:
-        choose_on: As given.
-        *words: What else may be given.
-    """
-    try:
-        share = float(choose_on)
-    except ValueError:
-        share = 0.0
-    if not 0 < share < 1:
-        expected = f"{', '.join(words)}, or a share of the test set in (0, 1)"
-        raise invalid("choose_on", expected, choose_on)
-    return share
-
-
 def divide_test(test: Part, share: float, seed: int) -> tuple[Any, Any]:
     """That share of the test samples, stratified, and the others."""
     with warnings.catch_warnings():
@@ -524,28 +463,3 @@ def data_settings(data: CoreOptions) -> dict[str, Any]:
     """The options of the data that were used, for a file."""
     names = (field.name for field in fields(data))
     return {name: getattr(data, name) for name in names if name in DATA_OPTIONS}
-
-
-def parse(kind: type[_Options], arguments: list[str] | None = None) -> tuple[_Options, list[str]]:
-    """The options, and flags of the data, from a command line whose first word is the model."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    if words and not words[0].startswith("-"):
-        words.insert(0, "--model")
-    words = [
-        f"--{w[2:].replace('-', '_')}" if w.startswith("--") and "=" not in w else w for w in words
-    ]
-    parser = HfArgumentParser(kind, allow_abbrev=False)
-    options, rest = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
-    return options, rest
-
-
-def command_line(kind: type[_Options]) -> tuple[_Options, list[str]]:
-    """As :func:`parse`, but what is refused ends the process with a line."""
-    try:
-        options, rest = parse(kind)
-    except (TypeError, ValueError) as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        raise SystemExit(USAGE_ERROR) from None
-    if not options.traceback:
-        say_errors_briefly(options.output_dir)
-    return options, rest

@@ -28,12 +28,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, set_seed
 from options import (
     RESUME,
     held_out_record,
     keep_split,
+    keep_tuned,
     last_step_record,
     load_validation,
     print_header,
@@ -41,6 +42,7 @@ from options import (
     print_outcome,
     split_samples,
     stream_data,
+    tuned_for,
     without_untrained,
 )
 from timm.data import Mixup
@@ -50,7 +52,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from ldam_plugins import ClassCounts, register
+from ldam_plugins import ClassCounts, reports
 from ldam_plugins.data import LabelledImages, load_images, long_tail_indices
 from ldam_plugins.data.in_memory import InMemoryImages
 from ldam_plugins.data.notes import DataNotes
@@ -73,7 +75,6 @@ from ldam_plugins.losses import apply_stage, warn_of_combination
 from ldam_plugins.losses.base import ClassificationLoss
 from ldam_plugins.posthoc import Features, Finished, extract_features
 from ldam_plugins.posthoc.last_step import scratch_folder
-from ldam_plugins.reports import write_mistakes, write_report
 from ldam_plugins.reports.console import RunBar
 from ldam_plugins.samplers import DeferredSampler
 from ldam_plugins.schedules import DeferredSchedule, Progress
@@ -98,6 +99,7 @@ from ldam_plugins.training import (
     until_preempted,
     write_metrics,
 )
+from ldam_plugins.training.auto_tune import Tuned
 from ldam_plugins.training.options import (
     check_choice,
     check_int,
@@ -108,12 +110,11 @@ from ldam_plugins.training.options import (
 @folders_held()
 def main(options: VisionOptions) -> dict[str, Any]:
     """Train and evaluate once; returns what its files of results hold."""
-    register()
-    accelerator = make_accelerator(options)
+    state = join_processes(options)
     set_seed(options.seed)
     options.check_model()
     notes = DataNotes()
-    show = accelerator.is_main_process and not options.quiet
+    show = state.is_main_process and not options.quiet
     if options.streaming:
         train, test, counts = stream_data(options, stream_parts, show, notes)
     else:
@@ -124,8 +125,8 @@ def main(options: VisionOptions) -> dict[str, Any]:
     unread = options.measures_test and "test_error" not in watched and not options.streaming
     if unread and not options.skip_corrupt:
         refuse_corrupt(test, show=show)
-    criterion = options.make_loss(counts).to(accelerator.device)
-    if accelerator.is_main_process:
+    criterion = options.make_loss(counts).to(state.device)
+    if state.is_main_process:
         warn_of_combination(criterion, options.make_schedule())
         warn_of_linear_head(criterion, wants_cosine_head(criterion, options.head))
     if show:
@@ -135,9 +136,8 @@ def main(options: VisionOptions) -> dict[str, Any]:
             "images",
             held_out=0 if validation is None else len(validation),
             test=len(test) if options.measures_test else 0,
-            device=accelerator.device,
-            precision=accelerator.mixed_precision,
-            processes=accelerator.num_processes,
+            device=state.device,
+            processes=state.num_processes,
         )
     model = make_model(options, criterion)
     options.check_last_step(model)
@@ -148,21 +148,24 @@ def main(options: VisionOptions) -> dict[str, Any]:
         name=options.model,
         samples=len(train),
         batch_size=options.batch_size,
-        fills_batches=accelerator.num_processes > 1 or options.mixes,
+        fills_batches=state.num_processes > 1 or options.mixes,
     )
     if options.lora_rank:
         size = pipeline.config["input_size"]
         model = add_adapters(model, options.lora_rank, options.lora_alpha, size)
+    train_set: Any
     train_set, *eval_sets = pipeline.datasets(
         train,
         *watched.values(),
         memory_limit=options.memory_limit,
         progress=show,
     )
-    with keep_freed_memory(accelerator.device):
+    with keep_freed_memory(state.device):
+        tuned = tune(state, options, model, criterion, pipeline, len(train_set))
+        accelerator = make_accelerator(options, tuned.precision)
         parts = dict(zip(watched, eval_sets, strict=True))
         model, selection = fit(
-            accelerator, options, model, criterion, pipeline, train_set, parts, notes
+            accelerator, options, tuned, model, criterion, pipeline, train_set, parts, notes
         )
         model = merged(model)
         images = {"train": train, "validation": validation}
@@ -189,6 +192,7 @@ def main(options: VisionOptions) -> dict[str, Any]:
         images=pipeline.record(),
         processes=accelerator.num_processes,
         mixed_precision=accelerator.mixed_precision,
+        auto_tune=asdict(tuned),
         **held_out,
         test=result,
     )
@@ -201,6 +205,7 @@ def main(options: VisionOptions) -> dict[str, Any]:
 def fit(
     accelerator: Accelerator,
     options: VisionOptions,
+    tuned: Tuned,
     model: nn.Module,
     criterion: ClassificationLoss,
     pipeline: ImagePipeline,
@@ -247,7 +252,7 @@ def fit(
     best = None if rule is None else BestModel(evaluated, rule, options.epochs)
     beside: dict[str, nn.Module] = {} if ema is None else {"average": ema.module}
     beside |= {} if best is None else {"best": best}
-    net = compiled(accelerator, model) if options.compile else model
+    net = compiled(accelerator, model) if tuned.compile else model
     net, optimizer, loader, *eval_loaders = accelerator.prepare(
         net, optimizer, loader, *eval_loaders
     )
@@ -265,6 +270,7 @@ def fit(
         test_error="test_error" in eval_sets,
     )
     keep_split(options, notes, write=accelerator.is_main_process)
+    keep_tuned(options, tuned, write=accelerator.is_main_process)
     config = {name: str(value) for name, value in asdict(options).items()}
     accelerator.init_trackers("vision_lt", config=config)
     stage = None
@@ -424,22 +430,58 @@ def save_outputs(
     times = training_times(options.output_dir, counts.total)
     write_metrics(options.output_dir, metrics | times)
     if measured is not None and not options.streaming:
-        write_mistakes(options.output_dir, measured.image, options.measured_part)
-    write_report(options.output_dir)
+        reports.write_mistakes(options.output_dir, measured.image, options.measured_part)
+    reports.write_report(options.output_dir)
     print_outcome(options, metrics, counts)
 
 
-def make_accelerator(options: VisionOptions) -> Accelerator:
-    """Accelerate on the processes that were launched, if they are those that were asked for."""
+def join_processes(options: VisionOptions) -> PartialState:
+    """The processes that were launched, if they are those that were asked for."""
     check_tracker(options.report_to)
     torch.backends.cudnn.benchmark = True  # batches have one shape: the fastest kernels are kept
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    check_processes(state.num_processes, options.num_processes)
+    return state
+
+
+def tune(
+    state: PartialState,
+    options: VisionOptions,
+    model: nn.Module,
+    criterion: ClassificationLoss,
+    pipeline: ImagePipeline,
+    samples: int,
+) -> Tuned:
+    """How the model is trained fastest here, found by passes over a batch of noise of its size."""
+
+    def noise() -> list[tuple[Tensor, Tensor]]:
+        rows = min(options.batch_size, samples)
+        images = torch.randn(rows, *pipeline.config["input_size"])
+        labels = torch.arange(rows) % len(criterion.class_counts)
+        return [(images.to(memory_format=torch.channels_last), labels)]
+
+    steps = steps_per_epoch(state, options, samples)
+    return tuned_for(
+        options,
+        model,
+        criterion,
+        noise,
+        device=state.device,
+        compile=options.compile,
+        passes=options.epochs * steps * options.accumulation,
+        alone=state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU),
+        compiled=partial(compiled, state),
+    )
+
+
+def make_accelerator(options: VisionOptions, precision: str | None = None) -> Accelerator:
+    """Accelerate, in the precision that was chosen; unless told by its rule."""
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),
-        mixed_precision=choose_precision(options.mixed_precision),
+        mixed_precision=precision or choose_precision(options.mixed_precision),
         log_with=None if options.report_to == "none" else options.report_to,
         project_dir=options.output_dir,
     )
-    check_processes(accelerator.num_processes, options.num_processes)
     hint = "Use recipes/accelerate/ddp.yaml; recipes/text_lt.py takes ZeRO-2."
     refuse_deepspeed(accelerator.state.deepspeed_plugin, stages=range(4), hint=hint)
     return accelerator
@@ -621,7 +663,7 @@ def model_folder(options: VisionOptions) -> Path:
     return Path(options.output_dir, "model")
 
 
-def compiled(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+def compiled(accelerator: Accelerator | PartialState, model: nn.Module) -> nn.Module:
     """The compiled model; on a CPU with a batch normalisation that compiles well."""
     if accelerator.device.type == "cpu":
         use_fast_batch_norm(model)
@@ -629,7 +671,9 @@ def compiled(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     return net
 
 
-def steps_per_epoch(accelerator: Accelerator, options: VisionOptions, samples: int) -> int:
+def steps_per_epoch(
+    accelerator: Accelerator | PartialState, options: VisionOptions, samples: int
+) -> int:
     """Optimizer steps of an epoch, in which the sampler and the schedule count.
 
     timm mixes pairs of images, so where any are mixed only whole batches are trained on, also when
@@ -705,7 +749,7 @@ def make_train_step(
     optimizer: torch.optim.Optimizer,
 ) -> TrainStep:
     """The optimizer step on what Accelerate has prepared."""
-    clip, replay = options.clip_grad, options.compile
+    clip, replay = options.clip_grad, options.compile is True
     return TrainStep(accelerator, net, criterion, optimizer, clip_grad=clip, replay=replay)
 
 

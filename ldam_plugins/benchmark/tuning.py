@@ -22,7 +22,7 @@ from ldam_plugins._validation import check_choice, invalid, quoted
 from ldam_plugins.benchmark.grid import SCHEDULES_OF
 from ldam_plugins.benchmark.local import CellTask, Outcome
 from ldam_plugins.benchmark.settings import head_of
-from ldam_plugins.choices import DEFAULT_SCALE
+from ldam_plugins.choices import DEFAULT_SCALE, SEARCHED
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.losses.registry import list_losses, loss_options, losses_with
 from ldam_plugins.training.files import write_atomic
@@ -47,8 +47,6 @@ AROUND = {
 factor to the value times the second."""
 BETAS = (0.9, 0.99, 0.999, 0.9999)
 """Values of beta that are tried (the grid of Cui et al., CVPR 2019, arXiv 1901.05555)."""
-SEARCHED = (*AROUND, "beta")
-
 _OF_LOSSES = {name for loss in list_losses() for name in loss_options(loss)} - {"scale"}
 _NOT_SEARCHED = (
     "ratio",

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from ldam_plugins._validation import check_int, check_real, invalid
-from ldam_plugins.choices import FEW_BELOW, MANY_ABOVE
+from ldam_plugins.choices import FEW_BELOW, MANY_ABOVE, NEAR_DISTANCE, NEAR_SIMILARITY
 from ldam_plugins.data.audit_classes import Prior, compare_priors, look_alikes
 from ldam_plugins.data.audit_tables import (
     TEST,
@@ -41,13 +41,9 @@ if TYPE_CHECKING:
 
     from ldam_plugins.data.images import LabelledImages
 
-NEAR_DISTANCE = 6
-"""Bits of 64 in which the hashes of near duplicates differ at most."""
 MIN_SIDE = 32
 """Pixels of a side from which images are compared for near duplicates: the hash is made of so many,
 and of smaller ones different things look alike (of scikit-learn's digits, of 8, one in five)."""
-NEAR_SIMILARITY = 0.8
-"""Share of the shingles of two near duplicates that both have, at least."""
 TABLES = ("duplicates", "leaks", "conflicts", "unreadable")
 """The lists of an :class:`Audit`, each a CSV file of its name."""
 _ORIENTATION = 0x0112  # EXIF

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ldam_plugins._validation import check_choice, check_int
+from ldam_plugins.choices import CRITERIA
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.posthoc.linear_head import ROWS_AT_ONCE
 from ldam_plugins.posthoc.methods import (
@@ -32,8 +33,6 @@ from ldam_plugins.posthoc.methods import (
 LEVEL = 0.95
 FEW = 10
 """A class with fewer judged samples is pooled with others of its group."""
-CRITERIA = ("log_loss", "accuracy")
-"""What candidates are chosen by: the mean over the classes of either."""
 _Z = NormalDist().inv_cdf(0.5 + LEVEL / 2)
 _TOLERANCE = 1e-3
 

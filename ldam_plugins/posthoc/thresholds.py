@@ -21,7 +21,6 @@ from ldam_plugins.training.files import to_json, write_atomic
 
 AIMS = ("f1", "precision", "recall", "cost")
 """What the threshold of two classes can be chosen for."""
-THRESHOLDS_FILE = "thresholds.json"
 STARTS = (0.1, 0.5)
 """Shares of the samples at which :func:`choose_abstention` begins to answer."""
 _SLACK = 1e-6

@@ -48,8 +48,9 @@ def worded_classes(counts: ClassCounts) -> str:
 
 
 def worded_machine(device: str, precision: str, processes: int) -> str:
-    """Device, precision and number of processes."""
+    """Device, precision as asked for, and number of processes."""
     kinds = {"no": "float32", "bf16": "mixed precision bf16", "fp16": "mixed precision fp16"}
+    kinds["auto"] = "precision as chosen below"
     count = "1 process" if processes == 1 else f"{processes} processes"
     return f"{device}, {kinds.get(precision, precision)}, {count}"
 

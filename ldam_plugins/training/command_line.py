@@ -26,6 +26,7 @@ USAGE_ERROR, INTERRUPTED = 2, 130
 _Options = TypeVar("_Options")
 _OURS = (Path(__file__).parents[1],)
 _WORDS = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
+_WORDS |= {"on": True, "off": False}
 _METAVARS = {int: "N", float: "X", str: "TEXT", bool: "yes|no"}
 
 
@@ -62,6 +63,24 @@ def parse_flags(kind: type[_Options], flags: Sequence[str], **parser: Any) -> _O
     return kind(**vars(found))
 
 
+def parse_known_flags(
+    kind: type[_Options], flags: Sequence[str], **parser: Any
+) -> tuple[_Options, list[str]]:
+    """As :func:`parse_flags`, and the words that are no flags of the dataclass, for another one."""
+    found, rest = make_parser(kind, **parser).parse_known_args([*map(_underscored, flags)])
+    return kind(**vars(found)), rest
+
+
+def or_refused(parse: Callable[[], _Options]) -> _Options:
+    """What ``parse`` gives; where it refuses the command line the process ends with a line."""
+    try:
+        return parse()
+    except (TypeError, ValueError) as error:
+        if is_first_process():
+            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        raise SystemExit(USAGE_ERROR) from None
+
+
 def make_parser(
     kind: type[Any], *, groups: Mapping[str, Sequence[str]] | None = None, **about: Any
 ) -> OptionParser:
@@ -96,7 +115,10 @@ def _add(part: Any, field: Any, hint: Any) -> None:
     more |= {"nargs": more.get("nargs", "*")} if is_list else {}
     choices = field.metadata.get("choices")
     if choices is not None:
-        more |= {"type": _chooser(field.name, choices), "metavar": "|".join(map(str, choices))}
+        chosen = _chooser(field.name, choices)
+        more |= {"type": chosen, "metavar": "|".join(map(str, choices))}
+        if bool in get_args(hint):  # yes, no, or another word
+            more["type"] = lambda word: _truth(word) if word.lower() in _WORDS else chosen(word)
     elif kind is bool:
         more |= {"type": _truth, "nargs": "?", "const": True, "metavar": _METAVARS[bool]}
     else:

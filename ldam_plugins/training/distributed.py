@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import psutil
 from torch import Tensor, distributed
@@ -15,6 +15,8 @@ from ldam_plugins._validation import invalid
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+_Made = TypeVar("_Made")
 
 
 def check_processes(running: int, expected: int | None = None) -> None:
@@ -87,6 +89,19 @@ def any_process(flag: bool) -> bool:
     flags = [False] * distributed.get_world_size()
     distributed.all_gather_object(flags, flag)  # which knows the device of each backend
     return any(flags)
+
+
+def from_first_process(make: Callable[[], _Made]) -> _Made:
+    """What ``make`` gives on the first of the processes that train together; all must call it.
+
+    Args:
+        make: Called there only. What it gives is pickled for the others.
+    """
+    made: list[Any] = [make() if is_first_process() else None]
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.broadcast_object_list(made)
+    found: _Made = made[0]
+    return found
 
 
 def epoch_batches(

@@ -8,7 +8,7 @@ import random
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -188,3 +188,14 @@ def device_name(device: torch.device | str) -> str:
         return device.type
     kind = torch.backends.cpu.get_cpu_capability()
     return f"cpu ({platform.machine()}, {kind}, threads: {torch.get_num_threads()})"
+
+
+def cpu_name() -> str:
+    """The model of the CPU, as Linux names it, with the units that torch finds in it."""
+    model = platform.processor() or platform.machine()
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        model = next(line.partition(":")[2] for line in lines if line.startswith("model name"))
+    units = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    names = [name for name, there in units.items() if there is True]
+    return " ".join([model.strip(), torch.backends.cpu.get_cpu_capability(), *sorted(names)])

@@ -46,7 +46,7 @@ _SCALARS = (str, int, float, type(None))
 
 
 def option(default: Any, description: str, **argparse: Any) -> Any:
-    """A field of an options dataclass, for transformers' ``HfArgumentParser``.
+    """A field of an options dataclass, for :func:`.parse_flags` and ``HfArgumentParser``.
 
     Args:
         default: Its value where none is given; a list is copied for every instance.

@@ -20,6 +20,8 @@ from ldam_plugins.training.files import to_json, write_atomic, write_flushed
 
 OPTIONS_FILE, HISTORY_FILE, METRICS_FILE = "options.json", "history.csv", "metrics.json"
 COMMAND_FILE = "command.txt"
+AUTO_TUNE_FILE = "auto_tune.json"
+"""What :mod:`~ldam_plugins.training.auto_tune` chose when the run began."""
 LOCK_FILE, HOLDER_FILE = ".run.lock", ".run.json"
 CONFUSION_FILES = {"test": "confusion.csv", "validation": "confusion_validation.csv"}
 """Confusion matrices by the part of the metrics they belong to."""
@@ -35,12 +37,12 @@ MISTAKES_FOLDER, MISTAKES_FILE = "mistakes", "mistakes/mistakes.csv"
 OTHER_FILES = (
     *("split.csv", "training_curve.png", "class_profile.png"),
     *("confusion.png", "reliability.png", "class_change.png", "reliability_change.png"),
-    *("classes.csv", "reliability.csv", "baseline.csv"),
+    *("classes.csv", "reliability.csv", "baseline.csv", AUTO_TUNE_FILE),
 )
 """What a run writes beside."""
 MAY_CHANGE = (
     *("output_dir", "resume", "report_to", "keep_checkpoints"),
-    *("overwrite", "quiet", "traceback"),
+    *("overwrite", "quiet", "traceback", "auto_tune"),
 )
 """Options in which a resumed run may differ from the run it goes on with."""
 _WAIT = 2.0  # seconds, for a run that is just ending

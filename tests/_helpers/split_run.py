@@ -4,6 +4,7 @@ import sys
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from paths import RECIPES
 from torch import nn
 
@@ -13,6 +14,7 @@ import vision_lt
 
 from ldam_plugins import ClassCounts, create_loss, list_losses
 from ldam_plugins.training import TrainStep, evaluate, micro_batches, unpadded_batches
+from ldam_plugins.training.auto_tune import Tuned, settle
 
 COUNTS = ClassCounts([400, 60, 9, 2])
 BATCHES = 3
@@ -128,6 +130,8 @@ def everything(micros, whole=False):
     results["two"] = evaluate(
         accelerator, nn.Identity(), loader, ClassCounts([9, 4]), detailed=True
     )
+    mine = Tuned("no" if accelerator.process_index else "bf16")
+    results["tuned"] = gather_object([settle("none", lambda: mine, mine, resume=False).precision])
     return results
 
 

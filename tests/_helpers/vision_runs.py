@@ -11,6 +11,8 @@ import vision_lt
 from accelerate.state import AcceleratorState
 from PIL import Image
 
+from ldam_plugins.reports import run_report
+
 
 def parsed(*flags):
     """Options as the recipe's command line makes them."""
@@ -22,7 +24,7 @@ def parsed(*flags):
 def vision_run(out, *flags, report=False):
     """Run the vision recipe; returns its metrics. Its report takes longer than a small run."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    with nullcontext() if report else patch.object(vision_lt, "write_report"):
+    with nullcontext() if report else patch.object(run_report, "write_report"):
         return vision_lt.main(parsed(*flags, "--output_dir", out))
 
 

@@ -7,6 +7,7 @@ import benchmark
 import pytest
 import torch
 from small_cells import began, calls, cells_in, gone
+from study_options import GRIDS
 
 from ldam_plugins.benchmark import local
 from ldam_plugins.benchmark.local import CellTask, run_cell, run_locally, start_cell
@@ -313,4 +314,4 @@ def test_grids_are_what_they_say(grid, cells, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(set(lines)) == cells
     assert all(line.startswith("python ") for line in lines)
-    assert {path.stem for path in benchmark.GRIDS.glob("*.yaml")} >= {grid}
+    assert {path.stem for path in GRIDS.glob("*.yaml")} >= {grid}

@@ -1,7 +1,6 @@
 """Tuning in the benchmark with real runs, made in this process."""
 
 import json
-import sys
 from unittest.mock import patch
 
 import benchmark
@@ -11,10 +10,12 @@ import text_lt
 import vision_lt
 from accelerate.state import AcceleratorState
 from options import parse_options
+from study_options import TablesOptions
 from untouchable import without_test_set
 
 from ldam_plugins.benchmark.local import Outcome, ended_before
 from ldam_plugins.benchmark.records import read_records, write_records
+from ldam_plugins.reports import run_report
 
 RECIPES = {
     "vision_lt.py": (vision_lt, vision_lt.VisionOptions, "load_images"),
@@ -48,7 +49,7 @@ def ran(monkeypatch):
         words = [*task.arguments, "--output_dir", str(task.folder), "--resume", "auto"]
         AcceleratorState._reset_state(reset_partial_state=True)
         guarded = without_test_set(load) if "trial" in task.name else load
-        with patch.object(recipe, loader, guarded), patch.object(recipe, "write_report"):
+        with patch.object(recipe, loader, guarded), patch.object(run_report, "write_report"):
             try:
                 recipe.main(parse_options(kind, words, default="digits_lt"))
             except ValueError as error:
@@ -127,10 +128,8 @@ def test_methods_are_tuned_without_the_test_set_and_go_on_where_they_stopped(
     assert {record["name"]: record["tuned"] for record in records} == chosen
     write_records(tmp_path / "results.jsonl", records)
     monkeypatch.setattr(results_tables, "RESULTS", tmp_path)
-    monkeypatch.setattr(
-        sys, "argv", ["results_tables.py", "--add", "own", str(tmp_path / "results.jsonl")]
-    )
-    results_tables.main()
+    options = TablesOptions(add=["own", str(tmp_path / "results.jsonl")])
+    results_tables.main(options)
     assert {r["name"]: r["tuned"] for r in read_records(tmp_path / "own.jsonl")} == chosen
 
 

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import timm
 import torch
-import trained
+import trained_options
 from hub_server import TOKEN, hub
 from huggingface_hub import ModelCard
 from vision_runs import picture_folder, vision_run
@@ -28,7 +28,7 @@ NAMES = ("1", "10", "2")
 
 def exported(model, *flags, output):
     words = [str(model), *map(str, flags), "--output", str(output), "--quiet"]
-    return export.main(*trained.parse(export.ExportOptions, words))
+    return export.main(*trained_options.parse(export.ExportOptions, words))
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_a_bilstm_is_refused_by_name(tickets, tmp_path):
 
 def sent(model, *flags):
     words = [str(model), "--push_to_hub", *map(str, flags), "--quiet"]
-    return export.main(*trained.parse(export.ExportOptions, words))
+    return export.main(*trained_options.parse(export.ExportOptions, words))
 
 
 @pytest.fixture(scope="module")

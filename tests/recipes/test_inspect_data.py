@@ -15,6 +15,7 @@ import vision_lt
 import yaml
 from datasets import ClassLabel, Dataset, Features, Value
 from PIL import Image
+from study_options import LOADING, REGIMES
 
 from ldam_plugins.data import audit_texts
 from ldam_plugins.data.readers.base import text_table
@@ -176,7 +177,7 @@ def test_entries_of_the_advice_hold(entry):
 @pytest.mark.parametrize("part", ["methods", "training"])
 def test_every_regime_has_advice(part):
     last = {(entry["data"], entry["regime"]): entry for entry in ENTRIES[part]}
-    assert set(last) == {(data, regime) for data in recipe.LOADING for regime in recipe.REGIMES}
+    assert set(last) == {(data, regime) for data in LOADING for regime in REGIMES}
     assert not any(name.startswith("max_") for entry in last.values() for name in entry)
 
 

@@ -13,7 +13,7 @@ import predict
 import pytest
 import timm
 import torch
-import trained
+import trained_options
 from forked import run_forked
 from paths import RECIPES
 from PIL import Image
@@ -40,12 +40,12 @@ def finished(photos, tmp_path_factory):
 
 def evaluated(model, *flags, output):
     words = [str(model), *map(str, flags), "--output_dir", str(output), "--quiet"]
-    return evaluate_model.main(*trained.parse(evaluate_model.EvaluateOptions, words))
+    return evaluate_model.main(*trained_options.parse(evaluate_model.EvaluateOptions, words))
 
 
 def predicted(model, *flags, output):
     words = [str(model), *map(str, flags), "--output", str(output), "--quiet"]
-    return predict.main(*trained.parse(predict.PredictOptions, words))
+    return predict.main(*trained_options.parse(predict.PredictOptions, words))
 
 
 def test_a_run_is_measured_again_to_the_same(finished, tmp_path):

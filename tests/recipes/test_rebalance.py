@@ -8,7 +8,7 @@ import pytest
 import rebalance as recipe
 import timm
 import torch
-import trained
+import trained_options
 import transformers
 import vision_lt
 from options import parse_options
@@ -79,7 +79,7 @@ def biased(layer):
 
 def run(model, *flags, output):
     return recipe.main(
-        *trained.parse(
+        *trained_options.parse(
             recipe.RebalanceOptions, [str(model), *flags, "--output_dir", str(output), "--quiet"]
         )
     )
@@ -171,7 +171,7 @@ def test_a_choice_on_held_out_images(photos, tmp_path, capsys):
     train_py_folder(tmp_path)
     flags = ["--dataset", str(photos), "--test_split", "test", "--val_split", "validation"]
     out = tmp_path / "out"
-    options, rest = trained.parse(
+    options, rest = trained_options.parse(
         recipe.RebalanceOptions, [str(tmp_path), *flags, "--folds", "2", "--output_dir", str(out)]
     )
     with pytest.warns(UserWarning, match="all 58 samples .* it stays 1"):

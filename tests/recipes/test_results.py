@@ -1,18 +1,19 @@
 import json
 import re
-import sys
 from collections import Counter
 
 import numpy as np
 import pytest
 import results_tables
 from PIL import Image
+from study_options import TablesOptions
 
 from ldam_plugins.benchmark.grid import METHODS
 from ldam_plugins.benchmark.plots import digest
 from ldam_plugins.benchmark.records import read_records, write_records
 from ldam_plugins.benchmark.statistics import paired_comparison
 from ldam_plugins.losses import list_losses, loss_class
+from ldam_plugins.training.command_line import parse_flags
 
 EXPERIMENTS = results_tables.experiments()
 TEXTS = {path: path.read_text() for path in results_tables.DOCUMENTS}
@@ -258,9 +259,8 @@ def test_markers_choose_what_is_shown(monkeypatch, tmp_path):
             filled(marker)
 
 
-def run_main(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["results_tables.py", *map(str, arguments)])
-    results_tables.main()
+def run_main(*arguments):
+    results_tables.main(parse_flags(TablesOptions, [*map(str, arguments)]))
 
 
 def test_write_draws_the_plots_a_text_shows(monkeypatch, tmp_path):
@@ -271,7 +271,7 @@ def test_write_draws_the_plots_a_text_shows(monkeypatch, tmp_path):
     monkeypatch.setattr(results_tables, "RESULTS", results)
     monkeypatch.setattr(results_tables, "DOCUMENTS", [readme])
     write_records(results / "digits_lt.jsonl", kept)
-    run_main(monkeypatch, "--write")
+    run_main("--write")
     assert "(recipes/results/digits_lt/errors.png)" in readme.read_text()
     plot = results / "digits_lt" / "errors.png"
     check_plot(plot, "digits_lt")
@@ -284,11 +284,11 @@ def test_records_of_a_grid_are_added_to_an_experiment(monkeypatch, tmp_path, cap
     kept = read_records(results_tables.records_path("digits_lt"))
     monkeypatch.setattr(results_tables, "RESULTS", tmp_path)
     write_records(tmp_path / "results.jsonl", kept[:4])
-    run_main(monkeypatch, "--add", "own", tmp_path / "results.jsonl")
+    run_main("--add", "own", tmp_path / "results.jsonl")
     write_records(tmp_path / "results.jsonl", kept[3:])
-    run_main(monkeypatch, "--add", "own", tmp_path / "results.jsonl")
+    run_main("--add", "own", tmp_path / "results.jsonl")
     assert read_records(tmp_path / "own.jsonl") == kept
     assert capsys.readouterr().out == ""
     (tmp_path / "results.jsonl").unlink()
-    run_main(monkeypatch)
+    run_main()
     assert capsys.readouterr().out.startswith("own\n\n| loss ")

@@ -8,6 +8,7 @@ import pytest
 import speed
 import speed_timing
 import speed_training
+import study_options
 from forked import run_forked
 from paths import RECIPES
 
@@ -36,10 +37,10 @@ def whole(row, unit="seconds"):
 
 def test_small_sections(tmp_path, capsys):
     file = tmp_path / "speed.json"
-    rows = speed.main(speed_timing.SpeedOptions(**TINY, json=str(file)))
+    rows = speed.main(study_options.SpeedOptions(**TINY, json=str(file)))
     for row in rows:
         whole(row)
-    assert [*dict.fromkeys(row["section"] for row in rows)] == speed_timing.QUICK
+    assert [*dict.fromkeys(row["section"] for row in rows)] == study_options.QUICK
     kept = json.loads(file.read_text())
     assert kept["rows"] == json.loads(json.dumps(rows))
     assert kept["options"]["repeats"] == 1
@@ -67,7 +68,7 @@ def test_training(tmp_path, monkeypatch):
     monkeypatch.setattr(speed_training, "subprocess", run_two_forked(tmp_path / "log"))
     more = {"compile": False, "dataset": "digits", "text_dataset": "stdlib_docstrings"}
     only = {"only": ["processes", "vision", "text"], "text_model": "bilstm", "max_length": 16}
-    rows = speed.main(speed_timing.SpeedOptions(**TINY, **more, **only))
+    rows = speed.main(study_options.SpeedOptions(**TINY, **more, **only))
     for row in rows:
         whole(row)
     assert [row["section"] for row in rows] == ["processes", "vision", "vision", "text"]
@@ -75,7 +76,7 @@ def test_training(tmp_path, monkeypatch):
 
 def test_fine_tuning():
     more = {"photo_model": "resnet10t", "photo_size": 16, "compile": False}
-    (row,) = speed.main(speed_timing.SpeedOptions(**TINY, **more, only=["fine_tuning"]))
+    (row,) = speed.main(study_options.SpeedOptions(**TINY, **more, only=["fine_tuning"]))
     whole(row)
     assert row["what"] == "2 steps of resnet10t, batch 32"
 
@@ -88,7 +89,7 @@ def test_memory(monkeypatch, capsys):
         return 300.0 if contender.startswith("ours") else 200.0
 
     monkeypatch.setattr(speed_training, "megabytes_of", megabytes)
-    rows = speed.main(speed_timing.SpeedOptions(**TINY, only=["memory"]))
+    rows = speed.main(study_options.SpeedOptions(**TINY, only=["memory"]))
     for row in rows:
         whole(row, "megabytes")
         assert row["ratio_median"] == 1.5
@@ -100,7 +101,7 @@ def test_memory(monkeypatch, capsys):
 @pytest.mark.parametrize("contender", ["ours_text", "padded_text"])
 def test_trainings_whose_memory_is_measured(contender):
     more = {"text_dataset": "stdlib_docstrings", "text_model": "bilstm", "max_length": 16}
-    getattr(speed_training, contender)(speed_timing.SpeedOptions(**TINY, **more))
+    getattr(speed_training, contender)(study_options.SpeedOptions(**TINY, **more))
 
 
 def test_memory_of_a_process_counts_its_children():
@@ -115,9 +116,9 @@ def test_memory_of_a_process_counts_its_children():
 def test_memory_of_a_process_that_fails(monkeypatch):
     monkeypatch.setattr(speed_training, "__file__", "/speed_training.py")  # not to be found there
     with pytest.raises(RuntimeError, match=r"ours_text failed: (?s:.)*speed_training"):
-        speed_training.megabytes_of(speed_timing.SpeedOptions(), "ours_text")
+        speed_training.megabytes_of(study_options.SpeedOptions(), "ours_text")
 
 
 def test_unknown_section():
     with pytest.raises(ValueError, match=r"`only` must be one of .*Did you mean 'vision'"):
-        speed.main(speed_timing.SpeedOptions(only=["vison"]))
+        speed.main(study_options.SpeedOptions(only=["vison"]))

@@ -36,6 +36,7 @@ from ldam_plugins.integrations.transformers.run_callbacks import (
 )
 from ldam_plugins.integrations.transformers.tokenizer import train_tokenizer
 from ldam_plugins.posthoc import last_step
+from ldam_plugins.reports import run_report
 from ldam_plugins.training.environment import choose_precision
 from ldam_plugins.training.run_dir import LOCK_FILE
 
@@ -85,7 +86,7 @@ def run(folder, tmp_path, monkeypatch):
         parsed = recipe_options.parse_options(text_lt.TextOptions, arguments, default="stdlib_lt")
         with monkeypatch.context() as patch:
             if not report:  # which takes longer than a small run
-                patch.setattr(text_lt, "write_report", lambda folder: None)
+                patch.setattr(run_report, "write_report", lambda folder: None)
             return text_lt.main(parsed), tmp_path / out
 
     return start
@@ -133,7 +134,7 @@ def is_locked(folder):
 
 def test_the_folder_is_locked_to_the_end_of_the_run(run, monkeypatch):
     locked = []
-    monkeypatch.setattr(text_lt, "write_report", lambda out: locked.append(is_locked(Path(out))))
+    monkeypatch.setattr(run_report, "write_report", lambda out: locked.append(is_locked(Path(out))))
     _, out = run("--epochs", 1, "--start", 0, report=True)
     assert locked == [True]
     assert not is_locked(out)

@@ -7,7 +7,7 @@ import pandas as pd
 import predict
 import pytest
 import thresholds
-import trained
+import trained_options
 from sklearn.metrics import precision_recall_curve
 
 from ldam_plugins.integrations.transformers.tokenizer import train_tokenizer
@@ -17,12 +17,12 @@ WORDS = [f"w{index}" for index in range(40)]
 
 def chosen(model, *flags):
     words = [str(model), *map(str, flags), "--quiet"]
-    return thresholds.main(*trained.parse(thresholds.ThresholdOptions, words))
+    return thresholds.main(*trained_options.parse(thresholds.ThresholdOptions, words))
 
 
 def predicted(model, data, output, *flags):
     words = [str(model), "--dataset", str(data), "--output", str(output), *map(str, flags)]
-    return predict.main(*trained.parse(predict.PredictOptions, words))
+    return predict.main(*trained_options.parse(predict.PredictOptions, words))
 
 
 @pytest.fixture(scope="module")

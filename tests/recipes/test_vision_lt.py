@@ -28,7 +28,7 @@ from ldam_plugins.data.in_memory import InMemoryImages
 from ldam_plugins.heads import cosine_heads
 from ldam_plugins.integrations.timm.images import image_loader
 from ldam_plugins.kernels.batch_norm import FastBatchNorm2d
-from ldam_plugins.training import micro_batches
+from ldam_plugins.training import auto_tune, micro_batches, race
 from ldam_plugins.training.environment import choose_precision
 from ldam_plugins.training.history import read_history
 
@@ -130,6 +130,51 @@ def test_every_way_of_training_runs(run, flags):
     metrics, out = run(*flags, "--epochs", 1, "--start", "0.5", "--ratio", 20)
     assert 0 <= metrics["test"]["top1_error"] <= 100
     assert (out / "model" / "model.safetensors").exists()
+
+
+@pytest.fixture
+def measured(monkeypatch, tmp_path):
+    """Every run is long enough to be measured, and bf16 wins every race."""
+
+    def won(contenders, budget, clock):
+        for call in contenders.values():
+            call()
+        return race.Race({"float32": 0.4, "bf16": 0.2}, {"bf16": 0.5}, 0.03, "bf16", 1.0)
+
+    monkeypatch.setattr(auto_tune, "LEAST_PASSES", 0)
+    monkeypatch.setattr(auto_tune, "WORTH", 0)
+    monkeypatch.setattr(auto_tune, "race", won)
+    monkeypatch.setattr(auto_tune, "cached_assets_path", lambda *names: tmp_path / "cache")
+
+
+def test_a_run_is_trained_in_what_was_measured(run, measured, monkeypatch, capsys):
+    flags = ("--epochs", 2, "--mixup", 0.2)
+    _, given = run(*flags, "--mixed_precision", "bf16", folder="given")
+    told = capsys.readouterr().out
+    assert "speed: bf16, 1 thread; as given\n" in told
+    metrics, out = run(*flags)
+    assert "bf16, 1 thread; measured in" in capsys.readouterr().out
+    assert metrics["mixed_precision"] == metrics["auto_tune"]["precision"] == "bf16"
+    assert metrics["auto_tune"]["seconds"] == {"float32": 0.4, "bf16": 0.2}
+    # Nothing is left of the measurement: weights, batch statistics, random numbers.
+    left, right = weights(given), weights(out)
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    kept, _ = run(*flags, "--auto_tune", "off", folder="off")
+    assert kept["mixed_precision"] == choose_precision()
+    assert kept["auto_tune"]["why"] == "--auto_tune off"
+
+
+def test_a_resumed_run_keeps_what_was_measured_first(run, measured, monkeypatch):
+    flags = ("--epochs", 3, "--eval_test_every", 1)
+    _, whole = run(*flags, folder="whole")
+    with interrupted_at(vision_lt, "evaluate"):
+        run(*flags, folder="broken")
+    monkeypatch.setattr(auto_tune, "race", None)  # is not asked again
+    metrics, broken = run(*flags, "--resume", "--auto_tune", "off", folder="broken")
+    assert metrics["auto_tune"]["source"] == "run"
+    assert metrics["mixed_precision"] == "bf16"
+    left, right = weights(whole), weights(broken)
+    assert all(torch.equal(left[name], right[name]) for name in left)
 
 
 def test_margins_on_a_linear_head_are_told(run):
@@ -243,6 +288,8 @@ def small_folder(root, corrupt=()):
             "no/such-set",
         ),
         (["--mixed_precision", "fp8"], ValueError, "got 'fp8'"),
+        (["--auto_tune", "maybe"], ValueError, "`auto_tune` must be on, off or a .json file"),
+        (["--compile", "perhaps"], ValueError, "`compile` must be one of"),
         (["--schedule", "dwr"], ValueError, "Did you mean 'drw'"),
         (["--no_such_flag", "1"], ValueError, "no_such_flag"),
     ],

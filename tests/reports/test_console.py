@@ -44,6 +44,7 @@ def test_of_many_classes_both_ends_are_named():
 def test_the_machine_is_worded():
     assert worded_machine("cpu", "no", 1) == "cpu, float32, 1 process"
     assert worded_machine("H200", "bf16", 2) == "H200, mixed precision bf16, 2 processes"
+    assert worded_machine("cpu", "auto", 1) == "cpu, precision as chosen below, 1 process"
 
 
 def test_one_bar_tells_epoch_stage_loss_and_time(monkeypatch):

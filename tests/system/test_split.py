@@ -59,6 +59,11 @@ def test_metrics_of_two_processes_equal_those_of_one(alone, together):
     assert alone["two"]["auroc"] != 0.5
 
 
+def test_the_first_process_chooses_how_all_train(alone, together):
+    assert alone["tuned"] == ["bf16"]
+    assert together["tuned"] == ["bf16", "bf16"]
+
+
 @pytest.mark.parametrize("case", list(split_run.epochs(whole=False)), ids=str)
 def test_a_short_last_batch_counts_once(alone, together, case):
     reference = alone[("epoch", *case, 1)]

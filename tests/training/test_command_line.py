@@ -12,7 +12,9 @@ import vision_lt
 from paths import RECIPES
 
 from ldam_plugins import choices, list_losses
+from ldam_plugins.benchmark.tuning import AROUND
 from ldam_plugins.losses import losses_with
+from ldam_plugins.posthoc import METHODS
 from ldam_plugins.training.command_line import flag_names, is_ours, make_parser, parse_flags
 from ldam_plugins.training.options import invalid, option
 
@@ -85,6 +87,8 @@ def test_every_option_is_in_one_group_of_the_help(recipe):
 
 def test_words_of_the_command_line_are_those_of_the_package():
     assert list(choices.LOSSES) == list_losses()
+    assert list(choices.POSTHOC_METHODS) == list(METHODS)
+    assert set(choices.SEARCHED) == {*AROUND, "beta"}
     for name, described in (("gamma", "focal [2] and vector_scaling [0.15]"), ("tau", "[1]")):
         (field,) = (f for f in fields(recipe_options.CoreOptions) if f.name == name)
         for loss, default in losses_with(name).items():
@@ -99,6 +103,26 @@ def raised(error):
         raise error
     except type(error) as caught:
         return caught
+
+
+HELP = """
+import contextlib, io, runpy, sys
+heavy = {"torch", "timm", "transformers", "datasets", "pandas", "scipy", "sklearn", "matplotlib"}
+sys.path.insert(0, sys.argv[1])
+for recipe in sys.argv[2:]:
+    said, sys.argv = io.StringIO(), [recipe, "--help"]
+    with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+        runpy.run_path(recipe, run_name="__main__")
+    assert not heavy & set(sys.modules), (recipe, heavy & set(sys.modules))
+    assert said.getvalue().startswith("usage: "), recipe
+"""
+
+
+def test_help_of_every_recipe_is_given_without_a_heavy_import():
+    code = 'if __name__ == "__main__":'
+    recipes = [str(path) for path in sorted(RECIPES.glob("*.py")) if code in path.read_text()]
+    assert len(recipes) > 15
+    subprocess.run([sys.executable, "-c", HELP, str(RECIPES), *recipes], check=True, timeout=120)
 
 
 def test_errors_for_users_are_told_from_faults_in_the_code():
@@ -139,7 +163,8 @@ def test_the_help_and_a_misspelt_flag_need_no_torch():
 
 
 def test_ctrl_c_leaves_a_run_to_resume_and_a_second_run_says_what_to_type(tmp_path):
-    flags = ["--epochs", 4000, "--output_dir", tmp_path, "--eval_test_every", 0, "--traceback"]
+    flags = ["--epochs", 4000, "--output_dir", tmp_path, "--eval_test_every", 0]
+    flags += ["--auto_tune", "off", "--traceback"]
     process = recipe_process(*flags[:-1], start_new_session=True)
     until = time.monotonic() + 300
     while not list(tmp_path.glob("checkpoints/epoch_*")) and time.monotonic() < until:
