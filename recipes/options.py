@@ -678,12 +678,12 @@ class VisionOptions(CoreOptions):
         "hub id of transformers, with a slash: google/vit-base-patch16-224, ./folder; or "
         "efficientnet_lite0_imagenet, pretrained, in a package [that one, if it is installed]",
     )
-    epochs: int = option(None, "epochs of training [200; pretrained: 10]")
+    epochs: int = option(None, "epochs of training [200; pretrained: 20]")
     batch_size: int = option(None, "images a process and micro-batch [128; pretrained: 32]")
     lr: float = option(
         None,
-        "learning rate [0.1; pretrained: 1e-4, efficientnet_lite0_imagenet: 5e-4, adapters: 2e-3, "
-        "frozen backbone: 5e-3]",
+        "learning rate [0.1; pretrained: 1e-4, efficientnet_lite0_imagenet: 1.5e-3, adapters: "
+        "2e-3, frozen backbone: 5e-3]",
     )
     output_dir: str = option("runs/vision_lt", "folder of the run")
     image_column: str | None = option(
@@ -796,10 +796,10 @@ class VisionOptions(CoreOptions):
         if self.model is None:
             return {"model": installed(self.BUNDLED_MODEL)}
         if self.is_pretrained:
-            lr = 5e-4 if self.model in BUNDLED else 1e-4
+            lr = 1.5e-3 if self.model in BUNDLED else 1e-4
             lr = FROZEN_LR if self.freeze else 2e-3 if self.lora_rank else lr
             kind = {"opt": "adamw", "lr": lr, "weight_decay": 0.05}
-            return {"epochs": 10, "batch_size": 32, **kind}
+            return {"epochs": 20, "batch_size": 32, **kind}
         return {"epochs": 200, "batch_size": 128, "opt": "sgd", "lr": 0.1, "weight_decay": 2e-4}
 
     def tied_to_length(self) -> str | None:

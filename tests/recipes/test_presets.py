@@ -95,8 +95,8 @@ def made(kind, *flags):
 
 VISION_DEFAULTS = {
     "resnet18": (200, 128, "sgd", 0.1, 2e-4),
-    "resnet18 --pretrained": (10, 32, "adamw", 1e-4, 0.05),
-    "efficientnet_lite0_imagenet": (10, 32, "adamw", 5e-4, 0.05),
+    "resnet18 --pretrained": (20, 32, "adamw", 1e-4, 0.05),
+    "efficientnet_lite0_imagenet": (20, 32, "adamw", 1.5e-3, 0.05),
 }
 TEXT_DEFAULTS = {
     "bilstm": (10, 3e-3, 0.0, 0.05),
