@@ -111,6 +111,11 @@ class Tuned:
         timed = f": {self.rows} rows take {timed}" if timed else ""
         return f"{way}, {threads}; {self.why}{timed}"
 
+    def seconds_of_pass(self, batches: Sequence[Batch]) -> float:
+        """About the seconds of a pass over whole batches, run as was timed first."""
+        rows = max(len(labels) for _, labels in batches)
+        return next(iter(self.seconds.values()), 0.0) * rows / max(1, self.rows)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it as JSON, whole or not at all."""
         write_atomic(path, to_json(asdict(self), name="auto_tune").encode())
@@ -244,7 +249,11 @@ def auto_tune(
         file = _cache_file(cache, _facts(model, criterion, batches, precision, compile))
         if file is not None and file.is_file():
             with suppress(ValueError):
-                return replace(Tuned.load(file), source=CACHED, why="as measured here before")
+                known = Tuned.load(file)
+                run = known.seconds_of_pass(batches) * passes
+                if run < WORTH * BUDGET:
+                    return replace(rule, why=_too_short(run))
+                return replace(known, source=CACHED, why="as measured here before")
         trial = Trial(model, criterion, batches, device)
         tuned = _measured(trial, rule, passes, precision, compile, compiled, clock)
     spent = clock() - began
@@ -271,7 +280,7 @@ def _measured(
     rows, whole, cost = trial.fitting_rows(ways, passes, clock)
     run = whole * passes
     if run < WORTH * cost:
-        return replace(rule, why=f"a run of about {run:.0f} s, not measured")
+        return replace(rule, why=_too_short(run))
     calls = {title(way): trial.call(way, rows) for way in ways if trial.can(way)}
     found = race(calls, BUDGET, clock)
     chosen = next(way for way in ways if title(way) == found.winner)
@@ -300,6 +309,10 @@ def _measured(
         seconds=seconds,
         compilation=took,
     )
+
+
+def _too_short(run: float) -> str:
+    return f"a run of about {run:.0f} s, not measured"
 
 
 class Trial:
