@@ -47,6 +47,7 @@ from ldam_plugins.training.command_line import (
     parse_flags,
     say_errors_briefly,
 )
+from ldam_plugins.training.cores import watch_cores
 from ldam_plugins.training.options import (
     COUNT,
     COUNT_OR_0,
@@ -898,6 +899,7 @@ def command_line(kind: type[Options], *, default: str) -> Options:
         raise SystemExit(USAGE_ERROR) from None
     if not options.traceback:
         say_errors_briefly(options.output_dir)
+    watch_cores()
     if is_first_process() and not options.quiet:
         name = Path(sys.argv[0]).stem
         print(f"{name}: {options.model} on {options.dataset}, epochs: {options.epochs}", flush=True)
@@ -975,6 +977,17 @@ def print_header(
         "folder": options.output_dir,
     }
     print(header(facts), flush=True)
+
+
+def choose_threads(options: CoreOptions) -> None:
+    """Give torch as many threads as there are cores free, or as the run that is resumed had."""
+    if options.auto_tune == "off":
+        return
+    from ldam_plugins.training.auto_tune import kept_choice
+    from ldam_plugins.training.cores import fit_threads
+
+    kept = None if options.resume == "no" else kept_choice(options.output_dir)
+    fit_threads(kept=None if kept is None else kept.threads)
 
 
 def tuned_for(

@@ -32,6 +32,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, set_seed
 from options import (
     RESUME,
+    choose_threads,
     held_out_record,
     keep_split,
     keep_tuned,
@@ -110,6 +111,7 @@ from ldam_plugins.training.options import (
 def main(options: VisionOptions) -> dict[str, Any]:
     """Train and evaluate once; returns what its files of results hold."""
     state = join_processes(options)
+    choose_threads(options)
     set_seed(options.seed)
     options.check_model()
     notes = DataNotes()

@@ -150,6 +150,14 @@ def by_rule(precision: str, compile: bool | str = False, *, why: str = "by rule"
     )
 
 
+def kept_choice(output_dir: str | os.PathLike[str]) -> Tuned | None:
+    """The choice of the run in a folder, if it has a checkpoint to go on from and has kept one."""
+    file = Path(output_dir, AUTO_TUNE_FILE)
+    if not (has_checkpoint(output_dir) and file.is_file()):
+        return None
+    return replace(Tuned.load(file), source=OF_RUN, why="as the run began")
+
+
 def settle(
     output_dir: str | os.PathLike[str],
     measure: Callable[[], Tuned],
@@ -185,16 +193,15 @@ def _decide(
     shared: str | os.PathLike[str] | None,
 ) -> Tuned:
     if resume and has_checkpoint(folder):
-        kept = folder / AUTO_TUNE_FILE
-        known = kept.is_file()
-        return replace(Tuned.load(kept), source=OF_RUN, why="as the run began") if known else rule
+        return kept_choice(folder) or rule
     if shared is None:
         return measure()
     Path(shared).absolute().parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{shared}.lock"):
         if Path(shared).is_file():
             tuned = Tuned.load(shared)
-            return replace(tuned, source=OF_FILE, why=f"as in {shared}")
+            threads = torch.get_num_threads()
+            return replace(tuned, threads=threads, source=OF_FILE, why=f"as in {shared}")
         tuned = measure()
         tuned.save(shared)
         return tuned
@@ -253,7 +260,8 @@ def auto_tune(
                 run = known.seconds_of_pass(batches) * passes
                 if run < WORTH * BUDGET:
                     return replace(rule, why=_too_short(run))
-                return replace(known, source=CACHED, why="as measured here before")
+                why = "as measured here before"
+                return replace(known, threads=rule.threads, source=CACHED, why=why)
         trial = Trial(model, criterion, batches, device)
         tuned = _measured(trial, rule, passes, precision, compile, compiled, clock)
     spent = clock() - began
