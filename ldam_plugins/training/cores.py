@@ -116,11 +116,10 @@ class CoreWatch:
     def _now(self) -> _Moment:
         allowed = set(_allowed())
         cores = [each for i, each in enumerate(psutil.cpu_times(percpu=True)) if i in allowed]
-        busy = sum(sum(each) - each.idle - getattr(each, "iowait", 0.0) for each in cores)
         # What a guest runs is in the time of the user already.
-        busy -= sum(
-            getattr(each, "guest", 0.0) + getattr(each, "guest_nice", 0.0) for each in cores
-        )
+        not_busy = ("idle", "iowait", "guest", "guest_nice")
+        idle = sum(getattr(each, name, 0.0) for each in cores for name in not_busy)
+        busy = sum(map(sum, cores)) - idle
         return _Moment(time.perf_counter(), busy, self._family())
 
     def _family(self) -> dict[int, float]:
@@ -156,8 +155,8 @@ def watch_cores() -> CoreWatch:
 def fit_threads(watch: CoreWatch | None = None, *, kept: int | None = None) -> int:
     """Give torch no more threads than there are free cores for this process; returns how many.
 
-    Where ``OMP_NUM_THREADS`` is set, by the user or a launcher, it holds. A warning says where there
-    are more threads, those of other programs counted, than cores.
+    Where ``OMP_NUM_THREADS`` is set, by the user or a launcher, it holds. A warning says where
+    there are more threads, those of other programs counted, than cores.
 
     Args:
         watch: What has watched the machine. Default: that of :func:`watch_cores`.

@@ -36,7 +36,6 @@ class Machine:
     def cpu_times(self, percpu):
         """Others keep the first cores busy, this process one more; idle time is not busy."""
         busy = (self.others + self.own) * self.seconds / len(self.allowed)
-        times = SimpleNamespace
         return [Times(busy if core in self.allowed else self.seconds, 5.0) for core in range(8)]
 
     def watched(self, seconds=2.0, processes=1):
