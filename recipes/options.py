@@ -997,7 +997,7 @@ def tuned_for(
     make_batches: Callable[[], Sequence[Any]],
     *,
     compile: bool | str,
-    alone: bool,
+    sharded: bool,
     **more: Any,
 ) -> Tuned:
     """How the model is trained fastest here; printed, once the first process has found it.
@@ -1008,7 +1008,7 @@ def tuned_for(
         criterion: Its loss.
         make_batches: As for :func:`~ldam_plugins.training.auto_tune.auto_tune`.
         compile: That of the options.
-        alone: Whether each process holds the whole model, so that a copy of it can be timed.
+        sharded: Whether no process holds the whole model, so that no copy of it can be timed.
         **more: Further arguments of ``auto_tune``: ``device``, ``passes``, ``compiled``.
     """
     from functools import partial
@@ -1016,9 +1016,10 @@ def tuned_for(
     from ldam_plugins.training.auto_tune import auto_tune, by_rule, settle
 
     asked: dict[str, Any] = {"precision": options.mixed_precision, "compile": compile}
-    rule = by_rule(**asked, why="--auto_tune off" if alone else "by rule for a sharded model")
+    why = "by rule for a stream" if options.streaming else "by rule for a sharded model"
+    rule = by_rule(**asked, why="--auto_tune off" if options.auto_tune == "off" else why)
     measure = partial(auto_tune, model, criterion, make_batches, **asked, **more)
-    measured = alone and options.auto_tune != "off"
+    measured = not (sharded or options.streaming or options.auto_tune == "off")
     shared = options.auto_tune if measured and options.auto_tune not in AUTO_TUNE else None
     tuned = settle(
         options.output_dir,

@@ -468,7 +468,7 @@ def tune(
         device=state.device,
         compile=options.compile,
         passes=options.epochs * steps * options.accumulation,
-        alone=state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU),
+        sharded=state.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED),
         compiled=partial(compiled, state),
     )
 

@@ -234,9 +234,9 @@ def auto_tune(
     Args:
         model: What is to be trained, on any device.
         criterion: Its loss, on ``device``.
-        make_batches: Makes the batches that are timed, one after the other in a pass.
+        make_batches: Makes the batches that are timed, such as a short, a usual and a long one.
         device: Of the training.
-        passes: Forward and backward passes of the whole training.
+        passes: Forward and backward passes of the whole training, each over a batch.
         precision: ``"auto"``, ``"no"``, ``"bf16"`` or ``"fp16"``.
         compile: True, False or ``"auto"``.
         compiled: Compiles a model as the training does.
@@ -285,8 +285,9 @@ def _measured(
 ) -> Tuned:
     """The choice by measurement, or ``rule`` with the reason why there is none."""
     ways = ("no", "bf16") if precision == "auto" else (precision,)
-    rows, whole, cost = trial.fitting_rows(ways, passes, clock)
-    run = whole * passes
+    count = len(trial.batches)
+    rows, whole, cost = trial.fitting_rows(ways, passes / count, clock)
+    run = whole * passes / count
     if run < WORTH * cost:
         return replace(rule, why=_too_short(run))
     calls = {title(way): trial.call(way, rows) for way in ways if trial.can(way)}
@@ -296,7 +297,7 @@ def _measured(
         rule,
         precision=chosen,
         source=MEASURED,
-        seconds=found.seconds,
+        seconds={name: took / count for name, took in found.seconds.items()},
         rows=rows,
         noise=found.noise,
     )
@@ -359,15 +360,15 @@ class Trial:
         return True
 
     def fitting_rows(
-        self, ways: Sequence[str], passes: int, clock: Callable[[], float]
+        self, ways: Sequence[str], passes: float, clock: Callable[[], float]
     ) -> tuple[int, float, float]:
-        """Rows of a batch to be raced in :data:`BUDGET` seconds.
+        """Rows of each batch to be raced in :data:`BUDGET` seconds.
 
         They grow from two on as long as there is room for many more, and the training may be long
         enough.
 
         Returns:
-            The rows, the seconds of a pass over whole batches, and those of the race.
+            The rows, the seconds of a pass over all batches as a whole, and those of the race.
         """
         rows = min(2, self.rows)
         while True:
@@ -385,7 +386,7 @@ class Trial:
     def call(
         self, way: str, rows: int, wrap: Callable[[nn.Module], Any] | None = None
     ) -> Callable[[], None]:
-        """A forward and backward pass over the first rows of each batch.
+        """Forward and backward passes over the first rows of each batch.
 
         Args:
             way: Its precision.
