@@ -74,12 +74,14 @@ from ldam_plugins.posthoc import (
 from ldam_plugins.posthoc.choice import CRITERIA
 from ldam_plugins.posthoc.feature_files import digest_of_batches
 from ldam_plugins.training import keep_freed_memory, run_metrics
+from ldam_plugins.training.cores import fit_threads
 from ldam_plugins.training.files import to_json
 from ldam_plugins.training.options import check_choice, check_int, invalid
 
 
 def main(options: FrozenOptions, data: CoreOptions) -> list[dict[str, Any]]:
     """Solve for each classifier; returns the record of each."""
+    fit_threads()
     register()
     cells = list(make_cells(options))
     methods = APPLIED if options.methods == ["all"] else options.methods

@@ -49,6 +49,7 @@ from ldam_plugins.training.command_line import (
     parse_flags,
     say_errors_briefly,
 )
+from ldam_plugins.training.cores import watch_cores
 from ldam_plugins.training.options import (
     COUNT,
     COUNT_OR_0,
@@ -999,6 +1000,7 @@ def command_line(kind: type[Options], *, default: str) -> Options:
         raise SystemExit(USAGE_ERROR) from None
     if not options.traceback:
         say_errors_briefly(options.output_dir)
+    watch_cores()
     if is_first_process() and not options.quiet:
         name = Path(sys.argv[0]).stem
         print(f"{name}: {options.model} on {options.dataset}, epochs: {options.epochs}", flush=True)
@@ -1078,6 +1080,17 @@ def print_header(
     print(header(facts), flush=True)
 
 
+def choose_threads(options: CoreOptions) -> None:
+    """Give torch as many threads as there are cores free, or as the run that is resumed had."""
+    if options.auto_tune == "off":
+        return
+    from ldam_plugins.training.auto_tune import kept_choice
+    from ldam_plugins.training.cores import fit_threads
+
+    kept = None if options.resume == "no" else kept_choice(options.output_dir)
+    fit_threads(kept=None if kept is None else kept.threads)
+
+
 def tuned_for(
     options: CoreOptions,
     model: Any,
@@ -1085,7 +1098,7 @@ def tuned_for(
     make_batches: Callable[[], Sequence[Any]],
     *,
     compile: bool | str,
-    alone: bool,
+    sharded: bool,
     **more: Any,
 ) -> Tuned:
     """How the model is trained fastest here; printed, once the first process has found it.
@@ -1096,7 +1109,7 @@ def tuned_for(
         criterion: Its loss.
         make_batches: As for :func:`~ldam_plugins.training.auto_tune.auto_tune`.
         compile: That of the options.
-        alone: Whether each process holds the whole model, so that a copy of it can be timed.
+        sharded: Whether no process holds the whole model, so that no copy of it can be timed.
         **more: Further arguments of ``auto_tune``: ``device``, ``passes``, ``compiled``.
     """
     from functools import partial
@@ -1104,9 +1117,10 @@ def tuned_for(
     from ldam_plugins.training.auto_tune import auto_tune, by_rule, settle
 
     asked: dict[str, Any] = {"precision": options.mixed_precision, "compile": compile}
-    rule = by_rule(**asked, why="--auto_tune off" if alone else "by rule for a sharded model")
+    why = "by rule for a stream" if options.streaming else "by rule for a sharded model"
+    rule = by_rule(**asked, why="--auto_tune off" if options.auto_tune == "off" else why)
     measure = partial(auto_tune, model, criterion, make_batches, **asked, **more)
-    measured = alone and options.auto_tune != "off"
+    measured = not (sharded or options.streaming or options.auto_tune == "off")
     shared = options.auto_tune if measured and options.auto_tune not in AUTO_TUNE else None
     tuned = settle(
         options.output_dir,

@@ -29,12 +29,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from options import (
     LAST,
     RESUME,
+    choose_threads,
     held_out_record,
     keep_split,
+    keep_tuned,
     last_step_record,
     load_validation,
     print_header,
@@ -42,6 +45,7 @@ from options import (
     print_outcome,
     split_samples,
     stream_data,
+    tuned_for,
     without_untrained,
 )
 from torch.utils.data import DataLoader
@@ -101,7 +105,6 @@ from ldam_plugins.posthoc import Finished
 from ldam_plugins.posthoc.last_step import scratch_folder
 from ldam_plugins.training import (
     check_processes,
-    choose_precision,
     claim_output_dir,
     disk_errors,
     folders_held,
@@ -111,6 +114,7 @@ from ldam_plugins.training import (
     training_times,
     write_metrics,
 )
+from ldam_plugins.training.auto_tune import Tuned, by_rule
 from ldam_plugins.training.options import (
     invalid,
 )
@@ -118,6 +122,7 @@ from ldam_plugins.training.selection import SelectionRule
 
 # Names of the dropout of attention in the configurations of transformers.
 ATTENTION_DROPOUTS = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")
+LOOKED_AT = 1000  # texts among which the batches are chosen that are timed
 
 
 @folders_held()
@@ -127,6 +132,7 @@ def main(options: TextOptions) -> dict[str, Any]:
     disable_progress_bar()  # of transformers: reading and writing weights takes moments
     arguments = make_arguments(options)
     check_processes(arguments.world_size, options.num_processes)
+    choose_threads(options)
     refuse_deepspeed(arguments.deepspeed_plugin, stages=(3,), hint="Use ZeRO-2 or FSDP2.")
     options.check_model()
     show = arguments.process_index == 0 and not options.quiet
@@ -156,6 +162,9 @@ def main(options: TextOptions) -> dict[str, Any]:
         test_set = tokenize(options, tokenizer, test) if reads_test(options) else None
     steps = steps_per_epoch(options, arguments, train_set)
     options.make_schedule().start_step(options.epochs * steps, steps)  # may be past the end
+    tuned = tune(options, arguments, model, criterion, tokenizer, train_set, steps)
+    if (tuned.precision, tuned.compile) != precision_of(arguments):
+        arguments = make_arguments(options, tuned)
     rule = options.make_selection(steps)
     drawn = test_set if options.eval_test_every else None
     callbacks = make_callbacks(options, criterion, drawn, rule)
@@ -169,6 +178,7 @@ def main(options: TextOptions) -> dict[str, Any]:
             overwrite=options.overwrite,
         )
         keep_split(options, notes, write=True)
+        keep_tuned(options, tuned, write=True)
         drop_partial_trainer_checkpoints(arguments.output_dir)
     checkpoint = newest_trainer_checkpoint(arguments.output_dir)
     arguments.num_train_epochs = epochs_to_train(checkpoint, options.epochs, rule)
@@ -198,6 +208,7 @@ def main(options: TextOptions) -> dict[str, Any]:
         device=arguments.device,
         processes=arguments.world_size,
         mixed_precision=trainer.accelerator.mixed_precision,
+        auto_tune=asdict(tuned),
         class_errors=None if result is None else class_errors(result, counts),
         **held_out,
         test=result,
@@ -521,9 +532,12 @@ def tokenize(options: TextOptions, tokenizer: PreTrainedTokenizerBase, texts: Da
     )
 
 
-def make_arguments(options: TextOptions) -> TrainingArguments:
-    """Arguments of a Trainer that logs, evaluates held-out texts and saves once an epoch."""
-    precision = choose_precision(options.mixed_precision)
+def make_arguments(options: TextOptions, tuned: Tuned | None = None) -> TrainingArguments:
+    """Arguments of a Trainer that logs, evaluates held-out texts and saves once an epoch.
+
+    Precision and compilation are those that were chosen; without a choice yet those of the rule.
+    """
+    chosen = by_rule(options.mixed_precision, options.compile) if tuned is None else tuned
     in_order = options.streaming or options.make_schedule().is_resampling
     selection = {} if options.select == LAST else SelectionCallback.arguments(options.select)
     return TrainingArguments(
@@ -542,14 +556,61 @@ def make_arguments(options: TextOptions) -> TrainingArguments:
         eval_strategy="epoch" if options.holds_out else "no",
         save_strategy="epoch",
         seed=options.seed,
-        bf16=precision == "bf16",
-        fp16=precision == "fp16",
-        torch_compile=options.compile,
+        bf16=chosen.precision == "bf16",
+        fp16=chosen.precision == "fp16",
+        torch_compile=chosen.compile,
         use_cpu=not torch.accelerator.is_available(),
         dataloader_pin_memory=torch.accelerator.is_available(),
         report_to=options.report_to,
         disable_tqdm=True,  # ProgressCallback has a bar of its own
         **selection,
+    )
+
+
+def precision_of(arguments: TrainingArguments) -> tuple[str, bool]:
+    """Precision and compilation of the arguments, as :class:`Tuned` has them."""
+    precision = "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "no"
+    return precision, bool(arguments.torch_compile)
+
+
+def tune(
+    options: TextOptions,
+    arguments: TrainingArguments,
+    model: PreTrainedModel,
+    criterion: ClassificationLoss,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Dataset,
+    steps: int,
+) -> Tuned:
+    """How the model is trained fastest here, found by passes over texts of usual length.
+
+    A compilation has to do for other lengths as well.
+    """
+
+    def batches() -> list[tuple[Any, Any]]:
+        rows = np.linspace(0, len(texts) - 1, min(len(texts), LOOKED_AT)).astype(int)
+        some = texts.select(rows)
+        some = some.select(np.argsort([len(ids) for ids in some["input_ids"]], kind="stable"))
+        size, collate = min(options.batch_size, len(some)), DataCollatorWithPadding(tokenizer)
+        made = []
+        for share in (1 / 6, 1 / 2, 5 / 6) if options.compile == "auto" else (1 / 2,):
+            first = round(share * (len(some) - size))
+            batch = collate([some[row] for row in range(first, first + size)])
+            made.append(({k: v for k, v in batch.items() if k != "labels"}, batch["labels"]))
+        return made
+
+    if options.fast_dropout and arguments.device.type == "cpu":
+        use_fast_dropout(model)
+    kind = arguments.distributed_state.distributed_type
+    return tuned_for(
+        options,
+        model,
+        criterion,
+        batches,
+        device=arguments.device,
+        compile=options.compile,
+        passes=options.epochs * steps * options.accumulation,
+        sharded=kind in (DistributedType.FSDP, DistributedType.DEEPSPEED),
     )
 
 

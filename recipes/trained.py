@@ -47,6 +47,7 @@ from ldam_plugins.integrations.timm.images import image_loader, transformed
 from ldam_plugins.integrations.transformers import trained_model as hf_trained_model
 from ldam_plugins.training import check_processes, read_metrics
 from ldam_plugins.training.command_line import flag_names
+from ldam_plugins.training.cores import fit_threads
 from ldam_plugins.training.options import (
     as_flags,
     invalid,
@@ -167,6 +168,7 @@ def identities(samples: Any, dataset: str) -> list[Any]:
 
 def find_host(options: TrainedOptions) -> tuple[Host, Mapping[str, Any]]:
     """The model, and the options of the run of this package that it is of, if it is of one."""
+    fit_threads()
     register()  # models of this package are found by name
     disable_progress_bar()  # of transformers: reading and writing weights takes moments
     source, path = options.model, Path(options.model.removeprefix("local-dir:"))

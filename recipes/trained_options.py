@@ -19,6 +19,7 @@ from ldam_plugins.training.command_line import (
     parse_known_flags,
     say_errors_briefly,
 )
+from ldam_plugins.training.cores import watch_cores
 from ldam_plugins.training.options import (
     COUNT,
     COUNT_OR_0,
@@ -388,6 +389,7 @@ def parse(
 def command_line(kind: type[_Options]) -> tuple[_Options, list[str]]:
     """As :func:`parse`, but what is refused ends the process with a line."""
     options, rest = or_refused(lambda: parse(kind))
+    watch_cores()
     if not options.traceback:
         say_errors_briefly(options.output_dir)
     return options, rest

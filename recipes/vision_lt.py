@@ -32,6 +32,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, set_seed
 from options import (
     RESUME,
+    choose_threads,
     held_out_record,
     keep_split,
     keep_tuned,
@@ -111,6 +112,7 @@ from ldam_plugins.training.options import (
 def main(options: VisionOptions) -> dict[str, Any]:
     """Train and evaluate once; returns what its files of results hold."""
     state = join_processes(options)
+    choose_threads(options)
     set_seed(options.seed)
     options.check_model()
     notes = DataNotes()
@@ -469,7 +471,7 @@ def tune(
         device=state.device,
         compile=options.compile,
         passes=options.epochs * steps * options.accumulation,
-        alone=state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU),
+        sharded=state.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED),
         compiled=partial(compiled, state),
     )
 

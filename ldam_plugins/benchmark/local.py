@@ -19,6 +19,7 @@ from typing import IO, Any, NamedTuple
 import psutil
 import torch
 
+from ldam_plugins.training.cores import usable_cores
 from ldam_plugins.training.files import write_atomic
 from ldam_plugins.training.history import read_metrics
 from ldam_plugins.training.preemption import PREEMPTED, defer_sigterm
@@ -102,7 +103,8 @@ def run_locally(
 ) -> Generator[Outcome, None, None]:
     """Run cells as processes on this machine, ``jobs`` at once; yields each as it ends.
 
-    Each process gets an equal part of the cores (``OMP_NUM_THREADS``, unless it is set) and, where
+    Each process gets an equal part of the usable cores (``OMP_NUM_THREADS``, unless it is set;
+    what others use of them does not count, so a resumed cell gets the same) and, where
     there are GPUs, one of them in turn. When this generator is closed, or the process is
     interrupted or terminated, the running cells are stopped; they go on from their newest
     checkpoint when the grid is run again.
@@ -243,13 +245,6 @@ def _share_of_machine(slot: int, jobs: int) -> dict[str, str]:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
         environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[slot % gpus]
     return environment
-
-
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 @contextmanager

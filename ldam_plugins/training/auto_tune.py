@@ -111,6 +111,11 @@ class Tuned:
         timed = f": {self.rows} rows take {timed}" if timed else ""
         return f"{way}, {threads}; {self.why}{timed}"
 
+    def seconds_of_pass(self, batches: Sequence[Batch]) -> float:
+        """About the seconds of a pass over whole batches, run as was timed first."""
+        rows = max(len(labels) for _, labels in batches)
+        return next(iter(self.seconds.values()), 0.0) * rows / max(1, self.rows)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it as JSON, whole or not at all."""
         write_atomic(path, to_json(asdict(self), name="auto_tune").encode())
@@ -143,6 +148,14 @@ def by_rule(precision: str, compile: bool | str = False, *, why: str = "by rule"
         source=GIVEN if given else RULE,
         why="as given" if given else why,
     )
+
+
+def kept_choice(output_dir: str | os.PathLike[str]) -> Tuned | None:
+    """The choice of the run in a folder, if it has a checkpoint to go on from and has kept one."""
+    file = Path(output_dir, AUTO_TUNE_FILE)
+    if not (has_checkpoint(output_dir) and file.is_file()):
+        return None
+    return replace(Tuned.load(file), source=OF_RUN, why="as the run began")
 
 
 def settle(
@@ -180,16 +193,15 @@ def _decide(
     shared: str | os.PathLike[str] | None,
 ) -> Tuned:
     if resume and has_checkpoint(folder):
-        kept = folder / AUTO_TUNE_FILE
-        known = kept.is_file()
-        return replace(Tuned.load(kept), source=OF_RUN, why="as the run began") if known else rule
+        return kept_choice(folder) or rule
     if shared is None:
         return measure()
     Path(shared).absolute().parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{shared}.lock"):
         if Path(shared).is_file():
             tuned = Tuned.load(shared)
-            return replace(tuned, source=OF_FILE, why=f"as in {shared}")
+            threads = torch.get_num_threads()
+            return replace(tuned, threads=threads, source=OF_FILE, why=f"as in {shared}")
         tuned = measure()
         tuned.save(shared)
         return tuned
@@ -222,9 +234,9 @@ def auto_tune(
     Args:
         model: What is to be trained, on any device.
         criterion: Its loss, on ``device``.
-        make_batches: Makes the batches that are timed, one after the other in a pass.
+        make_batches: Makes the batches that are timed, such as a short, a usual and a long one.
         device: Of the training.
-        passes: Forward and backward passes of the whole training.
+        passes: Forward and backward passes of the whole training, each over a batch.
         precision: ``"auto"``, ``"no"``, ``"bf16"`` or ``"fp16"``.
         compile: True, False or ``"auto"``.
         compiled: Compiles a model as the training does.
@@ -244,7 +256,12 @@ def auto_tune(
         file = _cache_file(cache, _facts(model, criterion, batches, precision, compile))
         if file is not None and file.is_file():
             with suppress(ValueError):
-                return replace(Tuned.load(file), source=CACHED, why="as measured here before")
+                known = Tuned.load(file)
+                run = known.seconds_of_pass(batches) * passes
+                if run < WORTH * BUDGET:
+                    return replace(rule, why=_too_short(run))
+                why = "as measured here before"
+                return replace(known, threads=rule.threads, source=CACHED, why=why)
         trial = Trial(model, criterion, batches, device)
         tuned = _measured(trial, rule, passes, precision, compile, compiled, clock)
     spent = clock() - began
@@ -268,10 +285,11 @@ def _measured(
 ) -> Tuned:
     """The choice by measurement, or ``rule`` with the reason why there is none."""
     ways = ("no", "bf16") if precision == "auto" else (precision,)
-    rows, whole, cost = trial.fitting_rows(ways, passes, clock)
-    run = whole * passes
+    count = len(trial.batches)
+    rows, whole, cost = trial.fitting_rows(ways, passes / count, clock)
+    run = whole * passes / count
     if run < WORTH * cost:
-        return replace(rule, why=f"a run of about {run:.0f} s, not measured")
+        return replace(rule, why=_too_short(run))
     calls = {title(way): trial.call(way, rows) for way in ways if trial.can(way)}
     found = race(calls, BUDGET, clock)
     chosen = next(way for way in ways if title(way) == found.winner)
@@ -279,7 +297,7 @@ def _measured(
         rule,
         precision=chosen,
         source=MEASURED,
-        seconds=found.seconds,
+        seconds={name: took / count for name, took in found.seconds.items()},
         rows=rows,
         noise=found.noise,
     )
@@ -300,6 +318,10 @@ def _measured(
         seconds=seconds,
         compilation=took,
     )
+
+
+def _too_short(run: float) -> str:
+    return f"a run of about {run:.0f} s, not measured"
 
 
 class Trial:
@@ -338,15 +360,15 @@ class Trial:
         return True
 
     def fitting_rows(
-        self, ways: Sequence[str], passes: int, clock: Callable[[], float]
+        self, ways: Sequence[str], passes: float, clock: Callable[[], float]
     ) -> tuple[int, float, float]:
-        """Rows of a batch to be raced in :data:`BUDGET` seconds.
+        """Rows of each batch to be raced in :data:`BUDGET` seconds.
 
         They grow from two on as long as there is room for many more, and the training may be long
         enough.
 
         Returns:
-            The rows, the seconds of a pass over whole batches, and those of the race.
+            The rows, the seconds of a pass over all batches as a whole, and those of the race.
         """
         rows = min(2, self.rows)
         while True:
@@ -364,7 +386,7 @@ class Trial:
     def call(
         self, way: str, rows: int, wrap: Callable[[nn.Module], Any] | None = None
     ) -> Callable[[], None]:
-        """A forward and backward pass over the first rows of each batch.
+        """Forward and backward passes over the first rows of each batch.
 
         Args:
             way: Its precision.

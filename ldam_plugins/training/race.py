@@ -22,7 +22,8 @@ class Race:
 
     Attributes:
         seconds: Median seconds of a call, by contender.
-        ratios: Median over the rounds of the seconds of each over those of the first one.
+        ratios: Seconds of each over those of the first one: the ratio of their medians, or the
+            median over the rounds of their ratios, whichever is larger.
         noise: Share by which a contender must be faster than another: the difference of two runs of
             the first contender (the medians of its odd and even blocks), at least :data:`MARGIN`.
         winner: The fastest by more than the noise; among equals the first.
@@ -87,13 +88,14 @@ def _block(call: Callable[[], object], calls: int, clock: Callable[[], float]) -
 
 
 def _ratios(blocks: Mapping[str, list[float]], first: str) -> dict[str, float]:
-    """Of each contender the median of its blocks over those of the first in the same round."""
-    return {
-        name: statistics.median(
-            mine / theirs for mine, theirs in zip(taken, blocks[first], strict=False)
-        )
-        for name, taken in blocks.items()
-    }
+    """Of each contender the larger of the two ratios of :class:`Race`."""
+    ratios = {}
+    for name, taken in blocks.items():
+        theirs = blocks[first][: len(taken)]
+        of_rounds = [mine / other for mine, other in zip(taken, theirs, strict=True)]
+        of_medians = statistics.median(taken) / statistics.median(theirs)
+        ratios[name] = max(of_medians, statistics.median(of_rounds))
+    return ratios
 
 
 def _noise(blocks: list[float]) -> float:

@@ -24,6 +24,7 @@ from transformers import (
     BertForSequenceClassification,
     Trainer,
 )
+from tuned_runs import bf16_wins
 from untouchable import without_test_set
 
 from ldam_plugins.data import load_texts
@@ -293,6 +294,23 @@ def test_resumed_run_equals_the_undisturbed_one(run, more):
     left, right = weights(whole), weights(broken)
     assert all(torch.equal(left[name], right[name]) for name in left)
     assert len(rows_of(broken)) == 3
+
+
+def test_a_run_is_trained_in_what_was_measured_and_resumed_so(run, bert, monkeypatch, tmp_path):
+    races = bf16_wins(monkeypatch, tmp_path / "cache")
+    flags = ("--model", bert, "--epochs", 2, "--eval_test_every", 1)
+    _, given = run(*flags, "--mixed_precision", "bf16", out="given")
+    assert races == []
+    metrics, out = run(*flags, out="measured")
+    assert races == [["float32", "bf16"]]
+    assert metrics["mixed_precision"] == metrics["auto_tune"]["precision"] == "bf16"
+    with interrupted_at(Trainer, "predict"):
+        run(*flags, out="broken")
+    races.clear()
+    resumed, broken = run(*flags, "--resume", "--auto_tune", "off", out="broken")
+    assert (resumed["auto_tune"]["source"], races) == ("run", [])
+    left = [load_file(folder / "model" / "model.safetensors") for folder in (given, out, broken)]
+    assert all(torch.equal(left[0][name], other[name]) for other in left for name in left[0])
 
 
 def test_checkpoint_that_was_cut_off_is_passed_over(tmp_path):

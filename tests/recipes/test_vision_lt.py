@@ -19,6 +19,7 @@ from interruptions import interrupted_at
 from paths import RECIPES
 from PIL import Image
 from safetensors.torch import load_file
+from tuned_runs import bf16_wins
 from untouchable import without_test_set
 from vision_runs import parsed, picture_folder, vision_run
 
@@ -28,7 +29,7 @@ from ldam_plugins.data.in_memory import InMemoryImages
 from ldam_plugins.heads import cosine_heads
 from ldam_plugins.integrations.timm.images import image_loader
 from ldam_plugins.kernels.batch_norm import FastBatchNorm2d
-from ldam_plugins.training import auto_tune, micro_batches, race
+from ldam_plugins.training import micro_batches
 from ldam_plugins.training.environment import choose_precision
 from ldam_plugins.training.history import read_history
 
@@ -133,21 +134,11 @@ def test_every_way_of_training_runs(run, flags):
 
 
 @pytest.fixture
-def measured(monkeypatch, tmp_path):
-    """Every run is long enough to be measured, and bf16 wins every race."""
-
-    def won(contenders, budget, clock):
-        for call in contenders.values():
-            call()
-        return race.Race({"float32": 0.4, "bf16": 0.2}, {"bf16": 0.5}, 0.03, "bf16", 1.0)
-
-    monkeypatch.setattr(auto_tune, "LEAST_PASSES", 0)
-    monkeypatch.setattr(auto_tune, "WORTH", 0)
-    monkeypatch.setattr(auto_tune, "race", won)
-    monkeypatch.setattr(auto_tune, "cached_assets_path", lambda *names: tmp_path / "cache")
+def races(monkeypatch, tmp_path):
+    return bf16_wins(monkeypatch, tmp_path / "cache")
 
 
-def test_a_run_is_trained_in_what_was_measured(run, measured, monkeypatch, capsys):
+def test_a_run_is_trained_in_what_was_measured(run, races, capsys):
     flags = ("--epochs", 2, "--mixup", 0.2)
     _, given = run(*flags, "--mixed_precision", "bf16", folder="given")
     told = capsys.readouterr().out
@@ -164,14 +155,14 @@ def test_a_run_is_trained_in_what_was_measured(run, measured, monkeypatch, capsy
     assert kept["auto_tune"]["why"] == "--auto_tune off"
 
 
-def test_a_resumed_run_keeps_what_was_measured_first(run, measured, monkeypatch):
+def test_a_resumed_run_keeps_what_was_measured_first(run, races):
     flags = ("--epochs", 3, "--eval_test_every", 1)
     _, whole = run(*flags, folder="whole")
     with interrupted_at(vision_lt, "evaluate"):
         run(*flags, folder="broken")
-    monkeypatch.setattr(auto_tune, "race", None)  # is not asked again
+    races.clear()
     metrics, broken = run(*flags, "--resume", "--auto_tune", "off", folder="broken")
-    assert metrics["auto_tune"]["source"] == "run"
+    assert (metrics["auto_tune"]["source"], races) == ("run", [])
     assert metrics["mixed_precision"] == "bf16"
     left, right = weights(whole), weights(broken)
     assert all(torch.equal(left[name], right[name]) for name in left)
