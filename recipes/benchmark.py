@@ -68,7 +68,7 @@ from ldam_plugins import ClassCounts
 from ldam_plugins.benchmark.captions import row_caption
 from ldam_plugins.benchmark.comparisons import read_baseline
 from ldam_plugins.benchmark.grid import Cell, Grid, expand, in_cell
-from ldam_plugins.benchmark.local import CellTask, Outcome, run_locally
+from ldam_plugins.benchmark.local import CellTask, Outcome, run_locally, share_choice
 from ldam_plugins.benchmark.records import collect_records, write_tuned
 from ldam_plugins.benchmark.report import write_experiment
 from ldam_plugins.benchmark.settings import by_setting
@@ -85,6 +85,7 @@ from ldam_plugins.benchmark.tuning import (
     trial_folder,
 )
 from ldam_plugins.training.options import SEED, check_int, check_real, invalid
+from ldam_plugins.training.run_dir import AUTO_TUNE_FILE
 
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} runs in {elapsed}"
 OF_METHODS = {"loss", "head", "schedule", "start", "start_unit", "output_dir", *SEARCHED}
@@ -118,6 +119,7 @@ def main(options: BenchmarkOptions) -> list[Outcome]:
 
 def run(options: BenchmarkOptions, tasks: list[CellTask], searches: list[Search]) -> list[Outcome]:
     """Run all cells, those of a method that is tuned with what its trials chose."""
+    share_choice(tasks)
     if not searches:
         return list(progress(options, tasks))
     stopped = tune(options, searches)
@@ -288,6 +290,7 @@ def make_task(options: BenchmarkOptions, name: str, cell: Cell, folder: Path) ->
         folder=folder,
         options=asdict(parsed),
         defaults=asdict(kind()),
+        auto_tune=Path(options.output_dir, AUTO_TUNE_FILE) if parsed.auto_tune == "on" else None,
     )
 
 

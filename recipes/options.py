@@ -8,7 +8,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -1098,7 +1098,7 @@ def tuned_for(
     make_batches: Callable[[], Sequence[Any]],
     *,
     compile: bool | str,
-    sharded: bool,
+    unmeasured: str | None,
     **more: Any,
 ) -> Tuned:
     """How the model is trained fastest here; printed, once the first process has found it.
@@ -1109,26 +1109,30 @@ def tuned_for(
         criterion: Its loss.
         make_batches: As for :func:`~ldam_plugins.training.auto_tune.auto_tune`.
         compile: That of the options.
-        sharded: Whether no process holds the whole model, so that no copy of it can be timed.
+        unmeasured: Why nothing can be timed, such as a model of which no process holds the whole.
         **more: Further arguments of ``auto_tune``: ``device``, ``passes``, ``compiled``.
     """
     from functools import partial
 
-    from ldam_plugins.training.auto_tune import auto_tune, by_rule, settle
+    from ldam_plugins.training.auto_tune import GIVEN, auto_tune, by_rule, settle
 
     asked: dict[str, Any] = {"precision": options.mixed_precision, "compile": compile}
-    why = "by rule for a stream" if options.streaming else "by rule for a sharded model"
-    rule = by_rule(**asked, why="--auto_tune off" if options.auto_tune == "off" else why)
+    unmeasured = "--auto_tune off" if options.auto_tune == "off" else unmeasured
+    rule = by_rule(**asked, **({} if unmeasured is None else {"why": unmeasured}))
     measure = partial(auto_tune, model, criterion, make_batches, **asked, **more)
-    measured = not (sharded or options.streaming or options.auto_tune == "off")
-    shared = options.auto_tune if measured and options.auto_tune not in AUTO_TUNE else None
+    of_file = unmeasured is None and rule.source != GIVEN and options.auto_tune not in AUTO_TUNE
+    shared = options.auto_tune if of_file else None
     tuned = settle(
         options.output_dir,
-        measure if measured else lambda: rule,
+        measure if unmeasured is None else lambda: rule,
         rule,
         resume=RESUME[options.resume] is not False,
         shared=shared,
     )
+    if options.mixed_precision != "auto":  # what is given holds, whatever others chose
+        tuned = replace(tuned, precision=options.mixed_precision)
+    if compile != "auto":
+        tuned = replace(tuned, compile=bool(compile))
     if is_first_process() and not options.quiet:
         print(f"speed: {tuned.line()}", flush=True)
     return tuned

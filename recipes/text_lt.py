@@ -29,7 +29,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import DistributedType
 from datasets import Dataset
 from options import (
     LAST,
@@ -115,6 +114,7 @@ from ldam_plugins.training import (
     write_metrics,
 )
 from ldam_plugins.training.auto_tune import Tuned, by_rule
+from ldam_plugins.training.distributed import is_sharded
 from ldam_plugins.training.options import (
     invalid,
 )
@@ -601,7 +601,8 @@ def tune(
 
     if options.fast_dropout and arguments.device.type == "cpu":
         use_fast_dropout(model)
-    kind = arguments.distributed_state.distributed_type
+    reason = "the model is sharded" if is_sharded(arguments.distributed_state) else None
+    reason = "the texts are a stream" if options.streaming else reason
     return tuned_for(
         options,
         model,
@@ -610,7 +611,7 @@ def tune(
         device=arguments.device,
         compile=options.compile,
         passes=options.epochs * steps * options.accumulation,
-        sharded=kind in (DistributedType.FSDP, DistributedType.DEEPSPEED),
+        unmeasured=f"by rule, as {reason}" if reason else None,
     )
 
 

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import set_seed
 from options import (
     RESUME,
     choose_threads,
@@ -101,6 +101,7 @@ from ldam_plugins.training import (
     write_metrics,
 )
 from ldam_plugins.training.auto_tune import Tuned
+from ldam_plugins.training.distributed import is_sharded
 from ldam_plugins.training.options import (
     check_choice,
     check_int,
@@ -471,7 +472,7 @@ def tune(
         device=state.device,
         compile=options.compile,
         passes=options.epochs * steps * options.accumulation,
-        sharded=state.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED),
+        unmeasured="by rule, as the model is sharded" if is_sharded(state) else None,
         compiled=partial(compiled, state),
     )
 

@@ -19,6 +19,7 @@ from typing import IO, Any, NamedTuple
 import psutil
 import torch
 
+from ldam_plugins.training.auto_tune import Tuned
 from ldam_plugins.training.cores import usable_cores
 from ldam_plugins.training.files import write_atomic
 from ldam_plugins.training.history import read_metrics
@@ -44,6 +45,8 @@ class CellTask:
         options: What the recipe makes of the arguments.
         defaults: The recipe's own defaults. A run that was made before the recipe had some option
             counts as one with that option's default.
+        auto_tune: File of the choice that all runs of the grid share, made by the first of them;
+            None: each chooses for itself, or as its options say.
     """
 
     name: str
@@ -52,6 +55,7 @@ class CellTask:
     folder: Path
     options: Mapping[str, Any] = field(repr=False)
     defaults: Mapping[str, Any] = field(repr=False)
+    auto_tune: Path | None = field(default=None, repr=False)
 
     def command(self) -> list[str]:
         """The command line that makes this run, ``python`` standing for this interpreter."""
@@ -86,6 +90,22 @@ def is_finished(task: CellTask) -> bool:
         expected = f"that of the run in {str(task.folder)!r}"
         raise ValueError(f"`options` must be {expected}; {'; '.join(differing)}. {_OTHER_FOLDER}")
     return True
+
+
+def share_choice(tasks: Sequence[CellTask]) -> None:
+    """Let further runs of a grid be made as its finished ones, where those kept no choice for it.
+
+    They are those of an earlier version. Call it before any run.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    for task in tasks:
+        if task.auto_tune is None or task.auto_tune.exists():
+            continue
+        if (task.folder / METRICS_FILE).exists():
+            precision = read_metrics(task.folder).get("mixed_precision", "no")
+            Tuned(precision, why="as the finished runs of the grid").save(task.auto_tune)
 
 
 class _Begun(NamedTuple):
@@ -186,6 +206,8 @@ def start_cell(task: CellTask, environment: Mapping[str, str]) -> subprocess.Pop
     with (task.folder / LOG_FILE).open("ab") as log:
         _lock(log)
         _, *arguments = [*task.command(), "--resume", "auto"]
+        if task.auto_tune is not None:
+            arguments += ["--auto_tune", str(task.auto_tune)]
         write_atomic(task.folder / COMMAND_FILE, f"{shlex.join(task.command())}\n".encode())
         log.write(f"$ python {shlex.join(arguments)}\n".encode())
         log.flush()

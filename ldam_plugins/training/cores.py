@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import psutil
 
+from ldam_plugins.training.command_line import is_first_process
+
 LEAST_WINDOW = 0.5
 """Seconds that the machine must have been watched for its load to count."""
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -172,7 +174,9 @@ def fit_threads(watch: CoreWatch | None = None, *, kept: int | None = None) -> i
         share = (usable if kept else min(usable, watch.free())) // processes
         threads = min(kept or threads, max(1, share))
         torch.set_num_threads(threads)
-    if threads * processes > usable or threads * processes + others > len(_allowed()) + _BUSY:
+    crowded = threads * processes > usable
+    crowded |= threads * processes + others > len(_allowed()) + _BUSY
+    if crowded and is_first_process():
         logger.warning(_worded(threads * processes, usable, others))
     return threads
 

@@ -76,6 +76,11 @@ def refuse_deepspeed(plugin: Any, *, stages: Collection[int], hint: str) -> None
     raise invalid("zero_stage", expected, plugin.zero_stage, hint=hint)
 
 
+def is_sharded(state: Any) -> bool:
+    """Whether the processes of a state of Accelerate hold parts of a model, none the whole."""
+    return state.distributed_type in ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+
+
 def is_first_process() -> bool:
     """Whether this is the first of the processes that train together, or the only one."""
     together = distributed.is_available() and distributed.is_initialized()

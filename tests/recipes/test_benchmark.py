@@ -1,6 +1,7 @@
 import csv
 import json
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import benchmark
@@ -10,9 +11,16 @@ from small_cells import began, calls, cells_in, gone
 from study_options import GRIDS
 
 from ldam_plugins.benchmark import local
-from ldam_plugins.benchmark.local import CellTask, run_cell, run_locally, start_cell
+from ldam_plugins.benchmark.local import (
+    CellTask,
+    run_cell,
+    run_locally,
+    share_choice,
+    start_cell,
+)
 from ldam_plugins.benchmark.records import read_records
 from ldam_plugins.benchmark.slurm import slurm_parameters
+from ldam_plugins.training.auto_tune import Tuned
 from ldam_plugins.training.environment import choose_precision
 from ldam_plugins.training.preemption import PREEMPTED
 
@@ -155,6 +163,24 @@ def test_two_grids_do_not_run_one_cell_at_once(cell):
     assert run_cell(cell("finish")).status == "finished"
 
 
+def test_cells_share_what_the_first_of_them_measures(cell, tmp_path):
+    file = tmp_path / "auto_tune.json"
+    task = replace(cell(), auto_tune=file)
+    assert "--auto_tune" not in task.command()  # but for the command that makes it again
+    share_choice([task])
+    assert not file.exists()
+    run_cell(task)
+    assert f"--auto_tune {file}" in (task.folder / local.LOG_FILE).read_text()
+    # A grid whose finished runs are those of an earlier version goes on in their precision.
+    metrics = task.folder / "metrics.json"
+    metrics.write_text(json.dumps({**json.loads(metrics.read_text()), "mixed_precision": "bf16"}))
+    share_choice([replace(cell(name="new"), auto_tune=file), task])
+    assert Tuned.load(file).precision == "bf16"
+    metrics.write_text(metrics.read_text().replace("bf16", "no"))
+    share_choice([task])
+    assert Tuned.load(file).precision == "bf16"
+
+
 def tiny(tmp_path, *words):
     """A grid of one epoch on digits."""
     flags = ["--preset", "digits_lt", "--output_dir", str(tmp_path / "grid"), "--methods", "ce/rw"]
@@ -179,6 +205,8 @@ def test_real_cells_finish_go_on_and_are_reported(tmp_path, capfd):
     assert outcome.status == "finished"
     after = json.loads(metrics.read_text())
     assert (after["test"], after["train_seconds"]) == (before["test"], before["train_seconds"])
+    assert after["auto_tune"]["source"] == "run"
+    assert (grid / "auto_tune.json").exists()
     # What is kept of it holds the precision it ran in.
     (kept,) = read_records(grid / "results.jsonl")
     assert kept["mixed_precision"] == row["mixed_precision"] == choose_precision()
