@@ -329,7 +329,7 @@ def regret_rows(records: Sequence[Record], choice: Mapping[str, str]) -> list[Ro
         for each in found
     ]
     points = [each.points for each in found]
-    last = dict.fromkeys(rows[0], "") | {
+    last = dict.fromkeys(rows[0], ABSENT) | {
         "set": f"mean of {len(found)}",
         "balanced error %": _points(float(np.mean([each.error for each in found]))),
         best: _points(float(np.mean([each.best_error for each in found]))),
