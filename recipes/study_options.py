@@ -218,7 +218,9 @@ class ProbeOptions:
 class SpeedOptions:
     """What is timed, and how large it gets."""
 
-    only: list[str] = option(QUICK, "sections to run: those above, processes, vision, text")
+    only: list[str] = option(
+        QUICK, "sections to run: those above, start, processes, vision, text, auto"
+    )
     repeats: int = option(7, "turns of each contender")
     seconds: float = option(0.1, "least seconds of a turn of the small things")
     max_classes: int = option(1_000_000, "classes the loss and the head grow to")
