@@ -1,6 +1,6 @@
 """Time the package against what one would use instead, side by side in one run.
 
-    python recipes/speed.py                                     # all but the trainings
+    python recipes/speed.py                                     # all that takes minutes
     python recipes/speed.py --only vision --steps 90            # a whole epoch of CIFAR-10-LT
     python recipes/speed.py --only text --text_dataset stanfordnlp/imdb
     python recipes/speed.py --only loss head --json speed.json
@@ -12,6 +12,7 @@ row take turns, so what else the machine does meets them alike. Sections:
 * loss: LDAM forward and backward against ``nn.CrossEntropyLoss`` on 256 rows of logits;
 * head: chunked cosine head and LDAM against the plain one, gradients of weight and features;
 * counts, sampler, metrics, import: small things, against NumPy, torch, scikit-learn, torch alone;
+* start: ``--help`` of recipes, and the time to the first step of training;
 * scaling: counts, sampler and image batches as they grow;
 * augmentation: each policy and eraser on a batch, against a training step, and image by image;
 * processes: a training of ``vision_lt.py`` by two processes against one, a thread each;
@@ -20,7 +21,9 @@ row take turns, so what else the machine does meets them alike. Sections:
 * fine_tuning: the same of a pretrained model on photographs, against the first of these;
 * text: ``text_lt.py``, as it is and without dropout of attention, against a plain Trainer with
   padding to the full length in float32;
-* memory: most memory of the trainings of vision, fine_tuning and text, with loader workers.
+* memory: most memory of the trainings of vision, fine_tuning and text, with loader workers;
+* auto: training steps in what ``--auto_tune`` chooses against float32, eager, of ResNet-32,
+  EfficientNet-Lite0 at 96 pixels and MiniLM.
 """
 
 from __future__ import annotations
@@ -56,6 +59,7 @@ SECTIONS: dict[str, Callable[[SpeedOptions], Iterator[Row]]] = {
     "sampler": speed_parts.sampler,
     "metrics": speed_parts.metrics,
     "import": speed_parts.start_up,
+    "start": speed_parts.recipe_starts,
     "scaling": speed_parts.scaling,
     "augmentation": speed_parts.augmentation,
     "processes": speed_training.processes,
@@ -63,6 +67,7 @@ SECTIONS: dict[str, Callable[[SpeedOptions], Iterator[Row]]] = {
     "fine_tuning": speed_training.fine_tuning,
     "text": speed_training.text,
     "memory": speed_training.memory,
+    "auto": speed_training.auto,
 }
 
 

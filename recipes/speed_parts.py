@@ -5,8 +5,10 @@ from __future__ import annotations
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -202,6 +204,53 @@ def start_up(options: SpeedOptions) -> Iterator[Row]:
     )
     added = statistics.median(mine - theirs for mine, theirs in row["seconds"])
     yield {**row, "note": f"{1000 * added:.0f} ms beyond torch"}
+
+
+FIRST_STEP = """
+import os, runpy, sys
+from ldam_plugins.training.step import TrainStep
+
+step = TrainStep.__call__
+TrainStep.__call__ = lambda *given: (step(*given), os._exit(0))
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""Ends a recipe after its first step."""
+
+
+def recipe_starts(options: SpeedOptions) -> Iterator[Row]:
+    """``--help`` of recipes, and the first step of training, against what they cannot do without.
+
+    What a launched training takes beyond an empty script that imports its libraries is in the note.
+    """
+    python, folder = sys.executable, Path(__file__).parent
+    run = lambda *words: subprocess.run(words, check=True, capture_output=True)  # noqa: E731
+    for name in ("vision_lt", "text_lt", "benchmark", "predict"):
+        yield compare(
+            options,
+            f"{name}.py --help",
+            partial(run, python, str(folder / f"{name}.py"), "--help"),
+            partial(run, python, "-c", "from transformers import HfArgumentParser"),
+            "import of HfArgumentParser",
+            once=True,
+        )
+    with tempfile.TemporaryDirectory() as temporary:
+        scripts = {"first": FIRST_STEP, "empty": "import torch, timm, accelerate"}
+        for name, text in scripts.items():
+            Path(temporary, f"{name}.py").write_text(text, encoding="utf-8")
+        launch = [python, "-m", "accelerate.commands.launch"]
+        words = [str(folder / "vision_lt.py"), "--quiet", "--output_dir", f"{temporary}/run"]
+        row = compare(
+            options,
+            "first step of vision_lt.py",
+            partial(run, *launch, f"{temporary}/first.py", *words),
+            partial(run, *launch, f"{temporary}/empty.py"),
+            "launch that imports torch, timm, accelerate",
+            once=True,
+        )
+    added = statistics.median(mine - theirs for mine, theirs in row["seconds"])
+    yield {**row, "note": f"{added:.1f} s beyond it"}
 
 
 def scaling(options: SpeedOptions) -> Iterator[Row]:

@@ -9,20 +9,24 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from itertools import chain, repeat
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from options import parse_options
+from options import CoreOptions, parse_options
 from speed_parts import usual_transform
-from speed_timing import Contender, Row, compare, peak_of_tree, summary
+from speed_timing import Contender, Row, clock, compare, peak_of_tree, summary
 from study_options import SpeedOptions
 from text_lt import TextOptions, make_arguments, make_trainer, tokenize
 from text_lt import load_data as load_texts
 from text_lt import make_model as make_text_model
+from text_lt import steps_per_epoch as text_steps
+from text_lt import tune as tune_text
 from timm.data import create_loader
 from timm.task import ClassificationTask
 from torch.utils.data import DataLoader
@@ -30,12 +34,14 @@ from transformers import Trainer, TrainingArguments
 from vision_lt import (
     VisionOptions,
     compiled,
+    join_processes,
     load_data,
     make_accelerator,
     make_model,
     make_optimizer,
     make_pipeline,
     make_train_step,
+    tune,
 )
 
 from ldam_plugins import ClassCounts, DRWCallback
@@ -284,6 +290,96 @@ def timm_steps(accelerator: Accelerator, options: VisionOptions, steps: int) -> 
             optimizer.zero_grad()
 
     return run
+
+
+Timed = Callable[[], float]
+"""A contender that knows its seconds."""
+AUTO: dict[str, tuple[type[CoreOptions], list[str]]] = {
+    "ResNet-32": (VisionOptions, ["cifar10_lt"]),
+    "EfficientNet-Lite0, 96 pixels": (
+        VisionOptions,
+        ["--model", "efficientnet_lite0_imagenet", "--image_size", "96", "--epochs", "10"],
+    ),
+    "MiniLM": (TextOptions, ["--model", "minilm", "--loss", "ce", "--schedule", "none"]),
+}
+"""What ``auto`` trains: options of a recipe; the data are those of ``speed.py``."""
+
+
+def auto(options: SpeedOptions) -> Iterator[Row]:
+    """Training steps as ``--auto_tune`` runs them, against float32, eager; a process each."""
+    for name, (kind, flags) in AUTO.items():
+        is_text = kind is TextOptions
+        flags = [*flags, "--dataset", options.text_dataset if is_text else options.dataset]
+        preset = parse_options(kind, [*flags, "--quiet"], default="")
+        build = auto_text if is_text else auto_vision
+        with (
+            in_process(build, preset, options.steps, True) as (ours, chosen),
+            in_process(build, preset, options.steps, False) as (theirs, _),
+        ):
+            seconds = [(ours(), theirs()) for _ in range(options.repeats + 1)][1:]
+            what, peer = f"{options.steps} steps of {name}", "float32, eager"
+            yield summary(what, peer, seconds, chosen)
+
+
+def auto_vision(options: VisionOptions, steps: int, tuned: bool) -> tuple[Timed, str]:
+    """Steps of ``vision_lt.py`` in the precision that it chooses, or in float32; and which."""
+    state = join_processes(options)
+    images, _, class_counts = load_data(options, show=False)
+    criterion = options.make_loss(class_counts).to(state.device)
+    model = make_model(options, criterion)
+    pipeline = make_pipeline(options, model)
+    chosen = "no"
+    if tuned:
+        chosen = tune(state, options, model, criterion, pipeline, len(images)).precision
+    run = vision_steps(make_accelerator(options, chosen), options, steps)
+    return lambda: clock(run, 1), chosen
+
+
+def auto_text(options: TextOptions, steps: int, tuned: bool) -> tuple[Timed, str]:
+    """The same of ``text_lt.py``."""
+    train, _, class_counts = load_texts(options)
+    chosen = "no"
+    if tuned:
+        criterion = options.make_loss(class_counts)
+        tokenizer, model = make_text_model(options, train, criterion)
+        tokens, arguments = tokenize(options, tokenizer, train), make_arguments(options)
+        epoch = text_steps(options, arguments, tokens)
+        parts = (model, criterion, tokenizer, tokens, epoch)
+        chosen = tune_text(options, arguments, *parts).precision
+    options = replace(options, mixed_precision=chosen, epochs=1)
+    examples = steps * options.batch_size
+    train = train.shuffle(seed=0).select(range(min(examples, len(train))))
+    return lambda: text_seconds(options, train, class_counts), chosen
+
+
+@contextmanager
+def in_process(build: Callable[..., tuple[Timed, str]], *given: Any) -> Iterator[Any]:
+    """A contender in a process of its own, for Accelerate has one precision a process."""
+    context = get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=serve, args=(there, build, *given))
+    process.start()
+    there.close()
+
+    def run() -> float:
+        here.send(True)
+        seconds: float = here.recv()
+        return seconds
+
+    try:
+        yield run, here.recv()
+    finally:
+        here.close()  # which ends it
+        process.join()
+
+
+def serve(pipe: Any, build: Callable[..., tuple[Timed, str]], *given: Any) -> None:
+    """In the process: run the contender each time it is asked for, and say how long it took."""
+    run, note = build(*given)
+    pipe.send(note)
+    with suppress(EOFError):
+        while pipe.recv():
+            pipe.send(run())
 
 
 def endless(loader: Any) -> Iterator[Any]:

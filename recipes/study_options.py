@@ -220,7 +220,7 @@ class SpeedOptions:
 
     only: list[str] = option(
         QUICK,
-        "sections to run: those above, processes, vision, fine_tuning, text, memory",
+        "sections to run: those above, start, processes, vision, fine_tuning, text, memory, auto",
     )
     repeats: int = option(7, "turns of each contender")
     seconds: float = option(0.1, "least seconds of a turn of the small things")

@@ -2,6 +2,9 @@ import json
 import math
 import subprocess
 import sys
+from contextlib import contextmanager
+from multiprocessing import Pipe
+from threading import Thread
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +12,7 @@ import speed
 import speed_timing
 import speed_training
 import study_options
+import vision_lt
 from forked import run_forked
 from paths import RECIPES
 
@@ -117,6 +121,44 @@ def test_memory_of_a_process_that_fails(monkeypatch):
     monkeypatch.setattr(speed_training, "__file__", "/speed_training.py")  # not to be found there
     with pytest.raises(RuntimeError, match=r"ours_text failed: (?s:.)*speed_training"):
         speed_training.megabytes_of(study_options.SpeedOptions(), "ours_text")
+
+
+@contextmanager
+def built_here(build, *given):
+    yield build(*given)
+
+
+def test_what_is_chosen_against_float32(monkeypatch):
+    small = {
+        "a small one": (
+            vision_lt.VisionOptions,
+            ["--model", "cifar_resnet20", "--auto_tune", "off", "--mixed_precision", "no"],
+        )
+    }
+    monkeypatch.setattr(speed_training, "AUTO", small)
+    monkeypatch.setattr(speed_training, "in_process", built_here)
+    options = study_options.SpeedOptions(**TINY, dataset="digits", only=["auto"])
+    (row,) = speed.main(options)
+    whole(row)
+    assert (row["what"], row["note"]) == ("2 steps of a small one", "no")
+
+
+def test_a_contender_in_a_process_of_its_own():
+    here, there = Pipe()
+    thread = Thread(target=speed_training.serve, args=(there, constant, 3.5))
+    thread.start()
+    answers = [here.recv()]
+    for _ in range(2):
+        here.send(True)
+        answers.append(here.recv())
+    here.close()
+    thread.join(timeout=60)
+    assert answers == ["made", 3.5, 3.5]
+    assert not thread.is_alive()
+
+
+def constant(seconds):
+    return lambda: seconds, "made"
 
 
 def test_unknown_section():
