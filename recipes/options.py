@@ -1139,8 +1139,8 @@ def tuned_for(
 
 
 def keep_tuned(options: CoreOptions, tuned: Tuned, *, write: bool) -> None:
-    """Keep with a run what was chosen for it, for when it is resumed."""
-    if write:
+    """Keep with a run what was chosen for it when it began, for when it is resumed."""
+    if write and tuned.source != "run":
         tuned.save(Path(options.output_dir, AUTO_TUNE_FILE))
 
 

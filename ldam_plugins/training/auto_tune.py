@@ -253,7 +253,9 @@ def auto_tune(
     began = clock()
     with random_numbers_kept():
         batches = make_batches()
-        file = _cache_file(cache, _facts(model, criterion, batches, precision, compile))
+        # Whether a compilation pays goes by the length of the run, which others do not share.
+        facts = None if compile == "auto" else _facts(model, criterion, batches, compile)
+        file = None if facts is None else _cache_file(cache, facts)
         if file is not None and file.is_file():
             with suppress(ValueError):
                 known = Tuned.load(file)
@@ -262,8 +264,12 @@ def auto_tune(
                     return replace(rule, why=_too_short(run))
                 why = "as measured here before"
                 return replace(known, threads=rule.threads, source=CACHED, why=why)
-        trial = Trial(model, criterion, batches, device)
-        tuned = _measured(trial, rule, passes, precision, compile, compiled, clock)
+        try:
+            trial = Trial(model, criterion, batches, device)
+            tuned = _measured(trial, rule, passes, precision, compile, compiled, clock)
+        except RuntimeError as error:  # the training itself may go well: a copy needs more memory
+            reason = str(error).partition("\n")[0]
+            tuned = replace(rule, why=f"not measured, as a copy of the model failed: {reason}")
     spent = clock() - began
     if tuned.source != MEASURED:
         return replace(tuned, spent=spent)
@@ -304,14 +310,26 @@ def _measured(
     run *= found.ratios[found.winner]
     if compile != "auto" or run < LEAST_COMPILED_RUN:
         return tuned
-    eager, name = trial.call(chosen, trial.rows), f"{found.winner} compiled"
+    return _compiled_or_not(trial, tuned, run, compiled, clock)
+
+
+def _compiled_or_not(
+    trial: Trial,
+    tuned: Tuned,
+    run: float,
+    compiled: Callable[[nn.Module], Any],
+    clock: Callable[[], float],
+) -> Tuned:
+    """Whether a training of so many seconds is compiled, found by a compilation."""
+    way = title(tuned.precision)
+    name = f"{way} compiled"
     began = clock()
-    call = trial.call(chosen, trial.rows, compiled)
+    call = trial.call(tuned.precision, trial.rows, compiled)
     call()
     took = clock() - began
-    against = race({found.winner: eager, name: call}, BUDGET, clock)
+    against = race({way: trial.call(tuned.precision, trial.rows), name: call}, BUDGET, clock)
     saved = (1 - against.ratios[name]) * run
-    seconds = {**tuned.seconds, name: against.ratios[name] * tuned.seconds[found.winner]}
+    seconds = {**tuned.seconds, name: against.ratios[name] * tuned.seconds[way]}
     return replace(
         tuned,
         compile=against.winner == name and saved > COMPILATIONS_SAVED * took,
@@ -381,7 +399,7 @@ class Trial:
             room = BUDGET / cost
             if rows == self.rows or room < _MORE or whole * passes < WORTH * BUDGET:
                 return rows, whole, max(cost, BUDGET)
-            rows = min(self.rows, int(rows * room))
+            rows = min(self.rows, max(rows + 1, int(rows * room)))
 
     def call(
         self, way: str, rows: int, wrap: Callable[[nn.Module], Any] | None = None
@@ -443,7 +461,6 @@ def _facts(
     model: nn.Module,
     criterion: ClassificationLoss,
     batches: Sequence[Batch],
-    precision: str,
     compile: bool | str,
 ) -> dict[str, Any]:
     """All that the times depend on: model, batch, versions and machine."""
@@ -455,7 +472,7 @@ def _facts(
         "model": f"{model}\n{shapes}",
         "criterion": type(criterion).__name__,
         "batches": [_shapes(inputs) for inputs, _ in batches],
-        "asked": [precision, compile],
+        "compile": compile,
         "versions": run_versions(),
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),

@@ -26,6 +26,7 @@ class Net(nn.Module):
         self.clock, self.no, self.bf16 = clock, no, bf16
 
     def forward(self, images):
+        assert len(self.clock.seen) < 2000, "it goes on for ever"
         lower = torch.is_autocast_enabled("cpu")
         if lower and self.bf16 is None:
             raise RuntimeError("no kernel for BFloat16")
@@ -132,6 +133,19 @@ def test_slow_models_are_timed_on_fewer_rows(tune, clock):
     assert found.spent < 2 * module.BUDGET
 
 
+@pytest.mark.parametrize("factor", [1.0, 1.1, 1.2, 1.5, 2.0, 10.0])
+def test_rows_grow_to_an_end(tune, clock, factor):
+    assert tune(Net(clock, no=0.1 * factor, bf16=0.05)).source == "measured"
+
+
+def test_a_model_that_cannot_be_copied_is_trained_by_the_rule(tune, clock):
+    model = Net(clock)
+    model.made = model.layers[0].weight * 2  # torch copies no tensor in the middle of a graph
+    found = tune(model)
+    assert (found.source, found.precision) == ("rule", by_rule("auto").precision)
+    assert found.why.startswith("not measured, as a copy of the model failed: Only Tensors created")
+
+
 def test_what_was_measured_before_is_used(tune, clock, tmp_path):
     first, first_rule = tune(), by_rule("auto").precision
     (file,) = (tmp_path / "cache").iterdir()
@@ -190,6 +204,8 @@ def test_a_compilation_must_be_earned_back(tune, clock, takes, passes, pays):
     assert found.compile is bool(pays)
     assert found.compilation == (None if pays is None else pytest.approx(takes, abs=1))
     assert ("float32 compiled" in found.seconds) is (pays is not None)
+    again = tune(precision="no", compile="auto", compiled=compiled, passes=passes)
+    assert again.source == "measured"  # as another run may be shorter
 
 
 def test_a_resumed_run_keeps_its_choice(tmp_path):
