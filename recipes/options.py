@@ -987,17 +987,15 @@ def command_line(kind: type[Options], *, default: str) -> Options:
 
     It ends the process where they are refused, and from now on errors end it with one line.
     """
-    try:
+
+    def accepted() -> Options:
         options = parse_options(kind, default=default)
         options.check_model()
         if is_first_process() and options.resume == "no" and not options.overwrite:
             check_no_run(options.output_dir)
-    except (TypeError, ValueError) as error:
-        if "traceback" in flag_names(sys.argv):
-            raise
-        if is_first_process():
-            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        raise SystemExit(USAGE_ERROR) from None
+        return options
+
+    options = accepted() if "traceback" in flag_names(sys.argv) else or_refused(accepted)
     if not options.traceback:
         say_errors_briefly(options.output_dir)
     watch_cores()

@@ -1,4 +1,4 @@
-"""Sections of ``speed.py`` on whole trainings: processes, vision, fine_tuning, text, memory."""
+"""Sections of ``speed.py`` on whole trainings: processes, vision, text, memory, auto and more."""
 
 from __future__ import annotations
 
@@ -347,9 +347,8 @@ def auto_text(options: TextOptions, steps: int, tuned: bool) -> tuple[Timed, str
         parts = (model, criterion, tokenizer, tokens, epoch)
         chosen = tune_text(options, arguments, *parts).precision
     options = replace(options, mixed_precision=chosen, epochs=1)
-    examples = steps * options.batch_size
-    train = train.shuffle(seed=0).select(range(min(examples, len(train))))
-    return lambda: text_seconds(options, train, class_counts), chosen
+    some = shuffled(train, steps * options.batch_size)
+    return lambda: text_seconds(options, some, class_counts), chosen
 
 
 @contextmanager
@@ -414,8 +413,12 @@ def texts_of(options: SpeedOptions, folder: str) -> tuple[TextOptions, Any, Clas
     flags += ["--epochs=1", f"--output_dir={folder}"]
     preset = parse_options(TextOptions, flags, default="imdb_lt")
     train, _, class_counts = load_texts(preset)
-    size = min(options.steps * preset.batch_size, len(train))
-    return preset, train.shuffle(seed=0).select(range(size)), class_counts
+    return preset, shuffled(train, options.steps * preset.batch_size), class_counts
+
+
+def shuffled(texts: Any, size: int) -> Any:
+    """So many of the texts, or all, in a random order."""
+    return texts.shuffle(seed=0).select(range(min(size, len(texts))))
 
 
 def text_seconds(options: TextOptions, train: Any, class_counts: ClassCounts) -> float:

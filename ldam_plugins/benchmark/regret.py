@@ -54,7 +54,7 @@ def regrets(records: Sequence[Record], choice: Mapping[str, str]) -> list[Regret
         ValueError: an option that does not vary in the experiment, or a data set on which the
             choice was not run.
     """
-    varying = [name for name in varying_options(records) if name != "dataset"]  # loss first
+    varying = [name for name in varying_options(records) if name != "dataset"]
     for name in choice:
         if name not in varying:
             raise invalid("choice", f"of options that vary: {', '.join(varying)}", name)

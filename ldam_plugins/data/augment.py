@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 
 import torch
@@ -71,8 +71,7 @@ class CropFlip:
             ValueError: they are not as many as there are draws.
         """
         check_images("images", images)
-        if len(images) != len(self):
-            raise invalid("images", f"as many as the {len(self)} draws", len(images))
+        check_as_many(images, self)
         top, left, flip = (send(draw, images.device) for draw in (self.top, self.left, self.flip))
         return crop_flip(images, top, left, flip, padding=self.padding)
 
@@ -169,6 +168,16 @@ def check_images(name: str, images: Tensor) -> None:
         raise invalid(name, "a uint8 tensor", images.dtype, error=TypeError)
     if images.ndim != 4:
         raise invalid(name, "of shape (N, C, H, W)", tuple(images.shape))
+
+
+def check_as_many(images: Tensor, draws: Sized) -> None:
+    """Check that there are as many images as draws.
+
+    Raises:
+        ValueError: there are not.
+    """
+    if len(images) != len(draws):
+        raise invalid("images", f"as many as the {len(draws)} draws", len(images))
 
 
 def check_generator(generator: torch.Generator) -> None:

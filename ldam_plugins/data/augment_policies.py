@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldam_plugins._validation import check_choice, check_int, invalid
-from ldam_plugins.data.augment import check_generator
+from ldam_plugins._validation import check_choice, check_int
+from ldam_plugins.data.augment import check_as_many, check_generator
 from ldam_plugins.data.image_operations import OPERATIONS, SIGNED, apply_operations, check_rgb
 
 _PLACES = {name: place for place, name in enumerate(OPERATIONS)}
@@ -135,8 +135,7 @@ class PolicyDraws:
             ValueError: they do not have three channels, or are not as many as there are draws.
         """
         check_rgb("images", images)
-        if len(images) != len(self):
-            raise invalid("images", f"as many as the {len(self)} draws", len(images))
+        check_as_many(images, self)
         magnitude = self.magnitude(*images.shape[2:])
         for operations, amounts in zip(self.operation.unbind(1), magnitude.unbind(1), strict=True):
             images = apply_operations(images, operations, amounts)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ldam_plugins._validation import check_int, check_real, invalid
-from ldam_plugins.data.augment import check_generator, send
+from ldam_plugins.data.augment import check_as_many, check_generator, send
 
 _ATTEMPTS = 10
 """Boxes that are drawn until one fits, as in torchvision and timm."""
@@ -50,8 +50,7 @@ class Boxes:
         """
         if images.ndim != 4:
             raise invalid("images", "of shape (N, C, H, W)", tuple(images.shape))
-        if len(images) != len(self):
-            raise invalid("images", f"as many as the {len(self)} draws", len(images))
+        check_as_many(images, self)
         ends = send(torch.cat([self.first, self.last], dim=1), images.device)
         top, left, bottom, right = ends[..., None].unbind(1)
         line, column = (torch.arange(side, device=images.device) for side in images.shape[2:])

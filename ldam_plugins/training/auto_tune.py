@@ -20,16 +20,14 @@ import copy
 import hashlib
 import json
 import os
-import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from filelock import FileLock
 from huggingface_hub import cached_assets_path
@@ -39,7 +37,12 @@ from ldam_plugins._validation import check_choice, invalid
 from ldam_plugins.losses.base import ClassificationLoss
 from ldam_plugins.losses.model_outputs import find_logits
 from ldam_plugins.training.distributed import from_first_process
-from ldam_plugins.training.environment import choose_precision, cpu_name, run_versions
+from ldam_plugins.training.environment import (
+    choose_precision,
+    cpu_name,
+    note_random_state,
+    run_versions,
+)
 from ldam_plugins.training.files import to_json, write_atomic
 from ldam_plugins.training.race import LEAST_ROUNDS, race
 from ldam_plugins.training.run_dir import AUTO_TUNE_FILE, has_checkpoint
@@ -251,7 +254,8 @@ def auto_tune(
     if passes < LEAST_PASSES:
         return replace(rule, why="a short run, not measured")
     began = clock()
-    with random_numbers_kept():
+    with ExitStack() as afterwards:
+        afterwards.callback(note_random_state("cpu"))
         batches = make_batches()
         # Whether a compilation pays goes by the length of the run, which others do not share.
         facts = None if compile == "auto" else _facts(model, criterion, batches, compile)
@@ -443,18 +447,6 @@ def _first_rows(inputs: Any, rows: int) -> Any:
     if isinstance(inputs, Mapping):
         return {name: value[:rows] for name, value in inputs.items()}
     return inputs[:rows]
-
-
-@contextmanager
-def random_numbers_kept() -> Iterator[None]:
-    """Leave the random numbers of Python, NumPy and torch (on the CPU) as they were before."""
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
 
 
 def _facts(
