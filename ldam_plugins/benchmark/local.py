@@ -10,6 +10,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from heapq import heapify, heapreplace
@@ -140,17 +141,16 @@ def run_locally(
     """
     waiting, running, took = deque(tasks), dict[int, _Begun](), list[float]()
     free = deque(range(jobs))
-    with defer_sigterm() as told, _stopped_at_the_end(running):
+    with defer_sigterm() as told, _beginning(running) as begin:
         while waiting or running:
             if told.is_set():
                 raise SystemExit(PREEMPTED)
             while waiting and free:
-                task, slot = waiting.popleft(), free[0]
-                begun = _begin(task, _share_of_machine(slot, jobs))
-                if isinstance(begun, Outcome):
-                    yield begun
+                ended = begin(free[0], waiting.popleft(), _share_of_machine(free[0], jobs))
+                if ended is None:
+                    free.popleft()
                 else:
-                    running[free.popleft()] = _Begun(task, begun, time.monotonic())
+                    yield ended
             for slot, (task, process, since) in list(running.items()):
                 if process.poll() is not None:
                     del running[slot]
@@ -190,11 +190,9 @@ def seconds_left(
 
 def run_cell(task: CellTask) -> Outcome:
     """Run one cell in a process of its own, and wait for it; the process ends with the waiting."""
-    begun = _begin(task, {})
-    if isinstance(begun, Outcome):
-        return begun
-    with _stopped_at_the_end({0: _Begun(task, begun, 0.0)}):
-        return _outcome(task, begun.wait())
+    running = dict[int, _Begun]()
+    with _beginning(running) as begin:
+        return begin(0, task, {}) or _outcome(task, running[0].process.wait())
 
 
 def start_cell(task: CellTask, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
@@ -222,10 +220,29 @@ def start_cell(task: CellTask, environment: Mapping[str, str]) -> subprocess.Pop
         )
 
 
-def _begin(task: CellTask, environment: Mapping[str, str]) -> subprocess.Popen[bytes] | Outcome:
-    """The process of a cell, or how the cell ended without one."""
+@contextmanager
+def _beginning(running: dict[int, _Begun]) -> Iterator[Callable[..., Outcome | None]]:
+    """What begins cells, which are stopped at the end: see :func:`_begin`, ``running`` filled in.
+
+    A signal may raise an exception between any two lines of the main thread. Another one begins
+    the cells, so that none runs without being among those to stop.
+    """
     try:
-        return ended_before(task) or start_cell(task, environment)
+        with ThreadPoolExecutor(1) as thread:  # whose end waits for what it has begun
+            yield lambda *given: thread.submit(_begin, running, *given).result()
+    finally:
+        _stop([cell.process for cell in running.values()])
+
+
+def _begin(
+    running: dict[int, _Begun], slot: int, task: CellTask, environment: Mapping[str, str]
+) -> Outcome | None:
+    """Begin a cell, from then on among the running ones; or how it ended without a process."""
+    try:
+        ended = ended_before(task)
+        if ended is None:
+            running[slot] = _Begun(task, start_cell(task, environment), time.monotonic())
+        return ended
     except BlockingIOError:
         return Outcome(task.name, "failed", f"another process is running it in {task.folder}")
     except OSError as error:
@@ -267,14 +284,6 @@ def _share_of_machine(slot: int, jobs: int) -> dict[str, str]:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
         environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[slot % gpus]
     return environment
-
-
-@contextmanager
-def _stopped_at_the_end(running: Mapping[int, _Begun]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        _stop([cell.process for cell in running.values()])
 
 
 def _stop(started: Sequence[subprocess.Popen[bytes]]) -> None:

@@ -1,6 +1,8 @@
 import csv
 import json
+import os
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -149,6 +151,26 @@ def test_sigterm_stops_the_cells(cell):
         list(run_locally([run]))
     assert gone(began(run)["pid"])
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("run_it", [run_cell, lambda task: list(run_locally([task]))])
+def test_a_cell_that_a_signal_meets_at_its_start_is_stopped(cell, run_it, monkeypatch):
+    def start_and_signal(*given):
+        process = start_cell(*given)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.5)
+        return process
+
+    monkeypatch.setattr(local, "start_cell", start_and_signal)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    task = cell("hang")
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_it(task)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    monkeypatch.setattr(local, "start_cell", start_cell)
+    assert run_cell(cell("finish")).status == "finished"  # nothing holds its folder
 
 
 def test_two_grids_do_not_run_one_cell_at_once(cell):
