@@ -19,6 +19,7 @@ row take turns, so what else the machine does meets them alike. Sections:
 * vision: training steps of ``vision_lt.py`` against a DataLoader with two workers and PIL
   transforms in float32, and against timm's create_loader and ClassificationTask;
 * fine_tuning: the same of a pretrained model on photographs, against the first of these;
+* growth: training steps as the classes and the side of the images grow;
 * text: ``text_lt.py``, as it is and without dropout of attention, against a plain Trainer with
   padding to the full length in float32;
 * memory: most memory of the trainings of vision, fine_tuning and text, with loader workers;
@@ -65,6 +66,7 @@ SECTIONS: dict[str, Callable[[SpeedOptions], Iterator[Row]]] = {
     "processes": speed_training.processes,
     "vision": speed_training.vision,
     "fine_tuning": speed_training.fine_tuning,
+    "growth": speed_training.growth,
     "text": speed_training.text,
     "memory": speed_training.memory,
     "auto": speed_training.auto,

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import chain, repeat
 from multiprocessing import get_context
 from pathlib import Path
@@ -117,6 +118,48 @@ def steps_beside(
         theirs()
         what = f"{options.steps} steps of {preset.model}, batch {preset.batch_size}"
         yield compare(options, what, ours, theirs, name, once=True)
+
+
+def growth(options: SpeedOptions) -> Iterator[Row]:
+    """Training steps as classes and the side of the images grow, against the smallest of each."""
+    preset = from_scratch(options)
+    accelerator = make_accelerator(preset)
+    step = partial(noise_steps, accelerator, preset, options.steps)
+    what, smallest = f"{options.steps} steps of {preset.model}", step(CLASSES[0], SIDES[0])
+    for classes in CLASSES[1:]:
+        if classes <= options.max_classes:
+            steps, few = step(classes, SIDES[0]), f"{CLASSES[0]} classes"
+            yield compare(options, f"{what}, {classes} classes", steps, smallest, few, once=True)
+    for side in SIDES[1:]:
+        if side <= options.max_image:
+            steps, small = step(CLASSES[0], side), f"{SIDES[0]} pixels a side"
+            yield compare(options, f"{what}, {side} pixels", steps, smallest, small, once=True)
+
+
+CLASSES, SIDES = (10, 100, 1000, 10_000), (32, 64, 128)
+"""What ``growth`` goes through."""
+
+
+def noise_steps(
+    accelerator: Accelerator, options: VisionOptions, steps: int, classes: int, side: int
+) -> Contender:
+    """So many steps on a batch of noise, nothing loaded."""
+    counts = ClassCounts([500] * classes)
+    criterion = options.make_loss(counts).to(accelerator.device)
+    net = make_model(options, criterion).to(accelerator.device).train()
+    optimizer, _ = make_optimizer(options, net, accelerator.device)
+    net, optimizer = accelerator.prepare(net, optimizer)
+    train_step = make_train_step(accelerator, options, net, criterion, optimizer)
+    images = torch.randn(options.batch_size, 3, side, side, device=accelerator.device)
+    images = images.to(memory_format=torch.channels_last)
+    labels = torch.randint(classes, (options.batch_size,), device=accelerator.device)
+
+    def run() -> None:
+        with keep_freed_memory(accelerator.device):
+            for _ in range(steps):
+                train_step([(images, labels)])
+
+    return run
 
 
 def memory(options: SpeedOptions) -> Iterator[Row]:

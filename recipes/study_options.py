@@ -220,7 +220,8 @@ class SpeedOptions:
 
     only: list[str] = option(
         QUICK,
-        "sections to run: those above, start, processes, vision, fine_tuning, text, memory, auto",
+        "sections to run: those above, start, processes, vision, fine_tuning, growth, text, "
+        "memory, auto",
     )
     repeats: int = option(7, "turns of each contender")
     seconds: float = option(0.1, "least seconds of a turn of the small things")
@@ -228,7 +229,7 @@ class SpeedOptions:
     max_logits: int = option(32_000_000, "entries of the largest (N, C) logits")
     max_rows: int = option(10_000_000, "rows that counts and sampler grow to")
     max_image: int = option(224, "pixels a side that images grow to")
-    steps: int = option(30, "training steps of a turn of vision, fine_tuning and text")
+    steps: int = option(30, "training steps of a turn of vision, fine_tuning, growth and text")
     epochs: int = option(100, "epochs of processes")
     dataset: str = option("uoft-cs/cifar10", "images of vision, cut to the long tail of the paper")
     compile: bool = option(True, "compile ours in vision, as --compile of vision_lt.py")

@@ -85,6 +85,18 @@ def test_fine_tuning():
     assert row["what"] == "2 steps of resnet10t, batch 32"
 
 
+def test_growth(monkeypatch):
+    monkeypatch.setattr(speed_training, "CLASSES", (2, 5, 100_000))
+    monkeypatch.setattr(speed_training, "SIDES", (8, 16, 512))
+    rows = speed.main(study_options.SpeedOptions(**TINY, only=["growth"]))
+    for row in rows:
+        whole(row)
+    assert [row["what"] for row in rows] == [
+        "2 steps of cifar_resnet32, 5 classes",
+        "2 steps of cifar_resnet32, 16 pixels",
+    ]
+
+
 def test_memory(monkeypatch, capsys):
     asked = []
 
