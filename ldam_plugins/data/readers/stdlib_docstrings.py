@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import gc
 import sys
 import sysconfig
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,7 +67,8 @@ def read_docstrings(
         ValueError: ``root`` holds no sources, as in stripped installations.
     """
     root = Path(sysconfig.get_path("stdlib")) if root is None else root
-    by_module = _distinct({name: list(_texts_of(root, name)) for name in _module_names()})
+    with _no_collection():
+        by_module = _distinct({name: list(_texts_of(root, name)) for name in _module_names()})
     kept = {name: texts for name, texts in by_module.items() if len(texts) >= MIN_TEXTS}
     if len(kept) < 2:
         expected = "a folder with the sources of Python's standard library"
@@ -82,6 +85,18 @@ def read_docstrings(
             labels[index].extend([label] * len(rows))
     train, test = (np.array(values, dtype=np.int64) for values in labels)
     return (parts[0], train), (parts[1], test), tuple(kept)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """No search for cycles of garbage, which syntax trees have none of: half the time is its."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _module_names() -> list[str]:
