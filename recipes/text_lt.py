@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from options import (
     LAST,
     RESUME,
@@ -136,6 +136,8 @@ def main(options: TextOptions) -> dict[str, Any]:
     refuse_deepspeed(arguments.deepspeed_plugin, stages=(3,), hint="Use ZeRO-2 or FSDP2.")
     options.check_model()
     show = arguments.process_index == 0 and not options.quiet
+    if not show:
+        disable_progress_bars()  # of datasets, as the texts become tokens
     notes = DataNotes()
     if options.streaming:
         train, test, counts = stream_data(options, stream_parts, show, notes)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import speed
+import speed_parts
 import speed_timing
 import speed_training
 import study_options
@@ -83,6 +84,15 @@ def test_fine_tuning():
     (row,) = speed.main(study_options.SpeedOptions(**TINY, **more, only=["fine_tuning"]))
     whole(row)
     assert row["what"] == "2 steps of resnet10t, batch 32"
+
+
+def test_a_recipe_ends_after_its_first_step(tmp_path):
+    script, out = tmp_path / "first.py", tmp_path / "run"
+    script.write_text(speed_parts.FIRST_STEP)
+    words = [*speed_parts.STEP_OF["vision_lt"], str(RECIPES / "vision_lt.py")]
+    done = run_forked(script, [*words, "--quiet", "--output_dir", str(out)], tmp_path / "log")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert len((out / "history.csv").read_text().splitlines()) == 1  # its columns
 
 
 def test_growth(monkeypatch):

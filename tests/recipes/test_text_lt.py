@@ -13,7 +13,7 @@ import pytest
 import text_lt
 import torch
 import transformers
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import ClassLabel, Dataset, Features, Value, enable_progress_bars
 from interruptions import interrupted_at
 from safetensors.torch import load_file
 from transformers import (
@@ -122,6 +122,14 @@ def test_leaves_what_is_promised(run, capsys):
     assert list(out.glob("*.png"))
     assert newest_trainer_checkpoint(out / "checkpoints").endswith("checkpoint-12")
     assert "balanced error" in capsys.readouterr().out
+
+
+def test_a_quiet_run_prints_nothing(run, capfd):
+    try:
+        run("--quiet", report=True)
+    finally:
+        enable_progress_bars()  # of datasets
+    assert capfd.readouterr() == ("", "")
 
 
 def is_locked(folder):
