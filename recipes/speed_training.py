@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
@@ -21,7 +23,7 @@ import torch
 from accelerate import Accelerator
 from options import CoreOptions, parse_options
 from speed_parts import usual_transform
-from speed_timing import Contender, Row, clock, compare, peak_of_tree, summary
+from speed_timing import DEVICE, Contender, Row, calls_for, clock, compare, peak_of_tree, summary
 from study_options import SpeedOptions
 from text_lt import TextOptions, make_arguments, make_trainer, tokenize
 from text_lt import load_data as load_texts
@@ -30,7 +32,9 @@ from text_lt import steps_per_epoch as text_steps
 from text_lt import tune as tune_text
 from timm.data import create_loader
 from timm.task import ClassificationTask
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainingArguments
 from vision_lt import (
     VisionOptions,
@@ -47,7 +51,10 @@ from vision_lt import (
 
 from ldam_plugins import ClassCounts, DRWCallback
 from ldam_plugins.integrations.timm.images import image_loader, on_device
-from ldam_plugins.training import keep_freed_memory
+from ldam_plugins.training import choose_precision, keep_freed_memory
+
+Timed = Callable[[], float]
+"""A contender that knows its seconds."""
 
 
 def processes(options: SpeedOptions) -> Iterator[Row]:
@@ -160,6 +167,68 @@ def noise_steps(
                 train_step([(images, labels)])
 
     return run
+
+
+def peak(options: SpeedOptions) -> Iterator[Row]:
+    """Training steps, eager, against matrix products of as many floating-point operations.
+
+    What the steps spend their time on is in the note.
+    """
+    for preset in (from_scratch(options), fine_tuned(options)):
+        accelerator = make_accelerator(preset)
+        steps = vision_steps(accelerator, preset, options.steps)
+        what = f"{options.steps} steps of {preset.model}, batch {preset.batch_size}"
+        precision = accelerator.mixed_precision
+        yield beside_products(options, what, partial(clock, steps, 1), precision)
+    with tempfile.TemporaryDirectory() as folder:
+        texts, train, class_counts = texts_of(options, folder)
+        timed = partial(text_seconds, texts, train, class_counts)
+        what = f"{len(train)} texts of {texts.max_length} tokens, {texts.model}"
+        precision = choose_precision(texts.mixed_precision)
+        yield beside_products(options, what, timed, precision)
+
+
+SIDE = 2048
+"""Rows and columns of the matrices that ``peak`` multiplies."""
+
+
+def beside_products(options: SpeedOptions, what: str, timed: Timed, precision: str) -> Row:
+    """Steps against products of large matrices, in their precision, as fast as they go here.
+
+    Operations are those that ``FlopCounterMode`` knows: convolutions, matrix products, attention.
+    """
+    timed()  # what is made once
+    with FlopCounterMode(display=False) as counter:
+        timed()
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        timed()
+    kind = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    left, right = (torch.randn(SIDE, SIDE, device=DEVICE).to(kind) for _ in range(2))
+    product = partial(torch.mm, left, right)
+    calls, products = calls_for(1.0, product), counter.get_total_flops() / (2 * SIDE**3)
+    seconds = [(timed(), products * clock(product, calls)) for _ in range(options.repeats)]
+    name = str(kind).removeprefix("torch.")
+    return summary(what, f"matrix products, {name}", seconds, shares(profiled))
+
+
+KINDS = {
+    "convolution": "convolution",
+    "matrix products": r"::(add|b|badd)?mm$|linear",
+    "attention": "attention|softmax",
+    "normalisation": "norm",
+    "optimizer": "fused_|foreach|optimizer",
+}
+"""Operators that ``peak`` sums up, by a pattern of their names."""
+
+
+def shares(profiled: profile) -> str:
+    """Shares of the time of a profile, by kind of operator."""
+    spent = defaultdict[str, float](float)
+    for event in profiled.key_averages():
+        kinds = [kind for kind, pattern in KINDS.items() if re.search(pattern, event.key.lower())]
+        spent[[*kinds, "rest"][0]] += event.self_cpu_time_total
+    total = sum(spent.values())
+    return ", ".join(f"{kind} {spent[kind] / total:.0%}" for kind in [*KINDS, "rest"])
 
 
 def memory(options: SpeedOptions) -> Iterator[Row]:
@@ -335,8 +404,6 @@ def timm_steps(accelerator: Accelerator, options: VisionOptions, steps: int) -> 
     return run
 
 
-Timed = Callable[[], float]
-"""A contender that knows its seconds."""
 AUTO: dict[str, tuple[type[CoreOptions], list[str]]] = {
     "ResNet-32": (VisionOptions, ["cifar10_lt"]),
     "EfficientNet-Lite0, 96 pixels": (

@@ -220,7 +220,7 @@ class SpeedOptions:
 
     only: list[str] = option(
         QUICK,
-        "sections to run: those above, start, processes, vision, fine_tuning, growth, text, "
+        "sections to run: those above, start, processes, vision, fine_tuning, growth, peak, text, "
         "memory, auto",
     )
     repeats: int = option(7, "turns of each contender")
@@ -229,7 +229,7 @@ class SpeedOptions:
     max_logits: int = option(32_000_000, "entries of the largest (N, C) logits")
     max_rows: int = option(10_000_000, "rows that counts and sampler grow to")
     max_image: int = option(224, "pixels a side that images grow to")
-    steps: int = option(30, "training steps of a turn of vision, fine_tuning, growth and text")
+    steps: int = option(30, "steps of a turn of the trainings that are not whole")
     epochs: int = option(100, "epochs of processes")
     dataset: str = option("uoft-cs/cifar10", "images of vision, cut to the long tail of the paper")
     compile: bool = option(True, "compile ours in vision, as --compile of vision_lt.py")

@@ -107,6 +107,21 @@ def test_growth(monkeypatch):
     ]
 
 
+def test_peak(monkeypatch):
+    monkeypatch.setattr(speed_training, "SIDE", 64)
+    more = {"dataset": "digits", "photo_model": "resnet10t", "photo_size": 16}
+    more |= {"text_dataset": "stdlib_docstrings", "text_model": "bilstm", "max_length": 16}
+    rows = speed.main(study_options.SpeedOptions(**TINY, **more, only=["peak"]))
+    for row in rows:
+        whole(row)
+        found = dict(part.rsplit(" ", 1) for part in row["note"].split(", "))
+        assert list(found) == [*speed_training.KINDS, "rest"]
+        assert sum(int(share.rstrip("%")) for share in found.values()) == pytest.approx(100, abs=3)
+    conv, fine, text = rows
+    assert "convolution 0%" not in conv["note"] + fine["note"]
+    assert "convolution 0%" in text["note"]
+
+
 def test_memory(monkeypatch, capsys):
     asked = []
 
