@@ -23,6 +23,9 @@ from ldam_plugins.training.run_dir import has_checkpoint
 USAGE_ERROR, INTERRUPTED = 2, 130
 """Exit codes of a command line that is refused and of a run that Ctrl-C ended. An error is 1."""
 
+LOG_SECONDS = "30"
+"""Between two lines of a progress bar in a log."""
+
 _Options = TypeVar("_Options")
 _OURS = (Path(__file__).parents[1],)
 _WORDS = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
@@ -173,6 +176,15 @@ def flag_names(flags: Sequence[str]) -> set[str]:
 def is_first_process() -> bool:
     """Whether this is the process that speaks for all that a launcher has started."""
     return int(os.environ.get("RANK", 0)) == 0
+
+
+def log_bars_rarely() -> None:
+    """Let progress bars write each half minute where nobody watches; call it before tqdm is there.
+
+    The interval of all bars is read when tqdm is imported.
+    """
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", LOG_SECONDS)
 
 
 def say_errors_briefly(folder: str | os.PathLike[str] | None = None) -> None:
