@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass, fields
 
 import options as recipe_options
@@ -15,7 +16,13 @@ from ldam_plugins import choices, list_losses
 from ldam_plugins.benchmark.tuning import AROUND
 from ldam_plugins.losses import losses_with
 from ldam_plugins.posthoc import METHODS
-from ldam_plugins.training.command_line import flag_names, is_ours, make_parser, parse_flags
+from ldam_plugins.training.command_line import (
+    flag_names,
+    is_ours,
+    make_parser,
+    parse_flags,
+    say_errors_briefly,
+)
 from ldam_plugins.training.options import invalid, option
 from ldam_plugins.training.run_dir import claim_output_dir
 
@@ -137,6 +144,18 @@ def raised(error):
         raise error
     except type(error) as caught:
         return caught
+
+
+def test_warnings_of_this_package_are_a_line(monkeypatch):
+    monkeypatch.setattr("sys.excepthook", sys.excepthook)
+    monkeypatch.setattr("sys.argv", ["vision_lt.py"])
+    monkeypatch.setattr("warnings.formatwarning", warnings.formatwarning)
+    say_errors_briefly()
+    of_ours, of_others = choices.__file__, os.__file__
+    worded = warnings.formatwarning
+    told = "vision_lt.py: warning: weights and margins\n"
+    assert worded("weights and margins", UserWarning, of_ours, 3) == told
+    assert f"{of_others}:3: UserWarning: slow" in worded("slow", UserWarning, of_others, 3, line="")
 
 
 HELP = """
