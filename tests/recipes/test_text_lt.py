@@ -104,6 +104,12 @@ def test_a_training_that_diverges_stops_with_that_epoch(run, bert, tmp_path):
     assert len((tmp_path / "run" / "history.csv").read_text().splitlines()) == 1
 
 
+def test_the_bar_shows_the_stage_that_began_inside_the_epoch(run, capsys):
+    _, out = run("--epochs", 1, "--start", 0.5)
+    assert "stage reweighted" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert ",reweighted," in (out / "history.csv").read_text()
+
+
 @pytest.mark.parametrize(("model", "told"), [("minlm", "Did you mean 'minilm'?"), ("x/y", "")])
 def test_a_model_that_cannot_be_had_names_the_nearest_and_one_without_a_hub(run, model, told):
     with pytest.raises(ValueError, match="`model` must be bilstm, minilm, ") as caught:

@@ -227,6 +227,14 @@ class ProgressCallback(TrainerCallback):
         if self._bar is not None:
             self._bar.step()
 
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Show the stage of the last update, in which one may have begun inside the epoch."""
+        if self._bar is not None and state.global_step:
+            last = Progress(state.global_step - 1, state.max_steps, self._steps)
+            self._bar.show(stage=self.schedule.stage(last))
+
     def on_log(
         self,
         args: TrainingArguments,
