@@ -11,6 +11,9 @@ from typing import TypeVar
 _Value = TypeVar("_Value")
 _MAX_NAMED = 20
 
+DIVERGED = "Has training diverged? A smaller learning rate or gradient clipping may help."
+"""What to do about numbers of a training that are not finite."""
+
 
 def invalid(
     name: str, expected: str, value: object, hint: str = "", *, error: type[Exception] = ValueError
@@ -108,9 +111,19 @@ def check_choice(
     if value in choices:
         return value
     listed = quoted(choices) if len(choices) <= _MAX_NAMED else f"{len(choices)} known names"
-    near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], cutoff=0.5)
-    advice = f"Did you mean {quoted(near)}? {hint}" if near else hint
-    raise invalid(name, f"one of {listed}", value, hint=advice.rstrip())
+    advice = f"{did_you_mean(value, choices)} {hint}"
+    raise invalid(name, f"one of {listed}", value, hint=advice.strip())
+
+
+def did_you_mean(value: object, choices: Iterable[object], *, cutoff: float = 0.5) -> str:
+    """The question after a misspelt word, with the nearest of the choices; empty if none is near.
+
+    Example:
+        >>> did_you_mean("minlm", ["bilstm", "minilm"], cutoff=0.8)
+        "Did you mean 'minilm'?"
+    """
+    near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], cutoff=cutoff)
+    return f"Did you mean {quoted(near)}?" if near else ""
 
 
 def quoted(values: Iterable[object]) -> str:

@@ -194,8 +194,9 @@ class DeferredSchedule:
     def start_step(self, total_steps: int, steps_per_epoch: int) -> int:
         """First optimizer step (0-based) of the second stage; 0 for kinds that have one stage.
 
-        A share of the training is rounded up to a whole step. At ``start=1.0`` the second stage
-        never begins: the answer is ``total_steps``.
+        A share of the training is rounded up to a whole step, and for ``drs`` to a whole epoch,
+        which is sampled at its beginning. A second stage that never begins, as at ``start=1.0``,
+        has the answer ``total_steps`` or more.
 
         Args:
             total_steps: Optimizer steps of the whole training.
@@ -207,7 +208,23 @@ class DeferredSchedule:
         if not self.is_deferred:
             return 0
         hint = "Use a smaller start, or kind 'none' for no second stage."
-        return self._moment().step(total_steps, steps_per_epoch, hint=hint)
+        step = self._moment().step(total_steps, steps_per_epoch, hint=hint)
+        return -(-step // steps_per_epoch) * steps_per_epoch if self.is_resampling else step
+
+    def advice(self, total_steps: int, steps_per_epoch: int) -> str | None:
+        """What to do about a second stage that never begins; None where it does, or there is none.
+
+        Example:
+            >>> DeferredSchedule("drw", 0.8).advice(total_steps=9, steps_per_epoch=3)
+            >>> print(DeferredSchedule("drs", 0.8).advice(total_steps=9, steps_per_epoch=3))
+            The second stage of 'drs' never begins: start=0.8 of 9 updates, 3 an epoch. Train \
+longer, start earlier, or use schedule 'rs' or 'none'.
+        """
+        if self.start_step(total_steps, steps_per_epoch) < total_steps:
+            return None
+        length = f"start={self.start} of {total_steps} updates, {steps_per_epoch} an epoch"
+        hint = f"Train longer, start earlier, or use schedule {self.kind.removeprefix('d')!r} or"
+        return f"The second stage of {self.kind!r} never begins: {length}. {hint} 'none'."
 
     def start_epoch(self, epochs: int) -> int:
         """Epoch (0-based) in which the second stage begins; 0 for kinds that have one stage.

@@ -8,7 +8,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -45,6 +45,7 @@ from ldam_plugins.training.command_line import (
     USAGE_ERROR,
     flag_names,
     is_first_process,
+    log_bars_rarely,
     or_refused,
     parse_flags,
     say_errors_briefly,
@@ -66,7 +67,13 @@ from ldam_plugins.training.options import (
     option,
     read_preset,
 )
-from ldam_plugins.training.run_dir import AUTO_TUNE_FILE, check_no_run
+from ldam_plugins.training.run_dir import (
+    AUTO_TUNE_FILE,
+    check_is_folder,
+    check_no_run,
+    check_resumes,
+    has_checkpoint,
+)
 
 if TYPE_CHECKING:  # what needs torch is imported where it is used: --help is to answer at once
     from ldam_plugins import ClassCounts, DeferredSchedule
@@ -991,18 +998,33 @@ def command_line(kind: type[Options], *, default: str) -> Options:
     def accepted() -> Options:
         options = parse_options(kind, default=default)
         options.check_model()
-        if is_first_process() and options.resume == "no" and not options.overwrite:
-            check_no_run(options.output_dir)
+        if is_first_process():
+            check_folder(options)
         return options
 
     options = accepted() if "traceback" in flag_names(sys.argv) else or_refused(accepted)
     if not options.traceback:
         say_errors_briefly(options.output_dir)
     watch_cores()
+    log_bars_rarely()
     if is_first_process() and not options.quiet:
         name = Path(sys.argv[0]).stem
         print(f"{name}: {options.model} on {options.dataset}, epochs: {options.epochs}", flush=True)
     return options
+
+
+def check_folder(options: CoreOptions) -> None:
+    """Refuse a folder that is no place for this run, before anything is imported for it.
+
+    Raises:
+        ValueError: it cannot be written, holds another run, or none to go on with.
+    """
+    check_is_folder(options.output_dir)
+    if options.resume == "no":
+        if not options.overwrite:
+            check_no_run(options.output_dir)
+    elif options.resume == "yes" or has_checkpoint(options.output_dir):
+        check_resumes(options.output_dir, asdict(options), options.may_grow())
 
 
 def _options_in_use(options: CoreOptions, preset: Mapping[str, Any], flags: list[str]) -> set[str]:
@@ -1076,6 +1098,13 @@ def print_header(
         "folder": options.output_dir,
     }
     print(header(facts), flush=True)
+
+
+def warn_of_start(schedule: DeferredSchedule, total_steps: int, steps_per_epoch: int) -> None:
+    """Warn, on one process, of a second stage that the training is too short for."""
+    advice = schedule.advice(total_steps, steps_per_epoch)
+    if advice and is_first_process():
+        logger.warning(advice)
 
 
 def choose_threads(options: CoreOptions) -> None:

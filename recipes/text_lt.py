@@ -115,7 +115,9 @@ from ldam_plugins.training import (
 )
 from ldam_plugins.training.auto_tune import Tuned, by_rule
 from ldam_plugins.training.distributed import is_sharded
+from ldam_plugins.training.environment import without_hub
 from ldam_plugins.training.options import (
+    did_you_mean,
     invalid,
 )
 from ldam_plugins.training.selection import SelectionRule
@@ -130,6 +132,8 @@ def main(options: TextOptions) -> dict[str, Any]:
     """Train and evaluate once; returns what its files of results hold."""
     set_seed(options.seed)
     disable_progress_bar()  # of transformers: reading and writing weights takes moments
+    if options.quiet:
+        disable_progress_bars()  # of datasets: tokenizing
     arguments = make_arguments(options)
     check_processes(arguments.world_size, options.num_processes)
     choose_threads(options)
@@ -444,7 +448,9 @@ def make_model(
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except OSError as error:
             expected = "bilstm, minilm, a folder with a model, or a hub id that can be reached"
-            raise invalid("model", expected, options.model) from error
+            near = did_you_mean(options.model, ("bilstm", "minilm"), cutoff=0.7)
+            hint = f"{near} {without_hub('minilm')}".strip()
+            raise invalid("model", expected, options.model, hint=hint) from error
         model, loaded = AutoModelForSequenceClassification.from_pretrained(
             folder,
             **labels,
@@ -555,6 +561,7 @@ def make_arguments(options: TextOptions, tuned: Tuned | None = None) -> Training
         lr_scheduler_type=options.lr_schedule,
         train_sampling_strategy="random" if in_order else "group_by_length",
         logging_strategy="epoch",
+        logging_nan_inf_filter=False,  # which would show a loss of 0 once training has diverged
         eval_strategy="epoch" if options.holds_out else "no",
         save_strategy="epoch",
         seed=options.seed,

@@ -44,6 +44,7 @@ from options import (
     split_samples,
     stream_data,
     tuned_for,
+    warn_of_start,
     without_untrained,
 )
 from timm.data import Mixup
@@ -83,6 +84,7 @@ from ldam_plugins.training import (
     BestModel,
     TrainStep,
     begin_run,
+    check_converges,
     check_processes,
     check_tracker,
     choose_precision,
@@ -229,6 +231,7 @@ def fit(
     schedule, counts = options.make_schedule(), criterion.class_counts
     samples, batch_size = len(train_set), options.batch_size
     steps = steps_per_epoch(accelerator, options, samples)
+    warn_of_start(schedule, options.epochs * steps, steps)
     sampler = make_sampler(accelerator, options, schedule, train_set, len(counts))
     train_set = on_device(train_set, accelerator.device)
     loader = image_loader(
@@ -308,6 +311,7 @@ def fit(
             "train_loss": total.item() / steps,
             "seconds": time.perf_counter() - began,
         }
+        check_converges(row["train_loss"], model, options.lr, epoch)
         for column, eval_loader in zip(eval_sets, eval_loaders, strict=True):
             if options.evaluates(column, epoch):
                 found = evaluate(accelerator, ema or net, eval_loader, counts, to_input=to_input)

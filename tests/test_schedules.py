@@ -31,6 +31,35 @@ def test_start_step(start, unit, step):
     assert DeferredSchedule("drw", start, unit=unit).start_step(30, 3) == step
 
 
+@pytest.mark.parametrize(
+    ("start", "unit", "step"),
+    [(0.8, "auto", 24), (0.35, "auto", 12), (25, "step", 27), (0, "auto", 0)],
+)
+def test_resampling_starts_with_an_epoch(start, unit, step):
+    schedule = DeferredSchedule("drs", start, unit=unit)
+    assert schedule.start_step(30, 3) == step
+    for done in range(30):
+        of_epoch = Progress(done - done % 3, 30, 3)  # which an epoch is sampled by
+        assert schedule.stage(Progress(done, 30, 3)) == schedule.stage(of_epoch)
+
+
+@pytest.mark.parametrize(
+    ("kind", "start", "epochs", "told"),
+    [
+        ("drw", 0.8, 2, None),
+        ("drs", 0.8, 4, "stage of 'drs' never begins: start=0.8 of 12 updates, 3 an epoch"),
+        ("drs", 0.8, 5, None),
+        ("drw", 0.9, 1, "Train longer, start earlier, or use schedule 'rw' or 'none'."),
+        ("drw", 1.0, 9, "never begins"),
+        ("none", 1.0, 9, None),
+        ("progressive", 1.0, 9, None),
+    ],
+)
+def test_a_second_stage_that_never_begins_is_told(kind, start, epochs, told):
+    advice = DeferredSchedule(kind, start).advice(3 * epochs, 3)
+    assert advice is None if told is None else told in advice
+
+
 def test_fraction_of_every_length_is_exact():
     for epochs in range(1, 400):
         expected = -(-epochs * 8 // 10)

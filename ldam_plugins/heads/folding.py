@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldam_plugins._validation import invalid
+from ldam_plugins._validation import DIVERGED, invalid
 from ldam_plugins.heads.finder import refuse_adapted
 from ldam_plugins.heads.guard import guards_of, modules_around, remove_guards
 from ldam_plugins.heads.layers import (
@@ -249,7 +249,9 @@ def logits_of_both(
         raise invalid("inputs", "at least one batch", inputs)
     cosine, linear = (torch.cat(part).float() for part in zip(*pairs, strict=True))
     if not (linear.isfinite().all() and cosine.isfinite().all() and linear.any()):
-        raise invalid("inputs", "examples with finite logits, not all zero", inputs)
+        finite = bool(linear.isfinite().all() and cosine.isfinite().all())
+        found = "zeros alone" if finite else "NaN or infinite logits"
+        raise invalid("inputs", "examples with finite logits, not all zero", found, hint=DIVERGED)
     return cosine, linear
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ldam_plugins._tensor_checks import check_logits
-from ldam_plugins._validation import invalid
+from ldam_plugins._validation import DIVERGED, invalid
 from ldam_plugins.counts import check_label_range, label_array
 
 TOP_K = 5
@@ -112,8 +112,7 @@ def _score_chunk(logits: Tensor, target: np.ndarray, rows: np.ndarray) -> Rows:
     bad = np.flatnonzero(~np.isfinite(chosen).all(axis=1))
     if len(bad):
         found = "NaN" if logits[int(bad[0])].isnan().any() else "an infinite value"
-        hint = "Has training diverged? A smaller learning rate or gradient clipping may help."
-        raise invalid("logits", "finite", f"{found} in row {rows[bad[0]]}", hint=hint)
+        raise invalid("logits", "finite", f"{found} in row {rows[bad[0]]}", hint=DIVERGED)
     confidence = np.fromiter(map(math.exp, chosen[:, 1].tolist()), float, len(chosen))
     return Rows(
         -chosen[:, 0],

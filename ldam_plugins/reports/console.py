@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,14 @@ from tqdm import tqdm
 
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.reports.class_table import printable
+from ldam_plugins.training.command_line import LOG_SECONDS
 
 STILL_FALLING = 0.1
 """Share by which the training loss must have fallen in the last epoch to be worth a word."""
 _NAMED = 4
-_LOG_SECONDS = "30"
+_FIRST = {"loss": 0, "stage": 1}
+_BAR_COLUMNS, _NARROW = 100, 60
+"""The most columns of a terminal that a bar takes, and those below which it tells figures alone."""
 
 
 def header(facts: Mapping[str, str]) -> str:
@@ -55,6 +59,28 @@ def worded_machine(device: str, precision: str, processes: int) -> str:
     return f"{device}, {kinds.get(precision, precision)}, {count}"
 
 
+class _Lines(tqdm):
+    """A bar of a log: each state of it is a line, where a terminal writes over the last one."""
+
+    @staticmethod
+    def status_printer(file: Any) -> Callable[[str], None]:
+        """What writes a state of the bar."""
+
+        def write(state: str) -> None:
+            if state:
+                file.write(f"{state}\n")
+                file.flush()
+
+        return write
+
+    def close(self) -> None:
+        """End the bar, with its last state if that is to be left."""
+        if not self.disable and self.leave:
+            self.refresh()
+        self.leave = False
+        super().close()
+
+
 class RunBar:
     """The progress bar of a training: epoch, stage, loss, error, and the time that is left.
 
@@ -69,13 +95,22 @@ class RunBar:
 
     def __init__(self, epochs: int, steps_per_epoch: int, done: float = 0, *, show: bool) -> None:
         self.epochs = epochs
-        if not sys.stderr.isatty():
-            os.environ.setdefault("TQDM_MININTERVAL", _LOG_SECONDS)
-        self._bar: tqdm[Any] = tqdm(
+        self._is_watched = sys.stderr.isatty()
+        kind: Any = tqdm if self._is_watched else _Lines
+        # What is cut at the edge of the terminal is the bar first, then what is shown last.
+        columns = shutil.get_terminal_size().columns - 1
+        bar = "" if self._is_watched and columns < _NARROW else " |{bar}|"
+        interval = float(
+            os.environ.get("TQDM_MININTERVAL", 0.2 if self._is_watched else LOG_SECONDS)
+        )
+        self._bar: tqdm[Any] = kind(
+            desc=self._named(int(done)),
             total=epochs * steps_per_epoch,
             initial=round(done * steps_per_epoch),
-            bar_format="{desc} {percentage:3.0f}% |{bar:20}| {elapsed}, {remaining} left{postfix}",
-            mininterval=float(os.environ.get("TQDM_MININTERVAL", 0.2)),
+            bar_format=f"{{desc}} {{percentage:3.0f}}%{bar} {{remaining}} left{{postfix}}",
+            ncols=min(columns, _BAR_COLUMNS) if self._is_watched else None,
+            mininterval=interval,
+            maxinterval=max(10, interval),
             leave=False,  # of a run that is cut short nothing is left beside what is said of it
             disable=not show,
         )
@@ -83,7 +118,10 @@ class RunBar:
 
     def begin_epoch(self, epoch: int) -> None:
         """Name the epoch (0-based) that begins; people count them from 1."""
-        self._bar.set_description_str(f"epoch {epoch + 1}/{self.epochs}", refresh=False)
+        self._bar.set_description_str(self._named(epoch), refresh=False)
+
+    def _named(self, epoch: int) -> str:
+        return f"epoch {min(epoch + 1, self.epochs)}/{self.epochs}"
 
     def step(self) -> None:
         """Go on by an optimizer step."""
@@ -94,7 +132,9 @@ class RunBar:
         for name, value in values.items():
             if value is not None:
                 self._shown[name] = value if isinstance(value, str) else f"{value:.4g}"
-        self._bar.set_postfix_str(", ".join(f"{k} {v}" for k, v in self._shown.items()))
+        named = sorted(self._shown.items(), key=lambda pair: _FIRST.get(pair[0], len(_FIRST)))
+        shown = ", ".join(f"{name} {value}" for name, value in named)
+        self._bar.set_postfix_str(shown, refresh=self._is_watched)
 
     def close(self) -> None:
         """Leave the bar as it is."""

@@ -104,7 +104,7 @@ if TYPE_CHECKING:
     from ldam_plugins.training.run_dir import claim_output_dir, folders_held
     from ldam_plugins.training.sam import SharpnessAware
     from ldam_plugins.training.selection import BestModel, SelectionRule, first_candidate
-    from ldam_plugins.training.step import TrainStep, micro_batches
+    from ldam_plugins.training.step import TrainStep, check_converges, micro_batches
 
 __all__ = [
     "PREEMPTED",
@@ -115,6 +115,7 @@ __all__ = [
     "TrainStep",
     "any_process",
     "begin_run",
+    "check_converges",
     "check_processes",
     "check_tracker",
     "choose_precision",
@@ -187,7 +188,7 @@ _HOMES = {
     "run_dir": ("claim_output_dir", "folders_held"),
     "sam": ("SharpnessAware",),
     "selection": ("BestModel", "SelectionRule", "first_candidate"),
-    "step": ("TrainStep", "micro_batches"),
+    "step": ("TrainStep", "check_converges", "micro_batches"),
 }
 __getattr__, __dir__ = lazy_names(
     __name__,

@@ -19,6 +19,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -374,12 +375,16 @@ class Trial:
         return net
 
     def can(self, way: str) -> bool:
-        """Whether the model can go a way."""
+        """Whether the model can go a way: without an error, and to a loss that is finite."""
+        if way == "no":
+            return True
         try:
-            self.call(way, 2)()
-        except RuntimeError:  # such as an operation that has no kernel for bfloat16
-            return way == "no"
-        return True
+            losses = [self._add_gradients(self._net, *batch, way) for batch in self._first(2)]
+        except (RuntimeError, TypeError):  # no kernel for bfloat16; NumPy does not know it
+            return False
+        finally:
+            self._net.zero_grad(set_to_none=True)
+        return all(math.isfinite(loss) for loss in losses)
 
     def fitting_rows(
         self, ways: Sequence[str], passes: float, clock: Callable[[], float]
@@ -416,7 +421,7 @@ class Trial:
             wrap: Gives what is run in place of a copy of the model.
         """
         net = self._net if wrap is None else wrap(self._copy())
-        batches = [(_first_rows(inputs, rows), labels[:rows]) for inputs, labels in self.batches]
+        batches = self._first(rows)
 
         def run() -> None:
             for inputs, labels in batches:
@@ -425,7 +430,11 @@ class Trial:
 
         return run
 
-    def _add_gradients(self, net: nn.Module, inputs: Any, labels: Tensor, precision: str) -> None:
+    def _first(self, rows: int) -> list[Batch]:
+        """The first rows of each batch."""
+        return [(_first_rows(inputs, rows), labels[:rows]) for inputs, labels in self.batches]
+
+    def _add_gradients(self, net: nn.Module, inputs: Any, labels: Tensor, precision: str) -> Tensor:
         """What a training step does, as Accelerate does it: the loss outside of autocast."""
         kind = torch.float16 if precision == "fp16" else torch.bfloat16
         with torch.autocast(self.device.type, kind, enabled=precision != "no"):
@@ -434,7 +443,9 @@ class Trial:
             classes = len(self.criterion.class_counts)
             outputs = find_logits(outputs, len(labels), classes)
         logits = outputs.float() if isinstance(outputs, Tensor) else outputs
-        self.criterion(logits, labels).backward()
+        loss = self.criterion(logits, labels)
+        loss.backward()
+        return loss.detach()
 
 
 def _moved(inputs: Any, device: torch.device) -> Any:

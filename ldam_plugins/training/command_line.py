@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 import types
+import warnings
 from argparse import ArgumentParser, ArgumentTypeError, HelpFormatter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
@@ -22,6 +23,9 @@ from ldam_plugins.training.run_dir import has_checkpoint
 
 USAGE_ERROR, INTERRUPTED = 2, 130
 """Exit codes of a command line that is refused and of a run that Ctrl-C ended. An error is 1."""
+
+LOG_SECONDS = "30"
+"""Between two lines of a progress bar in a log."""
 
 _Options = TypeVar("_Options")
 _OURS = (Path(__file__).parents[1],)
@@ -175,10 +179,20 @@ def is_first_process() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
+def log_bars_rarely() -> None:
+    """Let progress bars write each half minute where nobody watches; call it before tqdm is there.
+
+    The interval of all bars is read when tqdm is imported.
+    """
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", LOG_SECONDS)
+
+
 def say_errors_briefly(folder: str | os.PathLike[str] | None = None) -> None:
     """From now on errors of this package, and Ctrl-C, end the process with a line, not a traceback.
 
-    All other errors keep theirs. Exit codes: 1 after an error, 130 after Ctrl-C.
+    Its warnings are a line as well. All other errors keep theirs. Exit codes: 1 after an error, 130
+    after Ctrl-C.
 
     Args:
         folder: ``--output_dir`` of the run, for what Ctrl-C says.
@@ -198,6 +212,20 @@ def say_errors_briefly(folder: str | os.PathLike[str] | None = None) -> None:
             sys.__excepthook__(kind, error, trace)
 
     sys.excepthook = show
+    plain = warnings.formatwarning
+
+    def worded(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        line: str | None = None,
+    ) -> str:
+        if _is_our_file(filename):
+            return f"{program}: warning: {message}\n"
+        return plain(message, category, filename, lineno, line)
+
+    warnings.formatwarning = worded
 
 
 def is_ours(error: BaseException) -> bool:
@@ -209,8 +237,12 @@ def is_ours(error: BaseException) -> bool:
     told = (ValueError, TypeError, RuntimeError, OSError, ImportError)
     if not frames or not isinstance(error, told):
         return False
+    ours = _is_our_file(frames[-1].filename)
+    return ours and (not isinstance(error, TypeError) or str(error).startswith("`"))
+
+
+def _is_our_file(name: str) -> bool:
+    """Whether a file is one of this package, or lies beside the script of the command line."""
     script = Path(sys.argv[0])  # "-c" where there is none
     folders = (*_OURS, *([script.resolve().parent] if script.is_file() else []))
-    raised = Path(frames[-1].filename).resolve()
-    ours = any(raised.is_relative_to(folder) for folder in folders)
-    return ours and (not isinstance(error, TypeError) or str(error).startswith("`"))
+    return any(Path(name).resolve().is_relative_to(folder) for folder in folders)

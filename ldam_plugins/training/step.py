@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -14,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
-from ldam_plugins._validation import invalid
+from ldam_plugins._validation import DIVERGED, invalid
 from ldam_plugins.losses.base import ClassificationLoss
 from ldam_plugins.training.environment import note_random_state
 from ldam_plugins.training.sam import check_gathers_norm, moved_uphill
@@ -132,6 +133,30 @@ class TrainStep:
             pool = next((known.pool for known in self._passes.values()), None)
             self._passes[shapes] = CapturedPass(*trained, batches, pool)
         return self._passes[shapes](batches)
+
+
+def check_converges(loss: float, model: nn.Module, lr: float, epoch: int) -> None:
+    """Stop a training whose loss is no number any more: no later epoch makes it one again.
+
+    An overflow of float16 that was skipped leaves such a loss, but the weights as they were.
+
+    Args:
+        loss: Mean training loss of an epoch, the same on every process.
+        model: In training.
+        lr: Learning rate that was given.
+        epoch: That has ended (0-based).
+
+    Raises:
+        ValueError: neither the loss nor all weights are finite.
+    """
+    if math.isfinite(loss):
+        return
+    # Of sharded weights the part that this process holds.
+    weights = (getattr(p, "to_local", lambda p=p: p)() for p in model.parameters())
+    if all(bool(weight.isfinite().all()) for weight in weights):
+        return
+    hint = f"It is {loss} in epoch {epoch + 1}. {DIVERGED}"
+    raise invalid("lr", "one under which the training loss stays finite", lr, hint=hint)
 
 
 def _check_first_order(optimizer: torch.optim.Optimizer) -> None:

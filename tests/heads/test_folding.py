@@ -128,7 +128,7 @@ def test_inputs_come_as_the_model_takes_them(form):
     [
         ([], ValueError, "`inputs` must be at least one batch"),
         ([torch.randn(2, 7)], RuntimeError, "shapes"),
-        ([torch.full((2, 6), torch.nan)], ValueError, "examples with finite logits"),
+        ([torch.full((2, 6), torch.nan)], ValueError, "finite logits.* got 'NaN or infinite"),
         ([{"x": torch.randn(2, 6)}], TypeError, "an output with `logits`, got 'str'"),
     ],
 )

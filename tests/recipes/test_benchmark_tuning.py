@@ -143,7 +143,7 @@ def test_a_trial_that_diverges_is_a_bad_one_and_a_method_without_a_good_one_fail
         ("ce_none_lr-1e12_s0", "failed"),
         ("ce_none_s0", "finished"),
     ]
-    assert "all 2 trials failed, the last one with ValueError: `logits` must be finite" in (
+    assert "all 2 trials failed, the last one with ValueError: `lr` must be one under" in (
         outcomes[0].message
     )
     first, second = trials(tmp_path / "grid" / "tuning" / "ce_none")

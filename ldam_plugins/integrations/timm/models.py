@@ -23,7 +23,7 @@ from ldam_plugins._validation import check_choice, invalid
 from ldam_plugins.choices import BUNDLED
 from ldam_plugins.counts import ClassCounts
 from ldam_plugins.heads import find_head
-from ldam_plugins.training.environment import bundled_folder
+from ldam_plugins.training.environment import bundled_folder, without_hub
 
 _LITE0_FILE = "models/efficientnet-lite0-57934424.pth"
 
@@ -82,7 +82,10 @@ def create_classifier(
         expected = "a model that timm can make with these options"
         if image_size is not None:
             expected += f", images of {image_size} pixels a side among them"
-        raise invalid("model", expected, name, hint=f"timm says: {error}") from error
+        hint = f"timm says: {str(error).rstrip('.')}."
+        if pretrained and isinstance(error, OSError) and not name.startswith("local-dir:"):
+            hint += f" {without_hub('efficientnet_lite0_imagenet')}"
+        raise invalid("model", expected, name, hint=hint) from error
     if pretrained:
         _order_classes(model, class_counts)
     return model

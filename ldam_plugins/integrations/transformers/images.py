@@ -21,6 +21,7 @@ from ldam_plugins.counts import ClassCounts
 from ldam_plugins.heads import cosine_heads, find_head, fold_cosine_head
 from ldam_plugins.integrations.transformers.layer_decay import layer_depths
 from ldam_plugins.reports.model_card import write_card
+from ldam_plugins.training.environment import without_hub
 from ldam_plugins.training.files import disk_errors
 
 _README = """\
@@ -271,8 +272,13 @@ def _config(name: str) -> Any:
         if _is_of_timm(name):
             raise _other_library(name) from error
         expected = "a name of timm, or a folder or hub id of transformers that can be reached"
-        reason = str(error).partition("\n")[0]
-        raise invalid("model", expected, name, hint=f"transformers says: {reason}") from error
+        hint = "transformers says: " + str(error).partition("\n")[0]
+        is_path = name.startswith((".", "/", "~"))
+        if is_path and not os.path.isdir(name):
+            hint = "There is no such folder."
+        elif not is_path:
+            hint += f" {without_hub('efficientnet_lite0_imagenet')}"
+        raise invalid("model", expected, name, hint=hint) from error
     if config.model_type == "timm_wrapper":
         raise _other_library(name)
     return config

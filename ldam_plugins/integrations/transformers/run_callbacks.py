@@ -43,6 +43,7 @@ from ldam_plugins.training.files import flush_folder, write_atomic
 from ldam_plugins.training.history import HistoryWriter
 from ldam_plugins.training.preemption import PREEMPTED, defer_sigterm
 from ldam_plugins.training.selection import LESS_IS_BETTER, SelectionRule
+from ldam_plugins.training.step import check_converges
 
 _WHOLE_FILE = "whole"
 _STEPS_BETWEEN_QUESTIONS = 10
@@ -140,8 +141,16 @@ class HistoryCallback(TrainerCallback):
         logs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Take the training loss and the learning rate of the epoch."""
+        """Take the training loss and the learning rate of the epoch.
+
+        Raises:
+            ValueError: the loss and the weights are not finite any more. The Trainer must log such
+                a loss as it is (``logging_nan_inf_filter=False``).
+        """
         if logs and "loss" in logs and self._row:
+            model, epoch = kwargs.get("model"), self._row["epoch"]
+            if model is not None:
+                check_converges(logs["loss"], model, args.learning_rate, epoch)
             self._row |= {"train_loss": logs["loss"], "lr": logs["learning_rate"]}
             if not control.should_evaluate:
                 self._write()
@@ -217,6 +226,14 @@ class ProgressCallback(TrainerCallback):
         """Go on by an update."""
         if self._bar is not None:
             self._bar.step()
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Show the stage of the last update, in which one may have begun inside the epoch."""
+        if self._bar is not None and state.global_step:
+            last = Progress(state.global_step - 1, state.max_steps, self._steps)
+            self._bar.show(stage=self.schedule.stage(last))
 
     def on_log(
         self,

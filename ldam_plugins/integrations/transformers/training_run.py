@@ -213,10 +213,8 @@ class TrainingRun:
                 'training (start=0.8) or DeferredSchedule("drw", start=1000, unit="step").'
             )
             raise invalid("start", "a float", schedule.start, hint=hint)
-        if schedule.start_step(total_steps, self._steps_per_epoch) >= total_steps:
-            logger.warning(
-                f"start={schedule.start} of {total_steps} updates: the second stage never begins."
-            )
+        if advice := schedule.advice(total_steps, self._steps_per_epoch):
+            logger.warning(advice)
 
     def _make_sampler(
         self, loader: Any, known: TrainingLabels, total_steps: int, seed: int

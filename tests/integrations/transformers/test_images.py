@@ -140,8 +140,10 @@ def test_processors_that_do_something_else_are_refused(tmp_path):
 
 
 def test_what_is_no_image_classifier_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"folder or hub id of transformers that can be reached"):
+    with pytest.raises(ValueError, match=r"that can be reached.*There is no such folder"):
         create_image_classifier(str(tmp_path / "none"), COUNTS)
+    with pytest.raises(ValueError, match=r"that can be reached.*Without a hub: --model eff"):
+        create_image_classifier("someone/nothing", COUNTS)
     BertConfig(vocab_size=10).save_pretrained(tmp_path / "bert")
     with pytest.raises(ValueError, match=r"transformers knows as an image classifier"):
         create_image_classifier(str(tmp_path / "bert"), COUNTS)
