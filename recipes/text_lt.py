@@ -132,8 +132,6 @@ def main(options: TextOptions) -> dict[str, Any]:
     """Train and evaluate once; returns what its files of results hold."""
     set_seed(options.seed)
     disable_progress_bar()  # of transformers: reading and writing weights takes moments
-    if options.quiet:
-        disable_progress_bars()  # of datasets: tokenizing
     arguments = make_arguments(options)
     check_processes(arguments.world_size, options.num_processes)
     choose_threads(options)
