@@ -53,12 +53,21 @@ _SHARD = re.compile(r"-\d+-of-\d+$")
 _DELIMITERS = ",;\t|"
 SNIFFED = 50
 """Lines, or rows, that are looked at to tell how a table is written."""
+HEAD = 2000 * SNIFFED
+"""Characters of a file that are looked at for that."""
 _LABEL_NAMES = ("label", "labels", "class", "classes", "class_name", "category", "target", "y")
 _OTHER_LABEL_NAMES = (
     *("sentiment", "intent", "emotion", "topic", "species", "breed", "genre", "diagnosis", "dx"),
     *("disease", "rating", "stars", "choice", "tag", "class_id", "label_name", "category_name"),
 )
 _SPLIT_NAMES = ("split", "set", "subset", "partition", "fold", "data set", "dataset")
+_CONTENT_NAMES = (
+    *("text", "id", "title", "name", "body", "sentence", "review", "message", "comment", "content"),
+    *("tweet", "question", "description", "image", "file", "filename", "file_name", "path", "url"),
+)
+"""What columns of texts and of file names are called in headers, to know one."""
+_SENTENCE = 5
+"""Words from which on a cell is no name of a column."""
 
 
 @dataclass(frozen=True)
@@ -196,8 +205,9 @@ def _read_separated(file: Path, text: str, request: Request) -> tuple[dict[str, 
         first, _, text = text.partition("\n")
         given, skipped = given or first[4:5], 1
     delimiter = given or find_delimiter(file, text)
-    header = next(csv.reader(io.StringIO(text), delimiter=delimiter))
-    headless = any(is_image_name(cell.strip()) for cell in header)
+    head = list(csv.reader(io.StringIO(text[:HEAD]), delimiter=delimiter))
+    header = head[0]
+    headless = not has_header(file, head, request)
     if headless:
         request.notes.say(f"{file.name} has no header, so that its columns are called 1, 2, ...")
     elif twice := [name for name, n in Counter(map(str.strip, header)).items() if name and n > 1]:
@@ -245,7 +255,7 @@ def find_delimiter(file: Path, text: str) -> str:
     Raises:
         ValueError: no character does, or several.
     """
-    sample = io.StringIO(text[: SNIFFED * 2000])
+    sample = io.StringIO(text[:HEAD])
     found = {}
     for delimiter in _DELIMITERS:
         sample.seek(0)
@@ -265,6 +275,56 @@ def find_delimiter(file: Path, text: str) -> str:
     expected = f"known of {file.name}: its header is {shown!r}"
     hint = "Give what separates the columns, as in --delimiter ';' (delimiter=';')."
     raise invalid("delimiter", expected, f"each of {quoted(even or found)}", hint=hint)
+
+
+def has_header(file: Path, rows: Sequence[Sequence[str]], request: Request) -> bool:
+    """Whether the first row of a CSV file names its columns, and is not the first example.
+
+    Columns that were asked for by name settle it. Else it is an example if it names an image, or
+    if it holds a label that stands in other rows, too, or a number above numbers, and a sentence.
+
+    Args:
+        file: Its name is told.
+        rows: The first of them.
+        request: The columns that were asked for; those of a file without a header are 1, 2, ...
+
+    Raises:
+        ValueError: it may be either.
+    """
+    first, *others = ([cell.strip() for cell in row] for row in rows)
+    asked = asked_columns(request)
+    if any(map(is_image_name, first)):
+        return False
+    if asked & {*first}:
+        return True
+    if asked and asked <= {str(place) for place in range(1, len(first) + 1)}:
+        return False
+    known = (*_LABEL_NAMES, *_OTHER_LABEL_NAMES, *_SPLIT_NAMES, *_CONTENT_NAMES)
+    numbered = [str(place) for place in range(len(first))]  # as pandas writes columns of no name
+    like = [at for at, cell in enumerate(first) if cell and _like_others(at, cell, others)]
+    named = any(cell.lower() in known for at, cell in enumerate(first) if at not in like)
+    if not like or named or first in (numbered, *others):
+        return True
+    if any(len(cell.split()) >= _SENTENCE for cell in first):
+        return False
+    argument = "image_column" if isinstance(request, ImageRequest) else "text_column"
+    expected = f"given: the first row of {file.name}, {quoted(first)}, may be a header or an example"
+    at = max(set(range(len(first))) - set(like), key=lambda place: len(first[place]), default=0)
+    hint = f"{first[like[0]]!r} is like what stands below it. --{argument} {first[at]!r} reads the "
+    hint += f"row as a header, --{argument} {at + 1} as an example, the columns called 1, 2, ..."
+    raise invalid(argument, expected, None, hint=hint)
+
+
+def _like_others(at: int, cell: str, rows: Sequence[Sequence[str]]) -> bool:
+    """Whether a cell of the first row is like those below it: a word again, or one more number."""
+    below = [row[at] for row in rows if len(row) > at and row[at]]
+    return cell in below if not _is_number(cell) else bool(below) and all(map(_is_number, below))
+
+
+def asked_columns(request: Request) -> set[str]:
+    """The columns that were asked for."""
+    names = ("text_column", "image_column", "label_column", "group_column")
+    return {getattr(request, name, None) for name in names} - {None}
 
 
 def _read_json(file: Path, text: str) -> tuple[dict[str, list[Any]], int]:

@@ -549,3 +549,36 @@ def test_infinite_labels_are_told(tmp_path):
     )
     with pytest.raises(ValueError, match="label \\(inf\\)"):
         load_texts(write(tmp_path / "a.jsonl", text), **HALF)
+
+
+SENTENCES = [f"these are the words of number {n}" for n in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("labels", "asked"), [(KINDS, {}), (["3", "4"] * 4, {}), (["y", "n"] * 4, {"text_column": "2"})]
+)
+def test_a_first_row_that_is_an_example_is_one(labels, asked, tmp_path):
+    file = write(tmp_path / "a.csv", "\n".join(rows_of(labels, SENTENCES)))
+    train, test, notes = told(load_texts, file, **HALF, **asked)
+    assert sorted(train["text"][:] + test["text"][:]) == SENTENCES
+    assert "a.csv has no header, so that its columns are called 1, 2, ..." in notes.said
+
+
+def test_a_first_row_that_may_be_a_header(tmp_path):
+    """A column `spam` of `spam` and `ham`, or a text of one word: who has the file has to say."""
+    words = ["offer", *(f"word{n}" for n in range(7))]
+    file = write(tmp_path / "a.csv", "\n".join(rows_of(words, KINDS)))
+    with pytest.raises(ValueError, match=r"may be a header or an example.*'spam'.*--text_column 1"):
+        load_texts(file, **HALF)
+    for asked, names in (("offer", words[1:]), ("1", words)):
+        train, test = load_texts(file, text_column=asked, **HALF)
+        assert sorted(train["text"][:] + test["text"][:]) == sorted(names)
+
+
+@pytest.mark.parametrize("header", ["0,1", "text,1", "text,spam", "offer,spam"])
+def test_a_header_like_its_rows_is_one(header, tmp_path):
+    """Numbers as pandas writes them, a known name beside it, or the header again in the file."""
+    again = [header] if header == "offer,spam" else []
+    rows = [*again, *rows_of(SENTENCES, KINDS)]
+    train, test = load_texts(write(tmp_path / "a.csv", lines(*rows, header=header)), **HALF)
+    assert len(train) + len(test) == len(rows)

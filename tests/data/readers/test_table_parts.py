@@ -21,6 +21,7 @@ FILES = {
     "short.csv": b"id,text,more\n1,a\n2,b,c\n",
     "twice.csv": b"text,text,\na,b,0\nc,d,1\n",
     "no_header.csv": b"1.png,a\n2.png,b\n3.png,c\n",
+    "no_header_texts.csv": b"spam,the words of the first row\nham,b\nspam,c\n",
     "lines.jsonl": b'{"id": 1, "text": "a"}\n{"id": 2, "text": null}\n{"text": "c"}\n',
     "list.json": json.dumps([{"id": row, "text": f"t{row}"} for row in range(5)]).encode(),
 }
