@@ -94,6 +94,10 @@ def listing(folder: Path) -> str:
         return f"nothing to read ({error.strerror})"
 
 
+class EmptyFile(ValueError):
+    """A file without a text."""
+
+
 def read_text(file: Path, encoding: str | None = None) -> str:
     """Read a text file: UTF-8, with or without a byte order mark, unless told otherwise.
 
@@ -111,7 +115,7 @@ def read_text(file: Path, encoding: str | None = None) -> str:
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read ({error}); {_neighbours(file)}") from error
     if not text.strip():
-        raise ValueError(f"{file} is empty")
+        raise EmptyFile(f"{file} is empty")
     return text.removeprefix("\ufeff")
 
 

@@ -22,9 +22,9 @@ from ldam_plugins.data.readers.base import (
     ImageRequest,
     Request,
     find_split,
-    no_test_part,
     pick_splits,
     split_kind,
+    undivided,
 )
 from ldam_plugins.data.readers.class_names import is_fraction, is_missing, is_whole
 from ldam_plugins.data.readers.file_index import split_in_name
@@ -43,6 +43,8 @@ ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".7z", ".rar")
 SPREADSHEETS = (".xlsx", ".xls", ".ods")
 TEXT_SUFFIXES = (*SEPARATED, *JSON_LINES)
 TABLE_SUFFIXES = (*TEXT_SUFFIXES, *PARQUET)
+SINGLE_FILES = (*TEXT_SUFFIXES, ".txt")
+"""Endings of text files that may be a data set; what Excel calls Unicode text ends in .txt."""
 _NO_DATA = re.compile(
     r"sample_?submission.*|requirements.*|package.*|.*config.*|dataset_(dict|infos?)|state",
     re.IGNORECASE,
@@ -55,8 +57,8 @@ SNIFFED = 50
 """Lines, or rows, that are looked at to tell how a table is written."""
 HEAD = 2000 * SNIFFED
 """Characters of a file that are looked at for that."""
-_LABEL_NAMES = ("label", "labels", "class", "classes", "class_name", "category", "target", "y")
-_OTHER_LABEL_NAMES = (
+LABEL_NAMES = ("label", "labels", "class", "classes", "class_name", "category", "target", "y")
+OTHER_LABEL_NAMES = (
     *("sentiment", "intent", "emotion", "topic", "species", "breed", "genre", "diagnosis", "dx"),
     *("disease", "rating", "stars", "choice", "tag", "class_id", "label_name", "category_name"),
 )
@@ -299,7 +301,7 @@ def has_header(file: Path, rows: Sequence[Sequence[str]], request: Request) -> b
         return True
     if asked and asked <= {str(place) for place in range(1, len(first) + 1)}:
         return False
-    known = (*_LABEL_NAMES, *_OTHER_LABEL_NAMES, *_SPLIT_NAMES, *_CONTENT_NAMES)
+    known = (*LABEL_NAMES, *OTHER_LABEL_NAMES, *_SPLIT_NAMES, *_CONTENT_NAMES)
     numbered = [str(place) for place in range(len(first))]  # as pandas writes columns of no name
     like = [at for at, cell in enumerate(first) if cell and _like_others(at, cell, others)]
     named = any(cell.lower() in known for at, cell in enumerate(first) if at not in like)
@@ -308,7 +310,9 @@ def has_header(file: Path, rows: Sequence[Sequence[str]], request: Request) -> b
     if any(len(cell.split()) >= _SENTENCE for cell in first):
         return False
     argument = "image_column" if isinstance(request, ImageRequest) else "text_column"
-    expected = f"given: the first row of {file.name}, {quoted(first)}, may be a header or an example"
+    expected = (
+        f"given: the first row of {file.name}, {quoted(first)}, may be a header or an example"
+    )
     at = max(set(range(len(first))) - set(like), key=lambda place: len(first[place]), default=0)
     hint = f"{first[like[0]]!r} is like what stands below it. --{argument} {first[at]!r} reads the "
     hint += f"row as a header, --{argument} {at + 1} as an example, the columns called 1, 2, ..."
@@ -336,6 +340,8 @@ def _read_json(file: Path, text: str) -> tuple[dict[str, list[Any]], int]:
         rows = [_parsed(file, line, at) for at, line in enumerate(text.split("\n")) if line.strip()]
     elif isinstance(rows[0], list):
         rows = rows[0]
+    elif isinstance(rows[0], dict):
+        return _columns_of_object(file, rows[0]), 1
     wrong = next((row for row, record in enumerate(rows) if not isinstance(record, dict)), None)
     if wrong is not None or not rows:
         shown = type(rows[wrong]).__name__ if rows and wrong is not None else "nothing"
@@ -343,6 +349,37 @@ def _read_json(file: Path, text: str) -> tuple[dict[str, list[Any]], int]:
         raise ValueError(f"{file} must hold {expected}, got {shown}")
     names = dict.fromkeys(name for record in rows for name in record)
     return {name: [record.get(name) for record in rows] for name in names}, 1
+
+
+def _columns_of_object(file: Path, found: dict[str, Any]) -> dict[str, list[Any]]:
+    """The columns of a table that is one object of JSON.
+
+    Its values are the columns, as lists or as pandas writes them, with the number of each row; or
+    one of them is the list of rows; or it is one row, or has a label by the name of each image.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    values = list(found.values())
+    if all(isinstance(value, dict) for value in values):
+        if values and len({tuple(value) for value in values}) == 1:
+            return {name: list(value.values()) for name, value in found.items()}
+    elif all(isinstance(value, list) for value in values):
+        plain = not any(isinstance(item, list | dict) for value in values for item in value)
+        if plain and len(set(map(len, values))) == 1:
+            return found
+    elif found and all(map(is_image_name, found)):
+        return {"file": list(found), "label": values}
+    elif not any(isinstance(value, list | dict) for value in values):
+        return {name: [value] for name, value in found.items()}
+    tables = [value for value in values if isinstance(value, list) and value]
+    if len(tables) == 1 and all(isinstance(row, dict) for row in tables[0]):
+        names = dict.fromkeys(name for row in tables[0] for name in row)
+        return {name: [row.get(name) for row in tables[0]] for name in names}
+    expected = 'a list of rows, as in [{"text": "...", "label": "..."}]'
+    hint = "pandas writes such a list by to_json(orient='records')."
+    shown = f"an object of {quoted(list(found)[:5])}"
+    raise ValueError(f"{file} must hold {expected}, got {shown}. {hint}")
 
 
 def _parsed(file: Path, line: str, at: int) -> Any:
@@ -389,7 +426,7 @@ def pick_column(
 def label_candidates(table: Table, used: Collection[str]) -> list[str]:
     """Columns that could hold the labels: one by its name, else all that repeat few values."""
     rest = {name: values for name, values in table.columns.items() if name not in used}
-    for names in (_LABEL_NAMES, _OTHER_LABEL_NAMES):
+    for names in (LABEL_NAMES, OTHER_LABEL_NAMES):
         named = [name for name in rest if name.lower() in names]
         if named:
             return _same_classes({name: rest[name] for name in named}) or named
@@ -598,7 +635,7 @@ def read_parts(request: Request, suffixes: Collection[str] = TABLE_SUFFIXES) -> 
             for argument, name in found.items()
         }
     if request.test_share is None:
-        raise no_test_part("test_split", f"given: {whole} is one table of all rows", request)
+        raise undivided(f"{whole} is one table of all rows", request)
     return {"train_split": table}
 
 
@@ -631,7 +668,14 @@ def check_file(request: Request) -> None:
         hint = "Save it as CSV (in Excel: Save as, CSV UTF-8)."
         raise invalid("dataset", "a CSV file, not a spreadsheet", request.dataset, hint=hint)
     if suffix in ARCHIVES:
-        expected = "a folder or a table, not an archive"
-        raise invalid("dataset", expected, request.dataset, hint="Unpack it, and give the folder.")
-    if suffix in TABLE_SUFFIXES and not request.root.exists():
+        inner = request.root.stem
+        is_packed = Path(inner).suffix.lower() in TABLE_SUFFIXES
+        hint = f"Unpack it, and give {inner if is_packed else 'the folder'}."
+        raise invalid("dataset", "a folder or a table, not an archive", request.dataset, hint=hint)
+    known = (*SINGLE_FILES, *PARQUET)
+    if suffix in known and not request.root.exists():
         raise invalid("dataset", "a file that is there", request.dataset)
+    if suffix not in known and request.root.is_file():
+        expected = f"a folder, or a table ({' '.join(TABLE_SUFFIXES)})"
+        hint = "Write it as CSV or JSON Lines (pandas: to_csv, to_json(orient='records'))."
+        raise invalid("dataset", expected, request.dataset, hint=hint)

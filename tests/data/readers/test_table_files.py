@@ -450,7 +450,11 @@ BAD_TEXTS = {
         {},
         r"`dataset` must be a CSV file, not a spreadsheet.*Save it as",
     ),
-    "archive": (text("PK", "t.zip"), {}, "not an archive, .*Unpack it"),
+    "archive": (text("PK", "t.zip"), {}, "not an archive, .*Unpack it, and give the folder"),
+    "packed": (text("PK", "t.csv.gz"), {}, "not an archive, .*Unpack it, and give t.csv"),
+    "pickle": (text("x", "t.pkl"), {}, r"a folder, or a table \(\.csv .*got .*t.pkl.*Write it as"),
+    "json parts": (text('{"a": [["x", 1]], "b": []}', "t.json"), {}, "list of rows.*'a', 'b'"),
+    "no share": (columns(), {"test_split": "20%"}, r"a share in \(0, 1\): .*one table.*got '20%'"),
     "gone": (lambda r: {"dataset": r / "t.csv"}, {}, r"`dataset` must be a file that is there"),
     "unlabelled": (columns(label=[None] * 8), {}, "Of 8 rows of .* 8 have no label"),
     "nothing left": (
@@ -582,3 +586,26 @@ def test_a_header_like_its_rows_is_one(header, tmp_path):
     rows = [*again, *rows_of(SENTENCES, KINDS)]
     train, test = load_texts(write(tmp_path / "a.csv", lines(*rows, header=header)), **HALF)
     assert len(train) + len(test) == len(rows)
+
+
+def json_forms():
+    frame = pd.DataFrame({"text": TEXTS, "label": KINDS})
+    rows = frame.to_dict("records")
+    return {
+        "columns": frame.to_dict("list"),
+        "pandas": json.loads(frame.to_json()),
+        "rows inside": {"version": 1, "data": rows},
+    }
+
+
+@pytest.mark.parametrize("form", json_forms())
+def test_a_table_that_is_one_object(form, tmp_path):
+    file = write(tmp_path / "t.json", json.dumps(json_forms()[form]))
+    train, test = load_texts(file, test_split=0.25)
+    assert sorted(train["text"][:] + test["text"][:]) == TEXTS
+    assert train.features["label"].names == ["ham", "spam"]
+
+
+def test_labels_by_the_names_of_images(tmp_path):
+    file = write(pictures(tmp_path, SIX) / "t.json", json.dumps(dict(EXPECTED)))
+    assert names_of(*load_images(file, **HALF)) == EXPECTED
