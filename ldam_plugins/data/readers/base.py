@@ -206,12 +206,21 @@ def pick_splits(request: Request, available: Collection[str]) -> tuple[str, str 
     """
     train = check_split("train_split", request.train_split, available, request)
     if request.test_share is not None:
+        note_untested(request, train, available)
         return train, None
     test = request.test_split or default_test_split(available)
     test = check_split("test_split", test, available, request)
     if test == train:
         raise invalid("test_split", "another split than `train_split`", test)
     return train, test
+
+
+def note_untested(request: Request, train: str, available: Collection[str]) -> None:
+    """Note that there is a split to test on where a share of the training split stands for it."""
+    test = default_test_split([name for name in available if name != train])
+    if test is not None:
+        what = f"Split {test} is there and is not what is tested on"
+        request.notes.say(f"{what}: that is a share of {train}.")
 
 
 def keep_known_classes(

@@ -25,6 +25,7 @@ from ldam_plugins.data.readers.base import (
     default_test_split,
     keep_known_classes,
     note_absent,
+    note_untested,
     say_columns,
     text_features,
     text_table,
@@ -202,7 +203,9 @@ def _open_splits(request: Request) -> list[tuple[str, Any]]:
     name = str(request.root) if request.is_folder else request.dataset
     tables = open_tables(name, request.cache_dir)
     asked: dict[str, str | None] = {"train_split": request.train_split}
-    if request.test_share is None:
+    if request.test_share is not None:
+        note_untested(request, request.train_split, tables)
+    else:
         asked["test_split"] = request.test_split or default_test_split(tables)
     return [
         (str(split), _rows_of(argument, split, tables, request))

@@ -185,11 +185,19 @@ def _read_images(request: ImageRequest) -> tuple[ImageRows, ImageRows | None]:
     labels = pick_labels(train, request.label_column, used, request)
     say_columns(request, train.file.name)
     parts = {}
+    unnamed = set(index.files)
     for argument, table in tables.items():
         split = request.notes.parts.get(argument, table.file.name)
         files = files_of(table, column, index, split, request)
+        unnamed.difference_update(file for file in files if file is not None)
         part = _whole(table, split, "file", files, labels, request)
         parts[argument] = part.rows(_once(part, split, request))
+    if unnamed:
+        read = " or ".join(table.file.name for table in tables.values())
+        what = (
+            f"{len(unnamed)} of the {len(index.files)} images below {root} are in no row of {read}"
+        )
+        request.notes.say(f"{what}, such as {min(unnamed)!r}.")
     if "test_split" in parts:
         both = set(parts["train_split"].contents) & set(parts["test_split"].contents)
         if both:
@@ -274,7 +282,8 @@ def _once(part: _Part, split: str, request: Request) -> np.ndarray:
         before = first.setdefault(file, row)
         if part.labels[before] != part.labels[row]:
             pair = f"{part.labels[before]!r} and in {part.table.where(row)} {part.labels[row]!r}"
-            raise ValueError(f"{file!r} has in {part.table.where(before)} the label {pair}")
+            hint = "Correct one of them, or keep one row of each file."
+            raise ValueError(f"{file!r} has in {part.table.where(before)} the label {pair}. {hint}")
     if len(first) < len(part.contents):
         again = len(part.contents) - len(first)
         request.notes.leave_out(f"rows of {split} that name a file again", again)

@@ -15,7 +15,7 @@ import numpy as np
 
 from ldam_plugins.data.readers.base import Request
 from ldam_plugins.data.readers.class_names import is_missing
-from ldam_plugins.data.readers.paths import read_text
+from ldam_plugins.data.readers.paths import has_zeros, read_text
 from ldam_plugins.data.readers.tables import (
     HEAD,
     JSON_LINES,
@@ -187,6 +187,8 @@ def text_lines(file: Path, encoding: str | None = None) -> Iterator[Iterator[str
     try:
         with file.open(encoding=encoding or "utf-8-sig", newline="") as opened:
             first = next(opened, "").removeprefix("\ufeff")
+            if encoding is None and has_zeros(first):
+                read_text(file)  # which says what it is
             lines = chain([first], opened)
             if not first.strip():
                 before = list(_until(lines, HEAD))

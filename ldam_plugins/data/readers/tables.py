@@ -328,7 +328,8 @@ def _like_others(at: int, cell: str, rows: Sequence[Sequence[str]]) -> bool:
 def asked_columns(request: Request) -> set[str]:
     """The columns that were asked for."""
     names = ("text_column", "image_column", "label_column", "group_column")
-    return {getattr(request, name, None) for name in names} - {None}
+    found = (getattr(request, name, None) for name in names)
+    return {column for column in found if column is not None}
 
 
 def _read_json(file: Path, text: str) -> tuple[dict[str, list[Any]], int]:
@@ -490,15 +491,19 @@ def _distinct(values: Sequence[Any]) -> int:
 def one_hot_columns(table: Table, used: Collection[str]) -> list[str]:
     """Columns of 0 and 1, a class each, of which one is 1 in every row; empty if they are not so.
 
+    Beside others, such as ids or texts, they are it if no other column could hold the labels.
+
     Raises:
         ValueError: rows have none or several of them.
     """
     rest = [name for name in table.columns if name not in used]
     hot = [name for name in rest if {str(v).strip() for v in table.columns[name]} <= _TRUTHS]
-    if len(hot) < 2 or len(hot) < len(rest):
+    if len(hot) < 2 or (len(hot) < len(rest) and label_candidates(table, used) != hot):
         return []
     sums = np.sum([[float(v) for v in table.columns[name]] for name in hot], axis=0)
     wrong = np.flatnonzero(sums != 1)
+    if len(wrong) and len(hot) < len(rest):
+        return []
     if len(wrong):
         what = f"{len(wrong)} of {len(table)} rows have none or several of the classes"
         shown = f"the first is {table.where(int(wrong[0]))}"
@@ -624,8 +629,11 @@ def read_parts(request: Request, suffixes: Collection[str] = TABLE_SUFFIXES) -> 
     if other is not None:
         request.notes.parts |= {"train_split": whole.name, "test_split": other.name}
         return {"train_split": table, "test_split": read_table(other, request)}
-    column = split_column(table, request) if request.test_share is None else None
-    if column is not None:
+    column = split_column(table, request)
+    if column is not None and request.test_share is not None:
+        what = f"Column {column!r} tells which rows are to test on, and is not used"
+        request.notes.say(f"{what}: a share of all rows is tested on.")
+    elif column is not None:
         request.notes.say(f"Which rows are to test on is read from column {column!r}.")
         values = [str(value).strip() for value in table.columns.pop(column)]
         names = {"train_split": request.train_split, "test_split": request.test_split}

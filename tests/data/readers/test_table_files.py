@@ -609,3 +609,51 @@ def test_a_table_that_is_one_object(form, tmp_path):
 def test_labels_by_the_names_of_images(tmp_path):
     file = write(pictures(tmp_path, SIX) / "t.json", json.dumps(dict(EXPECTED)))
     assert names_of(*load_images(file, **HALF)) == EXPECTED
+
+
+def test_classes_in_columns_beside_texts(tmp_path):
+    hot = {name: [int(kind == name) for kind in KINDS] for name in ("spam", "ham")}
+    frame = pd.DataFrame({"id": range(8), "review": TEXTS, **hot})
+    train, _, notes = told(load_texts, write(tmp_path / "a.csv", frame.to_csv(index=False)), **HALF)
+    assert train.features["label"].names == ["ham", "spam"]
+    assert notes.said[0] == "Labels are the columns of 0 and 1: 'spam', 'ham'."
+    for more in ({"eggs": [1, 0] * 4}, {"kind": ["a", "b", "b", "b"] * 2}):
+        file = write(tmp_path / "b.csv", frame.assign(**more).to_csv(index=False))
+        with pytest.raises(ValueError, match=r"each of 'spam', 'ham'.* could be"):
+            load_texts(file, **HALF)
+
+
+def test_what_is_there_and_not_used_is_told(tmp_path):
+    write(pictures(tmp_path, [*SIX, "x.png"]) / "train.csv", lines(*rows_of()))
+    write(tmp_path / "test.csv", "id\nx\n")
+    notes = told(load_images, tmp_path, **HALF)[2]
+    unnamed = f"1 of the 7 images below {tmp_path} are in no row of train.csv"
+    assert f"{unnamed}, such as 'images/x.png'." in notes.said
+    assert any(said.startswith("Split test is there and is not what is") for said in notes.said)
+    frame = pd.DataFrame({"text": TEXTS, "label": KINDS, "split": ["train", "test"] * 4})
+    notes = told(load_texts, write(tmp_path / "a.csv", frame.to_csv(index=False)), **HALF)[2]
+    assert any(said.startswith("Column 'split' tells which rows are") for said in notes.said)
+
+
+def test_utf_16_without_a_mark(tmp_path):
+    content = text_csv(tmp_path).read_text("utf-8")
+    for encoding in ("utf-16-le", "utf-16-be"):
+        file = write(tmp_path / "a.csv", content.encode(encoding))
+        with pytest.raises(ValueError, match=rf"line 1: not UTF-8.*--encoding {encoding} "):
+            load_texts(file, **HALF)
+        assert load_texts(file, encoding=encoding, **HALF)[0].features["label"].names == [
+            "ham",
+            "spam",
+        ]
+
+
+def test_a_number_in_two_spellings_is_told(tmp_path):
+    text = "".join(f"t{row},{['1', '1.0', 'x'][row % 3]}\n" for row in range(9))
+    notes = told(load_texts, write(tmp_path / "a.csv", f"text,label\n{text}"), **HALF)[2]
+    assert "Kept apart, though they look like one class: '1' and '1.0'." in notes.said
+
+
+def test_classes_of_one_example_cannot_be_divided(tmp_path):
+    file = write(tmp_path / "a.csv", "text,label\na b,x\nc d,y\n")
+    with pytest.raises(ValueError, match=r"`test_split` must be the name of a part.*got 0\.3"):
+        load_texts(file, **HALF)

@@ -78,6 +78,7 @@ def test_damaged_rows_stand_in_their_place(tmp_path):
         (b"", {}, "is empty"),
         (b"\n \n", {}, "is empty"),
         ("text\ncafé\n".encode("cp1252"), {}, "--encoding cp1252"),
+        ("text\na\n".encode("utf-16-le"), {}, "--encoding utf-16-le"),
         (b"text\na\n", {"encoding": "utf-99"}, "`encoding` must be an encoding"),
     ],
 )
