@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ldam_plugins._validation import invalid, quoted
+from ldam_plugins.data.notes import DataNotes
 from ldam_plugins.data.readers.base import (
     TABLE_OPTIONS,
     FileSource,
@@ -313,8 +315,9 @@ def _holds_image_table(request: ImageRequest) -> bool:
 def _names_images(request: ImageRequest) -> bool:
     """Whether a table in a folder of folders with images names these."""
     index = FileIndex(request.root)
+    quietly = replace(request, notes=DataNotes())  # what is read is read again, and told then
     try:
-        tables = [read_table(file, request) for file in tables_of(request).values()]
+        tables = [read_table(file, quietly) for file in tables_of(request).values()]
     except ValueError:  # a file that has nothing to do with the images
         return False
     for table in tables:

@@ -194,6 +194,8 @@ def read_table(file: Path, request: Request) -> Table:
     full = [row for row in range(count) if not all(is_missing(v[row]) for v in columns.values())]
     if not full:
         raise ValueError(f"{file} has no row")
+    if holes := full[-1] + 1 - len(full):
+        request.notes.leave_out(f"rows of {file.name} that hold nothing", holes)
     table = Table(file, columns, np.arange(first, first + count))
     return table if len(full) == count else table.select(full)
 

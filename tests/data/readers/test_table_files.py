@@ -657,3 +657,11 @@ def test_classes_of_one_example_cannot_be_divided(tmp_path):
     file = write(tmp_path / "a.csv", "text,label\na b,x\nc d,y\n")
     with pytest.raises(ValueError, match=r"`test_split` must be the name of a part.*got 0\.3"):
         load_texts(file, **HALF)
+
+
+def test_rows_that_hold_nothing_are_counted(tmp_path):
+    """Those at the end are what editors leave."""
+    file = write(tmp_path / "a.csv", "text,label\na,x\n,\nb,y\n\nc,x\nd,y\n,\n\n")
+    train, test, notes = told(load_texts, file, **HALF)
+    assert len(train) + len(test) == 4
+    assert notes.left_out == {"rows of a.csv that hold nothing": 2}
