@@ -209,7 +209,7 @@ def _read_separated(file: Path, text: str, request: Request) -> tuple[dict[str, 
         first, _, text = text.partition("\n")
         given, skipped = given or first[4:5], 1
     delimiter = given or find_delimiter(file, text)
-    head = list(csv.reader(io.StringIO(text[:HEAD]), delimiter=delimiter))
+    head = list(csv.reader(io.StringIO(text[:HEAD], newline=""), delimiter=delimiter))
     header = head[0]
     headless = not has_header(file, head, request)
     if headless:
@@ -259,7 +259,9 @@ def find_delimiter(file: Path, text: str) -> str:
     Raises:
         ValueError: no character does, or several.
     """
-    sample = io.StringIO(text[:HEAD])
+    sample = io.StringIO(
+        text[:HEAD], newline=""
+    )  # lines of old Macs end in \\r
     found = {}
     for delimiter in _DELIMITERS:
         sample.seek(0)

@@ -54,6 +54,7 @@ def rows_of(files=SIX, labels=WORDS, sep=","):
 TABLES = {
     "labels.csv": lines(*rows_of()),
     "labels.tsv": lines(*rows_of(sep="\t"), header="name\tkind"),
+    "macintosh.csv": lines(*rows_of()).replace("\n", "\r"),
     "excel.csv": "sep=;\r\n" + "\r\n".join(["Datei;Klasse", *rows_of(sep=";"), ";", ""]),
     "bom.csv": b"\xef\xbb\xbf" + lines(*rows_of(), header="label_of,label").encode(),
     "index.csv": lines(*(f"{n},{r}" for n, r in enumerate(rows_of())), header=",file,label"),

@@ -15,6 +15,7 @@ PLAIN = "\n".join(["id,text", '1,"x, y"', "2,z", "", "3, w", "4,v"]) + "\n"
 FILES = {
     "plain.csv": PLAIN.encode(),
     "windows.csv": PLAIN.replace("\n", "\r\n").encode("utf-8-sig"),
+    "macintosh.csv": PLAIN.replace("\n", "\r").encode(),
     "excel.csv": PLAIN.replace("x, y", "x; y").replace(",", ";").encode(),
     "told.csv": b"sep=|\nid|text\n1|a,b\n2|c,d\n",
     "tabs.tsv": b"id\ttext\n1\ta\n\n2\tb\n",
