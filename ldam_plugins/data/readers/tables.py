@@ -259,9 +259,7 @@ def find_delimiter(file: Path, text: str) -> str:
     Raises:
         ValueError: no character does, or several.
     """
-    sample = io.StringIO(
-        text[:HEAD], newline=""
-    )  # lines of old Macs end in \\r
+    sample = io.StringIO(text[:HEAD], newline="")  # lines of old Macs end in \r
     found = {}
     for delimiter in _DELIMITERS:
         sample.seek(0)
