@@ -16,7 +16,7 @@ from __future__ import annotations
 from study_options import LOADING, InspectOptions
 from study_options import parse_inspect as parse
 
-from ldam_plugins.training.command_line import or_refused
+from ldam_plugins.training.command_line import or_refused, say_errors_briefly
 
 if __name__ == "__main__":  # --help and a misspelt flag are answered before torch is imported
     chosen = or_refused(parse)
@@ -37,6 +37,7 @@ from transformers import AutoTokenizer
 from ldam_plugins.data import Audit, audit_images, audit_texts, load_images, load_texts
 from ldam_plugins.data.audit_tables import TRAIN
 from ldam_plugins.data.notes import DataNotes
+from ldam_plugins.data.readers.base import NoTestPart
 from ldam_plugins.integrations.transformers.run_callbacks import pretrained_source
 from ldam_plugins.integrations.transformers.tokenizer import train_tokenizer
 from ldam_plugins.reports import audit_text, write_audit
@@ -56,6 +57,8 @@ PREVIEW = 128  # pixels of a side
 
 def main(options: InspectOptions) -> Audit:
     """Look at the data set, print what was found, and write it to ``--output_dir``."""
+    if not options.traceback:
+        say_errors_briefly()
     options, kind, (train, test) = load(options)
     Path(options.output_dir).mkdir(parents=True, exist_ok=True)  # before what takes minutes
     preview = None
@@ -85,21 +88,32 @@ def load(options: InspectOptions) -> tuple[InspectOptions, str, tuple[Any, Any]]
     """
     kind = options.kind if options.kind != "auto" else KNOWN.get(options.dataset, "auto")
     kinds = [each for each in LOADERS if kind in (each, "auto") and takes(options, each)]
-    refused = {}
+    refused: dict[str, Exception] = {}
     for each in kinds:
         try:
-            return options, each, load_as(each, options)
+            return load_or_divide(each, options)
         except (ValueError, ConnectionError) as error:
             refused[each] = error
-    untested = any(str(error).startswith("`test_split` must be") for error in refused.values())
-    if untested and options.test_split is None:
-        print(f"There is no test set: what --test_split {TEST_SHARE} holds out stands for one.")
-        return load(replace(options, test_split=TEST_SHARE))
     if len({str(error) for error in refused.values()}) == 1:
         raise refused[kinds[0]]
     reasons = " ".join(f"As {each}: {str(error).rstrip('.')}." for each, error in refused.items())
     hint = f"{reasons} With --kind images or --kind texts only one is tried."
     raise invalid("dataset", "a data set of images or of texts", options.dataset, hint=hint)
+
+
+def load_or_divide(
+    kind: str, options: InspectOptions
+) -> tuple[InspectOptions, str, tuple[Any, Any]]:
+    """A data set of a kind as :func:`load` gives it, divided if it has no test set."""
+    try:
+        return options, kind, load_as(kind, options)
+    except NoTestPart:
+        if options.test_split is not None:
+            raise
+    options = replace(options, test_split=TEST_SHARE)
+    parts = load_as(kind, options)
+    print(f"There is no test set: what --test_split {TEST_SHARE} holds out stands for one.")
+    return options, kind, parts
 
 
 def load_as(kind: str, options: InspectOptions) -> tuple[Any, Any]:

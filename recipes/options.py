@@ -1335,12 +1335,18 @@ def load_validation(
         load: Gives the training part and another, named or a share.
         notes: Those of the data loaded so far.
     """
+    from ldam_plugins.data.notes import DataNotes
+
     tested = notes.parts.get("test_split")
-    _, validation = load(options, options.val_split, notes)
-    if notes.parts.get("test_split") == tested:
+    found = DataNotes()  # of its own, since the training part is read again
+    _, validation = load(options, options.val_split, found)
+    if found.parts.get("test_split") == tested:
         hint = "Give a number, such as --val_split 0.1, to hold that share of training out."
         raise invalid("val_split", "another split than is tested on", options.val_split, hint=hint)
-    notes.parts |= {"val_split": notes.parts["test_split"], "test_split": tested or ""}
+    for sentence in found.said:
+        notes.say(sentence)
+    notes.left_out = found.left_out | notes.left_out
+    notes.parts["val_split"] = found.parts["test_split"]
     return validation
 
 

@@ -165,6 +165,7 @@ class InspectOptions:
         None, "tokens a text is cut to [256; advised: the 95th percentile of the lengths]"
     )
     output_dir: str = option("runs/inspect", "folder of the page and the lists")
+    traceback: bool = option(False, "show where in the code an error arose")
 
     def __post_init__(self) -> None:
         check_limits(self, self.LIMITS)

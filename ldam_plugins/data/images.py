@@ -221,7 +221,8 @@ def load_images(
       or of camera traps in COCO's form: several boxes of one class in an image are one label;
     * a folder with images and a CSV, TSV, JSON Lines or parquet file of their names and labels, or
       that file: columns of any name, ids without extension, names as the web leaves them, a column
-      of 0 and 1 a class. ``train.csv`` and ``test.csv`` or a column ``split`` give the parts;
+      of 0 and 1 a class. ``train.csv`` and ``test.csv`` or a column ``split`` give the parts; or
+      one file of lines ``relative/path.jpg 17`` beside the images;
     * the folder that the paths in ``train_list`` and ``test_list`` are relative to: two files of
       lines ``relative/path.jpg 17``, two tables with a header such as ``image,label``, or two such
       JSON files.

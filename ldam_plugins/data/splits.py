@@ -82,6 +82,10 @@ def hold_out(
         notes.say(f"The parts are those of {split_file}.")
         return np.flatnonzero(parts != TEST_PART), np.flatnonzero(parts == TEST_PART)
     labels, class_names, groups = examples.labels, examples.class_names, examples.groups
+    if len(labels) and np.bincount(labels).max() < 2:
+        expected = "the name of a part to test on"
+        hint = "Each class has a single example, which can only be trained on."
+        raise invalid("test_split", expected, share, hint=hint)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SingleSampleWarning)  # noted by name instead
         kept, held_out = stratified_split(
@@ -128,12 +132,13 @@ def classes_with_examples(
         ValueError: fewer than two classes are left.
     """
     found = np.flatnonzero(counts)
+    if len(found) < 2:
+        shown = quoted(class_names[row] for row in found.tolist())
+        hint = "Is it the folder or the column of labels that you mean?"
+        raise invalid("train_split", "a part with two classes or more", shown, hint=hint)
     if len(found) == len(class_names):
         return found
     absent = [class_names[label] for label in np.flatnonzero(counts == 0).tolist()]
-    if len(found) < 2:
-        shown = quoted(class_names[row] for row in found.tolist())
-        raise invalid("train_split", "a part with two classes or more", shown)
     notes.say(f"Classes without an example to train on are no classes here: {quoted(absent)}.")
     return found
 

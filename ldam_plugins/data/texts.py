@@ -62,8 +62,8 @@ def load_texts(
         dataset: One of the above.
         text_column: Column of the texts. Default: ``text``, else the only one of strings.
         label_column: Column of the labels: class labels, integers or strings, which become
-            classes in sorted order. Default: the only one of class labels, else ``label`` or
-            ``labels``.
+            classes in sorted order. Default: the only one of class labels, else ``label``,
+            ``labels`` or the like.
         train_split: The split to train on, or a slice of one as in ``datasets``:
             ``"train[:10%]"``, ``"train[500:]"``.
         test_split: The one to test on, likewise, or the share in (0, 1) of the training split's
@@ -74,7 +74,8 @@ def load_texts(
         encoding: Of files that are not UTF-8, such as ``"cp1252"`` or ``"utf-16"``.
         delimiter: What separates the fields of a CSV file. Default: a comma, semicolon, tab or
             bar, whichever gives even rows.
-        skip_empty: Leave out rows without a text or label instead of stopping.
+        skip_empty: Leave out rows without a text or label, and files without a text, instead of
+            stopping.
         split_file: A ``split.csv`` that a run left: what it tests on is tested on, in place of a
             share.
         seed: Of the choice of a share, in 0..2**32 - 1.

@@ -233,6 +233,9 @@ def _classes(audit: Audit) -> list[Finding]:
         )
         for names in audit.look_alikes
     ]
+    if len(audit.class_names) < 2:
+        advice = "There is nothing to tell apart: is it the folder or the column that you mean?"
+        found.append(Finding(FIX, f"All is of one class, {audit.class_names[0]!r}", advice))
     if absent := audit.absent(TRAIN):
         advice = "It cannot be learned: add examples, or leave the class out of the test set."
         found.append(Finding(FIX, f"Nothing to train on in {_named(absent)}", advice))

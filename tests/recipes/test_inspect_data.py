@@ -1,6 +1,7 @@
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -148,6 +149,28 @@ def test_a_share_stands_for_a_test_set_that_is_not_there(photos, tmp_path, capsy
     assert parsed_command(printed).test_split == 0.2
     with pytest.raises(ValueError, match=r"`test_split` must be .*'validation'"):
         recipe.load(recipe.parse([str(photos), "--test_split", "validation"]))
+
+
+def test_what_is_one_kind_is_not_read_as_the_other(photos, monkeypatch):
+    """`datasets` would copy a folder of photographs into its cache to find no text there."""
+    monkeypatch.delitem(recipe.LOADERS, "texts")
+    options, kind, _ = recipe.load(recipe.parse([str(photos / "train")]))
+    assert (kind, options.test_split) == ("images", "0.2")
+
+
+def test_a_refusal_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    with pytest.raises(ValueError, match="`dataset` must be") as refused:
+        recipe.main(recipe.parse([str(tmp_path / "x"), "--kind", "images"]))
+    sys.excepthook(refused.type, refused.value, refused.tb)
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_one_class_is_told(tmp_path, capsys):
+    file = tmp_path / "mine.csv"
+    file.write_text("\n".join(["body,class", *(f"a text {n},x" for n in range(20))]))
+    recipe.main(recipe.parse([str(file), "--output_dir", str(tmp_path / "out")]))
+    assert "All is of one class, 'x'" in capsys.readouterr().out
 
 
 def test_share_is_held_out_as_the_recipe_would(tmp_path, capsys):

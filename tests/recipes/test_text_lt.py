@@ -28,6 +28,7 @@ from tuned_runs import bf16_wins
 from untouchable import without_test_set
 
 from ldam_plugins.data import load_texts
+from ldam_plugins.data.notes import DataNotes
 from ldam_plugins.heads import cosine_heads
 from ldam_plugins.integrations.transformers.fast_attention import ATTENTION
 from ldam_plugins.integrations.transformers.run_callbacks import (
@@ -806,3 +807,20 @@ def test_a_head_without_a_bias_refuses_before_the_training_what_needs_one(run, f
     with pytest.raises(ValueError, match=r"`calibrate` must be temperature"):
         run(*flags, "--calibrate", "class", "--val_split", 0.25)
     assert not (tmp_path / "run").exists()
+
+
+def test_what_is_left_out_is_counted_once(tmp_path):
+    """The part to validate on is loaded with the training part, which is there already."""
+    for split in ("train", "val", "test"):
+        rows = "".join(f"{split} {n},{'ab'[n % 2]}\n" for n in range(6))
+        (tmp_path / f"{split}.csv").write_text(f"text,label\n,a\n{rows}")
+    flags = ["--dataset", str(tmp_path), "--model", "bilstm", "--skip_empty", "--val_split", "val"]
+    options = recipe_options.parse_options(text_lt.TextOptions, flags, default="")
+    notes = DataNotes()
+    text_lt.load_data(options, notes=notes)
+    validation = recipe_options.load_validation(options, text_lt.load_parts, notes)
+    assert validation["text"][0] == "val 0"
+    lacking = {f"rows of {split} without text": 1 for split in ("train", "test", "val")}
+    assert notes.left_out == lacking
+    assert all(f"Left out: 1 {reason}." in notes.said for reason in lacking)
+    assert notes.parts == {"train_split": "train", "test_split": "test", "val_split": "val"}

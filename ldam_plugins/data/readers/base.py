@@ -172,10 +172,28 @@ def check_split(
     return found
 
 
+def say_columns(request: Request, where: str, certain: Collection[str] = ()) -> None:
+    """Say which columns are read that were not asked for, but found; not those ``certain``."""
+    found = {
+        name: column
+        for name, column in request.notes.columns.items()
+        if getattr(request, name) is None and column not in certain
+    }
+    if found:
+        shown = ", ".join(f"{column!r} as --{name}" for name, column in found.items())
+        request.notes.say(f"Columns read from {where}: {shown}.")
+
+
 def no_test_part(argument: str, expected: str, request: Request, why: str = "") -> Exception:
     """The error where nothing is there to test on, and nobody said what to hold out."""
     hint = "--test_split 0.2 (test_split=0.2) holds out a fifth of each class to test on."
     return invalid(argument, expected, request.test_split, hint=why + hint, error=NoTestPart)
+
+
+def undivided(what: str, request: Request) -> Exception:
+    """The error where all examples are one part, which no share was asked of."""
+    expected = "given" if request.test_split is None else "a share in (0, 1)"
+    return no_test_part("test_split", f"{expected}: {what}", request)
 
 
 def pick_splits(request: Request, available: Collection[str]) -> tuple[str, str | None]:
@@ -188,12 +206,21 @@ def pick_splits(request: Request, available: Collection[str]) -> tuple[str, str 
     """
     train = check_split("train_split", request.train_split, available, request)
     if request.test_share is not None:
+        note_untested(request, train, available)
         return train, None
     test = request.test_split or default_test_split(available)
     test = check_split("test_split", test, available, request)
     if test == train:
         raise invalid("test_split", "another split than `train_split`", test)
     return train, test
+
+
+def note_untested(request: Request, train: str, available: Collection[str]) -> None:
+    """Note that there is a split to test on where a share of the training split stands for it."""
+    test = default_test_split([name for name in available if name != train])
+    if test is not None:
+        what = f"Split {test} is there and is not what is tested on"
+        request.notes.say(f"{what}: that is a share of {train}.")
 
 
 def keep_known_classes(

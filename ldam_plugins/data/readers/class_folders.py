@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ldam_plugins._validation import quoted
+from ldam_plugins._validation import invalid, quoted
 from ldam_plugins.data.notes import DataNotes
 from ldam_plugins.data.readers.base import (
     FileSource,
@@ -21,15 +21,16 @@ from ldam_plugins.data.readers.base import (
     TextRequest,
     find_split,
     keep_known_classes,
-    no_test_part,
     pick_splits,
     split_kind,
     text_table,
+    undivided,
 )
 from ldam_plugins.data.readers.class_names import same_but_blanks
 from ldam_plugins.data.readers.file_index import split_in_name
 from ldam_plugins.data.readers.paths import (
     IMAGE_SUFFIXES,
+    EmptyFile,
     class_folders,
     files_below,
     is_hidden,
@@ -38,6 +39,7 @@ from ldam_plugins.data.readers.paths import (
     read_text,
     subfolders,
 )
+from ldam_plugins.data.readers.tables import ARCHIVES, TABLE_SUFFIXES
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -46,6 +48,8 @@ _TEXT_SUFFIX = ".txt"
 _OF_DETECTION = {"images", "labels", "annotations"}
 """Folders that object detectors are trained on: not classes."""
 _NESTED = 3
+_READ_BY_DATASETS = (".arrow", ".xml", ".bz2", ".lz4", ".xz", ".zst", ".h5", ".hdf5")
+"""Endings of tables, packed ones too, that nothing here reads but the package `datasets` does."""
 
 
 class ClassFiles(NamedTuple):
@@ -156,8 +160,7 @@ def _read_parts(request: Request, *, texts: bool = False) -> tuple[ClassFiles, C
     if splits is None:
         whole = flat_folder(request, texts=texts) or ""
         if request.test_share is None:
-            where = request.root / whole
-            raise no_test_part("test_split", f"given: {where} holds class folders only", request)
+            raise undivided(f"{request.root / whole} holds class folders only", request)
         return _in_training(request, whole, texts), None
     train_name, test_name = pick_splits(request, list(splits))
     train = _in_training(request, splits[train_name], texts)
@@ -252,16 +255,31 @@ def _read_images(request: ImageRequest) -> tuple[ImageRows, ImageRows | None]:
 
 def _read_texts(request: TextRequest) -> tuple[Dataset, Dataset | None]:
     train, test = (
-        files
-        and text_table(
-            [read_text(request.root / name, request.encoding) for name in files.names],
-            files.labels,
-            files.class_names,
-        )
-        for files in _read_parts(request, texts=True)
+        files and _text_table(files, request) for files in _read_parts(request, texts=True)
     )
     assert train is not None
     return train, test
+
+
+def _text_table(files: ClassFiles, request: TextRequest) -> Dataset:
+    """The texts in files; those without one stop, or are left out and counted if asked for."""
+    texts: list[str] = []
+    empty: list[str] = []
+    for name in files.names:
+        try:
+            texts.append(read_text(request.root / name, request.encoding))
+        except EmptyFile:
+            empty.append(name)
+    if empty and not request.skip_empty:
+        what = f"{len(empty)} of {len(files.names)} files in {request.root} hold no text"
+        hint = "Leave such files out with --skip_empty (skip_empty=True)."
+        raise ValueError(f"{what}, the first is {empty[0]!r}. {hint}")
+    if not texts:
+        raise ValueError(f"no file in {request.root} holds a text")
+    if empty:
+        request.notes.leave_out("files without text", len(empty), quoted(empty[:3]))
+    kept = np.isin(files.names, empty, invert=True)
+    return text_table(texts, files.labels[kept], files.class_names)
 
 
 def _holds_texts(request: TextRequest) -> bool:
@@ -269,10 +287,29 @@ def _holds_texts(request: TextRequest) -> bool:
         return False
     splits = split_folders(request)
     if splits is None:
-        return flat_folder(request, texts=True) is not None
-    train = splits[find_split(request.train_split, list(splits)) or ""]
-    inner = subfolders(request.root, train)
-    return any(_has_file(request.root, _join(train, name), _is_text_name) for name in inner)
+        holds = flat_folder(request, texts=True) is not None
+    else:
+        train = splits[find_split(request.train_split, list(splits)) or ""]
+        inner = subfolders(request.root, train)
+        holds = any(_has_file(request.root, _join(train, name), _is_text_name) for name in inner)
+    if not holds:
+        _check_endings(request)
+    return holds
+
+
+def _check_endings(request: TextRequest) -> None:
+    """Say that files in folders of classes do not end as texts do.
+
+    Raises:
+        ValueError: nothing in the data set is a text or what `datasets` may read.
+    """
+    walked = os.walk(request.root)  # links may lead out of it, as in the caches of the hub
+    files = [name for _, _, names in walked for name in names if not is_hidden(name)]
+    known = (_TEXT_SUFFIX, *TABLE_SUFFIXES, *ARCHIVES, *_READ_BY_DATASETS)
+    if files and subfolders(request.root) and not any(n.lower().endswith(known) for n in files):
+        expected = f"a folder of tables, or of class folders with files that end in {_TEXT_SUFFIX}"
+        hint = f"There is {_endings(files)}. Rename texts, or write them and labels into a table."
+        raise invalid("dataset", expected, request.dataset, hint=hint)
 
 
 CLASS_FOLDERS = Reader(
@@ -288,7 +325,7 @@ CLASS_FOLDERS = Reader(
 TEXT_FOLDERS = Reader(
     name="class folders",
     layout="a folder with {train_split}/<class>/*.txt, or with <class>/*.txt alone",
-    options=("train_split", "test_split", "encoding"),
+    options=("train_split", "test_split", "encoding", "skip_empty"),
     accepts=_holds_texts,
     read=_read_texts,
 )

@@ -93,8 +93,8 @@ def same_but_blanks(counts: Mapping[str, int], notes: DataNotes) -> dict[str, st
     """The class that each spelling stands for: those that differ in outer blanks only are one.
 
     ``"x "`` beside ``"x"`` is ``"x"``; alone it stays as it is. What is merged is noted, and so are
-    names that differ in capitals or inner blanks only, which stay apart: ``Cat`` and ``cat`` may be
-    two things.
+    names that differ in capitals or inner blanks only, or are one number, which stay apart: ``Cat``
+    and ``cat`` may be two things.
 
     Args:
         counts: Examples by spelling.
@@ -117,7 +117,8 @@ def same_but_blanks(counts: Mapping[str, int], notes: DataNotes) -> dict[str, st
 def _note_alike(names: Collection[str], notes: DataNotes) -> None:
     alike: dict[str, list[str]] = {}
     for name in dict.fromkeys(names):
-        alike.setdefault("".join(name.casefold().split()), []).append(name)
+        plain = str(as_whole(name)) if is_whole(name) else "".join(name.casefold().split())
+        alike.setdefault(plain, []).append(name)
     pairs = [" and ".join(map(repr, sorted(same))) for same in alike.values() if len(same) > 1]
     if pairs:
         shown = f"{', '.join(pairs[:20])}{', ...' if len(pairs) > 20 else ''}"

@@ -25,10 +25,13 @@ from ldam_plugins.data.readers.base import (
     default_test_split,
     keep_known_classes,
     note_absent,
+    note_untested,
+    say_columns,
     text_features,
     text_table,
 )
-from ldam_plugins.data.readers.class_names import is_missing, number_labels
+from ldam_plugins.data.readers.class_names import is_fraction, is_missing, number_labels
+from ldam_plugins.data.readers.tables import LABEL_NAMES, OTHER_LABEL_NAMES
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -38,6 +41,8 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _IMAGE_LABELS = ("label", "fine_label")
 """Which of several class columns is meant (CIFAR-100 has fine and coarse ones)."""
 _TEXT_LABELS = ("label", "labels")
+_FRACTIONS = ("float16", "float32", "float64")
+"""Types that whole numbers have where pandas wrote some of them as missing."""
 _PARQUET = ".parquet"
 _STRINGS = ("string", "large_string")
 _WHOLE_KINDS = ("bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)))
@@ -58,8 +63,13 @@ def _holds_image_tables(request: ImageRequest) -> bool:
 
 def holds_parquet(root: Path) -> bool:
     """Whether a folder is laid out as the hub lays a data set out, or was saved by ``datasets``."""
-    saved = (root / "dataset_dict.json").is_file()
-    return saved or _holds(root, "*.parquet", "*/*.parquet")
+    return is_saved(root) or _holds(root, "*.parquet", "*/*.parquet")
+
+
+def is_saved(root: Path) -> bool:
+    """Whether ``save_to_disk`` of ``datasets`` wrote a folder, of several splits or of one."""
+    one = all((root / name).is_file() for name in ("state.json", "dataset_info.json"))
+    return one or (root / "dataset_dict.json").is_file()
 
 
 def holds_images(file: Path) -> bool:
@@ -82,6 +92,7 @@ def _read_images(request: ImageRequest) -> tuple[ImageRows, ImageRows | None]:
     features = splits[0][1].features
     image = pick_image(request.image_column, features)
     label = pick_image_label(request, features)
+    note_columns(request, splits[0][0], features, image_column=image, label_column=label)
     names = None
     parts = []
     for split, table in splits:
@@ -100,6 +111,7 @@ def _read_texts(request: TextRequest) -> tuple[Dataset, Dataset | None]:
     features = splits[0][1].features
     label = pick_text_label(request.label_column, features)
     text = pick_text(request.text_column, features, label)
+    note_columns(request, splits[0][0], features, text_column=text, label_column=label)
     names = None
     parts = []
     for split, table in splits:
@@ -164,8 +176,10 @@ def open_tables(
     import datasets
 
     try:
-        if (Path(dataset) / "dataset_dict.json").is_file():
+        if is_saved(Path(dataset)):
             tables = datasets.load_from_disk(dataset)
+            if isinstance(tables, datasets.Dataset):
+                tables = {"train": tables}
             if streaming:
                 return {name: table.to_iterable_dataset() for name, table in tables.items()}
             return tables
@@ -189,7 +203,9 @@ def _open_splits(request: Request) -> list[tuple[str, Any]]:
     name = str(request.root) if request.is_folder else request.dataset
     tables = open_tables(name, request.cache_dir)
     asked: dict[str, str | None] = {"train_split": request.train_split}
-    if request.test_share is None:
+    if request.test_share is not None:
+        note_untested(request, request.train_split, tables)
+    else:
         asked["test_split"] = request.test_split or default_test_split(tables)
     return [
         (str(split), _rows_of(argument, split, tables, request))
@@ -245,12 +261,12 @@ def pick_image_label(request: ImageRequest, features: Mapping[str, Any]) -> str:
     """The column of labels that was asked for, else the one of classes."""
     classes = _class_columns(features)
     preferred = [name for name in _IMAGE_LABELS if name in classes][:1]
-    label = _pick("label_column", request.label_column, preferred or classes, features)
+    found = preferred or classes or _named(features)
+    label = _pick("label_column", request.label_column, found, features)
     others = [name for name in classes if name != label]
     if request.label_column is None and others:
         also = f"--label_column takes another: {quoted(others)}"
         request.notes.say(f"The classes are those of column {label!r}; {also}.")
-    request.notes.columns["label_column"] = label
     return label
 
 
@@ -263,8 +279,24 @@ def pick_text(asked: str | None, features: Mapping[str, Any], label: str) -> str
 def pick_text_label(asked: str | None, features: Mapping[str, Any]) -> str:
     """The column of labels that was asked for, else the one of classes or of that name."""
     classes = _class_columns(features)
-    named = [name for name in _TEXT_LABELS if name in features]
+    named = [name for name in _TEXT_LABELS if name in features] or _named(features)
     return _pick("label_column", asked, classes if len(classes) == 1 else named, features)
+
+
+def _named(features: Mapping[str, Any]) -> list[str]:
+    """Columns that are called as labels are, in tables as in files."""
+    kinds = (LABEL_NAMES, OTHER_LABEL_NAMES)
+    found = ([name for name in features if name.lower() in names] for names in kinds)
+    return next(filter(None, found), [])
+
+
+def note_columns(request: Request, split: str, features: Mapping[str, Any], **columns: str) -> None:
+    """Note which columns are read, and say which were found by other than their type."""
+    from datasets import ClassLabel, Image
+
+    typed = [name for name in features if isinstance(features[name], ClassLabel | Image)]
+    request.notes.columns |= columns
+    say_columns(request, f"split {split}", certain=typed)
 
 
 def _pick(
@@ -275,7 +307,8 @@ def _pick(
         return check_choice(argument, asked, list(features), hint=_columns(features))
     if len(candidates) != 1:
         which = f"each of {quoted(candidates)}" if candidates else "no column"
-        raise ValueError(f"{which} could be the `{argument}`; give it. {_columns(features)}")
+        options = f"--{argument} ({argument}=...)"
+        raise ValueError(f"{which} could be the `{argument}`; give {options}. {_columns(features)}")
     return candidates[0]
 
 
@@ -295,10 +328,22 @@ def check_text_column(column: str, features: Mapping[str, Any]) -> None:
 
 
 def check_label_column(column: str, features: Mapping[str, Any]) -> None:
-    """Check that a column is one of class labels, whole numbers, truths or strings."""
+    """Check that a column is one of class labels, numbers, truths or strings."""
     feature = features[column]
-    if not (_is_string(feature) or str(getattr(feature, "dtype", "")) in _WHOLE_KINDS):
+    kinds = (*_WHOLE_KINDS, *_FRACTIONS)  # of numbers the values tell, see check_whole
+    if not (_is_string(feature) or str(getattr(feature, "dtype", "")) in kinds):
         raise _no_labels(column, features)
+
+
+def check_whole(column: str, values: Collection[Any], features: Mapping[str, Any]) -> None:
+    """Check that numbers in a column of labels are whole, as 2.0 is, or missing."""
+    if str(getattr(features[column], "dtype", "")) in _FRACTIONS:
+        kept = (value for value in values if not is_missing(value))
+        fraction = next(filter(is_fraction, kept), None)
+        if fraction is not None:
+            hint = f"Cut the numbers into classes first. {_columns(features)}"
+            shown = f"{column} ({fraction})"
+            raise invalid("label_column", "a column of one class a row", shown, hint=hint)
 
 
 def _class_columns(features: Mapping[str, Any]) -> list[str]:
@@ -349,6 +394,7 @@ def read_labels(
     if len(found) == 0:
         raise ValueError(f"split {split} is empty")
     values = found.to_pylist()
+    check_whole(column, values, table.features)
     rows = _labelled_rows(values, column, split, request, _is_string(feature))
     names = getattr(feature, "names", None)
     if names is None:
@@ -381,7 +427,7 @@ def _labelled_rows(
         raise ValueError(f"{len(empty)} rows of split {split} have no {column!r}. {hint}")
     if not strings:
         unmarked = [row for row, value in enumerate(values) if not is_missing(value) and value < 0]
-        limit = max((value for value in values if value is not None), default=0) + 1
+        limit = max((value for value in values if not is_missing(value)), default=0) + 1
         if unmarked and (not request.skip_empty or any(values[row] < -1 for row in unmarked)):
             raise ValueError(_bad_label(unmarked[0], split, values[unmarked[0]], limit))
         empty += unmarked
@@ -395,9 +441,7 @@ def _labelled_rows(
 def _no_labels(column: str, features: Mapping[str, Any]) -> Exception:
     kind = _kind(features[column])
     hint = _columns(features)
-    if "float" in kind:
-        hint = f'Cast it: `dataset.cast_column("{column}", Value("int64"))`, if it holds classes.'
-    elif "list" in kind.lower():
+    if "list" in kind.lower():
         hint = "Several labels a text or image have no long tail of classes: choose one of them."
     expected = "a column of class labels, integers or strings, one a row"
     return invalid("label_column", expected, f"{column} ({kind})", hint=hint)

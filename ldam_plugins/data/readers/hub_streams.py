@@ -35,6 +35,8 @@ from ldam_plugins.data.readers.hub import (
     check_columns,
     check_label_column,
     check_text_column,
+    check_whole,
+    note_columns,
     open_tables,
     pick_image,
     pick_image_label,
@@ -198,6 +200,8 @@ def _columns(
     """
     features = source.features(train)
     content, label = _pick_columns(request, features)
+    argument = "text_column" if isinstance(request, TextRequest) else "image_column"
+    note_columns(request, train, features, **{argument: content, "label_column": label})
     for split in (train, test):
         _check_columns(request, source.features(split), split, content, label)
     names, others = (getattr(source.features(s)[label], "names", None) for s in (train, test))
@@ -339,6 +343,7 @@ class _RowCount:
             if not request.skip_empty:
                 raise _empty_rows(count, split, column)
             request.notes.leave_out(f"rows of split {split} without {column!r}", count)
+        check_whole(self.label, found, self.source.features(split))
         if not found:
             raise ValueError(f"no row of split {split} has a label; choose a split that has them")
         _note_order(found, alike, split, shuffle_buffer, request.notes)
@@ -477,7 +482,7 @@ def _tested_rows(
 
 def _is_unlabelled(value: Any) -> bool:
     """Whether a label is none; -1 is how the hub's test sets write that."""
-    return is_missing(value) or (isinstance(value, int) and value == -1)
+    return is_missing(value) or value == -1
 
 
 def _empty_rows(count: int, split: str, column: str) -> Exception:

@@ -7,26 +7,45 @@ from pathlib import Path
 
 import numpy as np
 
-from ldam_plugins.data.readers.base import FileSource, ImageRequest, ImageRows, Reader
+from ldam_plugins.data.readers.base import (
+    FileSource,
+    ImageRequest,
+    ImageRows,
+    Reader,
+    undivided,
+)
 from ldam_plugins.data.readers.paths import at_line, find_files, read_lines
 
+_LISTS = (".txt", ".lst")
 _LINE = re.compile(r"(.*[^\s,;])[\s,;]+([0-9]+)")
 
 
-def _read(request: ImageRequest) -> tuple[ImageRows, ImageRows]:
+def _read(request: ImageRequest) -> tuple[ImageRows, ImageRows | None]:
+    if not request.is_listed:
+        if request.test_share is None:
+            raise undivided(f"{request.root} is one list of all images", request)
+        root = request.root.parent
+        names, labels = _read_list(root, request.root, None, request.encoding)
+        return _rows(root, names, labels, int(labels.max()) + 1), None
     train_list, test_list = request.listed_in()
     return read_lists(request.root, train_list, test_list, request.encoding)
 
 
 def _lists_images(request: ImageRequest) -> bool:
     if not request.is_listed:
-        return False
+        if request.root.suffix.lower() not in _LISTS or not request.root.is_file():
+            return False
+        first = read_lines(request.root, request.encoding)[0]
+        return _LINE.fullmatch(first.strip()) is not None
     return all(is_list(file, request.encoding) for file in request.listed_in())
 
 
 LIST_FILES = Reader(
     name="list files",
-    layout="a folder with `train_list` and `test_list`, files of lines 'relative/path.jpg 17'",
+    layout=(
+        "a folder with `train_list` and `test_list`, files of lines 'relative/path.jpg 17', or one "
+        "such file beside the images"
+    ),
     options=("train_list", "test_list", "encoding"),
     accepts=_lists_images,
     read=_read,
@@ -60,12 +79,13 @@ def read_lists(
             missing or leaves ``root``; the message names file and line.
     """
     names, labels = _read_list(root, train_list, None, encoding)
-    class_names = tuple(str(label) for label in range(int(labels.max()) + 1))
-    test_names, test_labels = _read_list(root, test_list, len(class_names), encoding)
-    return (
-        ImageRows(FileSource(root, names), labels, class_names),
-        ImageRows(FileSource(root, test_names), test_labels, class_names),
-    )
+    classes = int(labels.max()) + 1
+    test_names, test_labels = _read_list(root, test_list, classes, encoding)
+    return _rows(root, names, labels, classes), _rows(root, test_names, test_labels, classes)
+
+
+def _rows(root: Path, names: list[str], labels: np.ndarray, classes: int) -> ImageRows:
+    return ImageRows(FileSource(root, names), labels, tuple(map(str, range(classes))))
 
 
 def _read_list(

@@ -94,6 +94,10 @@ def listing(folder: Path) -> str:
         return f"nothing to read ({error.strerror})"
 
 
+class EmptyFile(ValueError):
+    """A file without a text."""
+
+
 def read_text(file: Path, encoding: str | None = None) -> str:
     """Read a text file: UTF-8, with or without a byte order mark, unless told otherwise.
 
@@ -102,7 +106,8 @@ def read_text(file: Path, encoding: str | None = None) -> str:
             it, and the encoding that it seems to be of.
     """
     try:
-        text = file.read_bytes().decode(encoding or "utf-8-sig")
+        content = file.read_bytes()
+        text = content.decode(encoding or "utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(_wrong_encoding(file, encoding, error)) from error
     except LookupError as error:
@@ -110,9 +115,18 @@ def read_text(file: Path, encoding: str | None = None) -> str:
         raise invalid("encoding", "an encoding that Python knows", encoding, hint=hint) from error
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read ({error}); {_neighbours(file)}") from error
+    if encoding is None and has_zeros(text):
+        zeros = UnicodeDecodeError("utf-8", content, content.index(0), 1, "zeros between letters")
+        raise ValueError(_wrong_encoding(file, encoding, zeros))
     if not text.strip():
-        raise ValueError(f"{file} is empty")
+        raise EmptyFile(f"{file} is empty")
     return text.removeprefix("\ufeff")
+
+
+def has_zeros(text: str) -> bool:
+    """Whether what was decoded as UTF-8 is UTF-16 without a mark: half of ASCII is zeros there."""
+    head = text[:_SAMPLED]
+    return 4 * head.count("\0") > len(head)
 
 
 def _wrong_encoding(file: Path, encoding: str | None, error: UnicodeDecodeError) -> str:
@@ -137,6 +151,9 @@ def guess_encoding(content: bytes, place: int = 0) -> str | None:
 
     if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return "utf-16"
+    if has_zeros(content[:_SAMPLED].decode("latin-1")):
+        even, odd = (content[at:_SAMPLED:2].count(0) for at in (0, 1))
+        return "utf-16-le" if odd > even else "utf-16-be"
     nearby = content[max(0, place - _SAMPLED // 2) :][:_SAMPLED]
     found = from_bytes(nearby, cp_isolation=list(_ENCODINGS))
     best = found.best()
@@ -345,7 +362,7 @@ def _why_not(real_root: str, name: str, spelled: str) -> str:
 
 
 def _leaves(root: str | Path) -> str:
-    return f"leads out of {root}; only files below that folder are read"
+    return f"leads out of {root}; only files below that folder are read: copy it there (cp -rL)"
 
 
 def _neighbours(file: Path) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ldam_plugins._validation import invalid, quoted
+from ldam_plugins.data.notes import DataNotes
 from ldam_plugins.data.readers.base import (
     TABLE_OPTIONS,
     FileSource,
@@ -17,19 +19,21 @@ from ldam_plugins.data.readers.base import (
     Request,
     TextRequest,
     keep_known_classes,
+    say_columns,
     text_table,
 )
 from ldam_plugins.data.readers.class_folders import flat_folder, has_class_folders
 from ldam_plugins.data.readers.class_names import is_missing, number_labels
 from ldam_plugins.data.readers.file_index import FileIndex, parts_of
+from ldam_plugins.data.readers.hub import is_saved
 from ldam_plugins.data.readers.paths import is_image_name
 from ldam_plugins.data.readers.tables import (
     PARQUET,
+    SINGLE_FILES,
     TEXT_SUFFIXES,
     Table,
     check_file,
     first_nested,
-    is_table,
     labels_of,
     pick_column,
     pick_labels,
@@ -123,7 +127,7 @@ def _read_texts(request: TextRequest) -> tuple[Dataset, Dataset | None]:
         return [name for name in text_candidates(train, labels[0]) if name != request.group_column]
 
     text = pick_column("text_column", asked, guess, train, request)
-    _say_columns(request, train)
+    say_columns(request, train.file.name)
     parts = {}
     for argument, table in tables.items():
         if text not in table.columns:
@@ -144,24 +148,12 @@ def _texts(part: _Part) -> list[str]:
     return [value if isinstance(value, str) else str(value) for value in part.contents]
 
 
-def _say_columns(request: Request, table: Table) -> None:
-    found = {
-        name: column
-        for name, column in request.notes.columns.items()
-        if getattr(request, name) is None
-    }
-    if found:
-        shown = ", ".join(f"{column!r} as --{name}" for name, column in found.items())
-        request.notes.say(f"Columns read from {table.file.name}: {shown}.")
-
-
 def _holds_texts(request: TextRequest) -> bool:
     check_file(request)
     if not request.is_folder:
-        # What Excel calls Unicode text is a table that ends in .txt.
-        return request.root.is_file() and is_table(request.root, (*TEXT_SUFFIXES, ".txt"))
+        return request.root.is_file() and request.root.suffix.lower() in SINGLE_FILES
     root = request.root
-    if (root / "dataset_dict.json").is_file() or any(root.glob("**/*.parquet")):
+    if is_saved(root) or any(root.glob("**/*.parquet")):
         return False
     card = root / "README.md"
     if card.is_file() and "\nconfigs:" in card.read_text(encoding="utf-8", errors="replace"):
@@ -193,13 +185,21 @@ def _read_images(request: ImageRequest) -> tuple[ImageRows, ImageRows | None]:
     column = image_column_of(train, index, request)
     used = [name for name in (column, request.group_column) if name]
     labels = pick_labels(train, request.label_column, used, request)
-    _say_columns(request, train)
+    say_columns(request, train.file.name)
     parts = {}
+    unnamed = set(index.files)
     for argument, table in tables.items():
         split = request.notes.parts.get(argument, table.file.name)
         files = files_of(table, column, index, split, request)
+        unnamed.difference_update(file for file in files if file is not None)
         part = _whole(table, split, "file", files, labels, request)
         parts[argument] = part.rows(_once(part, split, request))
+    if unnamed:
+        read = " or ".join(table.file.name for table in tables.values())
+        what = (
+            f"{len(unnamed)} of the {len(index.files)} images below {root} are in no row of {read}"
+        )
+        request.notes.say(f"{what}, such as {min(unnamed)!r}.")
     if "test_split" in parts:
         both = set(parts["train_split"].contents) & set(parts["test_split"].contents)
         if both:
@@ -284,7 +284,8 @@ def _once(part: _Part, split: str, request: Request) -> np.ndarray:
         before = first.setdefault(file, row)
         if part.labels[before] != part.labels[row]:
             pair = f"{part.labels[before]!r} and in {part.table.where(row)} {part.labels[row]!r}"
-            raise ValueError(f"{file!r} has in {part.table.where(before)} the label {pair}")
+            hint = "Correct one of them, or keep one row of each file."
+            raise ValueError(f"{file!r} has in {part.table.where(before)} the label {pair}. {hint}")
     if len(first) < len(part.contents):
         again = len(part.contents) - len(first)
         request.notes.leave_out(f"rows of {split} that name a file again", again)
@@ -296,8 +297,10 @@ def _holds_image_table(request: ImageRequest) -> bool:
     if request.is_listed:
         return True  # files of plain lines are for the reader of list files, which is asked before
     if not request.is_folder:
-        return request.root.is_file() and is_table(request.root) and _is_plain(request.root)
-    if (request.root / "dataset_dict.json").is_file() or has_class_folders(request):
+        suffixes = (*SINGLE_FILES, *PARQUET)
+        is_file = request.root.is_file() and request.root.suffix.lower() in suffixes
+        return is_file and _is_plain(request.root)
+    if is_saved(request.root) or has_class_folders(request):
         return False
     if not all(_is_plain(f) for pattern in _PARQUET_FILES for f in request.root.glob(pattern)):
         return False
@@ -312,8 +315,9 @@ def _holds_image_table(request: ImageRequest) -> bool:
 def _names_images(request: ImageRequest) -> bool:
     """Whether a table in a folder of folders with images names these."""
     index = FileIndex(request.root)
+    quietly = replace(request, notes=DataNotes())  # what is read is read again, and told then
     try:
-        tables = [read_table(file, request) for file in tables_of(request).values()]
+        tables = [read_table(file, quietly) for file in tables_of(request).values()]
     except ValueError:  # a file that has nothing to do with the images
         return False
     for table in tables:

@@ -15,19 +15,18 @@ import numpy as np
 
 from ldam_plugins.data.readers.base import Request
 from ldam_plugins.data.readers.class_names import is_missing
-from ldam_plugins.data.readers.paths import is_image_name, read_text
+from ldam_plugins.data.readers.paths import has_zeros, read_text
 from ldam_plugins.data.readers.tables import (
+    HEAD,
     JSON_LINES,
     PARQUET,
-    SNIFFED,
     Table,
     find_delimiter,
+    has_header,
     read_table,
 )
 
 _Item = TypeVar("_Item")
-_HEAD = 2000 * SNIFFED
-"""Characters by which a file is known."""
 _REREAD = 2**28
 
 
@@ -88,7 +87,7 @@ _Parts = Iterator[tuple[dict[str, list[Any]], np.ndarray]]
 def _separated_parts(file: Path, request: Request, rows: int) -> _Parts:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # a text may be longer than a field
     with text_lines(file, request.encoding) as lines:
-        head = list(_until(lines, _HEAD))
+        head = list(_until(lines, HEAD))
         given, first = request.delimiter, 1
         if head[0][:4].lower() == "sep=":  # what Excel takes for the delimiter
             given, first = given or head[0][4:5], 2
@@ -96,7 +95,7 @@ def _separated_parts(file: Path, request: Request, rows: int) -> _Parts:
         delimiter = given or find_delimiter(file, "".join(head))
         reader = csv.reader(chain(head, lines), delimiter=delimiter, skipinitialspace=True)
         header = next(reader)
-        if any(is_image_name(cell.strip()) for cell in header):
+        if not has_header(file, list(csv.reader(head, delimiter=delimiter)), request):
             numbered: Iterable[list[str]] = chain([header], reader)
             names = [str(place) for place in range(1, len(header) + 1)]
         else:
@@ -188,9 +187,11 @@ def text_lines(file: Path, encoding: str | None = None) -> Iterator[Iterator[str
     try:
         with file.open(encoding=encoding or "utf-8-sig", newline="") as opened:
             first = next(opened, "").removeprefix("\ufeff")
+            if encoding is None and has_zeros(first):
+                read_text(file)  # which says what it is
             lines = chain([first], opened)
             if not first.strip():
-                before = list(_until(lines, _HEAD))
+                before = list(_until(lines, HEAD))
                 if not "".join(before).strip():
                     raise ValueError(f"{file} is empty")
                 lines = chain(before, lines)

@@ -22,9 +22,9 @@ from ldam_plugins.data.readers.base import (
     ImageRequest,
     Request,
     find_split,
-    no_test_part,
     pick_splits,
     split_kind,
+    undivided,
 )
 from ldam_plugins.data.readers.class_names import is_fraction, is_missing, is_whole
 from ldam_plugins.data.readers.file_index import split_in_name
@@ -43,6 +43,8 @@ ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".7z", ".rar")
 SPREADSHEETS = (".xlsx", ".xls", ".ods")
 TEXT_SUFFIXES = (*SEPARATED, *JSON_LINES)
 TABLE_SUFFIXES = (*TEXT_SUFFIXES, *PARQUET)
+SINGLE_FILES = (*TEXT_SUFFIXES, ".txt")
+"""Endings of text files that may be a data set; what Excel calls Unicode text ends in .txt."""
 _NO_DATA = re.compile(
     r"sample_?submission.*|requirements.*|package.*|.*config.*|dataset_(dict|infos?)|state",
     re.IGNORECASE,
@@ -53,12 +55,21 @@ _SHARD = re.compile(r"-\d+-of-\d+$")
 _DELIMITERS = ",;\t|"
 SNIFFED = 50
 """Lines, or rows, that are looked at to tell how a table is written."""
-_LABEL_NAMES = ("label", "labels", "class", "classes", "class_name", "category", "target", "y")
-_OTHER_LABEL_NAMES = (
+HEAD = 2000 * SNIFFED
+"""Characters of a file that are looked at for that."""
+LABEL_NAMES = ("label", "labels", "class", "classes", "class_name", "category", "target", "y")
+OTHER_LABEL_NAMES = (
     *("sentiment", "intent", "emotion", "topic", "species", "breed", "genre", "diagnosis", "dx"),
     *("disease", "rating", "stars", "choice", "tag", "class_id", "label_name", "category_name"),
 )
 _SPLIT_NAMES = ("split", "set", "subset", "partition", "fold", "data set", "dataset")
+_CONTENT_NAMES = (
+    *("text", "id", "title", "name", "body", "sentence", "review", "message", "comment", "content"),
+    *("tweet", "question", "description", "image", "file", "filename", "file_name", "path", "url"),
+)
+"""What columns of texts and of file names are called in headers, to know one."""
+_SENTENCE = 5
+"""Words from which on a cell is no name of a column."""
 
 
 @dataclass(frozen=True)
@@ -183,6 +194,8 @@ def read_table(file: Path, request: Request) -> Table:
     full = [row for row in range(count) if not all(is_missing(v[row]) for v in columns.values())]
     if not full:
         raise ValueError(f"{file} has no row")
+    if holes := full[-1] + 1 - len(full):
+        request.notes.leave_out(f"rows of {file.name} that hold nothing", holes)
     table = Table(file, columns, np.arange(first, first + count))
     return table if len(full) == count else table.select(full)
 
@@ -196,8 +209,9 @@ def _read_separated(file: Path, text: str, request: Request) -> tuple[dict[str, 
         first, _, text = text.partition("\n")
         given, skipped = given or first[4:5], 1
     delimiter = given or find_delimiter(file, text)
-    header = next(csv.reader(io.StringIO(text), delimiter=delimiter))
-    headless = any(is_image_name(cell.strip()) for cell in header)
+    head = list(csv.reader(io.StringIO(text[:HEAD], newline=""), delimiter=delimiter))
+    header = head[0]
+    headless = not has_header(file, head, request)
     if headless:
         request.notes.say(f"{file.name} has no header, so that its columns are called 1, 2, ...")
     elif twice := [name for name, n in Counter(map(str.strip, header)).items() if name and n > 1]:
@@ -245,7 +259,7 @@ def find_delimiter(file: Path, text: str) -> str:
     Raises:
         ValueError: no character does, or several.
     """
-    sample = io.StringIO(text[: SNIFFED * 2000])
+    sample = io.StringIO(text[:HEAD], newline="")  # lines of old Macs end in \r
     found = {}
     for delimiter in _DELIMITERS:
         sample.seek(0)
@@ -267,6 +281,59 @@ def find_delimiter(file: Path, text: str) -> str:
     raise invalid("delimiter", expected, f"each of {quoted(even or found)}", hint=hint)
 
 
+def has_header(file: Path, rows: Sequence[Sequence[str]], request: Request) -> bool:
+    """Whether the first row of a CSV file names its columns, and is not the first example.
+
+    Columns that were asked for by name settle it. Else it is an example if it names an image, or
+    if it holds a label that stands in other rows, too, or a number above numbers, and a sentence.
+
+    Args:
+        file: Its name is told.
+        rows: The first of them.
+        request: The columns that were asked for; those of a file without a header are 1, 2, ...
+
+    Raises:
+        ValueError: it may be either.
+    """
+    first, *others = ([cell.strip() for cell in row] for row in rows)
+    asked = asked_columns(request)
+    if any(map(is_image_name, first)):
+        return False
+    if asked & {*first}:
+        return True
+    if asked and asked <= {str(place) for place in range(1, len(first) + 1)}:
+        return False
+    known = (*LABEL_NAMES, *OTHER_LABEL_NAMES, *_SPLIT_NAMES, *_CONTENT_NAMES)
+    numbered = [str(place) for place in range(len(first))]  # as pandas writes columns of no name
+    like = [at for at, cell in enumerate(first) if cell and _like_others(at, cell, others)]
+    named = any(cell.lower() in known for at, cell in enumerate(first) if at not in like)
+    if not like or named or first in (numbered, *others):
+        return True
+    if any(len(cell.split()) >= _SENTENCE for cell in first):
+        return False
+    argument = "image_column" if isinstance(request, ImageRequest) else "text_column"
+    expected = (
+        f"given: the first row of {file.name}, {quoted(first)}, may be a header or an example"
+    )
+    at = max(set(range(len(first))) - set(like), key=lambda place: len(first[place]), default=0)
+    hint = f"{first[like[0]]!r} is like what stands below it. --{argument} {first[at]!r} reads the "
+    hint += f"row as a header, --{argument} {at + 1} as an example, the columns called 1, 2, ..."
+    raise invalid(argument, expected, None, hint=hint)
+
+
+def _like_others(at: int, cell: str, rows: Sequence[Sequence[str]]) -> bool:
+    """Whether a cell of the first row is like those below it: a word again, or one more number."""
+    below = [row[at] for row in rows if len(row) > at and row[at]]
+    return cell in below if not _is_number(cell) else bool(below) and all(map(_is_number, below))
+
+
+def asked_columns(request: Request) -> set[str]:
+    """The columns that were asked for."""
+    names = ("text_column", "image_column", "label_column", "group_column")
+    found = (getattr(request, name, None) for name in names)
+    return {column for column in found if column is not None}
+
+
 def _read_json(file: Path, text: str) -> tuple[dict[str, list[Any]], int]:
     try:
         rows = [json.loads(text)] if file.suffix.lower() == ".json" else None
@@ -276,6 +343,8 @@ def _read_json(file: Path, text: str) -> tuple[dict[str, list[Any]], int]:
         rows = [_parsed(file, line, at) for at, line in enumerate(text.split("\n")) if line.strip()]
     elif isinstance(rows[0], list):
         rows = rows[0]
+    elif isinstance(rows[0], dict):
+        return _columns_of_object(file, rows[0]), 1
     wrong = next((row for row, record in enumerate(rows) if not isinstance(record, dict)), None)
     if wrong is not None or not rows:
         shown = type(rows[wrong]).__name__ if rows and wrong is not None else "nothing"
@@ -283,6 +352,37 @@ def _read_json(file: Path, text: str) -> tuple[dict[str, list[Any]], int]:
         raise ValueError(f"{file} must hold {expected}, got {shown}")
     names = dict.fromkeys(name for record in rows for name in record)
     return {name: [record.get(name) for record in rows] for name in names}, 1
+
+
+def _columns_of_object(file: Path, found: dict[str, Any]) -> dict[str, list[Any]]:
+    """The columns of a table that is one object of JSON.
+
+    Its values are the columns, as lists or as pandas writes them, with the number of each row; or
+    one of them is the list of rows; or it is one row, or has a label by the name of each image.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    values = list(found.values())
+    if all(isinstance(value, dict) for value in values):
+        if values and len({tuple(value) for value in values}) == 1:
+            return {name: list(value.values()) for name, value in found.items()}
+    elif all(isinstance(value, list) for value in values):
+        plain = not any(isinstance(item, list | dict) for value in values for item in value)
+        if plain and len(set(map(len, values))) == 1:
+            return found
+    elif found and all(map(is_image_name, found)):
+        return {"file": list(found), "label": values}
+    elif not any(isinstance(value, list | dict) for value in values):
+        return {name: [value] for name, value in found.items()}
+    tables = [value for value in values if isinstance(value, list) and value]
+    if len(tables) == 1 and all(isinstance(row, dict) for row in tables[0]):
+        names = dict.fromkeys(name for row in tables[0] for name in row)
+        return {name: [row.get(name) for row in tables[0]] for name in names}
+    expected = 'a list of rows, as in [{"text": "...", "label": "..."}]'
+    hint = "pandas writes such a list by to_json(orient='records')."
+    shown = f"an object of {quoted(list(found)[:5])}"
+    raise ValueError(f"{file} must hold {expected}, got {shown}. {hint}")
 
 
 def _parsed(file: Path, line: str, at: int) -> Any:
@@ -329,7 +429,7 @@ def pick_column(
 def label_candidates(table: Table, used: Collection[str]) -> list[str]:
     """Columns that could hold the labels: one by its name, else all that repeat few values."""
     rest = {name: values for name, values in table.columns.items() if name not in used}
-    for names in (_LABEL_NAMES, _OTHER_LABEL_NAMES):
+    for names in (LABEL_NAMES, OTHER_LABEL_NAMES):
         named = [name for name in rest if name.lower() in names]
         if named:
             return _same_classes({name: rest[name] for name in named}) or named
@@ -393,15 +493,19 @@ def _distinct(values: Sequence[Any]) -> int:
 def one_hot_columns(table: Table, used: Collection[str]) -> list[str]:
     """Columns of 0 and 1, a class each, of which one is 1 in every row; empty if they are not so.
 
+    Beside others, such as ids or texts, they are it if no other column could hold the labels.
+
     Raises:
         ValueError: rows have none or several of them.
     """
     rest = [name for name in table.columns if name not in used]
     hot = [name for name in rest if {str(v).strip() for v in table.columns[name]} <= _TRUTHS]
-    if len(hot) < 2 or len(hot) < len(rest):
+    if len(hot) < 2 or (len(hot) < len(rest) and label_candidates(table, used) != hot):
         return []
     sums = np.sum([[float(v) for v in table.columns[name]] for name in hot], axis=0)
     wrong = np.flatnonzero(sums != 1)
+    if len(wrong) and len(hot) < len(rest):
+        return []
     if len(wrong):
         what = f"{len(wrong)} of {len(table)} rows have none or several of the classes"
         shown = f"the first is {table.where(int(wrong[0]))}"
@@ -527,8 +631,11 @@ def read_parts(request: Request, suffixes: Collection[str] = TABLE_SUFFIXES) -> 
     if other is not None:
         request.notes.parts |= {"train_split": whole.name, "test_split": other.name}
         return {"train_split": table, "test_split": read_table(other, request)}
-    column = split_column(table, request) if request.test_share is None else None
-    if column is not None:
+    column = split_column(table, request)
+    if column is not None and request.test_share is not None:
+        what = f"Column {column!r} tells which rows are to test on, and is not used"
+        request.notes.say(f"{what}: a share of all rows is tested on.")
+    elif column is not None:
         request.notes.say(f"Which rows are to test on is read from column {column!r}.")
         values = [str(value).strip() for value in table.columns.pop(column)]
         names = {"train_split": request.train_split, "test_split": request.test_split}
@@ -538,7 +645,7 @@ def read_parts(request: Request, suffixes: Collection[str] = TABLE_SUFFIXES) -> 
             for argument, name in found.items()
         }
     if request.test_share is None:
-        raise no_test_part("test_split", f"given: {whole} is one table of all rows", request)
+        raise undivided(f"{whole} is one table of all rows", request)
     return {"train_split": table}
 
 
@@ -571,7 +678,14 @@ def check_file(request: Request) -> None:
         hint = "Save it as CSV (in Excel: Save as, CSV UTF-8)."
         raise invalid("dataset", "a CSV file, not a spreadsheet", request.dataset, hint=hint)
     if suffix in ARCHIVES:
-        expected = "a folder or a table, not an archive"
-        raise invalid("dataset", expected, request.dataset, hint="Unpack it, and give the folder.")
-    if suffix in TABLE_SUFFIXES and not request.root.exists():
+        inner = request.root.stem
+        is_packed = Path(inner).suffix.lower() in TABLE_SUFFIXES
+        hint = f"Unpack it, and give {inner if is_packed else 'the folder'}."
+        raise invalid("dataset", "a folder or a table, not an archive", request.dataset, hint=hint)
+    known = (*SINGLE_FILES, *PARQUET)
+    if suffix in known and not request.root.exists():
         raise invalid("dataset", "a file that is there", request.dataset)
+    if suffix not in known and request.root.is_file():
+        expected = f"a folder, or a table ({' '.join(TABLE_SUFFIXES)})"
+        hint = "Write it as CSV or JSON Lines (pandas: to_csv, to_json(orient='records'))."
+        raise invalid("dataset", expected, request.dataset, hint=hint)

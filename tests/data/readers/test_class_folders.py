@@ -224,10 +224,31 @@ def test_texts_in_class_folders(tmp_path):
     assert load_texts(tmp_path, encoding="cp1252")[0]["text"][3] == "caf\xe9 f\xfcr alle"
 
 
+def test_files_without_a_text(tmp_path):
+    for name in ("neg", "pos"):
+        for row in range(4):
+            write(tmp_path / name / f"{row}.txt", f"{name} {row}" if row else " ")
+    with pytest.raises(ValueError, match=r"2 of 8 files .*'neg/0.txt'.*--skip_empty"):
+        load_texts(tmp_path, test_split=0.4)
+    notes = DataNotes()
+    train, test = load_texts(tmp_path, test_split=0.4, skip_empty=True, notes=notes)
+    assert train["label"][:] + test["label"][:] == [0, 0, 1, 1, 0, 1]
+    assert notes.left_out == {"files without text": 2}
+
+
+@pytest.mark.parametrize("ending", ["", ".md", ".png"])
+def test_files_that_do_not_end_as_texts_do(ending, tmp_path):
+    for name in ("neg", "pos"):
+        for row in range(4):
+            write(tmp_path / name / f"{row}{ending}", name)
+    with pytest.raises(ValueError, match=rf"files that end in \.txt.*There is 8 .*{ending}"):
+        load_texts(tmp_path, test_split=0.4)
+
+
 BAD = {
     "no image at all": (no_image, r"train/dog holds no image .*There is 1 \.mov\."),
     "flat": (flat, r"`test_split` must be given: .*class folders only.*--test_split 0\.2"),
-    "flat, named": (then(flat, test_split="test"), "`test_split` must be given: .*got 'test'"),
+    "flat, named": (then(flat, test_split="test"), r"must be a share in \(0, 1\): .*got 'test'"),
     "boxes": (boxes, "train looks like a data set for object detection"),
     "same twice": (then(class_folders, test_split="train"), "another split than `train_split`"),
     "empty train": (lambda r: [(r / "train").mkdir(parents=True), {"dataset": r}][1], "test_split"),

@@ -191,7 +191,7 @@ BAD = {
         "1 rows of split train have no 'label'",
     ),
     "test classes in another order": (other_order, "split valid must have .*not so: their order"),
-    "fractions": (labelled(datasets.Value("float64"), [0.5] * 6), "a column of class labels"),
+    "fractions": (labelled(datasets.Value("float64"), [0.5] * 6), "a column of one class a row"),
 }
 
 
@@ -397,7 +397,7 @@ def test_no_test_split(hub_folder):
 @pytest.mark.parametrize(
     ("labels", "feature", "message"),
     [
-        ([0.0, 1.0, 1.0], Value("float32"), r"label \(float32\)'. Cast it.*cast_column"),
+        ([0.0, 0.5, 1.0], Value("float32"), r"label \(0\.5\)'. Cut the numbers into classes"),
         ([[0, 1], [1, 0], [1, 1]], Sequence(Value("int64")), "Several labels a text"),
         ([0, -1, 1], Value("int64"), "row 1 of split train has label -1"),
         ([0, None, 1], Value("int64"), "1 rows of split train have no 'label'"),
@@ -406,6 +406,31 @@ def test_no_test_split(hub_folder):
 def test_labels_that_are_not_one_class_a_text(hub_folder, labels, feature, message):
     features = Features({"text": Value("string"), "label": feature})
     expect(message, hub_folder({**ROWS, "label": labels}, features=features), label_column="label")
+
+
+def test_whole_numbers_that_pandas_keeps_as_floats(hub_folder):
+    rows = {"text": ["a", "b", "c", "d"], "label": [2.0, 10.0, None, 2.0]}
+    folder = hub_folder(rows)
+    expect("1 rows of split train have no 'label'", folder)
+    train, test = load_texts(folder, skip_empty=True)
+    assert contents(train) == contents(test) == (["a", "b", "d"], [0, 1, 0], ["2", "10"])
+
+
+def test_columns_that_are_found_by_name_are_told(hub_folder):
+    rows = {"review": ["a", "b"], "Sentiment": ["bad", "good"]}
+    notes = DataNotes()
+    train, _ = load_texts(hub_folder(rows), notes=notes)
+    assert contents(train) == (["a", "b"], [0, 1], ["bad", "good"])
+    found = "'review' as --text_column, 'Sentiment' as --label_column"
+    assert notes.said == [f"Columns read from split train: {found}."]
+
+
+def test_one_split_that_was_saved(tmp_path):
+    rows = {"text": [f"t{row}" for row in range(8)], "label": [0, 1] * 4}
+    Dataset.from_dict(rows).save_to_disk(str(tmp_path))
+    train, test = load_texts(tmp_path, test_split=0.25)
+    assert sorted(train["text"][:] + test["text"][:]) == rows["text"]
+    expect("None is named test.*--test_split 0.2", tmp_path)
 
 
 def test_label_of_the_test_set_that_training_has_not(hub_folder):

@@ -18,6 +18,15 @@ def test_byte_order_mark_tabs_and_windows_ends(tmp_path):
     assert train.find_corrupt() == []
 
 
+def test_one_list_beside_the_images_is_divided(tmp_path):
+    lists(tmp_path)
+    train, test = load_images(tmp_path / "train.txt", test_split=0.3)
+    assert sorted([*train.labels, *test.labels]) == sorted(TRAIN)
+    assert train.find_corrupt() == test.find_corrupt() == []
+    with pytest.raises(ValueError, match=r"txt is one list of all images.*--test_split 0\.2"):
+        load_images(tmp_path / "train.txt")
+
+
 # What a line of a list becomes: lists are published, and saved by editors, in all these forms.
 FORMS = {
     "slash before": lambda path, label, root: f"/{path} {label}",

@@ -54,6 +54,7 @@ def rows_of(files=SIX, labels=WORDS, sep=","):
 TABLES = {
     "labels.csv": lines(*rows_of()),
     "labels.tsv": lines(*rows_of(sep="\t"), header="name\tkind"),
+    "macintosh.csv": lines(*rows_of()).replace("\n", "\r"),
     "excel.csv": "sep=;\r\n" + "\r\n".join(["Datei;Klasse", *rows_of(sep=";"), ";", ""]),
     "bom.csv": b"\xef\xbb\xbf" + lines(*rows_of(), header="label_of,label").encode(),
     "index.csv": lines(*(f"{n},{r}" for n, r in enumerate(rows_of())), header=",file,label"),
@@ -450,7 +451,11 @@ BAD_TEXTS = {
         {},
         r"`dataset` must be a CSV file, not a spreadsheet.*Save it as",
     ),
-    "archive": (text("PK", "t.zip"), {}, "not an archive, .*Unpack it"),
+    "archive": (text("PK", "t.zip"), {}, "not an archive, .*Unpack it, and give the folder"),
+    "packed": (text("PK", "t.csv.gz"), {}, "not an archive, .*Unpack it, and give t.csv"),
+    "pickle": (text("x", "t.pkl"), {}, r"a folder, or a table \(\.csv .*got .*t.pkl.*Write it as"),
+    "json parts": (text('{"a": [["x", 1]], "b": []}', "t.json"), {}, "list of rows.*'a', 'b'"),
+    "no share": (columns(), {"test_split": "20%"}, r"a share in \(0, 1\): .*one table.*got '20%'"),
     "gone": (lambda r: {"dataset": r / "t.csv"}, {}, r"`dataset` must be a file that is there"),
     "unlabelled": (columns(label=[None] * 8), {}, "Of 8 rows of .* 8 have no label"),
     "nothing left": (
@@ -549,3 +554,115 @@ def test_infinite_labels_are_told(tmp_path):
     )
     with pytest.raises(ValueError, match="label \\(inf\\)"):
         load_texts(write(tmp_path / "a.jsonl", text), **HALF)
+
+
+SENTENCES = [f"these are the words of number {n}" for n in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("labels", "asked"), [(KINDS, {}), (["3", "4"] * 4, {}), (["y", "n"] * 4, {"text_column": "2"})]
+)
+def test_a_first_row_that_is_an_example_is_one(labels, asked, tmp_path):
+    file = write(tmp_path / "a.csv", "\n".join(rows_of(labels, SENTENCES)))
+    train, test, notes = told(load_texts, file, **HALF, **asked)
+    assert sorted(train["text"][:] + test["text"][:]) == SENTENCES
+    assert "a.csv has no header, so that its columns are called 1, 2, ..." in notes.said
+
+
+def test_a_first_row_that_may_be_a_header(tmp_path):
+    """A column `spam` of `spam` and `ham`, or a text of one word: who has the file has to say."""
+    words = ["offer", *(f"word{n}" for n in range(7))]
+    file = write(tmp_path / "a.csv", "\n".join(rows_of(words, KINDS)))
+    with pytest.raises(ValueError, match=r"may be a header or an example.*'spam'.*--text_column 1"):
+        load_texts(file, **HALF)
+    for asked, names in (("offer", words[1:]), ("1", words)):
+        train, test = load_texts(file, text_column=asked, **HALF)
+        assert sorted(train["text"][:] + test["text"][:]) == sorted(names)
+
+
+@pytest.mark.parametrize("header", ["0,1", "text,1", "text,spam", "offer,spam"])
+def test_a_header_like_its_rows_is_one(header, tmp_path):
+    """Numbers as pandas writes them, a known name beside it, or the header again in the file."""
+    again = [header] if header == "offer,spam" else []
+    rows = [*again, *rows_of(SENTENCES, KINDS)]
+    train, test = load_texts(write(tmp_path / "a.csv", lines(*rows, header=header)), **HALF)
+    assert len(train) + len(test) == len(rows)
+
+
+def json_forms():
+    frame = pd.DataFrame({"text": TEXTS, "label": KINDS})
+    rows = frame.to_dict("records")
+    return {
+        "columns": frame.to_dict("list"),
+        "pandas": json.loads(frame.to_json()),
+        "rows inside": {"version": 1, "data": rows},
+    }
+
+
+@pytest.mark.parametrize("form", json_forms())
+def test_a_table_that_is_one_object(form, tmp_path):
+    file = write(tmp_path / "t.json", json.dumps(json_forms()[form]))
+    train, test = load_texts(file, test_split=0.25)
+    assert sorted(train["text"][:] + test["text"][:]) == TEXTS
+    assert train.features["label"].names == ["ham", "spam"]
+
+
+def test_labels_by_the_names_of_images(tmp_path):
+    file = write(pictures(tmp_path, SIX) / "t.json", json.dumps(dict(EXPECTED)))
+    assert names_of(*load_images(file, **HALF)) == EXPECTED
+
+
+def test_classes_in_columns_beside_texts(tmp_path):
+    hot = {name: [int(kind == name) for kind in KINDS] for name in ("spam", "ham")}
+    frame = pd.DataFrame({"id": range(8), "review": TEXTS, **hot})
+    train, _, notes = told(load_texts, write(tmp_path / "a.csv", frame.to_csv(index=False)), **HALF)
+    assert train.features["label"].names == ["ham", "spam"]
+    assert notes.said[0] == "Labels are the columns of 0 and 1: 'spam', 'ham'."
+    for more in ({"eggs": [1, 0] * 4}, {"kind": ["a", "b", "b", "b"] * 2}):
+        file = write(tmp_path / "b.csv", frame.assign(**more).to_csv(index=False))
+        with pytest.raises(ValueError, match=r"each of 'spam', 'ham'.* could be"):
+            load_texts(file, **HALF)
+
+
+def test_what_is_there_and_not_used_is_told(tmp_path):
+    write(pictures(tmp_path, [*SIX, "x.png"]) / "train.csv", lines(*rows_of()))
+    write(tmp_path / "test.csv", "id\nx\n")
+    notes = told(load_images, tmp_path, **HALF)[2]
+    unnamed = f"1 of the 7 images below {tmp_path} are in no row of train.csv"
+    assert f"{unnamed}, such as 'images/x.png'." in notes.said
+    assert any(said.startswith("Split test is there and is not what is") for said in notes.said)
+    frame = pd.DataFrame({"text": TEXTS, "label": KINDS, "split": ["train", "test"] * 4})
+    notes = told(load_texts, write(tmp_path / "a.csv", frame.to_csv(index=False)), **HALF)[2]
+    assert any(said.startswith("Column 'split' tells which rows are") for said in notes.said)
+
+
+def test_utf_16_without_a_mark(tmp_path):
+    content = text_csv(tmp_path).read_text("utf-8")
+    for encoding in ("utf-16-le", "utf-16-be"):
+        file = write(tmp_path / "a.csv", content.encode(encoding))
+        with pytest.raises(ValueError, match=rf"line 1: not UTF-8.*--encoding {encoding} "):
+            load_texts(file, **HALF)
+        assert load_texts(file, encoding=encoding, **HALF)[0].features["label"].names == [
+            "ham",
+            "spam",
+        ]
+
+
+def test_a_number_in_two_spellings_is_told(tmp_path):
+    text = "".join(f"t{row},{['1', '1.0', 'x'][row % 3]}\n" for row in range(9))
+    notes = told(load_texts, write(tmp_path / "a.csv", f"text,label\n{text}"), **HALF)[2]
+    assert "Kept apart, though they look like one class: '1' and '1.0'." in notes.said
+
+
+def test_classes_of_one_example_cannot_be_divided(tmp_path):
+    file = write(tmp_path / "a.csv", "text,label\na b,x\nc d,y\n")
+    with pytest.raises(ValueError, match=r"`test_split` must be the name of a part.*got 0\.3"):
+        load_texts(file, **HALF)
+
+
+def test_rows_that_hold_nothing_are_counted(tmp_path):
+    """Those at the end are what editors leave."""
+    file = write(tmp_path / "a.csv", "text,label\na,x\n,\nb,y\n\nc,x\nd,y\n,\n\n")
+    train, test, notes = told(load_texts, file, **HALF)
+    assert len(train) + len(test) == 4
+    assert notes.left_out == {"rows of a.csv that hold nothing": 2}

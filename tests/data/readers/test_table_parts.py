@@ -15,12 +15,14 @@ PLAIN = "\n".join(["id,text", '1,"x, y"', "2,z", "", "3, w", "4,v"]) + "\n"
 FILES = {
     "plain.csv": PLAIN.encode(),
     "windows.csv": PLAIN.replace("\n", "\r\n").encode("utf-8-sig"),
+    "macintosh.csv": PLAIN.replace("\n", "\r").encode(),
     "excel.csv": PLAIN.replace("x, y", "x; y").replace(",", ";").encode(),
     "told.csv": b"sep=|\nid|text\n1|a,b\n2|c,d\n",
     "tabs.tsv": b"id\ttext\n1\ta\n\n2\tb\n",
     "short.csv": b"id,text,more\n1,a\n2,b,c\n",
     "twice.csv": b"text,text,\na,b,0\nc,d,1\n",
     "no_header.csv": b"1.png,a\n2.png,b\n3.png,c\n",
+    "no_header_texts.csv": b"spam,the words of the first row\nham,b\nspam,c\n",
     "lines.jsonl": b'{"id": 1, "text": "a"}\n{"id": 2, "text": null}\n{"text": "c"}\n',
     "list.json": json.dumps([{"id": row, "text": f"t{row}"} for row in range(5)]).encode(),
 }
@@ -77,6 +79,7 @@ def test_damaged_rows_stand_in_their_place(tmp_path):
         (b"", {}, "is empty"),
         (b"\n \n", {}, "is empty"),
         ("text\ncafé\n".encode("cp1252"), {}, "--encoding cp1252"),
+        ("text\na\n".encode("utf-16-le"), {}, "--encoding utf-16-le"),
         (b"text\na\n", {"encoding": "utf-99"}, "`encoding` must be an encoding"),
     ],
 )
