@@ -20,8 +20,8 @@ row take turns, so what else the machine does meets them alike. Sections:
   transforms in float32, and against timm's create_loader and ClassificationTask;
 * fine_tuning: the same of a pretrained model on photographs, against the first of these;
 * growth: training steps as the classes and the side of the images grow;
-* peak: the steps of vision, fine_tuning and text, eager, against matrix products of as many
-  floating-point operations, and what they spend their time on;
+* peak: the steps of vision, fine_tuning and text, eager, against products of large matrices with
+  as many floating-point operations, and what they spend their time on;
 * text: ``text_lt.py``, as it is and without dropout of attention, against a plain Trainer with
   padding to the full length in float32;
 * memory: most memory of the trainings of vision, fine_tuning and text, with loader workers;

@@ -11,7 +11,7 @@ import tempfile
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import chain, repeat
@@ -32,6 +32,7 @@ from text_lt import steps_per_epoch as text_steps
 from text_lt import tune as tune_text
 from timm.data import create_loader
 from timm.task import ClassificationTask
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
@@ -170,7 +171,7 @@ def noise_steps(
 
 
 def peak(options: SpeedOptions) -> Iterator[Row]:
-    """Training steps, eager, against matrix products of as many floating-point operations.
+    """Training steps, eager, against large products of as many floating-point operations.
 
     What the steps spend their time on is in the note.
     """
@@ -195,7 +196,7 @@ SIDE = 2048
 def beside_products(options: SpeedOptions, what: str, timed: Timed, precision: str) -> Row:
     """Steps against products of large matrices, in their precision, as fast as they go here.
 
-    Operations are those that ``FlopCounterMode`` knows: convolutions, matrix products, attention.
+    Operations are those of convolutions, matrix products and attention.
     """
     timed()  # what is made once
     with FlopCounterMode(display=False) as counter:
@@ -203,12 +204,37 @@ def beside_products(options: SpeedOptions, what: str, timed: Timed, precision: s
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         timed()
     kind = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    left, right = (torch.randn(SIDE, SIDE, device=DEVICE).to(kind) for _ in range(2))
-    product = partial(torch.mm, left, right)
-    calls, products = calls_for(1.0, product), counter.get_total_flops() / (2 * SIDE**3)
+    product = fastest_product(kind)
+    calls, products = calls_for(1.0, product), operations_of(counter) / (2 * SIDE**3)
     seconds = [(timed(), products * clock(product, calls)) for _ in range(options.repeats)]
     name = str(kind).removeprefix("torch.")
-    return summary(what, f"matrix products, {name}", seconds, shares(profiled))
+    return summary(what, f"products of {SIDE} x {SIDE}, {name}", seconds, shares(profiled))
+
+
+def operations_of(counter: FlopCounterMode) -> int:
+    """Floating-point operations of training steps.
+
+    Of a convolution the backward pass has twice those of the forward pass; what is counted there
+    is more where it has groups.
+    """
+    counts = counter.get_flop_counts()["Global"]
+    aten = torch.ops.aten
+    backward = counts.get(aten.convolution_backward, 0)
+    return counter.get_total_flops() - backward + 2 * counts.get(aten.convolution, 0)
+
+
+def fastest_product(kind: torch.dtype) -> Contender:
+    """A product of large matrices by the library that is faster at it here.
+
+    That of matrix products is not the one of convolutions, and slow on CPUs of other makers.
+    """
+    left, right = (torch.randn(SIDE, SIDE, device=DEVICE).to(kind) for _ in range(2))
+    channels = left.reshape(1, SIDE, -1, 64).to(memory_format=torch.channels_last)
+    by_convolution = partial(nn.functional.conv2d, channels, right[:, :, None, None])
+    contenders: list[Contender] = [partial(torch.mm, left, right), by_convolution]
+    for contender in contenders:
+        contender()
+    return min(contenders, key=lambda contender: clock(contender, 3))
 
 
 KINDS = {
@@ -247,12 +273,12 @@ def memory(options: SpeedOptions) -> Iterator[Row]:
 
 def megabytes_of(options: SpeedOptions, contender: str) -> float:
     """Most memory of a new process that runs a function of this module, its children's with it."""
-    line = "import json, sys, speed_training as s; "
+    line = "import json, sys; sys.path.insert(0, sys.argv[1]); import speed_training as s; "
     line += f"s.{contender}(s.SpeedOptions(**json.load(sys.stdin)))"
-    command, folder = [sys.executable, "-c", line], Path(__file__).parent
+    command = [sys.executable, "-c", line, str(Path(__file__).parent)]
     with tempfile.TemporaryFile("w+") as log:
         with subprocess.Popen(
-            command, cwd=folder, stdin=subprocess.PIPE, stdout=log, stderr=log, text=True
+            command, stdin=subprocess.PIPE, stdout=log, stderr=log, text=True
         ) as process:
             assert process.stdin is not None
             json.dump(asdict(options), process.stdin)
@@ -497,23 +523,27 @@ def endless(loader: Any) -> Iterator[Any]:
 
 
 def text(options: SpeedOptions) -> Iterator[Row]:
-    """Examples of one Trainer against those of another; set-up is not timed."""
-    with tempfile.TemporaryDirectory() as folder:
+    """Examples of the recipe's Trainer, in what it chooses, against those of a plain one.
+
+    Set-up is not timed.
+    """
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         preset, train, class_counts = texts_of(options, folder)
         kinds = {"": preset}
         if preset.model != "bilstm":
             kinds[", no dropout of attention"] = replace(preset, attention_dropout=0.0)
+        ours = [
+            stack.enter_context(in_process(auto_text, kind, options.steps, True))
+            for kind in kinds.values()
+        ]
         turns = [
-            (
-                [text_seconds(kind, train, class_counts) for kind in kinds.values()],
-                padded_seconds(preset, train, class_counts),
-            )
+            ([run() for run, _ in ours], padded_seconds(preset, train, class_counts))
             for _ in range(options.repeats + 1)
         ][1:]
     what = f"{len(train)} texts of {preset.max_length} tokens, {preset.model}"
-    for index, kind in enumerate(kinds):
-        seconds = [(ours[index], theirs) for ours, theirs in turns]
-        yield summary(what + kind, "Trainer, padding='max_length', float32", seconds)
+    for index, (kind, (_, chosen)) in enumerate(zip(kinds, ours, strict=True)):
+        seconds = [(mine[index], theirs) for mine, theirs in turns]
+        yield summary(what + kind, "Trainer, padding='max_length', float32", seconds, chosen)
 
 
 def texts_of(options: SpeedOptions, folder: str) -> tuple[TextOptions, Any, ClassCounts]:

@@ -19,6 +19,7 @@ if __name__ == "__main__":  # --help and a misspelt flag are answered before tor
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -116,6 +117,7 @@ def main(options: VisionOptions) -> dict[str, Any]:
     """Train and evaluate once; returns what its files of results hold."""
     state = join_processes(options)
     choose_threads(options)
+    accept_default_workers(options)
     set_seed(options.seed)
     options.check_model()
     notes = DataNotes()
@@ -449,6 +451,15 @@ def join_processes(options: VisionOptions) -> PartialState:
     state = PartialState(cpu=not torch.accelerator.is_available())
     check_processes(state.num_processes, options.num_processes)
     return state
+
+
+def accept_default_workers(options: VisionOptions) -> None:
+    """No warning of torch that there are more loader processes than cores, unless they were given.
+
+    As many by default on every machine: the random numbers of augmentations go by them.
+    """
+    if options.workers == VisionOptions.workers:
+        warnings.filterwarnings("ignore", "This DataLoader will create")
 
 
 def tune(

@@ -68,9 +68,15 @@ def run_two_forked(log):
     return SimpleNamespace(run=run)
 
 
+@contextmanager
+def built_here(build, *given):
+    yield build(*given)
+
+
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_training(tmp_path, monkeypatch):
     monkeypatch.setattr(speed_training, "subprocess", run_two_forked(tmp_path / "log"))
+    monkeypatch.setattr(speed_training, "in_process", built_here)
     more = {"compile": False, "dataset": "digits", "text_dataset": "stdlib_docstrings"}
     only = {"only": ["processes", "vision", "text"], "text_model": "bilstm", "max_length": 16}
     rows = speed.main(study_options.SpeedOptions(**TINY, **more, **only))
@@ -158,11 +164,6 @@ def test_memory_of_a_process_that_fails(monkeypatch):
     monkeypatch.setattr(speed_training, "__file__", "/speed_training.py")  # not to be found there
     with pytest.raises(RuntimeError, match=r"ours_text failed: (?s:.)*speed_training"):
         speed_training.megabytes_of(study_options.SpeedOptions(), "ours_text")
-
-
-@contextmanager
-def built_here(build, *given):
-    yield build(*given)
 
 
 def test_what_is_chosen_against_float32(monkeypatch):

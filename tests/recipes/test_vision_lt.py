@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from interruptions import interrupted_at
 from paths import RECIPES
 from PIL import Image
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 from tuned_runs import bf16_wins
 from untouchable import without_test_set
 from vision_runs import parsed, picture_folder, vision_run
@@ -383,6 +385,15 @@ def made(*flags):
 
 
 # Which samples are kept
+
+
+@pytest.mark.parametrize(("flags", "told"), [([], 0), (["--workers", "1000"], 1)])
+def test_torch_warns_of_workers_that_were_asked_for(flags, told):
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        vision_lt.accept_default_workers(parsed(*flags))
+        DataLoader([0], num_workers=1000)
+    assert len(found) == told
 
 
 def test_own_data_are_never_cut_unasked(pictures, capsys):
