@@ -15,6 +15,7 @@ from options import described, parse_with_first_word
 
 from ldam_plugins.choices import CRITERIA, POSTHOC_METHODS, THRESHOLDS_FILE
 from ldam_plugins.training.command_line import (
+    log_bars_rarely,
     or_refused,
     parse_known_flags,
     say_errors_briefly,
@@ -392,6 +393,7 @@ def command_line(kind: type[_Options]) -> tuple[_Options, list[str]]:
     watch_cores()
     if not options.traceback:
         say_errors_briefly(options.output_dir)
+    log_bars_rarely()
     return options, rest
 
 
