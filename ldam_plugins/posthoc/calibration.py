@@ -302,8 +302,10 @@ def calibration_error(
       largest probability, as in :func:`.long_tail_metrics`.
     * ``classwise_ece``: the mean over the classes of ``sum_b |sum of p_c - (y = c) in b| / N``,
       over 15 bins of ``p_c``.
-    * ``intervals``: of the three, 95 %, by name, from a bootstrap of the samples, moved by its
-      bias: a calibration error is a sum of absolute values, so other samples would make it larger.
+    * ``intervals``: of the three, 95 %, by name, from a bootstrap of the samples. Chance makes a
+      sum of absolute values larger, never smaller: of a model that is well calibrated, all that is
+      found may be chance. So the low end of a calibration error is what is found less all that the
+      sums of the bins vary by, and the interval is rather too wide than too narrow.
     * ``bins``: of the largest probability: ``confidence`` and ``accuracy`` (means, None in an empty
       bin), ``share`` of all weights, and ``samples``, for a plot.
 
@@ -339,13 +341,16 @@ def calibration_error(
     if intervals:
         groups = np.zeros_like(truth) if prior is None else truth
         weights = np.concatenate([weights, _drawn(groups, classes, nll) * each])
-    measures = {"nll": weights @ nll, "ece": _gap(weights, rest, bins)}
-    measures["classwise_ece"] = _classwise_gap(weights, logits, truth)
-    found: dict[str, Any] = {name: float(values[0]) for name, values in measures.items()}
+    means = weights @ nll
+    sums = {
+        "ece": _sums(weights, rest, bins)[:, None],
+        "classwise_ece": _classwise_sums(weights, logits, truth),
+    }
+    found: dict[str, Any] = {"nll": float(means[0])}
+    found.update({name: float(_error(each[0])) for name, each in sums.items()})
     if intervals:
-        found["intervals"] = {
-            name: _interval(values[1:], found[name]) for name, values in measures.items()
-        }
+        found["intervals"] = {"nll": np.quantile(means[1:], _TAILS).tolist()}
+        found["intervals"].update({name: _interval(each) for name, each in sums.items()})
     shares = np.bincount(bins, weights=each, minlength=ECE_BINS)
     found["bins"] = {
         "confidence": _means(top * each, bins, shares),
@@ -362,11 +367,16 @@ def _bin(shares: np.ndarray) -> np.ndarray:
     return np.searchsorted(edges, shares, side="left")
 
 
-def _gap(weights: np.ndarray, rest: np.ndarray, bins: np.ndarray) -> np.ndarray:
-    """``sum_b |sum of w_i rest_i in b|`` for each row of weights (B, N)."""
+def _sums(weights: np.ndarray, rest: np.ndarray, bins: np.ndarray) -> np.ndarray:
+    """The sum of ``w_i rest_i`` in each bin, for each row of weights (B, N)."""
     apart = np.zeros((len(rest), ECE_BINS))
     apart[np.arange(len(rest)), bins] = rest
-    return np.abs(weights @ apart).sum(axis=1)
+    return weights @ apart
+
+
+def _error(sums: np.ndarray) -> np.ndarray:
+    """The mean over the classes of absolute sums (..., classes, bins), summed over the bins."""
+    return np.abs(sums).sum(axis=-1).mean(axis=-1)
 
 
 def _log_probabilities(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -376,8 +386,8 @@ def _log_probabilities(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield rows, logits[rows].double().log_softmax(dim=1)
 
 
-def _classwise_gap(weights: np.ndarray, logits: Tensor, truth: np.ndarray) -> np.ndarray:
-    """The mean over the classes of :func:`_gap` of ``p_c - (y = c)``, for each row of weights.
+def _classwise_sums(weights: np.ndarray, logits: Tensor, truth: np.ndarray) -> np.ndarray:
+    """:func:`_sums` of ``p_c - (y = c)`` for each class (B, C, bins).
 
     Of many classes nearly all probabilities are in the first bin: all are summed as if they were,
     and the few others, which are sparse, are moved.
@@ -400,7 +410,7 @@ def _classwise_gap(weights: np.ndarray, logits: Tensor, truth: np.ndarray) -> np
         part = weights[:, rows]
         sums[:, :, 0] += part @ p
         sums += (moved.T @ part.T).T.reshape(sums.shape)
-    return np.abs(sums).sum(axis=2).mean(axis=1)
+    return sums
 
 
 def _drawn(groups: np.ndarray, classes: int, seed: np.ndarray) -> np.ndarray:
@@ -418,9 +428,15 @@ def _drawn(groups: np.ndarray, classes: int, seed: np.ndarray) -> np.ndarray:
     return found
 
 
-def _interval(drawn: np.ndarray, value: float) -> list[float]:
-    ends = np.quantile(drawn, _TAILS) - (drawn.mean() - value)
-    return [max(0.0, float(end)) for end in ends]
+def _interval(sums: np.ndarray) -> list[float]:
+    """95 % of an error, from its sums and those of bootstrap samples below them.
+
+    With the true sums t and those found s, |t| is at least |s| - |s - t|, whatever t is; and the
+    mean over samples of |s| is at least |t|.
+    """
+    value, drawn, apart = _error(sums[0]), _error(sums[1:]), _error(sums[1:] - sums[0])
+    low = value - np.quantile(apart, _TAILS[1])
+    return [max(0.0, float(low)), float(value + np.quantile(drawn, _TAILS[1]) - drawn.mean())]
 
 
 def _means(values: np.ndarray, bins: np.ndarray, sizes: np.ndarray) -> list[float | None]:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from single_images import one_by_one
+from single_images import as_it_is, one_by_one
 from sklearn.datasets import load_sample_images
 
 from ldam_plugins.data.augment_policies import AutoAugment, RandAugment, TrivialAugmentWide
@@ -61,6 +61,20 @@ def test_mixed_operations_on_photographs(side):
     assert torch.equal(apply_operations(images, operations, amounts), expected)
     other = images.contiguous(memory_format=torch.channels_last)
     assert torch.equal(apply_operations(other, operations, amounts), expected)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (17, 33)], ids=str)
+@pytest.mark.parametrize("name", ["ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"])
+def test_only_what_is_halfway_between_two_pixels_depends_on_the_cpu(name, size):
+    amounts = every_magnitude(name, *size)
+    operations = torch.full((len(amounts),), OPERATIONS.index(name))
+    images = noise(len(amounts), *size)
+    found = apply_operations(images, operations, amounts)
+    nudged = torch.stack(
+        [as_it_is(images, operations, amounts * factor) for factor in (1 - 1e-6, 1, 1 + 1e-6)]
+    )
+    assert (found == nudged).any(0).all()
+    assert (found == nudged[1]).float().mean() > 0.98
 
 
 @pytest.mark.exhaustive

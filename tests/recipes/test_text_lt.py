@@ -709,6 +709,7 @@ def test_one_table_of_texts_is_split_and_the_split_is_kept(run, tmp_path, capsys
     assert metrics["data"]["left_out"] == {
         "rows of own.csv without text": 1,
         "rows of own.csv without label": 1,
+        "rows of own.csv that hold nothing": 1,
     }
     rows = rows_of_csv(out / "split.csv")
     parts = {part: {row["group"] for row in rows if row["part"] == part} for part in PARTS}
