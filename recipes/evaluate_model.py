@@ -57,7 +57,7 @@ from ldam_plugins.training import (
     write_metrics,
 )
 from ldam_plugins.training.options import check_choice
-from ldam_plugins.training.run_dir import check_no_run
+from ldam_plugins.training.run_dir import check_is_folder, check_no_run
 
 BATCHES = 16
 """Batches that a process takes at a time."""
@@ -72,8 +72,10 @@ def main(options: EvaluateOptions, flags: list[str] | None = None) -> dict[str, 
     """
     processes, output_dir = join_processes(options), Path(str(options.output_dir))
     options.quiet |= not processes.is_main_process
-    if not options.overwrite and processes.is_main_process:
-        check_no_run(output_dir)
+    if processes.is_main_process:
+        check_is_folder(output_dir)
+        if not options.overwrite:
+            check_no_run(output_dir)
     host, data = load(options, flags or [], measures=True)
     check_choice("part", options.part, data.parts)
     part = data.parts[options.part]

@@ -16,10 +16,11 @@ from __future__ import annotations
 from study_options import LOADING, InspectOptions
 from study_options import parse_inspect as parse
 
-from ldam_plugins.training.command_line import or_refused, say_errors_briefly
+from ldam_plugins.training.command_line import log_bars_rarely, or_refused, say_errors_briefly
 
 if __name__ == "__main__":  # --help and a misspelt flag are answered before torch is imported
     chosen = or_refused(parse)
+    log_bars_rarely()
 
 import io
 import math

@@ -77,7 +77,7 @@ from ldam_plugins.training import (
 from ldam_plugins.training.options import (
     invalid,
 )
-from ldam_plugins.training.run_dir import check_no_run
+from ldam_plugins.training.run_dir import check_is_folder, check_no_run
 
 LEAST_SHARE = 1e-6  # a share of 0 would forbid a class for good
 COMPARED = 64  # test samples by which the saved model is compared with what was measured
@@ -91,6 +91,7 @@ def main(options: RebalanceOptions, flags: list[str] | None = None) -> dict[str,
         flags: Options of the data.
     """
     output_dir = Path(str(options.output_dir))
+    check_is_folder(output_dir)
     if not options.overwrite:
         check_no_run(output_dir)
     began = time.perf_counter()

@@ -91,6 +91,8 @@ def test_data_without_parts_are_all_measured_and_may_lack_classes(finished, phot
     shutil.copy(f"{photos}/test/2/00.png", few / "new" / "0.png")
     with pytest.raises(ValueError, match=r"model's 3 classes, got .*1 other.*\['new'\]"):
         evaluated(finished, "--dataset", few, output=tmp_path / "never")
+    with pytest.raises(ValueError, match=r"`output_dir` must be a folder.*is a file"):
+        evaluated(tmp_path / "no_model", output=finished / "metrics.json" / "never")
     assert not (tmp_path / "never").exists()
 
 

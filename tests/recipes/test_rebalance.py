@@ -371,6 +371,8 @@ def test_other_classes_and_other_models_are_refused(tickets, photos, tmp_path):
         run(tmp_path / "x.pth.tar", "--dataset", str(photos), output=tmp_path / "out")
     with pytest.raises(ValueError, match="a model that timm can make and load"):
         run("no_such_model", "--dataset", str(photos), output=tmp_path / "out")
+    with pytest.raises(ValueError, match=r"`output_dir` must be a folder.*x\.pth\.tar is a file"):
+        run("no_such_model", "--dataset", str(photos), output=tmp_path / "x.pth.tar" / "out")
     assert not (tmp_path / "out").exists()
 
 
