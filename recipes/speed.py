@@ -19,6 +19,8 @@ row take turns, so what else the machine does meets them alike. Sections:
 * vision: training steps of ``vision_lt.py`` against a DataLoader with two workers and PIL
   transforms in float32, and against timm's create_loader and ClassificationTask;
 * fine_tuning: the same of a pretrained model on photographs, against the first of these;
+* quality: whole trainings by the presets of CIFAR-10-LT, reckoned from three epochs, against the
+  usual loop by the paper's protocol;
 * growth: training steps as the classes and the side of the images grow;
 * peak: the steps of vision, fine_tuning and text, eager, against products of large matrices with
   as many floating-point operations, and what they spend their time on;
@@ -68,6 +70,7 @@ SECTIONS: dict[str, Callable[[SpeedOptions], Iterator[Row]]] = {
     "processes": speed_training.processes,
     "vision": speed_training.vision,
     "fine_tuning": speed_training.fine_tuning,
+    "quality": speed_training.quality,
     "growth": speed_training.growth,
     "peak": speed_training.peak,
     "text": speed_training.text,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -52,7 +53,7 @@ from vision_lt import (
 
 from ldam_plugins import ClassCounts, DRWCallback
 from ldam_plugins.integrations.timm.images import image_loader, on_device
-from ldam_plugins.training import choose_precision, keep_freed_memory
+from ldam_plugins.training import choose_precision, keep_freed_memory, read_history
 
 Timed = Callable[[], float]
 """A contender that knows its seconds."""
@@ -70,23 +71,35 @@ def processes(options: SpeedOptions) -> Iterator[Row]:
 
 def seconds_of_processes(options: SpeedOptions, count: int) -> float:
     """Training seconds of so many processes with one thread each, the batch shared out."""
-    with tempfile.TemporaryDirectory() as folder:
-        preset = parse_options(VisionOptions, [], default="digits_lt")
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count)]
-        command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-        command += [str(Path(__file__).with_name("vision_lt.py")), "--output_dir", folder]
-        command += ["--schedule", "none", "--batch_size", str(preset.batch_size // count)]
-        command += ["--epochs", str(options.epochs), "--eval_test_every", "0"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        if not torch.accelerator.is_available():
-            environment["ACCELERATE_USE_CPU"] = "true"
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)} failed: {done.stderr[-2000:]}")
-        found = json.loads((Path(folder) / "metrics.json").read_text(encoding="utf-8"))
+    preset = parse_options(VisionOptions, [], default="digits_lt")
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(count)]
+    launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    flags = ["--batch_size", str(preset.batch_size // count), "--epochs", str(options.epochs)]
+    environment = {"OMP_NUM_THREADS": "1"}
+    if not torch.accelerator.is_available():
+        environment["ACCELERATE_USE_CPU"] = "true"
+    found, _ = trained(["--schedule", "none", *flags], launcher, environment)
     if found["processes"] != count:
         raise RuntimeError(f"{count} processes were asked for, {found['processes']} ran")
     return found["train_seconds"]
+
+
+def trained(
+    flags: Sequence[str],
+    launcher: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+) -> tuple[dict[str, Any], list[float]]:
+    """Metrics of a training by ``vision_lt.py`` in processes of its own, and seconds by epoch."""
+    recipe = str(Path(__file__).with_name("vision_lt.py"))
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, *launcher, recipe, *flags, "--eval_test_every", "0"]
+        command += ["--output_dir", folder]
+        given = {**os.environ, **(environment or {})}
+        done = subprocess.run(command, env=given, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)} failed: {done.stderr[-2000:]}")
+        found = json.loads((Path(folder) / "metrics.json").read_text(encoding="utf-8"))
+        return found, [row["seconds"] for row in read_history(folder)]
 
 
 def vision(options: SpeedOptions) -> Iterator[Row]:
@@ -126,6 +139,39 @@ def steps_beside(
         theirs()
         what = f"{options.steps} steps of {preset.model}, batch {preset.batch_size}"
         yield compare(options, what, ours, theirs, name, once=True)
+
+
+def quality(options: SpeedOptions) -> Iterator[Row]:
+    """Whole trainings by presets, against the usual loop by the paper's protocol.
+
+    Reckoned from some epochs of ours, whose first one compiles, and some steps of theirs. How well
+    they do is in the results.
+    """
+    paper = from_scratch(options)
+    steps = usual_steps(make_accelerator(paper), paper, options.steps)
+    steps()  # starts the workers
+    for name in PRESETS:
+        turns = []
+        for _ in range(options.repeats):
+            one = clock(steps, 1) / options.steps
+            images, ours = whole_training(options, name)
+            turns.append((ours, one * images / paper.batch_size * paper.epochs))
+        epochs = parse_options(VisionOptions, [name], default="").epochs
+        peer = f"usual loop, {paper.epochs} epochs"
+        yield summary(f"{name}, {epochs} epochs", peer, turns)
+
+
+PRESETS = ("cifar10_lt", "cifar10_lt_fast")
+"""What ``quality`` trains by."""
+
+
+def whole_training(options: SpeedOptions, name: str) -> tuple[int, float]:
+    """Images of an epoch, and seconds of a training by a preset, from three epochs of it."""
+    preset = parse_options(VisionOptions, [name], default="")
+    flags = [name, "--dataset", options.dataset, "--epochs", "3", "--schedule", "none"]
+    flags += ["--sched", "constant", "--compile", "yes" if options.compile else "no"]
+    found, (first, *others) = trained(flags)
+    return sum(found["class_counts"]), first + statistics.median(others) * (preset.epochs - 1)
 
 
 def growth(options: SpeedOptions) -> Iterator[Row]:

@@ -221,8 +221,8 @@ class SpeedOptions:
 
     only: list[str] = option(
         QUICK,
-        "sections to run: those above, start, processes, vision, fine_tuning, growth, peak, text, "
-        "memory, auto",
+        "sections to run: those above, start, processes, vision, fine_tuning, quality, growth, "
+        "peak, text, memory, auto",
     )
     repeats: int = option(7, "turns of each contender")
     seconds: float = option(0.1, "least seconds of a turn of the small things")

@@ -22,6 +22,8 @@ BANKING77 = [
 SIZES = {
     "banking77_lt": BANKING77,
     "cifar10_lt": [5000] * 10,
+    "cifar10_lt_fast": [5000] * 10,
+    "cifar10_lt_strong": [5000] * 10,
     "cifar100_lt": [500] * 100,
     "imdb_lt": [12500] * 2,
     "inat2018": [2, 1000, 30],  # nothing is cut, so any sizes do

@@ -15,6 +15,7 @@ import speed_training
 import study_options
 import vision_lt
 from forked import run_forked
+from options import parse_options
 from paths import RECIPES
 
 TINY = {
@@ -99,6 +100,22 @@ def test_a_recipe_ends_after_its_first_step(tmp_path):
     done = run_forked(script, [*words, "--quiet", "--output_dir", str(out)], tmp_path / "log")
     assert (done.returncode, done.stdout) == (0, "")
     assert len((out / "history.csv").read_text().splitlines()) == 1  # its columns
+
+
+def test_quality(monkeypatch):
+    def three_epochs(flags):
+        preset = parse_options(vision_lt.VisionOptions, flags, default="")
+        assert (preset.epochs, preset.schedule, preset.compile) == (3, "none", True)
+        return {"class_counts": [6, 2]}, [9.0, 1.0, 2.0]
+
+    monkeypatch.setattr(speed_training, "trained", three_epochs)
+    monkeypatch.setattr(speed_training, "usual_steps", lambda *_: lambda: None)
+    monkeypatch.setattr(speed_training, "clock", lambda *_: 0.5)
+    paper, fast = speed.main(study_options.SpeedOptions(**TINY, only=["quality"]))
+    theirs = 0.25 * 8 / 8 * 200  # seconds of a step, steps of an epoch, epochs
+    assert paper["seconds"] == [(9 + 1.5 * 199, theirs)]
+    assert fast["seconds"] == [(9 + 1.5 * 39, theirs)]
+    assert (fast["what"], fast["peer"]) == ("cifar10_lt_fast, 40 epochs", "usual loop, 200 epochs")
 
 
 def test_growth(monkeypatch):

@@ -412,6 +412,8 @@ def test_what_a_profile_leaves_out_is_printed(capsys):
 
 PROFILES = {
     "cifar10_lt": ("exp", 100),
+    "cifar10_lt_fast": ("exp", 100),
+    "cifar10_lt_strong": ("exp", 100),
     "cifar100_lt": ("exp", 100),
     "digits_lt": ("exp", 100),
     "tiny_imagenet_lt": ("exp", 100),
