@@ -46,7 +46,8 @@ def test_a_streamed_run_goes_from_data_to_report_and_on(kind, counts, tmp_path):
     flags = ["--dataset", hub, "--streaming", "--shuffle_buffer", 8, *SMALL[kind]]
     flags += ["--batch_size", 8, "--output_dir", tmp_path / "run"]
     main = KINDS[kind][0].main
-    metrics = main(parsed(kind, *flags, "--epochs", 2))
+    metrics = main(parsed(kind, *flags, "--epochs", 2, "--rebalance", "logit_adjustment:1"))
+    assert metrics["rebalance"]["method"] == "logit_adjustment"
     assert list(metrics["class_counts"]) == counts
     assert sum(metrics["test"]["confusion"]["samples"]) == (6 if kind == "vision" else 18)
     assert (tmp_path / "run" / "report.html").exists()
