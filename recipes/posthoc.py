@@ -44,7 +44,7 @@ from tqdm import tqdm
 from trained import load
 
 from ldam_plugins import ClassCounts
-from ldam_plugins.benchmark.records import new_record
+from ldam_plugins.benchmark.records import UNKNOWN, new_record
 from ldam_plugins.benchmark.report import write_experiment
 from ldam_plugins.benchmark.tables import interval_rows, markdown
 from ldam_plugins.posthoc import (
@@ -54,7 +54,7 @@ from ldam_plugins.posthoc import (
     parse_method,
     rebalance_head,
 )
-from ldam_plugins.training import default_device, keep_freed_memory, run_metrics
+from ldam_plugins.training import default_device, keep_freed_memory, read_metrics, run_metrics
 from ldam_plugins.training.files import to_json
 from ldam_plugins.training.run_dir import OPTIONS_FILE
 
@@ -108,6 +108,7 @@ def records_of_run(options: PosthocOptions, run: str) -> Iterator[dict[str, Any]
         learn_from = None if learned is None else extract(learned)
     host.model.cpu()
     own = json.loads(Path(run, OPTIONS_FILE).read_text(encoding="utf-8"))
+    precision = read_metrics(run).get("mixed_precision", UNKNOWN)
     for made in apply_methods(
         host.model, features, data.counts, tested, options, learn_from=learn_from
     ):
@@ -118,6 +119,7 @@ def records_of_run(options: PosthocOptions, run: str) -> Iterator[dict[str, Any]
             name=f"{Path(run).name}_{made.method.replace(':', '-')}",
             chosen_on=chosen_on,
             samples=len(features),
+            precision=precision,
         )
 
 
@@ -169,6 +171,7 @@ def record(
     name: str,
     chosen_on: str,
     samples: int,
+    precision: str = "no",
 ) -> dict[str, Any]:
     """The record of a model that a method was applied to.
 
@@ -179,9 +182,11 @@ def record(
         name: Of the record.
         chosen_on: Where the choice was made.
         samples: How many these were.
+        precision: That the model was trained in.
     """
     metrics = run_metrics(
         options=made_of,
+        mixed_precision=precision,
         class_counts=counts,
         device="cpu",
         rebalance={"chosen_on": chosen_on, **chosen_of(made.done)},
@@ -191,7 +196,7 @@ def record(
         test=made.done.after,
     )
     command = f"python {' '.join(sys.argv)}"
-    found = new_record(name, command, {"mixed_precision": "no", **metrics})
+    found = new_record(name, command, metrics)
     return json.loads(to_json(found, name="record"))  # numbers as any reader gets them
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 
 from ldam_plugins._validation import invalid
 from ldam_plugins.benchmark.grid import METHODS
-from ldam_plugins.benchmark.records import Record
+from ldam_plugins.benchmark.records import UNKNOWN, Record
 from ldam_plugins.choices import DEFAULT_SCALE
 from ldam_plugins.heads.choice import LINEAR_SCALE, wants_cosine_head
 from ldam_plugins.losses.registry import create_loss, loss_class, loss_options
@@ -41,6 +41,8 @@ def varying_options(records: Sequence[Record]) -> list[str]:
     """
     shared = set.intersection(*(set(record["options"]) for record in records))
     left_out = {"seed", "loss", "schedule", *WITHOUT_EFFECT}
+    if len({record["options"].get("mixed_precision") for record in records}) == 1:
+        left_out.add("mixed_precision")  # where all say "auto" it is the machines that differ
     names = [name for name in records[0]["options"] if name in shared - left_out]
     varying = [n for n in names if len({option_value(record, n) for record in records}) > 1]
     budgets = {tuning_budget(record) for record in records}
@@ -59,6 +61,8 @@ def option_value(record: Record, name: str) -> Any:
     value = options[name]
     if name in tuned_values(record):
         value = record["tuned"].get("given", {}).get(name)
+    if name == "mixed_precision" and record.get(name, UNKNOWN) != UNKNOWN:
+        return record[name]  # what "auto" stood for
     if name == "head":
         return None if head_of(record) == _default_head(options["loss"]) else value
     default = _default(name, options["loss"], head_of(record))

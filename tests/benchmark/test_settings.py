@@ -41,6 +41,17 @@ def test_a_head_and_scale_that_are_written_out_are_the_same_method():
     assert not alike("ce", cosine, {**cosine, "scale": 20.0})
 
 
+def test_a_precision_is_the_one_that_auto_stood_for():
+    given = record("ldam", "drw", 0, 20.0, mixed_precision="bf16") | {"mixed_precision": "bf16"}
+    chosen = record("ldam", "drw", 1, 21.0, mixed_precision="auto") | {"mixed_precision": "bf16"}
+    other = record("ldam", "drw", 1, 22.0, mixed_precision="auto") | {"mixed_precision": "no"}
+    before = record("ldam", "drw", 2, 23.0, mixed_precision="auto")
+    assert len(by_setting([given, chosen])) == 1
+    assert len(by_setting([given, other])) == 2
+    assert len(by_setting([given, before])) == 2
+    assert len(by_setting([chosen, {**other, "options": chosen["options"] | {"seed": 2}}])) == 1
+
+
 def test_options_that_not_all_versions_know_do_not_tell_methods_apart(records):
     records[0]["options"]["new"] = True
     assert varying_options(records) == ["loss", "schedule"]
