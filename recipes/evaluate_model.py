@@ -75,7 +75,7 @@ def main(options: EvaluateOptions, flags: list[str] | None = None) -> dict[str, 
     if processes.is_main_process:
         check_is_folder(output_dir)
         if not options.overwrite:
-            check_no_run(output_dir)
+            check_no_run(output_dir, resumes=False)
     host, data = load(options, flags or [], measures=True)
     check_choice("part", options.part, data.parts)
     part = data.parts[options.part]

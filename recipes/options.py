@@ -902,7 +902,7 @@ class TextOptions(CoreOptions):
         if self.lr_schedule not in ("constant", "constant_with_warmup"):
             name = f"--lr_schedule {self.lr_schedule}"
             return f"{name} lowers the learning rate until the end of the training"
-        if self.warmup:
+        if self.warmup and self.lr_schedule == "constant_with_warmup":  # "constant" has none
             return f"--warmup {self.warmup:g} is a share of the training"
         return super().tied_to_length()
 

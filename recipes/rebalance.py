@@ -93,7 +93,7 @@ def main(options: RebalanceOptions, flags: list[str] | None = None) -> dict[str,
     output_dir = Path(str(options.output_dir))
     check_is_folder(output_dir)
     if not options.overwrite:
-        check_no_run(output_dir)
+        check_no_run(output_dir, resumes=False)
     began = time.perf_counter()
     host, data = load(options, flags or [])
     if not options.quiet:

@@ -127,12 +127,15 @@ class InspectOptions:
     }
 
     dataset: str = option(
-        "", "hub id, local folder, or embedded set; may come first without a flag"
+        "",
+        "folder, table, hub id, digits or stdlib_docstrings; may come first without a flag",
     )
     kind: str = option("auto", "what it holds", choices=("auto", "images", "texts"))
-    image_column: str | None = option(None, "image column of a hub dataset [by its type]")
-    text_column: str | None = option(None, "text column of the dataset [by name or type]")
-    label_column: str | None = option(None, "label column of the dataset [by name or type]")
+    image_column: str | None = option(
+        None, "column of the images, or of their names [by its content]"
+    )
+    text_column: str | None = option(None, "column of the texts [by name or content]")
+    label_column: str | None = option(None, "column of the labels [by name or content]")
     train_split: str = option("train", "split to train on")
     test_split: str | None = option(
         None,
@@ -148,8 +151,8 @@ class InspectOptions:
         None, "what separates the fields of a CSV file [what gives even rows]"
     )
     subset_seed: int = option(0, "seed of the choice of samples by --test_split")
-    train_list: str | None = option(None, "list or JSON file of the training images")
-    test_list: str | None = option(None, "list or JSON file of the test images")
+    train_list: str | None = option(None, "list, table or JSON file of the training images")
+    test_list: str | None = option(None, "list, table or JSON file of the test images")
     skip_empty: bool = option(False, "leave out rows without a text, file or label, and count them")
     near_distance: int = option(
         NEAR_DISTANCE, "bits of 64 in which the hashes of nearly equal images differ at most"
@@ -221,8 +224,8 @@ class SpeedOptions:
 
     only: list[str] = option(
         QUICK,
-        "sections to run: those above, start, processes, vision, fine_tuning, quality, growth, "
-        "peak, text, memory, auto",
+        "sections to run: the default ones, or start, processes, vision, fine_tuning, quality, "
+        "growth, peak, text, memory, auto",
     )
     repeats: int = option(7, "turns of each contender")
     seconds: float = option(0.1, "least seconds of a turn of the small things")

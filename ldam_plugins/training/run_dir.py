@@ -127,14 +127,18 @@ def _write_new(path: Path, content: bytes) -> None:
         beside.unlink(missing_ok=True)
 
 
-def check_no_run(folder: str | os.PathLike[str]) -> None:
+def check_no_run(folder: str | os.PathLike[str], *, resumes: bool = True) -> None:
     """Refuse a folder that holds a run, unless it ended before it had saved anything.
+
+    Args:
+        folder: Of the run.
+        resumes: Whether the command could go on with it, for the hint.
 
     Raises:
         ValueError: it holds one.
     """
     if not is_unsaved(Path(folder)):
-        _check_no_run(Path(folder))
+        _check_no_run(Path(folder), resumes=resumes)
 
 
 def check_resumes(
@@ -178,11 +182,12 @@ def _unwritable(path: str | os.PathLike[str], reason: str | None) -> Exception:
     return invalid("output_dir", "a folder that can be written", str(path), hint=hint)
 
 
-def _check_no_run(folder: Path) -> None:
+def _check_no_run(folder: Path, *, resumes: bool = True) -> None:
     held = [name for name in RUN_ENTRIES if (folder / name).exists()]
     if held:
-        hint = f"It has {quoted(held)}: choose another --output_dir, add --resume to go on, or"
-        hint += " --overwrite to delete that run."
+        hint = f"It has {quoted(held)}: choose another --output_dir,"
+        hint += " add --resume to go on," if resumes else ""
+        hint += " or --overwrite to delete that run."
         raise invalid("output_dir", "a folder that holds no run", str(folder), hint=hint)
 
 

@@ -57,8 +57,10 @@ def test_a_run_is_measured_again_to_the_same(finished, tmp_path):
     assert "How it was measured" in (tmp_path / "out" / "report.html").read_text()
     _, (found,) = compare([read_classifier(finished), read_classifier(tmp_path / "out")])
     assert {(part.gained, part.lost) for part in found.parts.values()} == {(0, 0)}
-    with pytest.raises(ValueError, match="a folder that holds no run"):
+    with pytest.raises(ValueError, match="a folder that holds no run") as refused:
         evaluated(finished, output=tmp_path / "out")
+    assert "--overwrite" in str(refused.value)
+    assert "--resume" not in str(refused.value)  # which this recipe does not have
     trainings = evaluated(finished, "--part", "train", output=tmp_path / "train")
     assert sum(trainings["test"]["per_class_samples"]) == 19
 

@@ -290,8 +290,9 @@ def test_a_run_of_this_package_knows_its_data(photos, tmp_path):
     assert metrics["options"]["choose_on"] == "validation"
     assert metrics["class_counts"].tolist() == trained["class_counts"].tolist()
     assert metrics["before"]["per_class_accuracy"] == trained["test"]["per_class_accuracy"]
-    with pytest.raises(ValueError, match="`output_dir` must be a folder that holds no run"):
+    with pytest.raises(ValueError, match="`output_dir` must be a folder that holds no") as refused:
         run(tmp_path / "run", output=tmp_path / "out")
+    assert "--resume" not in str(refused.value)  # which this recipe does not have
     # What was re-balanced is a run again.
     again = run(tmp_path / "out", "--method", "none", "--no_calibrate", output=tmp_path / "again")
     assert again["before"]["per_class_accuracy"] == metrics["test"]["per_class_accuracy"]

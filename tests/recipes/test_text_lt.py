@@ -558,6 +558,18 @@ def test_missing_minilm_is_named(monkeypatch):
         text_lt.pretrained_source("minilm")
 
 
+def test_what_is_tied_to_the_length_of_the_training():
+    def why(*flags):
+        flags = ["stdlib_lt", "--start", "6", "--warmup", "0.05", "--lr_schedule", *flags]
+        parsed = recipe_options.parse_options(text_lt.TextOptions, flags, default="")
+        return parsed.may_grow()["epochs"]
+
+    assert why("constant") is None  # that of transformers takes no warm-up
+    assert why("constant_with_warmup", "--warmup", "0") is None
+    assert why("constant_with_warmup").startswith("--warmup 0.05 is a share of the training")
+    assert why("linear").startswith("--lr_schedule linear lowers the learning rate")
+
+
 def test_presets_parse_and_can_be_overridden():
     for name, model in (("imdb_lt", "bilstm"), ("banking77_lt", "minilm"), ("stdlib_lt", "bilstm")):
         parsed = recipe_options.parse_options(
