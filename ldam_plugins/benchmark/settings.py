@@ -143,7 +143,7 @@ def _hashable(value: Any) -> Any:
 
 def shown(value: Any) -> str:
     """The value of an option for people."""
-    if value is None:
+    if value is None or value in ([], ()):
         return ABSENT
     if isinstance(value, (list, tuple)):
         return " ".join(map(shown, value))

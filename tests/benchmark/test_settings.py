@@ -1,7 +1,7 @@
 import pytest
 from made_records import method, record
 
-from ldam_plugins.benchmark.settings import by_setting, head_of, varying_options
+from ldam_plugins.benchmark.settings import by_setting, head_of, shown, varying_options
 
 
 def test_varying_options_are_what_tells_the_methods_apart(records):
@@ -60,3 +60,8 @@ def test_options_that_not_all_versions_know_do_not_tell_methods_apart(records):
 def test_the_same_run_twice_is_refused(records):
     with pytest.raises(ValueError, match=r"different runs, got .*'copy'.*Remove one"):
         by_setting([*records, {**records[0], "name": "copy"}])
+
+
+def test_values_are_shown_for_people():
+    values = (None, [], (), 0, 0.1, [32, 36], "auto")
+    assert [shown(value) for value in values] == ["-", "-", "-", "0", "0.1", "32 36", "auto"]
