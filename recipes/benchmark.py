@@ -45,11 +45,10 @@ from __future__ import annotations
 from study_options import RECIPES, BenchmarkOptions
 from study_options import parse_benchmark as parse
 
-from ldam_plugins.training.command_line import log_bars_rarely, or_refused
+from ldam_plugins.training.command_line import begin_study
 
 if __name__ == "__main__":  # --help and a misspelt flag are answered before torch is imported
-    chosen = or_refused(parse)
-    log_bars_rarely()
+    chosen = begin_study(parse)
 
 import shlex
 import sys

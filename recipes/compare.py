@@ -18,10 +18,10 @@ from __future__ import annotations
 
 from trained_options import CompareOptions, parse_compare
 
-from ldam_plugins.training.command_line import or_refused, say_errors_briefly
+from ldam_plugins.training.command_line import begin_study
 
 if __name__ == "__main__":  # --help and a misspelt flag are answered before torch is imported
-    chosen = or_refused(parse_compare)
+    chosen = begin_study(parse_compare)
 
 from tabulate import tabulate
 
@@ -39,8 +39,6 @@ SHOWN = 10
 
 def main(options: CompareOptions) -> None:
     """Compare, print and write."""
-    if not options.traceback:
-        say_errors_briefly()
     classifiers = [read_classifier(path, options.part) for path in options.classifiers]
     table, comparisons = compare(classifiers)
     for found in comparisons:

@@ -29,11 +29,10 @@ from study_options import DATA_OPTIONS, FROZEN_HEADS, FROZEN_SCHEDULES, FrozenOp
 from study_options import parse_frozen as parse
 from trained_options import APPLIED
 
-from ldam_plugins.training.command_line import log_bars_rarely, or_refused
+from ldam_plugins.training.command_line import begin_study
 
 if __name__ == "__main__":  # --help and a misspelt flag are answered before torch is imported
-    chosen = or_refused(parse)
-    log_bars_rarely()
+    chosen = begin_study(parse)
 
 import json
 import sys

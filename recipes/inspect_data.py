@@ -16,11 +16,10 @@ from __future__ import annotations
 from study_options import LOADING, InspectOptions
 from study_options import parse_inspect as parse
 
-from ldam_plugins.training.command_line import log_bars_rarely, or_refused, say_errors_briefly
+from ldam_plugins.training.command_line import begin_study
 
 if __name__ == "__main__":  # --help and a misspelt flag are answered before torch is imported
-    chosen = or_refused(parse)
-    log_bars_rarely()
+    chosen = begin_study(parse)
 
 import io
 import math
@@ -58,8 +57,6 @@ PREVIEW = 128  # pixels of a side
 
 def main(options: InspectOptions) -> Audit:
     """Look at the data set, print what was found, and write it to ``--output_dir``."""
-    if not options.traceback:
-        say_errors_briefly()
     options, kind, (train, test) = load(options)
     Path(options.output_dir).mkdir(parents=True, exist_ok=True)  # before what takes minutes
     preview = None

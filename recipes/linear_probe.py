@@ -14,11 +14,15 @@ on those of the run (``--fit_on long_tail``), and evaluated on the test set.
 
 from __future__ import annotations
 
+from functools import partial
+
 from options import CoreOptions, flags_alone
 from study_options import ProbeOptions
 
+from ldam_plugins.training.command_line import begin_study
+
 if __name__ == "__main__":  # --help and a misspelt flag are answered before torch is imported
-    chosen = flags_alone(ProbeOptions)
+    chosen = begin_study(partial(flags_alone, ProbeOptions))
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace

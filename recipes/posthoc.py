@@ -23,11 +23,10 @@ from __future__ import annotations
 from trained_options import PosthocOptions, RebalanceOptions
 from trained_options import parse_posthoc as parse
 
-from ldam_plugins.training.command_line import log_bars_rarely, or_refused
+from ldam_plugins.training.command_line import begin_study
 
 if __name__ == "__main__":  # --help and a misspelt flag are answered before torch is imported
-    chosen = or_refused(parse)
-    log_bars_rarely()
+    chosen = begin_study(parse)
 
 import json
 import sys

@@ -113,6 +113,7 @@ class BenchmarkOptions:
     slurm: list[str] = option([], "of submitit: timeout_min=60 partition=gpu ...", action="extend")
     dry_run: bool = option(False, "print the command of each cell and stop")
     report_only: bool = option(False, "run nothing; report on the cells that are finished")
+    traceback: bool = option(False, "show where in the code an error arose")
 
 
 @dataclass
@@ -205,6 +206,7 @@ class FrozenOptions:
         None, "output_dir of an earlier run on the same data, whose features are used again"
     )
     output_dir: str = option("runs/frozen_features", "folder of the results")
+    traceback: bool = option(False, "show where in the code an error arose")
 
 
 @dataclass
@@ -216,6 +218,7 @@ class ProbeOptions:
     epochs: list[int] = option([], "epochs of training to probe after [around the switch, last]")
     fit_on: str = option("all", "training samples of the probe", choices=("all", "long_tail"))
     output: str = option("runs/probe.csv", "CSV with a row a run and epoch")
+    traceback: bool = option(False, "show where in the code an error arose")
 
 
 @dataclass

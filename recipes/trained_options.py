@@ -323,6 +323,7 @@ class PosthocOptions:
     workers: int = option(0, "loader processes for images")
     output_dir: str = option("runs/posthoc", "folder of the results")
     quiet: bool = option(False, "print warnings and errors only")
+    traceback: bool = option(False, "show where in the code an error arose")
 
     def __post_init__(self) -> None:
         limits = {"folds": {"low": 2}, "batch_size": COUNT, "workers": COUNT_OR_0}

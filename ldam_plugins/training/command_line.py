@@ -188,6 +188,18 @@ def log_bars_rarely() -> None:
         os.environ.setdefault("TQDM_MININTERVAL", LOG_SECONDS)
 
 
+def begin_study(parse: Callable[[], _Options]) -> _Options:
+    """The options of a recipe that trains nothing itself, as :func:`or_refused` gives them.
+
+    From now on its errors are a line, unless ``--traceback`` was given.
+    """
+    options = or_refused(parse)
+    if "traceback" not in flag_names(sys.argv):
+        say_errors_briefly()
+    log_bars_rarely()
+    return options
+
+
 def say_errors_briefly(folder: str | os.PathLike[str] | None = None) -> None:
     """From now on errors of this package, and Ctrl-C, end the process with a line, not a traceback.
 
@@ -195,17 +207,19 @@ def say_errors_briefly(folder: str | os.PathLike[str] | None = None) -> None:
     after Ctrl-C.
 
     Args:
-        folder: ``--output_dir`` of the run, for what Ctrl-C says.
+        folder: ``--output_dir`` of a run that can be resumed, for what Ctrl-C says.
     """
     program = Path(sys.argv[0]).name
 
     def show(kind: type[BaseException], error: BaseException, trace: Any) -> None:
         if issubclass(kind, KeyboardInterrupt):
             if is_first_process():
-                kept = folder is not None and has_checkpoint(folder)
-                told = f"--resume goes on from what {folder} keeps"
-                again = "nothing was saved yet, start it again"
-                print(f"\n{program}: interrupted; {told if kept else again}.", file=sys.stderr)
+                told = ""
+                if folder is not None and has_checkpoint(folder):
+                    told = f"; --resume goes on from what {folder} keeps"
+                elif folder is not None:
+                    told = "; nothing was saved yet, start it again"
+                print(f"\n{program}: interrupted{told}.", file=sys.stderr)
         elif is_ours(error):
             print(f"{program}: error: {error}\n(--traceback shows where)", file=sys.stderr)
         else:

@@ -17,6 +17,7 @@ from ldam_plugins.benchmark.tuning import AROUND
 from ldam_plugins.losses import losses_with
 from ldam_plugins.posthoc import METHODS
 from ldam_plugins.training.command_line import (
+    begin_study,
     flag_names,
     is_ours,
     make_parser,
@@ -156,6 +157,36 @@ def test_warnings_of_this_package_are_a_line(monkeypatch):
     told = "vision_lt.py: warning: weights and margins\n"
     assert worded("weights and margins", UserWarning, of_ours, 3) == told
     assert f"{of_others}:3: UserWarning: slow" in worded("slow", UserWarning, of_others, 3, line="")
+
+
+@pytest.mark.parametrize("flags", [[], ["--traceback"]], ids=str)
+def test_errors_of_a_study_are_a_line_unless_asked(flags, monkeypatch, capsys):
+    monkeypatch.setattr("sys.excepthook", sys.excepthook)
+    monkeypatch.setattr("warnings.formatwarning", warnings.formatwarning)
+    monkeypatch.setattr("os.environ", dict(os.environ))
+    monkeypatch.setattr("sys.argv", ["posthoc.py", *flags])
+    before = sys.excepthook
+    assert begin_study(lambda: "options") == "options"
+    assert (sys.excepthook is before) == bool(flags)
+    sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)
+    error = capsys.readouterr().err
+    assert (error == "\nposthoc.py: interrupted.\n") != bool(flags)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags", "told"),
+    [
+        ("benchmark.py", ["--methods", "ldam/none:no_option=1", "--dry_run"], "no_option"),
+        ("linear_probe.py", [], "`runs` must be"),
+    ],
+)
+def test_studies_tell_their_errors_in_a_line(recipe, flags, told, tmp_path):
+    command = [sys.executable, str(RECIPES / recipe), *flags]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.returncode) == ("", 1)
+    assert done.stderr.startswith(f"{recipe}: error: ")
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 HELP = """
