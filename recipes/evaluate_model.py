@@ -31,13 +31,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm import tqdm
 from trained import (
+    AUTOCAST,
     Host,
     Part,
     data_settings,
+    find_precision,
     join_processes,
     load,
     rows_of,
@@ -86,8 +89,15 @@ def main(options: EvaluateOptions, flags: list[str] | None = None) -> dict[str, 
             "classes": worded_classes(data.counts),
         }
         print(header(facts), flush=True)
+    tuned = find_precision(
+        options,
+        host,
+        lambda: rows_of(part.samples, np.arange(min(options.batch_size, len(part.labels)))),
+        lambda: len(part.labels) // processes.num_processes,
+        processes.device,
+    )
     began = time.perf_counter()
-    result = measure(options, processes, host, part, data.counts)
+    result = measure(options, processes, host, part, data.counts, AUTOCAST[tuned.precision])
     seconds = time.perf_counter() - began
     settings = {**data_settings(data.options), **asdict(options)}
     metrics = run_metrics(
@@ -95,6 +105,7 @@ def main(options: EvaluateOptions, flags: list[str] | None = None) -> dict[str, 
         class_counts=data.counts,
         device=processes.device,
         processes=processes.num_processes,
+        mixed_precision=tuned.precision,
         evaluated=options.model,
         train_seconds=seconds,
         examples_per_second=len(part.labels) / seconds,
@@ -108,7 +119,12 @@ def main(options: EvaluateOptions, flags: list[str] | None = None) -> dict[str, 
 
 
 def measure(
-    options: EvaluateOptions, processes: PartialState, host: Host, part: Part, counts: ClassCounts
+    options: EvaluateOptions,
+    processes: PartialState,
+    host: Host,
+    part: Part,
+    counts: ClassCounts,
+    autocast: torch.dtype | None = None,
 ) -> dict[str, Any]:
     """Metrics and predictions of some samples, which the processes share.
 
@@ -123,7 +139,9 @@ def measure(
         for start in tqdm(own, unit=f"{starts.step} samples", disable=options.quiet):
             rows = np.arange(start, min(start + starts.step, len(part.labels)))
             some = rows_of(part.samples, rows)
-            found = extract_features(host.model, host.make_loader(some), device=processes.device)
+            found = extract_features(
+                host.model, host.make_loader(some), device=processes.device, autocast=autocast
+            )
             groups = None if examples.groups is None else examples.groups[rows]
             metrics.update(found.logits, found.labels, groups)
             predictions.update(rows, found.logits, found.labels)

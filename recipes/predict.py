@@ -29,17 +29,19 @@ from trained_options import PredictOptions, command_line
 if __name__ == "__main__":  # --help and a misspelt flag are answered before torch is imported
     chosen = command_line(PredictOptions)
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset, disable_progress_bars
 from tqdm import tqdm
 from trained import (
+    AUTOCAST,
     Host,
     find_host,
+    find_precision,
     head_layer,
     join_processes,
     model_files,
@@ -49,11 +51,12 @@ from ldam_plugins.data.unlabelled import UNREAD, unlabelled_images, unlabelled_t
 from ldam_plugins.integrations.transformers.trained_model import TEXTS
 from ldam_plugins.metrics import Predictions
 from ldam_plugins.metrics.predictions import probabilities
-from ldam_plugins.posthoc import extract_features
+from ldam_plugins.posthoc import Features, extract_features
 from ldam_plugins.posthoc.thresholds import Thresholds, weights_digest
 from ldam_plugins.training import keep_freed_memory
 from ldam_plugins.training.options import invalid
 from ldam_plugins.training.part_files import PartFiles
+from ldam_plugins.training.run_dir import AUTO_TUNE_FILE
 
 SHOWN = 5
 
@@ -81,12 +84,24 @@ def main(options: PredictOptions, flags: list[str] | None = None) -> Path:
         print(f"{thresholds.worded()} --thresholds none leaves them out.")
     if done and not quiet:
         print(f"{table.folder}: going on after {done} of {sum(sizes)} rows.")
+    options.quiet |= quiet
+    tuned = find_precision(
+        options,
+        host,
+        lambda: readable(host, next(find_samples(options, host))[1])[1],
+        lambda: (sum(sizes) - done) // processes.num_processes,
+        processes.device,
+        kept=table.folder / AUTO_TUNE_FILE,
+    )
+    run = partial(
+        extract_features, host.model, device=processes.device, autocast=AUTOCAST[tuned.precision]
+    )
     bar = tqdm(total=sum(sizes), initial=done, unit="row", disable=quiet)
     with keep_freed_memory(processes.device), bar:
         for index, (names, samples) in enumerate(find_samples(options, host)):
             if index % processes.num_processes != processes.process_index or table.is_done(index):
                 continue
-            found = predict(host, samples, classes, options.top, processes.device, thresholds)
+            found = predict(host, samples, classes, options.top, run, thresholds)
             table.write(
                 index,
                 ((n, *values, error) for n, (error, values) in zip(names, found, strict=True)),
@@ -163,27 +178,35 @@ def predict(
     samples: Any,
     classes: list[str],
     top: int,
-    device: torch.device,
+    run: Callable[[Any], Features],
     thresholds: Thresholds | None = None,
 ) -> list[tuple[str, list[str]]]:
     """Of each row what is wrong with it, or the columns between its name and that."""
     names = header(min(top, len(classes)), thresholds)[1:-1]
     if host.kind == TEXTS:
-        texts = samples.texts()
-        lines = [("cannot be read" if t is None else "no text", [""] * len(names)) for t in texts]
-        full = [row for row, text in enumerate(texts) if text and not text.isspace()]
-        full.sort(key=lambda row: len(texts[row]))  # texts of like length need little padding
-        kept = [texts[row] for row in full]
-        part = Dataset.from_dict({"text": kept, "label": np.zeros(len(full), dtype=np.int64)})
+        states = ["cannot be read" if text is None else "no text" for text in samples.texts()]
     else:
-        lines = [("cannot be read", [""] * len(names)) for _ in samples.names]
-        full, part = list(range(len(lines))), samples
+        states = ["cannot be read"] * len(samples.names)
+    lines = [(state, [""] * len(names)) for state in states]
+    full, part = readable(host, samples)
     if full:
-        found = extract_features(host.model, host.make_loader(part), device=device)
+        found = run(host.make_loader(part))
         words = answers(found.logits, classes, top, thresholds)
         for row, state, values in zip(full, found.labels.tolist(), words, strict=True):
             lines[row] = ("", values) if state != UNREAD else lines[row]
     return lines
+
+
+def readable(host: Host, samples: Any) -> tuple[list[int], Any]:
+    """The rows that can be classified, as far as that is known yet, and their samples."""
+    if host.kind != TEXTS:
+        return list(range(len(samples.names))), samples
+    texts = samples.texts()
+    full = [row for row, text in enumerate(texts) if text and not text.isspace()]
+    full.sort(key=lambda row: len(texts[row]))  # texts of like length need little padding
+    kept = [texts[row] for row in full]
+    labels = np.zeros(len(full), dtype=np.int64)
+    return full, Dataset.from_dict({"text": kept, "label": labels})
 
 
 def answers(

@@ -31,7 +31,7 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, astuple
 from functools import partial
 from pathlib import Path
@@ -41,10 +41,12 @@ import numpy as np
 import torch
 from datasets import Dataset
 from trained import (
+    AUTOCAST,
     Data,
     Host,
     data_settings,
     divide_test,
+    find_precision,
     head_layer,
     labels_of,
     load,
@@ -102,14 +104,26 @@ def main(options: RebalanceOptions, flags: list[str] | None = None) -> dict[str,
     check_head(options, host.model)
     device = default_device()
     names = data.counts.class_names
+    tuned = find_precision(
+        options,
+        host,
+        lambda: rows_of(test, np.arange(min(options.batch_size, len(labels_of(test))))),
+        lambda: len(labels_of(chosen)) + len(labels_of(test)),
+        device,
+    )
     extract = partial(
-        extract_features, host.model, device=device, class_names=names, progress=not options.quiet
+        extract_features,
+        host.model,
+        device=device,
+        autocast=AUTOCAST[tuned.precision],
+        class_names=names,
+        progress=not options.quiet,
     )
     with keep_freed_memory(device):
         target, estimate = options.target(), None
         unlabelled = None
         if target == ESTIMATE:
-            unlabelled = target_logits(options, host, device)
+            unlabelled = target_logits(options, host, extract)
         features = extract(host.make_loader(chosen))
         learn_from = None
         if chosen_on == "validation" and learns(options):
@@ -149,6 +163,7 @@ def main(options: RebalanceOptions, flags: list[str] | None = None) -> dict[str,
         options=settings,
         class_counts=data.counts,
         device=device,
+        mixed_precision=tuned.precision,
         rebalance={**done.to_dict(), "chosen_on": chosen_on},
         **({} if estimate is None else {"target_estimate": estimate}),
         before=before,
@@ -169,14 +184,14 @@ def learns(options: RebalanceOptions) -> bool:
     return any(METHODS[name].learns for name in names)
 
 
-def target_logits(options: RebalanceOptions, host: Host, device: torch.device) -> torch.Tensor:
+def target_logits(
+    options: RebalanceOptions, host: Host, extract: Callable[[Any], Features]
+) -> torch.Tensor:
     """The logits of the unlabelled data whose class shares are estimated."""
     place, logits = str(options.target_data), []
     try:
         for samples in target_samples(host, place):
-            found = extract_features(
-                host.model, host.make_loader(samples), device=device, progress=not options.quiet
-            )
+            found = extract(host.make_loader(samples))
             logits.append(found.logits[found.labels == READ])  # without images that are unreadable
     except (OSError, ValueError) as error:
         told = str(error).replace("`dataset`", "`target_data`")

@@ -25,7 +25,7 @@ from accelerate import PartialState
 from options import GROUPS, CoreOptions, parse_options
 from timm.data import create_transform
 from torch.utils.data import DataLoader
-from trained_options import SharedOptions, TrainedOptions
+from trained_options import MeasuredOptions, SharedOptions, TrainedOptions
 from transformers import DataCollatorWithPadding
 from transformers.utils.logging import disable_progress_bar
 
@@ -46,6 +46,7 @@ from ldam_plugins.integrations.timm import saved_model, trained_model
 from ldam_plugins.integrations.timm.images import image_loader, transformed
 from ldam_plugins.integrations.transformers import trained_model as hf_trained_model
 from ldam_plugins.training import check_processes, read_metrics
+from ldam_plugins.training.auto_tune import Tuned, auto_tune, by_rule, settle
 from ldam_plugins.training.command_line import flag_names
 from ldam_plugins.training.cores import fit_threads
 from ldam_plugins.training.options import (
@@ -59,6 +60,8 @@ DATA_OPTIONS = {*GROUPS["data"], "many", "few"}
 PATHS = ("dataset", "train_list", "test_list")
 TRAINED_ON = 0.1  # share of test samples known from training that is too much
 LONGEST = 512  # tokens of a text, of a tokenizer that knows no limit
+AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""What ``torch.autocast`` takes for a word of ``--mixed_precision``."""
 
 
 def join_processes(options: SharedOptions) -> PartialState:
@@ -70,6 +73,46 @@ def join_processes(options: SharedOptions) -> PartialState:
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=forever)
     check_processes(state.num_processes, options.num_processes)
     return state
+
+
+def find_precision(
+    options: MeasuredOptions,
+    host: Host,
+    load_some: Callable[[], Any],
+    count: Callable[[], int],
+    device: torch.device,
+    *,
+    kept: Path | None = None,
+) -> Tuned:
+    """The precision of ``--mixed_precision``, printed if it was for this to find.
+
+    All processes call it; the first one decides.
+
+    Args:
+        options: Options of the recipe.
+        host: The model.
+        load_some: Gives some samples as ``host.make_loader`` takes them, called where they are
+            needed.
+        count: Gives the number of all samples, likewise.
+        device: Where the model is run.
+        kept: File of the choice, for a command that is given again after it was stopped.
+    """
+    if options.mixed_precision != "auto":
+        return by_rule(options.mixed_precision)
+
+    def measure() -> Tuned:
+        batch = next(iter(host.make_loader(load_some())), None)
+        if batch is None:
+            return by_rule("auto", why="by rule, as there was nothing to time")
+        if isinstance(batch, Mapping):
+            batch = ({k: v for k, v in batch.items() if k != "labels"}, batch["labels"])
+        passes = -(-count() // options.batch_size)
+        return auto_tune(host.model, None, lambda: [batch], device=device, passes=passes)
+
+    tuned = settle(str(options.output_dir), measure, by_rule("auto"), resume=False, shared=kept)
+    if not options.quiet:
+        print(f"speed: {tuned.line()}", flush=True)
+    return tuned
 
 
 class Part(NamedTuple):

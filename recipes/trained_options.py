@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeVar
 
 from options import described, parse_with_first_word
 
-from ldam_plugins.choices import CRITERIA, POSTHOC_METHODS, THRESHOLDS_FILE
+from ldam_plugins.choices import CRITERIA, POSTHOC_METHODS, PRECISIONS, THRESHOLDS_FILE
 from ldam_plugins.training.command_line import (
     log_bars_rarely,
     or_refused,
@@ -74,10 +74,23 @@ class TrainedOptions:
 
 
 @dataclass
-class SharedOptions(TrainedOptions):
+class MeasuredOptions(TrainedOptions):
+    """Those of a recipe that runs a model over many samples."""
+
+    mixed_precision: str = option(
+        "no",
+        "of the passes: no is float32, auto on a CPU what a few timed seconds of this model say, "
+        "where it is to run longer than a minute, else bf16 where the hardware multiplies "
+        "matrices in it",
+        choices=PRECISIONS,
+    )
+
+
+@dataclass
+class SharedOptions(MeasuredOptions):
     """Those of a recipe whose samples several processes share."""
 
-    LIMITS: ClassVar[dict[str, Limits]] = TrainedOptions.LIMITS | {"num_processes": COUNT}
+    LIMITS: ClassVar[dict[str, Limits]] = MeasuredOptions.LIMITS | {"num_processes": COUNT}
 
     num_processes: int | None = option(None, "stop unless this many processes run")
 
@@ -157,10 +170,10 @@ class PredictOptions(SharedOptions):
 
 
 @dataclass
-class RebalanceOptions(TrainedOptions):
+class RebalanceOptions(MeasuredOptions):
     """What is done to which model. Further flags are those of the recipes that choose the data."""
 
-    LIMITS: ClassVar[dict[str, Limits]] = TrainedOptions.LIMITS | {
+    LIMITS: ClassVar[dict[str, Limits]] = MeasuredOptions.LIMITS | {
         "folds": {"low": 2},
         "seed": SEED,
     }

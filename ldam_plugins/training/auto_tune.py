@@ -1,10 +1,10 @@
-"""How a training runs fastest on the machine at hand: measured on the very model and batch.
+"""How a model runs fastest on the machine at hand: measured on the very model and batch.
 
 The precision of a training on a CPU, and whether it is compiled, is chosen by timing a few passes
-of each way on a copy of the model (:func:`auto_tune`). The choice is kept with the run
-(:func:`settle`), as another one would change its numbers, and in a cache, so that the same model,
-batch and machine are timed once. On other devices precision goes by the hardware, see
-:func:`.choose_precision`.
+of each way on a copy of the model (:func:`auto_tune`); so is the precision of a model that is only
+used. The choice is kept with the run (:func:`settle`), as another one would change its numbers,
+and in a cache, so that the same model, batch and machine are timed once. On other devices precision
+goes by the hardware, see :func:`.choose_precision`.
 
 Not chosen by timing: the number of threads, which goes by the cores that are free
 (:mod:`ldam_plugins.training.cores`); that of loader processes, from which the random numbers of an
@@ -213,7 +213,7 @@ def _decide(
 
 def auto_tune(
     model: nn.Module,
-    criterion: ClassificationLoss,
+    criterion: ClassificationLoss | None,
     make_batches: Callable[[], Sequence[Batch]],
     *,
     device: torch.device,
@@ -237,10 +237,11 @@ def auto_tune(
 
     Args:
         model: What is to be trained, on any device.
-        criterion: Its loss, on ``device``.
+        criterion: Its loss, on ``device``; None: the model is only used, so forward passes in
+            evaluation mode are what is timed.
         make_batches: Makes the batches that are timed, such as a short, a usual and a long one.
         device: Of the training.
-        passes: Forward and backward passes of the whole training, each over a batch.
+        passes: Passes of the whole training, or of all data, each over a batch.
         precision: ``"auto"``, ``"no"``, ``"bf16"`` or ``"fp16"``.
         compile: True, False or ``"auto"``.
         compiled: Compiles a model as the training does.
@@ -352,7 +353,7 @@ class Trial:
 
     Args:
         model: The model.
-        criterion: Its loss.
+        criterion: Its loss; None: the model is only used.
         batches: What a pass runs over.
         device: Where.
     """
@@ -360,7 +361,7 @@ class Trial:
     def __init__(
         self,
         model: nn.Module,
-        criterion: ClassificationLoss,
+        criterion: ClassificationLoss | None,
         batches: Sequence[Batch],
         device: torch.device,
     ) -> None:
@@ -370,21 +371,21 @@ class Trial:
         self._net = self._copy()
 
     def _copy(self) -> nn.Module:
-        net = copy.deepcopy(self.model).to(self.device).train()
+        net = copy.deepcopy(self.model).to(self.device).train(self.criterion is not None)
         net.zero_grad(set_to_none=True)
         return net
 
     def can(self, way: str) -> bool:
-        """Whether the model can go a way: without an error, and to a loss that is finite."""
+        """Whether the model can go a way: without an error, and to what is finite."""
         if way == "no":
             return True
         try:
-            losses = [self._add_gradients(self._net, *batch, way) for batch in self._first(2)]
+            values = [self._pass(self._net, *batch, way) for batch in self._first(2)]
         except (RuntimeError, TypeError):  # no kernel for bfloat16; NumPy does not know it
             return False
         finally:
             self._net.zero_grad(set_to_none=True)
-        return all(math.isfinite(loss) for loss in losses)
+        return all(math.isfinite(value) for value in values)
 
     def fitting_rows(
         self, ways: Sequence[str], passes: float, clock: Callable[[], float]
@@ -413,7 +414,7 @@ class Trial:
     def call(
         self, way: str, rows: int, wrap: Callable[[nn.Module], Any] | None = None
     ) -> Callable[[], None]:
-        """Forward and backward passes over the first rows of each batch.
+        """Passes over the first rows of each batch.
 
         Args:
             way: Its precision.
@@ -425,7 +426,7 @@ class Trial:
 
         def run() -> None:
             for inputs, labels in batches:
-                self._add_gradients(net, inputs, labels, way)
+                self._pass(net, inputs, labels, way)
             net.zero_grad(set_to_none=True)
 
         return run
@@ -434,11 +435,18 @@ class Trial:
         """The first rows of each batch."""
         return [(_first_rows(inputs, rows), labels[:rows]) for inputs, labels in self.batches]
 
-    def _add_gradients(self, net: nn.Module, inputs: Any, labels: Tensor, precision: str) -> Tensor:
-        """What a training step does, as Accelerate does it: the loss outside of autocast."""
+    def _pass(self, net: nn.Module, inputs: Any, labels: Tensor, precision: str) -> Tensor:
+        """What a step of the training does, or of the use; returns the loss, or a logit.
+
+        The loss is outside of autocast, as with Accelerate.
+        """
         kind = torch.float16 if precision == "fp16" else torch.bfloat16
-        with torch.autocast(self.device.type, kind, enabled=precision != "no"):
+        lower = torch.autocast(self.device.type, kind, enabled=precision != "no")
+        with torch.set_grad_enabled(self.criterion is not None), lower:
             outputs = net(**inputs) if isinstance(inputs, Mapping) else net(inputs)
+        if self.criterion is None:
+            logits: Any = getattr(outputs, "logits", outputs)
+            return logits.flatten()[0] if isinstance(logits, Tensor) else torch.zeros(())
         if isinstance(inputs, Mapping):
             classes = len(self.criterion.class_counts)
             outputs = find_logits(outputs, len(labels), classes)
@@ -462,7 +470,7 @@ def _first_rows(inputs: Any, rows: int) -> Any:
 
 def _facts(
     model: nn.Module,
-    criterion: ClassificationLoss,
+    criterion: ClassificationLoss | None,
     batches: Sequence[Batch],
     compile: bool | str,
 ) -> dict[str, Any]:

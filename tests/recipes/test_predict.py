@@ -13,6 +13,7 @@ import predict
 import pytest
 import timm
 import torch
+import trained
 import trained_options
 from forked import run_forked
 from paths import RECIPES
@@ -22,6 +23,7 @@ from vision_runs import picture_folder, vision_run
 from ldam_plugins.integrations.timm.saved_model import save_model
 from ldam_plugins.integrations.transformers.tokenizer import train_tokenizer
 from ldam_plugins.reports.comparison import compare, read_classifier
+from ldam_plugins.training.auto_tune import Tuned
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +219,50 @@ def test_a_stopped_command_goes_on(finished, photos, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="was begun with another content of model"):
         predicted(finished, *flags, output=output)
     assert predicted(finished, *flags, "--overwrite", output=output).read_text() == whole
+
+
+def test_a_lower_precision_is_that_of_autocast_and_is_told(finished, tmp_path):
+    found = evaluated(finished, "--mixed_precision", "bf16", output=tmp_path / "out")
+    assert found["mixed_precision"] == "bf16"
+    full = evaluated(finished, output=tmp_path / "full")
+    assert full["mixed_precision"] == "no"
+    lower = found["test"]["nll"]
+    assert lower != full["test"]["nll"] == pytest.approx(lower, rel=0.02)
+
+
+def test_the_measured_precision_is_kept_until_the_table_is_whole(
+    finished, photos, tmp_path, monkeypatch
+):
+    flags = ("--dataset", f"{photos}/test", "--rows", 4, "--batch_size", 3, "--mixed_precision")
+    lower, full = (
+        predicted(finished, *flags, each, output=tmp_path / f"{each}.csv").read_text()
+        for each in ("bf16", "no")
+    )
+    seen, real = [], predict.predict
+
+    def measured(precision):
+        def tune(model, criterion, batches, **given):
+            seen.append((criterion, given["passes"], [len(labels) for _, labels in batches()]))
+            return Tuned(precision, source="measured")
+
+        monkeypatch.setattr(trained, "auto_tune", tune)
+
+    def stop(*given):
+        monkeypatch.setattr(predict, "predict", fail)
+        return real(*given)
+
+    def fail(*given):
+        raise KeyboardInterrupt
+
+    measured("bf16")
+    monkeypatch.setattr(predict, "predict", stop)
+    with pytest.raises(KeyboardInterrupt):
+        predicted(finished, *flags, "auto", output=tmp_path / "p.csv")
+    measured("no")
+    monkeypatch.setattr(predict, "predict", real)
+    found = predicted(finished, *flags, "auto", output=tmp_path / "p.csv").read_text()
+    assert found == lower != full
+    assert seen == [(None, 5, [3])]  # 15 images, measured once
 
 
 def assert_same(one, two):

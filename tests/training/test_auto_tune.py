@@ -14,6 +14,8 @@ from ldam_plugins.training import auto_tune as module
 from ldam_plugins.training.auto_tune import Tuned, auto_tune, by_rule, settle
 from ldam_plugins.training.run_dir import AUTO_TUNE_FILE
 
+CRITERION = LDAMLoss([5, 3, 2])
+
 
 class Net(nn.Module):
     """Moves the clock in its forward pass: by ``no`` or ``bf16`` seconds, a row."""
@@ -59,10 +61,10 @@ def tune(clock, tmp_path):
     def batches():
         return [(torch.randn(16, 3, 6, 6), torch.arange(16) % 3)]
 
-    def start(model=None, passes=10_000, **more):
+    def start(model=None, passes=10_000, criterion=CRITERION, **more):
         return auto_tune(
             model or Net(clock),
-            LDAMLoss([5, 3, 2]),
+            criterion,
             batches,
             device=torch.device("cpu"),
             passes=passes,
@@ -283,3 +285,26 @@ def test_models_that_take_arguments_by_name(clock, tmp_path):
     )
     assert found.precision == "bf16"
     assert found.seconds["float32"] == pytest.approx(0.08)  # of one of the two batches
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_model_that_is_only_used_is_timed_as_it_is_used(tune, clock, precision):
+    class Used(Net):
+        def forward(self, images):
+            assert not self.training
+            assert not torch.is_grad_enabled()
+            return super().forward(images)
+
+    model = Used(clock, **{"no": 0.01, "bf16": 0.01, precision: 0.004}).train()
+    before = copy.deepcopy(model.state_dict())
+    found = tune(model, criterion=None)
+    assert (found.precision, found.source) == (precision, "measured")
+    assert model.training
+    assert torch.is_grad_enabled()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_training_and_a_use_of_a_model_are_measured_apart(tune, clock):
+    assert tune(Net(clock)).source == "measured"
+    assert tune(Net(clock), criterion=None).source == "measured"
+    assert tune(Net(clock), criterion=None).source == "cache"
