@@ -181,6 +181,7 @@ class CoreOptions:
         "lr": POSITIVE,
         "sam": NOT_NEGATIVE,
         "sam_every": COUNT,
+        "ema_decay": SHARE_BELOW_1,
         "lora_rank": COUNT_OR_0,
         "lora_alpha": COUNT,
         "layer_decay": {"low": 0, "high": 1, "low_open": True},
@@ -302,6 +303,9 @@ class CoreOptions:
     )
     sam_start: str = option("0", "when they begin, written as --start is")
     sam_every: int = option(1, "from then on each N-th step is one, the others are plain")
+    ema_decay: float = option(
+        0.0, "decay of the weight average that is evaluated and saved; 0: none"
+    )
     mix_until: str | None = option(
         None, "when mixing ends, written as --start is: samples are then as they are [to the end]"
     )
@@ -694,7 +698,6 @@ class VisionOptions(CoreOptions):
         "mixup": NOT_NEGATIVE,
         "cutmix": NOT_NEGATIVE,
         "smoothing": SHARE_BELOW_1,
-        "ema_decay": SHARE_BELOW_1,
         "clip_grad": POSITIVE,
     }
 
@@ -780,7 +783,6 @@ class VisionOptions(CoreOptions):
         choices=MIXUP_PRIORS,
     )
     smoothing: float = option(0.0, "label smoothing")
-    ema_decay: float = option(0.0, "decay of the weight average that is evaluated; 0: none")
     clip_grad: float | None = option(None, "largest gradient norm")
     compile: bool | str = option(
         False,

@@ -99,6 +99,7 @@ from ldam_plugins.integrations.transformers.saved_model import describe_saved, m
 from ldam_plugins.integrations.transformers.sharpness_aware import SharpnessAwareTrainer
 from ldam_plugins.integrations.transformers.streaming import StreamingTrainer
 from ldam_plugins.integrations.transformers.tokenizer import train_tokenizer
+from ldam_plugins.integrations.transformers.weight_average import WeightAverageTrainer
 from ldam_plugins.losses.base import ClassificationLoss
 from ldam_plugins.posthoc import Finished
 from ldam_plugins.posthoc.last_step import scratch_folder
@@ -674,6 +675,8 @@ def make_trainer(
     more: dict[type[Trainer], dict[str, Any]] = {}
     if options.sam:
         more[SharpnessAwareTrainer] = {"sam": options.make_sam()}
+    if options.ema_decay:
+        more[WeightAverageTrainer] = {"ema_decay": options.ema_decay}
     if options.layer_decay is not None:
         more[LayerDecayTrainer] = {"layer_decay": options.layer_decay}
     if options.streaming:

@@ -18,7 +18,11 @@ from transformers import Trainer, TrainerCallback, default_data_collator
 
 from ldam_plugins import LongTailMetrics, list_losses, use_cosine_head
 from ldam_plugins.data import stream_texts
-from ldam_plugins.integrations.transformers import DRWCallback, SharpnessAwareTrainer
+from ldam_plugins.integrations.transformers import (
+    DRWCallback,
+    SharpnessAwareTrainer,
+    WeightAverageTrainer,
+)
 from ldam_plugins.integrations.transformers.streaming import StreamingTrainer
 from ldam_plugins.training import SharpnessAware
 
@@ -82,6 +86,9 @@ def runs(folder, processes):
     found["ldam", "chunked"] = run(folder, size=8, parts=8 // processes, chunked=True)
     found["ldam", "uphill"] = run(folder, size=64 // processes, kind=uphill(0.3))
     found["ldam", "uphill, parts"] = run(folder, size=8, parts=8 // processes, kind=uphill(0.3))
+    average = {"kind": partial(WeightAverageTrainer, ema_decay=0.5), "save_strategy": "epoch"}
+    found["ldam", "average"] = run(folder, size=64 // processes, **average)
+    found["ldam", "average, parts"] = run(folder, size=8, parts=8 // processes, **average)
     sampled = {"schedule": "drs", "start": 1, "size": 16 // processes, "max_steps": 11}
     saving = {"save_strategy": "steps", "save_steps": 1}
     found["drs", "straight"] = run(folder, **sampled, **saving)

@@ -37,6 +37,7 @@ from ldam_plugins.integrations.transformers.run_callbacks import (
     newest_trainer_checkpoint,
 )
 from ldam_plugins.integrations.transformers.tokenizer import train_tokenizer
+from ldam_plugins.integrations.transformers.weight_average import AVERAGE_FILE
 from ldam_plugins.posthoc import last_step
 from ldam_plugins.reports import run_report
 from ldam_plugins.training.environment import choose_precision
@@ -309,6 +310,7 @@ def weights(out):
 
 
 COMPOSED = ("--sam", 0.1, "--sam_start", 1, "--sam_every", 2, "--mixup", 1, "--mix_until", 0.8)
+COMPOSED += ("--ema_decay", 0.5)
 
 
 @pytest.mark.parametrize("more", [(), ("--schedule", "drs"), ("--mixup", 1), COMPOSED], ids=str)
@@ -324,6 +326,46 @@ def test_resumed_run_equals_the_undisturbed_one(run, more):
     left, right = weights(whole), weights(broken)
     assert all(torch.equal(left[name], right[name]) for name in left)
     assert len(rows_of(broken)) == 3
+
+
+def averages(out):
+    return load_file(Path(newest_trainer_checkpoint(out / "checkpoints")) / AVERAGE_FILE)
+
+
+def test_the_saved_model_is_the_average_with_its_head_folded(run):
+    _, out = run("--ema_decay", 0.5)
+    average, plain, saved = averages(out), weights(out), load_file(out / "model/model.safetensors")
+    rows = [torch.nn.functional.normalize(each["classifier.weight"]) for each in (average, saved)]
+    torch.testing.assert_close(*rows)
+    kept = saved.keys() - {"classifier.weight", "classifier.bias"}
+    assert all(saved[name].equal(average[name]) for name in kept)
+    assert not any(saved[name].equal(plain[name]) for name in kept)
+
+
+AVERAGED = [
+    ("--lora_rank", 2, "--select", "nll", "--val_split", 0.25),
+    ("--layer_decay", 0.5, "--sam", 0.1, "--accumulation", 2, "--val_split", 0.25),
+    ("--streaming", "--val_split", "validation"),
+]
+
+
+@pytest.mark.filterwarnings(PEFT_WARNING)
+@pytest.mark.parametrize("more", AVERAGED, ids=lambda more: more[0])
+def test_what_is_evaluated_in_training_is_the_average_that_is_saved(
+    run, bert, folder, more, tmp_path
+):
+    for split, source in (("train", "train"), ("test", "test"), ("validation", "test")):
+        file = "{}-00000-of-00001.parquet"
+        (tmp_path / file.format(split)).symlink_to(folder / file.format(source))
+    flags = ("--model", bert, "--loss", "ce", "--schedule", "none", "--epochs", 3)
+    flags += ("--dataset", tmp_path, "--mixed_precision", "no")
+    metrics, out = run(*flags, "--ema_decay", 0.6, *more)
+    newest = Path(newest_trainer_checkpoint(out / "checkpoints"))
+    state = json.loads((newest / "trainer_state.json").read_text())
+    found = [row["eval_nll"] for row in state["log_history"] if "eval_nll" in row]
+    epoch = metrics["selection"]["epoch"] if "selection" in metrics else 2
+    assert found[epoch] == pytest.approx(metrics["validation"]["nll"], abs=1e-5)
+    assert averages(out)
 
 
 def test_a_run_is_trained_in_what_was_measured_and_resumed_so(run, bert, monkeypatch, tmp_path):
@@ -775,7 +817,7 @@ def test_a_run_evaluated_on_the_split_leaves_the_test_set_alone(run, monkeypatch
 @pytest.mark.parametrize("adapted", [False, True])
 def test_the_classifier_is_rebalanced_after_adapters_are_merged(run, bert, adapted):
     flags = ["--model", bert, "--max_length", 32, "--loss", "ce", "--schedule", "none"]
-    flags += ["--val_split", 0.25, "--select", "nll", "--freeze", "backbone"]
+    flags += ["--val_split", 0.25, "--select", "nll", "--ema_decay", 0.5, "--freeze", "backbone"]
     flags = [*flags[:-2], "--lora_rank", 2] if adapted else flags
     _, plain = run(*flags, out="plain")
     metrics, out = run(*flags, "--rebalance", "logit_adjustment:1")

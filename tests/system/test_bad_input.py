@@ -66,7 +66,7 @@ OUT_OF_RANGE = [
     (BOTH, "mixup", ["-1", "nan"], NOT_NEGATIVE),
     (VISION, "cutmix", ["-1"], NOT_NEGATIVE),
     (VISION, "smoothing", ["1", "-0.1", "nan"], SHARE_BELOW_1),
-    (VISION, "ema_decay", ["1", "-1", "nan"], SHARE_BELOW_1),
+    (BOTH, "ema_decay", ["1", "-1", "nan"], SHARE_BELOW_1),
     (BOTH, "sam", ["-1", "nan", "inf"], NOT_NEGATIVE),
     (BOTH, "sam_every", ["0"], COUNT),
     (BOTH, "eval_every", ["0", "-1"], COUNT),

@@ -63,7 +63,7 @@ def test_vision_run_killed_and_preempted(tmp_path):
 
 
 def test_text_run_killed_and_preempted(texts, tmp_path):
-    flags = [*TEXT, "--dataset", texts]
+    flags = [*TEXT, "--dataset", texts, "--ema_decay", 0.5]
     finish("text", [*flags, "--output_dir", tmp_path / "whole"], start=fork)
     flags += ["--output_dir", tmp_path / "broken"]
     preempted = killed_at("text", "step:3", flags, tmp_path, signal.SIGTERM)
@@ -115,9 +115,10 @@ MATRIX = {
     "text drw": ("text", [], 1),
     "text drw, all that comes late": (
         "text",
-        [*LATE, "--sam=0.1"],
+        [*LATE, "--sam=0.1", "--ema_decay=0.5"],
         1,
     ),
+    "text drw, average, 2 processes": ("text", ["--ema_decay", 0.5], 2),
     "text drs": ("text", ["--schedule", "drs"], 1),
     "text drw, 2 processes": ("text", [], 2),
 }
@@ -126,7 +127,7 @@ MATRIX = {
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("case", MATRIX)
 def test_killed_at_random_moments(case, texts, images, tmp_path):
-    """Three kills a case, 33 in all, each somewhere in the last 70 % of a whole run's time."""
+    """Three kills a case, 36 in all, each somewhere in the last 70 % of a whole run's time."""
     kind, more, processes = MATRIX[case]
     recipe = "text" if kind == "text" else "vision"
     flags = [*TEXT, "--dataset", texts] if kind == "text" else list(VISION)

@@ -10,6 +10,7 @@ from ldam_plugins.integrations.transformers.fast_attention import use_fast_dropo
 from ldam_plugins.integrations.transformers.rebalance import RebalanceCallback
 from ldam_plugins.integrations.transformers.sharpness_aware import SharpnessAwareTrainer
 from ldam_plugins.integrations.transformers.streaming import StreamingTrainer
+from ldam_plugins.integrations.transformers.weight_average import WeightAverageTrainer
 
 __all__ = [
     "BiLSTMConfig",
@@ -18,6 +19,7 @@ __all__ = [
     "RebalanceCallback",
     "SharpnessAwareTrainer",
     "StreamingTrainer",
+    "WeightAverageTrainer",
     "register",
     "use_fast_dropout",
 ]

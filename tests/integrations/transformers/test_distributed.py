@@ -45,11 +45,12 @@ def test_labels_are_read_once_for_all_processes(alone, ranks):
 
 CUTS = [("ce", "whole"), ("ce", "parts"), ("ldam", "whole"), ("ldam", "parts"), ("ldam", "chunked")]
 CUTS += [("ldam", "uphill"), ("ldam", "uphill, parts")]
+CUTS += [("ldam", "average"), ("ldam", "average, parts")]
 
 
 @pytest.mark.parametrize(("loss", "cut"), CUTS)
 def test_the_update_does_not_depend_on_the_split(loss, cut, alone, ranks):
-    one = alone[loss, "uphill" if "uphill" in cut else "whole"]
+    one = alone[loss, next((kind for kind in ("uphill", "average") if kind in cut), "whole")]
     for found in (alone[loss, cut], ranks[0][loss, cut], ranks[1][loss, cut]):
         assert len(found["losses"]) == 2  # before and after the switch
         assert found["losses"] == pytest.approx(one["losses"], rel=1e-6)
