@@ -25,6 +25,7 @@ SIZES = {
     "cifar10_lt_fast": [5000] * 10,
     "cifar10_lt_strong": [5000] * 10,
     "cifar100_lt": [500] * 100,
+    "cifar100_lt_strong": [500] * 100,
     "imdb_lt": [12500] * 2,
     "inat2018": [2, 1000, 30],  # nothing is cut, so any sizes do
     "stdlib_lt": [37, 175, 71],

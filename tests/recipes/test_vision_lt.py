@@ -429,6 +429,7 @@ PROFILES = {
     "cifar10_lt_fast": ("exp", 100),
     "cifar10_lt_strong": ("exp", 100),
     "cifar100_lt": ("exp", 100),
+    "cifar100_lt_strong": ("exp", 100),
     "digits_lt": ("exp", 100),
     "tiny_imagenet_lt": ("exp", 100),
     "inat2018": ("none", 1),
