@@ -178,6 +178,7 @@ def test_errors_of_a_study_are_a_line_unless_asked(flags, monkeypatch, capsys):
     [
         ("benchmark.py", ["--methods", "ldam/none:no_option=1", "--dry_run"], "no_option"),
         ("linear_probe.py", [], "`runs` must be"),
+        ("inspect_data.py", ["nowhere", "--kind", "images"], "`dataset` must be"),
     ],
 )
 def test_studies_tell_their_errors_in_a_line(recipe, flags, told, tmp_path):
