@@ -1,7 +1,6 @@
 import json
 import re
 import shlex
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
