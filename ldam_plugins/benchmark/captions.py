@@ -34,6 +34,8 @@ METHOD_OPTIONS |= {name for loss in list_losses() for name in loss_options(loss)
 _VERSIONS = ("ldam_plugins", "torch", "timm", "transformers")
 _NOT_SET = (None, False, 0, "", "none", "auto", ())
 _UNSET = "not set"
+_OF = {"sam_start": "sam", "sam_every": "sam", "lora_alpha": "lora_rank"}
+"""Options that say nothing where another is not set; records of earlier versions lack both."""
 _NAMED = 4
 
 Facts = dict[str, str]
@@ -177,6 +179,7 @@ def _facts_of_rows(
 def _facts(record: Record, left_out: set[str]) -> Facts:
     """What a run was trained with, apart from some options; what is not set is not there."""
     skipped = {*left_out, *WITHOUT_EFFECT, "seed", "loss", "schedule", "head"}
+    skipped |= {name for name, of in _OF.items() if record["options"].get(of) in _NOT_SET}
     options = [name for name in record["options"] if name not in skipped]
     values = {name: option_value(record, name) for name in options}
     facts = {name: shown(value) for name, value in values.items() if value not in _NOT_SET}

@@ -121,6 +121,13 @@ def test_threads_and_options_that_are_off_where_they_are_known_are_no_difference
     assert warnings_of(records) == ("", {""}, "")
 
 
+def test_what_an_option_that_is_off_would_have_is_no_difference():
+    later = changed(grid(), "ldam", sam=0.0, sam_start="0", sam_every=1)
+    assert warnings_of(later) == ("", {""}, "")
+    on = changed(later, "ldam", sam=0.05)
+    assert "sam_every" in warnings_of(on)[0]
+
+
 def tuned(records, trials=6):
     """The records as they are when each method got a learning rate and a scale of its own."""
     records = copy.deepcopy(records)
