@@ -111,19 +111,19 @@ def main(options: RebalanceOptions, flags: list[str] | None = None) -> dict[str,
         lambda: len(labels_of(chosen)) + len(labels_of(test)),
         device,
     )
-    extract = partial(
+    extract_any = partial(
         extract_features,
         host.model,
         device=device,
         autocast=AUTOCAST[tuned.precision],
-        class_names=names,
         progress=not options.quiet,
     )
+    extract = partial(extract_any, class_names=names)
     with keep_freed_memory(device):
         target, estimate = options.target(), None
         unlabelled = None
         if target == ESTIMATE:
-            unlabelled = target_logits(options, host, extract)
+            unlabelled = target_logits(options, host, extract_any)
         features = extract(host.make_loader(chosen))
         learn_from = None
         if chosen_on == "validation" and learns(options):

@@ -105,7 +105,9 @@ def find_precision(
         if batch is None:
             return by_rule("auto", why="by rule, as there was nothing to time")
         if isinstance(batch, Mapping):
-            batch = ({k: v for k, v in batch.items() if k != "labels"}, batch["labels"])
+            inputs = {**batch}
+            labels = inputs.pop("labels" if "labels" in inputs else "label")  # without a collator
+            batch = (inputs, labels)
         passes = -(-count() // options.batch_size)
         return auto_tune(host.model, None, lambda: [batch], device=device, passes=passes)
 
