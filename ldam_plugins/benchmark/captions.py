@@ -179,7 +179,8 @@ def _facts_of_rows(
 def _facts(record: Record, left_out: set[str]) -> Facts:
     """What a run was trained with, apart from some options; what is not set is not there."""
     skipped = {*left_out, *WITHOUT_EFFECT, "seed", "loss", "schedule", "head"}
-    skipped |= {name for name, of in _OF.items() if record["options"].get(of) in _NOT_SET}
+    off = {*left_out, *(of for of in _OF.values() if record["options"].get(of) in _NOT_SET)}
+    skipped |= {name for name, of in _OF.items() if of in off}
     options = [name for name in record["options"] if name not in skipped]
     values = {name: option_value(record, name) for name in options}
     facts = {name: shown(value) for name, value in values.items() if value not in _NOT_SET}

@@ -124,6 +124,9 @@ def test_threads_and_options_that_are_off_where_they_are_known_are_no_difference
 def test_what_an_option_that_is_off_would_have_is_no_difference():
     later = changed(grid(), "ldam", sam=0.0, sam_start="0", sam_every=1)
     assert warnings_of(later) == ("", {""}, "")
+    both = [{**r, "options": {**r["options"], "sam": 0.05, "sam_start": "0"}} for r in grid()]
+    off = [{**r, "options": {**r["options"], "sam": 0.0, "sam_start": "0"}} for r in grid()]
+    assert row_caption([*off, *both]) == ("", "")  # a label
     on = changed(later, "ldam", sam=0.05)
     assert "sam_every" in warnings_of(on)[0]
 
