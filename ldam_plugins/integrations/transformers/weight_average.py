@@ -56,11 +56,9 @@ class WeightAverage:
                 self._averages[name].copy_(tensor)
         self._step_towards(old, new, None)
 
-    @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
         """Overwrite the weights by the averages."""
-        for name, tensor in self._of(model).items():
-            tensor.copy_(self._averages[name])
+        self._fill(model, self._averages)
 
     @contextmanager
     def inside(self, model: nn.Module) -> Iterator[None]:
@@ -70,9 +68,7 @@ class WeightAverage:
         try:
             yield
         finally:
-            with torch.no_grad():
-                for name, tensor in self._of(model).items():
-                    tensor.copy_(before[name])
+            self._fill(model, before)
 
     def save(self, checkpoint: str | Path) -> None:
         """Write the averages into the folder of a checkpoint."""
@@ -94,6 +90,11 @@ class WeightAverage:
             raise invalid("checkpoint", expected, str(checkpoint), hint=hint)
         for name, average in self._averages.items():
             average.copy_(found[name])
+
+    @torch.no_grad()
+    def _fill(self, model: nn.Module, values: dict[str, Tensor]) -> None:
+        for name, tensor in self._of(model).items():
+            tensor.copy_(values[name])
 
     def _of(self, model: nn.Module) -> dict[str, Tensor]:
         """The tensors of the model that are averaged; looked up anew, as loading replaces some."""
